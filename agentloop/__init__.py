@@ -1,0 +1,54 @@
+"""
+Run many agents at once: bounded, timed, retried and structured, on asyncio and on trio.
+
+An agent is an async callable: a model call, a tool loop, an HTTP request. See :class:`AgentLoop`.
+"""
+
+from ._backoff import Backoff
+from ._config import LoopConfig
+from ._errors import (
+    AgentLoopError,
+    BatchStopped,
+    FirstChunkTimeout,
+    IdleTimeout,
+    InvocationCancelled,
+    InvocationTimeout,
+    LoopClosed,
+)
+from ._invocation import Invocation
+from ._limiter import Limiter, LimiterStatistics
+from ._loop import AgentLoop, LoopStatistics
+from ._metrics import Distribution, MetricsRecorder, MetricsSnapshot
+from ._result import InvocationResult, Status
+from ._verdict import Verdict, VerdictKind, classify
+
+__all__ = [
+    "AgentLoop",
+    "AgentLoopError",
+    "Backoff",
+    "BatchStopped",
+    "Distribution",
+    "FirstChunkTimeout",
+    "IdleTimeout",
+    "Invocation",
+    "InvocationCancelled",
+    "InvocationResult",
+    "InvocationTimeout",
+    "Limiter",
+    "LimiterStatistics",
+    "LoopClosed",
+    "LoopConfig",
+    "LoopStatistics",
+    "MetricsRecorder",
+    "MetricsSnapshot",
+    "Status",
+    "Verdict",
+    "VerdictKind",
+    "classify",
+]
+
+for _name in __all__:
+    # Tracebacks, pickles and documentation name the place where users find a thing.
+    globals()[_name].__module__ = __name__
+
+del _name

@@ -1,0 +1,120 @@
+"""One attempt: called, timed, and told apart from what surrounds it."""
+
+from __future__ import annotations
+
+__all__ = ["run_attempt"]
+
+from collections.abc import Callable
+from contextvars import Context
+from typing import Any, TypeVar
+
+import anyio
+from anyio.lowlevel import checkpoint_if_cancelled
+
+from ._backend import Host
+from ._config import LoopConfig
+from ._context import call_in_context
+from ._errors import InvocationCancelled
+from ._job import Job
+from ._limiter import Slot, current_slot
+from ._result import Status
+
+T = TypeVar("T")
+
+
+async def run_attempt(
+    job: Job[Any],
+    config: LoopConfig,
+    slot: Slot,
+    context: Context,
+    host: Host,
+    own_task: bool,
+    on_wait: Callable[[], object],
+) -> None:
+    """
+    Run one attempt and tell the job how it ended. The slot is given back in any case.
+
+    :param context: what the agent's context is a copy of
+    :param host: the task that this runs in
+    :param own_task: whether that task is ours, so that a native cancellation of it can only be the agent's
+        doing; in the caller's task it is the caller's
+    :param on_wait: called when the agent waits for the first time
+    :raises BaseException: the cancellation of an enclosing scope or of the caller's task, and what the agent
+        raises that is no ``Exception``; the attempt then has no outcome
+    """
+    job.verdict = None
+    try:
+        # Once cancelled, nothing starts, not even up to its first checkpoint.
+        await checkpoint_if_cancelled()
+        invocation = job.invocation
+        context = context.copy()
+        context.run(current_slot.set, slot)
+        cancellations = host.cancellations()
+        scope = anyio.CancelScope(deadline=job.start(anyio.current_time(), config))
+        try:
+            with scope:
+                job.succeed(
+                    await call_in_context(context, invocation.fn, invocation.args, invocation.kwargs, on_wait)
+                )
+                return
+        except Exception as exc:
+            # An error made out of the caller's cancellation is that cancellation.
+            await checkpoint_if_cancelled()
+            _trim(exc)
+            if scope.cancel_called:
+                job.time_out(anyio.current_time(), config, exc)
+            else:
+                job.fail(Status.ERROR, exc)
+        except BaseException as exc:
+            error = _without_cancellation(exc)
+            await checkpoint_if_cancelled()
+            if not own_task and host.cancellations() > cancellations:
+                raise
+
+            _trim(exc)
+            if scope.cancel_called:
+                job.time_out(anyio.current_time(), config, error)
+            elif error is not None:
+                job.fail(Status.ERROR, error)
+            else:
+                stray = InvocationCancelled("the agent was cancelled from within")
+                stray.__cause__ = exc
+                job.fail(Status.CANCELLED, stray)
+
+            error = None
+        else:
+            job.time_out(anyio.current_time(), config, None)
+
+        job.judge(config)
+    finally:
+        slot.release(job.verdict)
+
+
+def _without_cancellation(exc: BaseException) -> Exception | None:
+    """
+    Return the errors in a group that has cancellations among them, or ``None`` for a bare cancellation.
+
+    :raises BaseException: ``exc``, if it is or holds anything else
+    """
+    cancelled = anyio.get_cancelled_exc_class()
+    if isinstance(exc, cancelled):
+        return None
+
+    if isinstance(exc, BaseExceptionGroup):
+        rest = exc.split(cancelled)[1]
+        if rest is None or isinstance(rest, Exception):
+            return rest
+
+    raise exc
+
+
+_OWN_CODE = (run_attempt.__code__, call_in_context.__code__)
+
+
+def _trim(exc: BaseException) -> None:
+    """Let the traceback begin in the agent: shorter to read, and no reference back to our own frames."""
+    traceback = exc.__traceback__
+    while traceback is not None and traceback.tb_frame.f_code in _OWN_CODE:
+        traceback = traceback.tb_next
+
+    exc.__traceback__ = traceback

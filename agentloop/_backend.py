@@ -1,0 +1,61 @@
+"""The one place where the two backends differ."""
+
+from __future__ import annotations
+
+__all__ = ["Host", "current_host"]
+
+import asyncio
+import math
+
+import anyio
+
+
+class Host:
+    """
+    The task that runs agents, as far as an agent can leave marks on it. On trio it cannot.
+
+    On asyncio a task counts the cancellations asked of it (``Task.cancelling()``). An agent that calls
+    ``task.cancel()`` on its own task, or on CPython 3.11 just lets an ``asyncio.TaskGroup`` fail, leaves
+    the count raised, and then a later scope in the same task does not catch its own cancellation.
+    """
+
+    __slots__ = ()
+
+    def cancellations(self) -> int:
+        """Return how many native cancellations of the task are pending."""
+        return 0
+
+    async def forget_cancellations(self, keep: int) -> None:
+        """Take back the native cancellations of the task that came after the first ``keep``."""
+
+
+class _AsyncioHost(Host):
+    __slots__ = ("_task",)
+
+    def __init__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+
+    def cancellations(self) -> int:
+        return self._task.cancelling()
+
+    async def forget_cancellations(self, keep: int) -> None:
+        while self._task.cancelling() > keep:
+            self._task.uncancel()
+
+        # Before CPython 3.13 uncancel() leaves a cancellation that was not yet delivered in place, to be
+        # raised at the next await: this one.
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            if anyio.current_effective_deadline() == -math.inf:
+                raise
+
+
+_TRIO_HOST = Host()
+
+
+def current_host() -> Host:
+    """Return the host that the current task is."""
+    return _AsyncioHost() if anyio.get_cancelled_exc_class() is asyncio.CancelledError else _TRIO_HOST

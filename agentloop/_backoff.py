@@ -1,0 +1,88 @@
+"""How long to wait before a retry."""
+
+from __future__ import annotations
+
+__all__ = ["Backoff", "RandomSource"]
+
+from typing import Literal, Protocol
+
+import attrs
+
+from . import _validators as must
+
+
+class RandomSource(Protocol):
+    """What is asked for randomness: a ``random.Random``, or the ``random`` module itself."""
+
+    def random(self) -> float: ...
+
+
+@attrs.frozen(kw_only=True)
+class Backoff:
+    """
+    Exponential backoff with jitter.
+
+    The jitters are those of Marc Brooker, "Exponential Backoff And Jitter" (AWS Architecture Blog,
+    2015): ``"full"`` draws from ``[0, d)``, ``"equal"`` from ``[d/2, d)``, ``"none"`` waits ``d``,
+    where ``d = min(max_seconds, initial_seconds * multiplier ** retry)``.
+
+    :param initial_seconds: the wait before the first retry, in seconds; 0 retries at once
+    :param multiplier: by what the wait grows from one retry to the next, at least 1
+    :param max_seconds: the longest wait, in seconds
+    :param jitter: ``"full"``, ``"equal"`` or ``"none"``
+    :param max_retry_after_seconds: the longest Retry-After that is waited for, in seconds; an
+        invocation that is told to wait longer fails at once
+    """
+
+    initial_seconds: float = attrs.field(default=0.1, validator=must.number(minimum=0, finite=True))
+    multiplier: float = attrs.field(default=2.0, validator=must.number(minimum=1, finite=True))
+    max_seconds: float = attrs.field(default=30.0, validator=must.number(minimum=0, finite=True))
+    jitter: Literal["full", "equal", "none"] = attrs.field(
+        default="full", validator=must.one_of(("full", "equal", "none"))
+    )
+    max_retry_after_seconds: float = attrs.field(default=300.0, validator=must.number(minimum=0))
+
+    def delay(self, retry: int, rng: RandomSource) -> float:
+        """
+        Return how many seconds to wait before a retry.
+
+        :param retry: how many retries there have been, 0 before the first
+        :param rng: where the jitter comes from
+        :return: seconds, between 0 and ``max_seconds``
+        :raises ValueError: if ``retry`` is negative
+        """
+        if retry < 0:
+            raise ValueError(f"retry must be at least 0, got {retry!r}")
+
+        try:
+            ceiling = min(self.max_seconds, self.initial_seconds * float(self.multiplier) ** retry)
+        except OverflowError:
+            ceiling = self.max_seconds if self.initial_seconds else 0.0
+
+        if self.jitter == "none":
+            return ceiling
+
+        if self.jitter == "equal":
+            return ceiling / 2 + ceiling / 2 * rng.random()
+
+        return ceiling * rng.random()
+
+    def wait(self, retry: int, retry_after: float | None, rng: RandomSource) -> float:
+        """
+        Return how many seconds to wait before a retry, with a server's Retry-After as a floor.
+
+        The floor is raised by up to a quarter at random, so that callers who were told the same
+        time do not all return in the same instant.
+
+        :param retry: how many retries there have been, 0 before the first
+        :param retry_after: what the server asked for, in seconds, or ``None``
+        :param rng: where the jitter comes from
+        """
+        delay = self.delay(retry, rng)
+        if retry_after is None:
+            return delay
+
+        if self.jitter != "none":
+            retry_after *= 1 + rng.random() / 4
+
+        return max(delay, retry_after)

@@ -1,0 +1,578 @@
+"""Many invocations at once, by a bounded number of workers."""
+
+from __future__ import annotations
+
+__all__ = ["Completing", "Gathering"]
+
+import heapq
+import itertools
+import math
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterator
+from contextvars import copy_context
+from typing import Any, ClassVar, Generic, TypeVar, cast
+
+import anyio
+from anyio.abc import TaskGroup
+from anyio.lowlevel import checkpoint_if_cancelled
+
+from ._attempt import run_attempt
+from ._backend import Host, current_host
+from ._config import LoopConfig
+from ._errors import BatchStopped, InvocationCancelled
+from ._invocation import Input, Inputs, as_invocation
+from ._job import Job
+from ._limiter import Limiter, Slot, current_slot, pool_of
+from ._result import InvocationResult, Status
+from ._verdict import VerdictKind
+
+T = TypeVar("T")
+
+# How many invocations may wait to be retried, per slot, before no new input is pulled.
+ASLEEP_PER_SLOT = 8
+# How long an input that is an async generator may take to close, in seconds.
+CLOSE_SECONDS = 5.0
+
+
+class Batch(Generic[T]):
+    """
+    Runs a batch, with at most as many workers as the limiter has slots.
+
+    A worker takes an invocation, waits for a slot, runs one attempt, and goes on with the next. One more
+    worker is called only when an agent waits while there is something left to do, so agents that never
+    wait need a single one. An attempt that is to be retried lies in a heap, which one alarm task watches:
+    it needs neither a slot nor a worker. Workers with nothing to do are parked. An async input is pulled by
+    one feeder task, since a generator may hold scopes open that belong to the task that advances it.
+
+    All bookkeeping is synchronous: between two awaits nothing can tear it.
+
+    What becomes of the results, a subclass says.
+
+    :param record: is given each result when it is final
+    """
+
+    _keep_rest: ClassVar[bool]
+    """Whether a batch that was stopped still pulls the rest of its input, and skips it."""
+
+    def __init__(
+        self,
+        inputs: Inputs[T],
+        limiter: Limiter,
+        config: LoopConfig,
+        record: Callable[[InvocationResult[T]], None] | None,
+    ) -> None:
+        self._limiter = limiter
+        self._config = config
+        self._record = record
+        self._pool = pool_of(limiter)
+        self._outer: Slot | None = current_slot.get()
+        self._context = copy_context()
+        self._deadline = math.inf
+        self._tasks: TaskGroup | None = None
+        self._index = itertools.count()
+
+        # A sync input is pulled by the workers, in one context whichever of them does it.
+        self._input_context = copy_context()
+        self._iterator: Iterator[Input[T]] | None = None
+        self._stream: AsyncIterable[Input[T]] | None = None
+        if isinstance(inputs, AsyncIterable):
+            self._stream = inputs
+        else:
+            self._iterator = iter(inputs)
+
+        self._feeding = anyio.CancelScope()
+        self._fed: deque[Job[T]] = deque()
+        self._room: anyio.Event | None = None
+        self._exhausted = False
+
+        self._workers: set[anyio.CancelScope] = set()
+        self._hired = 0
+        # Workers between two jobs. While there is one, nobody needs to call another.
+        self._seeking = 0
+        self._parked: dict[anyio.Event, None] = {}
+
+        # Jobs without a final result; jobs that hold a slot, wait for one, or have a result that was not
+        # taken; jobs that wait to be retried.
+        self._pending = 0
+        self._live = 0
+        self._resting = 0
+        # Of the jobs that wait to be retried, all are in the heap until their time has come, and then in
+        # the queue until a worker takes them. The heap also says when a job in a queue runs out of time.
+        self._heap: list[tuple[float, int, Job[T]]] = []
+        self._sequence = itertools.count()
+        self._due: dict[Job[T], None] = {}
+        self._in_line: dict[Job[T], None] = {}
+        self._alarm: anyio.Event | None = None
+
+        self._done = False
+        self._stopped: tuple[str, BaseException] | None = None
+        self._abort: BaseException | None = None
+        self.input_error: Exception | None = None
+        self.cut_short = False
+
+    async def run(self) -> None:
+        """
+        Run the batch to its end. When it returns or raises, nothing of it is left.
+
+        :raises BaseException: the caller's cancellation, and what an agent raised that is no ``Exception``
+        """
+        self._deadline = anyio.current_effective_deadline()
+        self._pool.on_raise.add(self._changed)
+        try:
+            async with anyio.create_task_group() as self._tasks:
+                if self._stream is not None:
+                    self._tasks.start_soon(self._guarded, self._feed, name="agentloop feeder")
+
+                self._changed()
+        except BaseExceptionGroup:
+            # No child raises anything but the cancellation that it was asked for.
+            await checkpoint_if_cancelled()
+            raise
+        finally:
+            self._pool.on_raise.discard(self._changed)
+            self._tasks = None
+            self._abandon()
+
+        # A task group on asyncio may end without an exception although its tasks were cancelled.
+        await checkpoint_if_cancelled()
+        if self._abort is not None:
+            raise self._abort
+
+    def _deliver(self, result: InvocationResult[T]) -> None:
+        """Take a result. It counts as live until :meth:`_taken`."""
+        raise NotImplementedError
+
+    def _taken(self) -> None:
+        """Count a delivered result as no longer live."""
+        self._live -= 1
+        self._changed()
+
+    def stop(self, reason: str, cause: BaseException) -> None:
+        """
+        Start nothing new and retry nothing; let what runs finish.
+
+        :param reason: what stopped the batch, in words
+        :param cause: the same, as an exception
+        """
+        if self._stopped is not None or self._done:
+            return
+
+        self._stopped = (reason, cause)
+        if not self._keep_rest:
+            self.cut_short = not self._exhausted
+            self._exhausted = True
+            self._feeding.cancel()
+
+        now = anyio.current_time()
+        for job in self._pop_resting():
+            self._give_up(job)
+            self._finish(job, now)
+
+        for job in tuple(self._in_line):
+            # One that has been granted a slot meanwhile finds out by itself.
+            if job.waiter is not None and job.waiter.slot is None:
+                self._pool.withdraw(job.waiter)
+
+        self._check_done()
+
+    def cancel(self, reason: str, cause: BaseException) -> None:
+        """Stop, and cancel what runs; each invocation still has its result."""
+        self.stop(reason, cause)
+        for scope in tuple(self._workers):
+            scope.cancel(reason)
+
+    @property
+    def _reason(self) -> str:
+        return "the batch was cancelled" if self._stopped is None else self._stopped[0]
+
+    def _pop_resting(self) -> list[Job[T]]:
+        """Take all jobs that wait to be retried out of heap and queue."""
+        jobs = [*self._due, *(job for at, _, job in self._heap if at == job.wake_at)]
+        for job in jobs:
+            self._wake(job)
+
+        self._heap.clear()
+        return jobs
+
+    def _abandon(self) -> None:
+        """End what a cancelled batch has not started again, so that every invocation is accounted for."""
+        now = anyio.current_time()
+        for job in (*self._fed, *self._pop_resting()):
+            job.cancel(self._reason)
+            self._finish(job, now)
+
+        self._fed.clear()
+
+    def close(self) -> None:
+        """Begin nothing new that nobody waits for; somebody waits for the whole of a batch."""
+
+    def _changed(self) -> None:
+        """Call a worker, and the feeder, if there is something for them to do and nobody else does it."""
+        if self._done or self._tasks is None:
+            return
+
+        if self._room is not None and self._may_pull():
+            self._room.set()
+            self._room = None
+
+        if self._seeking or not self._has_work():
+            return
+
+        if self._parked:
+            self._seeking += 1
+            self._parked.popitem()[0].set()
+        elif self._hired < self._limiter.max_concurrency:
+            self._seeking += 1
+            self._hired += 1
+            self._tasks.start_soon(self._guarded, self._work, name="agentloop worker")
+
+    def _has_work(self) -> bool:
+        if self._fed:
+            return True
+
+        if self._due and self._live < self._limiter.max_concurrency:
+            return True
+
+        return self._iterator is not None and self._may_pull()
+
+    def _may_pull(self) -> bool:
+        limit = self._limiter.max_concurrency
+        return not self._exhausted and self._live < limit and self._resting < ASLEEP_PER_SLOT * limit
+
+    async def _guarded(self, task: Callable[[], Awaitable[None]]) -> None:
+        """Run one of the batch's own tasks. What it raises ends the batch, and is raised by it, as it is."""
+        try:
+            await task()
+        except anyio.get_cancelled_exc_class():
+            raise
+        except BaseException as exc:
+            self._abort = exc
+            assert self._tasks is not None
+            self._tasks.cancel_scope.cancel()
+
+    # -- workers
+
+    async def _work(self) -> None:
+        host = current_host()
+        while not self._done:
+            # Left by cancel(): then the worker's job has its result, and there may be more to skip. Left by
+            # a cancellation that an agent asked for long ago, from a callback: no reason to end.
+            with anyio.CancelScope() as scope:
+                self._workers.add(scope)
+                try:
+                    await self._take_jobs(host)
+                except anyio.get_cancelled_exc_class():
+                    await checkpoint_if_cancelled()
+                    await host.forget_cancellations(0)
+                finally:
+                    self._workers.discard(scope)
+
+    async def _take_jobs(self, host: Host) -> None:
+        waited = False
+
+        def on_wait() -> None:
+            nonlocal waited
+            waited = True
+            if not self._seeking:
+                self._changed()
+
+        pool, config = self._pool, self._config
+        while not self._done:
+            job = self._next_job()
+            if job is None:
+                await self._park()
+                continue
+
+            slot: Slot | None = None
+            waited = False
+            if self._stopped is None:
+                slot = pool.acquire_nowait(job.invocation, self._outer) or await self._wait_in_line(job)
+
+            if slot is not None and self._stopped is None:
+                self._seeking -= 1
+                try:
+                    await run_attempt(job, config, slot, self._context, host, True, on_wait)
+                except BaseException:
+                    self._seeking += 1
+                    job.cancel(self._reason)
+                    self._finish(job, anyio.current_time())
+                    raise
+
+                self._seeking += 1
+                now = anyio.current_time()
+                self._settle(job, now)
+                if host.cancellations():
+                    await host.forget_cancellations(0)
+            else:
+                if slot is not None:
+                    slot.release()
+
+                now = anyio.current_time()
+                self._give_up(job)
+                self._finish(job, now)
+
+            # Not kept while parked: the arguments of a finished invocation are the caller's alone.
+            del job, slot
+            if not waited and pool.pace.used_up(now):
+                await pool.pace.rest()
+
+    def _next_job(self) -> Job[T] | None:
+        if self._fed:
+            return self._fed.popleft()
+
+        if self._due and self._live < self._limiter.max_concurrency:
+            job = next(iter(self._due))
+            self._wake(job)
+            return job
+
+        if self._iterator is not None and self._may_pull():
+            try:
+                return self._make_job(self._input_context.run(next, self._iterator))
+            except StopIteration:
+                pass
+            except Exception as exc:
+                self.input_error = exc
+
+            self._exhausted = True
+            self._check_done()
+
+        return None
+
+    def _make_job(self, item: Input[T]) -> Job[T]:
+        job = Job(as_invocation(item), next(self._index), anyio.current_time())
+        self._pending += 1
+        self._live += 1
+        return job
+
+    async def _wait_in_line(self, job: Job[T]) -> Slot | None:
+        job.waiter = self._pool.enqueue(job.invocation, self._outer)
+        self._in_line[job] = None
+        try:
+            return await self._pool.wait(job.waiter)
+        except BaseException:
+            job.cancel(self._reason)
+            self._finish(job, anyio.current_time())
+            raise
+        finally:
+            job.waiter = None
+            del self._in_line[job]
+
+    async def _park(self) -> None:
+        if self._done:
+            return
+
+        event = anyio.Event()
+        self._parked[event] = None
+        self._seeking -= 1
+        try:
+            await event.wait()
+        except BaseException:
+            # Whoever wakes a worker counts it as seeking.
+            if self._parked.pop(event, event) is None:
+                self._seeking += 1
+
+            raise
+
+    # -- what becomes of a job
+
+    def _settle(self, job: Job[T], now: float) -> None:
+        """Retry the job later, or make its outcome final."""
+        verdict = job.verdict
+        if verdict is not None:
+            if verdict.kind is VerdictKind.FATAL:
+                assert job.error is not None
+                self.stop(f"{job.invocation.agent_id!r} failed", job.error)
+            elif self._stopped is not None:
+                self._give_up(job)
+            else:
+                wake_at = job.next_start(now, self._deadline, self._config)
+                if wake_at is not None:
+                    self._live -= 1
+                    self._resting += 1
+                    self._pool.asleep += 1
+                    self._set_alarm(wake_at, job)
+                    return
+
+        self._finish(job, now)
+
+    def _wake(self, job: Job[T]) -> None:
+        """Count a job that waited to be retried as live."""
+        self._due.pop(job, None)
+        self._resting -= 1
+        self._pool.asleep -= 1
+        self._live += 1
+
+    def _give_up(self, job: Job[T]) -> None:
+        """Make final what a stopped batch does not start or retry, unless it has run out of time."""
+        if job.expired or self._stopped is None:
+            return
+
+        reason, cause = self._stopped
+        if job.attempts:
+            job.stop(f"the batch was stopped: {reason}")
+        else:
+            skipped = BatchStopped(f"not started, because the batch was stopped: {reason}")
+            skipped.__cause__ = cause
+            job.skip(skipped)
+
+    def _finish(self, job: Job[T], now: float) -> None:
+        result = job.result(now)
+        if self._record is not None:
+            self._record(result)
+
+        self._pending -= 1
+        self._deliver(result)
+        self._check_done()
+
+    def _check_done(self) -> None:
+        if self._exhausted and not self._pending and not self._done:
+            self._done = True
+            self._seeking += len(self._parked)
+            while self._parked:
+                self._parked.popitem()[0].set()
+
+            if self._alarm is not None:
+                self._alarm.set()
+
+            self._feeding.cancel()
+
+    # -- the alarm
+
+    def _set_alarm(self, at: float, job: Job[T]) -> None:
+        heapq.heappush(self._heap, (at, next(self._sequence), job))
+        if self._alarm is None:
+            assert self._tasks is not None
+            self._alarm = anyio.Event()
+            self._tasks.start_soon(self._guarded, self._watch, name="agentloop alarm")
+        elif self._heap[0][0] == at:
+            self._alarm.set()
+
+    async def _watch(self) -> None:
+        while self._heap and not self._done:
+            self._alarm = anyio.Event()
+            with anyio.CancelScope(deadline=self._heap[0][0]):
+                await self._alarm.wait()
+
+            self._ring(anyio.current_time())
+
+        self._alarm = None
+
+    def _ring(self, now: float) -> None:
+        while self._heap and self._heap[0][0] <= now:
+            at, _, job = heapq.heappop(self._heap)
+            if at == job.wake_at:
+                self._due[job] = None
+                if job.deadline < math.inf:
+                    heapq.heappush(self._heap, (job.deadline, next(self._sequence), job))
+            elif job in self._due:
+                job.expire()
+                self._wake(job)
+                self._finish(job, now)
+            elif job in self._in_line:
+                if job.waiter is not None and job.waiter.slot is None:
+                    job.expire()
+                    self._pool.withdraw(job.waiter)
+
+        self._changed()
+
+    # -- an async input
+
+    async def _feed(self) -> None:
+        assert self._stream is not None
+        with self._feeding:
+            iterator = aiter(self._stream)
+            try:
+                while await self._wait_for_room():
+                    self._fed.append(self._make_job(await anext(iterator)))
+                    self._changed()
+            except StopAsyncIteration:
+                pass
+            except Exception as exc:
+                await checkpoint_if_cancelled()
+                self.input_error = exc
+            except anyio.get_cancelled_exc_class() as exc:
+                await checkpoint_if_cancelled()
+                # It ends the input like a StopAsyncIteration would, but truncated is not complete.
+                self.input_error = InvocationCancelled("the input was cancelled from within")
+                self.input_error.__cause__ = exc
+            finally:
+                if isinstance(iterator, AsyncGenerator):
+                    with anyio.CancelScope(deadline=anyio.current_time() + CLOSE_SECONDS, shield=True):
+                        await iterator.aclose()
+
+        self._exhausted = True
+        self._check_done()
+
+    async def _wait_for_room(self) -> bool:
+        while not self._exhausted:
+            if not self._fed and self._may_pull():
+                return True
+
+            self._room = anyio.Event()
+            await self._room.wait()
+
+        return False
+
+
+class Gathering(Batch[T]):
+    """A batch that keeps its results, one for each input, in order."""
+
+    _keep_rest = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._results: list[InvocationResult[T] | None] = []
+
+    def results(self) -> list[InvocationResult[T]]:
+        """Return the results of a batch that has run."""
+        return cast("list[InvocationResult[T]]", self._results)
+
+    def _deliver(self, result: InvocationResult[T]) -> None:
+        missing = result.index + 1 - len(self._results)
+        if missing > 0:
+            self._results.extend([None] * missing)
+
+        self._results[result.index] = result
+        self._taken()
+
+
+class Completing(Batch[T]):
+    """A batch that hands its results to a reader as they come."""
+
+    _keep_rest = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._ready: deque[InvocationResult[T]] = deque()
+        self._arrived = anyio.Event()
+        self._ended = False
+
+    async def take(self) -> InvocationResult[T] | None:
+        """
+        Wait for a result. Cancellation, native cancellation too, loses none.
+
+        :return: the next result; ``None`` when the batch has ended and all were taken
+        """
+        await checkpoint_if_cancelled()
+        while not self._ready:
+            if self._ended:
+                return None
+
+            if self._arrived.is_set():
+                self._arrived = anyio.Event()
+
+            await self._arrived.wait()
+
+        # Nothing waits from here on, so what was taken is also returned.
+        result = self._ready.popleft()
+        self._taken()
+        return result
+
+    def end(self) -> None:
+        """Say that no result will come any more."""
+        self._ended = True
+        self._arrived.set()
+
+    def _deliver(self, result: InvocationResult[T]) -> None:
+        self._ready.append(result)
+        self._arrived.set()

@@ -1,0 +1,133 @@
+"""The reader's side of a batch whose results are read as they come."""
+
+from __future__ import annotations
+
+__all__ = ["Completed"]
+
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+import anyio
+from anyio.abc import TaskGroup
+from anyio.lowlevel import checkpoint_if_cancelled
+
+from ._batch import Completing
+from ._errors import LoopClosed
+from ._lifetime import Lifetime
+from ._result import InvocationResult
+
+T = TypeVar("T")
+
+
+class Completed(Generic[T]):
+    """
+    An async context manager that gives the results of a batch in the order of completion.
+
+    The batch runs in a task of its own, which belongs to the loop where that has been entered, so that the
+    reader's task then enters no scope; otherwise to a task group that the block opens.
+    """
+
+    def __init__(self, make: Callable[[], Completing[T]], lifetime: Lifetime) -> None:
+        self._make = make
+        self._lifetime = lifetime
+        self._batch: Completing[T] | None = None
+        self._group: TaskGroup | None = None
+        self._scope = anyio.CancelScope()
+        self._ended = anyio.Event()
+        self._failure: BaseException | None = None
+        self._owned = False
+        self._closed_by: str | None = None
+
+    async def __aenter__(self) -> Self:
+        if self._batch is not None:
+            raise RuntimeError("the results of a batch can be read in one `async with` block only")
+
+        self._lifetime.check()
+        self._batch = self._make()
+        if self._lifetime.is_open:
+            self._owned = True
+            self._lifetime.begin(self)
+            self._lifetime.start_soon(self._run, "agentloop batch")
+        else:
+            self._group = anyio.create_task_group()
+            await self._group.__aenter__()
+            self._group.start_soon(self._run, name="agentloop batch")
+
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._scope.cancel("the block that reads the results was left")
+        if self._group is None:
+            # As in a task group: also a cancelled reader waits until nothing of it is left.
+            with anyio.CancelScope(shield=True):
+                await self._ended.wait()
+
+            await checkpoint_if_cancelled()
+        elif isinstance(exc, anyio.get_cancelled_exc_class()):
+            await self._group.__aexit__(exc_type, exc, traceback)
+        else:
+            # Nothing in the group raises, so what left the body goes on as the object that it is.
+            await self._group.__aexit__(None, None, None)
+
+        if exc is None and self._failure is not None:
+            raise self._failure
+
+    def __aiter__(self) -> AsyncIterator[InvocationResult[T]]:
+        if self._batch is None:
+            raise RuntimeError(
+                "write `async with loop.as_completed(...) as results:` around `async for result in results:`"
+            )
+
+        return self
+
+    async def __anext__(self) -> InvocationResult[T]:
+        batch = self._batch
+        assert batch is not None
+        result = await batch.take()
+        if result is not None:
+            return result
+
+        if self._failure is not None:
+            raise self._failure
+
+        if batch.input_error is not None:
+            raise batch.input_error
+
+        if self._closed_by is not None and batch.cut_short:
+            raise LoopClosed(f"{self._closed_by} before all inputs of this batch were started")
+
+        raise StopAsyncIteration
+
+    def close(self) -> None:
+        """Start nothing new: nobody might be reading any more."""
+        self._stop("the loop was left")
+
+    def cancel(self, reason: str, cause: BaseException) -> None:
+        """Cancel what runs; each invocation that was started still has its result."""
+        self._stop(reason)
+        assert self._batch is not None
+        self._batch.cancel(reason, cause)
+
+    def _stop(self, reason: str) -> None:
+        if self._closed_by is None:
+            self._closed_by = reason
+            assert self._batch is not None
+            self._batch.stop(reason, LoopClosed(reason))
+
+    async def _run(self) -> None:
+        assert self._batch is not None
+        try:
+            with self._scope:
+                await self._batch.run()
+        except anyio.get_cancelled_exc_class():
+            raise
+        except BaseException as exc:
+            self._failure = exc
+        finally:
+            self._batch.end()
+            self._ended.set()
+            if self._owned:
+                self._lifetime.end(self)

@@ -1,0 +1,56 @@
+"""The settings of a loop."""
+
+from __future__ import annotations
+
+__all__ = ["LoopConfig"]
+
+from collections.abc import Callable
+
+import attrs
+
+from . import _validators as must
+from ._backoff import Backoff
+from ._verdict import Verdict, classify
+
+
+@attrs.frozen(kw_only=True)
+class LoopConfig:
+    """
+    How a loop runs its invocations. Durations are in seconds; ``None`` means no limit.
+
+    :param max_concurrency: how many may run at once, where the loop is given no limiter
+    :param timeout_seconds: how long each attempt may take
+    :param total_timeout_seconds: how long an invocation may take from its first start, with all its
+        attempts and the waits between them
+    :param retry_on_timeout: whether an attempt that ran into ``timeout_seconds`` is retried
+    :param max_retries: how many retries an invocation may have; 0 for none of any kind
+    :param backoff: how long to wait before a retry
+    :param classify: judges what an attempt raised
+    :param first_chunk_timeout_seconds: how long a stream may take to its first chunk
+    :param idle_timeout_seconds: how long a stream may take from one chunk to the next
+    :param overload_timeout_seconds: how long an invocation goes on being retried through overload; such
+        retries do not count towards ``max_retries``
+    :param collect_metrics: whether results are recorded
+    :raises TypeError: if a value is of the wrong type; ``bool`` is no number
+    :raises ValueError: if a value is out of its range
+    """
+
+    max_concurrency: int = attrs.field(default=10, validator=must.whole(1))
+    timeout_seconds: float | None = attrs.field(default=300.0, validator=must.number(above=0, optional=True))
+    total_timeout_seconds: float | None = attrs.field(
+        default=None, validator=must.number(above=0, optional=True)
+    )
+    retry_on_timeout: bool = attrs.field(default=True, validator=must.instance(bool))
+    max_retries: int = attrs.field(default=3, validator=must.whole(0))
+    backoff: Backoff = attrs.field(factory=Backoff, validator=must.instance(Backoff))
+    classify: Callable[[Exception], Verdict] = attrs.field(default=classify, validator=must.callable_)
+    first_chunk_timeout_seconds: float | None = attrs.field(
+        default=None, validator=must.number(above=0, optional=True)
+    )
+    idle_timeout_seconds: float | None = attrs.field(
+        default=None, validator=must.number(above=0, optional=True)
+    )
+    overload_timeout_seconds: float | None = attrs.field(
+        default=600.0, validator=must.number(above=0, optional=True)
+    )
+    collect_metrics: bool = attrs.field(default=True, validator=must.instance(bool))

@@ -1,0 +1,86 @@
+"""Running a call inside a context of its own, without a task of its own."""
+
+from __future__ import annotations
+
+__all__ = ["call_in_context"]
+
+import inspect
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
+from contextvars import Context
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@types.coroutine
+def call_in_context(
+    context: Context,
+    fn: Callable[..., Awaitable[T]],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    on_wait: Callable[[], object],
+) -> Generator[Any, Any, T]:
+    """
+    Call ``fn`` and await what it returns, with every step taken inside ``context``.
+
+    Context variables that it sets stay in there, also for the tasks, threads and callbacks that it starts,
+    and a token can be reset in any later step, since all steps share the one context.
+
+    :param on_wait: called outside the context when the call waits for the first time
+    :raises TypeError: if ``fn`` returns something that cannot be awaited
+    """
+    run = context.run
+    returned = run(fn, *args, **kwargs)
+    coroutine: Coroutine[Any, Any, T]
+    if type(returned) is types.CoroutineType:
+        coroutine = returned
+    elif isinstance(returned, Coroutine):
+        coroutine = returned
+    elif inspect.isawaitable(returned):
+        coroutine = _wait(returned)
+    else:
+        raise TypeError(_refusal(fn, returned))
+
+    send = coroutine.send
+    try:
+        step = run(send, None)
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]  # what the coroutine returned
+
+    on_wait()
+    thrown: BaseException | None = None
+    while True:
+        try:
+            value = yield step
+        except GeneratorExit:
+            run(coroutine.close)
+            raise
+        except BaseException as exc:
+            # Thrown in below, outside of this block: inside, it would become the context of whatever the
+            # agent raises later on, even if it had handled it.
+            thrown = exc
+
+        try:
+            if thrown is None:
+                step = run(send, value)
+            else:
+                step = run(coroutine.throw, thrown)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]  # what the coroutine returned
+        finally:
+            thrown = None
+
+
+async def _wait(awaitable: Awaitable[T]) -> T:
+    return await awaitable
+
+
+def _refusal(fn: object, returned: object) -> str:
+    if inspect.isasyncgen(returned):
+        return f"{fn!r} is an async generator function: run it with run_streaming()"
+
+    return (
+        f"{fn!r} returned a {type(returned).__name__}, which cannot be awaited: pass an async function; run a "
+        "blocking one in a thread, as in partial(anyio.to_thread.run_sync, fn)"
+    )

@@ -1,0 +1,178 @@
+"""What is to be run."""
+
+from __future__ import annotations
+
+__all__ = ["Input", "Inputs", "Invocation", "as_invocation", "check_fn", "check_inputs"]
+
+import inspect
+import itertools
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from functools import partial
+from typing import Any, Generic, TypeAlias, TypeVar, cast, overload
+
+import attrs
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+ItemT = TypeVar("ItemT")
+
+
+def _check_agent_id(_: object, attribute: attrs.Attribute[str], value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{attribute.name} must be a str, got {value!r}")
+
+
+def check_fn(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    """Refuse what cannot be called, with a hint at what to write instead."""
+    if inspect.iscoroutine(value):
+        # It will never be awaited, and the error below says so better than the interpreter's warning.
+        value.close()
+        raise TypeError(
+            f"{attribute.name} must be an async function, got the coroutine {value!r}; pass the function "
+            "and its arguments apart: not fn(x) but fn, x"
+        )
+
+    if not callable(value):
+        raise TypeError(f"{attribute.name} must be an async function, got {value!r}")
+
+
+def _args(value: Sequence[Any]) -> tuple[Any, ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(f"args must be a tuple of positional arguments, got {value!r}")
+
+    return tuple(value)
+
+
+def _check_kwargs(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, Mapping) or not all(
+        isinstance(key, str) for key in cast("Mapping[object, object]", value)
+    ):
+        raise TypeError(f"{attribute.name} must be a mapping of argument names to values, got {value!r}")
+
+
+@attrs.frozen
+class Invocation(Generic[T_co]):
+    """
+    One call of an agent.
+
+    :param agent_id: a name for it, which its result carries
+    :param fn: an async function, or any callable that returns an awaitable; it is called anew for each
+        attempt, with the same arguments
+    :param args: its positional arguments
+    :param kwargs: its keyword arguments
+    :raises TypeError: if a value is of the wrong type
+    """
+
+    agent_id: str = attrs.field(validator=_check_agent_id)
+    fn: Callable[..., Awaitable[T_co]] = attrs.field(validator=check_fn)
+    args: tuple[Any, ...] = attrs.field(default=(), converter=_args)
+    kwargs: Mapping[str, Any] = attrs.field(factory=dict[str, Any], validator=_check_kwargs)
+
+    @overload
+    @staticmethod
+    def map(
+        fn: Callable[[ItemT], Awaitable[T]],
+        items: Iterable[ItemT],
+        agent_id: str | Callable[[ItemT], str] | None = None,
+    ) -> Iterator[Invocation[T]]: ...
+    @overload
+    @staticmethod
+    def map(
+        fn: Callable[[ItemT], Awaitable[T]],
+        items: AsyncIterable[ItemT],
+        agent_id: str | Callable[[ItemT], str] | None = None,
+    ) -> AsyncIterator[Invocation[T]]: ...
+    @staticmethod
+    def map(
+        fn: Callable[[ItemT], Awaitable[T]],
+        items: Iterable[ItemT] | AsyncIterable[ItemT],
+        agent_id: str | Callable[[ItemT], str] | None = None,
+    ) -> Iterator[Invocation[T]] | AsyncIterator[Invocation[T]]:
+        """
+        Make one invocation of ``fn`` for each item, lazily.
+
+        :param fn: an async function of one item
+        :param items: a sync or async iterable
+        :param agent_id: a function that names an item, or a prefix to number the items by
+            (``"q"`` gives ``"q-0"``, ``"q-1"``); the name of ``fn`` if absent
+        :return: an iterator, or an async iterator where ``items`` is async
+        :raises TypeError: if ``fn`` cannot be called or ``items`` cannot be iterated
+        """
+        check_fn(None, attrs.fields(Invocation).fn, fn)
+        prefix = _name(fn) if agent_id is None else agent_id
+        if not isinstance(prefix, str) and not callable(prefix):
+            raise TypeError(f"agent_id must be a str, a function of an item or None, got {agent_id!r}")
+
+        def make(index: int, item: ItemT) -> Invocation[T]:
+            return Invocation(prefix(item) if callable(prefix) else f"{prefix}-{index}", fn, (item,))
+
+        if isinstance(items, AsyncIterable):
+            return _amap(make, items)
+
+        if not isinstance(items, Iterable):
+            raise TypeError(f"items must be a sync or async iterable, got {items!r}")
+
+        return map(make, itertools.count(), items)
+
+
+Input: TypeAlias = (
+    Invocation[T] | tuple[str, Callable[..., Awaitable[T]], Sequence[Any], Mapping[str, Any]]
+)
+"""An invocation, or the plain 4-tuple of its fields."""
+
+Inputs: TypeAlias = Iterable[Input[T]] | AsyncIterable[Input[T]]
+"""What a batch is made of."""
+
+
+def as_invocation(value: Input[T]) -> Invocation[T]:
+    """
+    Return the invocation that ``value`` is or describes.
+
+    :raises TypeError: if it is neither an :class:`Invocation` nor a 4-tuple
+    """
+    if isinstance(value, Invocation):
+        return value
+
+    if isinstance(value, tuple) and len(value) == 4:
+        return Invocation(*value)
+
+    raise TypeError(
+        f"expected an Invocation or a tuple (agent_id, fn, args, kwargs) as an input, got {value!r}"
+    )
+
+
+def check_inputs(value: object) -> None:
+    """Refuse what cannot be a batch."""
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, (Iterable, AsyncIterable)):
+        raise TypeError(f"expected a sync or async iterable of invocations, got {value!r}")
+
+
+def _name(fn: Callable[..., Any]) -> str:
+    while isinstance(fn, partial):
+        fn = fn.func
+
+    return getattr(fn, "__name__", type(fn).__name__)
+
+
+async def _amap(
+    make: Callable[[int, ItemT], Invocation[T]], items: AsyncIterable[ItemT]
+) -> AsyncIterator[Invocation[T]]:
+    index = itertools.count()
+    iterator = aiter(items)
+    try:
+        async for item in iterator:
+            yield make(next(index), item)
+    finally:
+        # Whoever closes this generator wants the one below it closed too, and now.
+        if isinstance(iterator, AsyncGenerator):
+            await iterator.aclose()

@@ -1,0 +1,226 @@
+"""An invocation on its way: what happened to it so far, and what comes next."""
+
+from __future__ import annotations
+
+__all__ = ["Job"]
+
+import math
+import random
+from typing import Generic, TypeVar
+
+from ._config import LoopConfig
+from ._errors import InvocationCancelled, InvocationTimeout
+from ._invocation import Invocation
+from ._limiter import Waiter
+from ._result import InvocationResult, Status
+from ._verdict import Verdict, VerdictKind
+
+T = TypeVar("T")
+
+_TRANSIENT = Verdict(VerdictKind.TRANSIENT)
+_PERMANENT = Verdict(VerdictKind.PERMANENT)
+
+
+class Job(Generic[T]):
+    """
+    The state of one invocation. Nothing in here waits.
+
+    :param invocation: what is run
+    :param index: its place in the input
+    :param now: the time at which it began to wait for a slot
+    """
+
+    __slots__ = (
+        "attempts",
+        "counted_retries",
+        "deadline",
+        "error",
+        "expired",
+        "failures",
+        "index",
+        "invocation",
+        "output",
+        "overloaded_at",
+        "queued_at",
+        "started_at",
+        "status",
+        "total_seconds",
+        "verdict",
+        "waiter",
+        "wake_at",
+    )
+
+    def __init__(self, invocation: Invocation[T], index: int, now: float) -> None:
+        self.invocation = invocation
+        self.index = index
+        self.queued_at = now
+        self.started_at: float | None = None
+        self.deadline = math.inf
+        self.total_seconds = math.inf
+        self.attempts = 0
+        self.counted_retries = 0
+        self.overloaded_at: float | None = None
+        self.wake_at = -math.inf
+        self.expired = False
+        self.waiter: Waiter | None = None
+        self.status = Status.SKIPPED
+        self.output: T | None = None
+        self.error: BaseException | None = None
+        self.failures: list[Exception] | None = None
+        self.verdict: Verdict | None = None
+
+    def start(self, now: float, config: LoopConfig) -> float:
+        """
+        Begin an attempt.
+
+        :return: the time at which it has to be over
+        """
+        self.attempts += 1
+        if self.started_at is None:
+            self.started_at = now
+            if config.total_timeout_seconds is not None:
+                self.total_seconds = config.total_timeout_seconds
+                self.deadline = now + self.total_seconds
+
+        if config.timeout_seconds is None:
+            return self.deadline
+
+        return min(self.deadline, now + config.timeout_seconds)
+
+    def succeed(self, output: T) -> None:
+        """End the attempt with what the agent returned."""
+        self.status = Status.SUCCESS
+        self.output = output
+        self.error = None
+
+    def fail(self, status: Status, error: Exception) -> None:
+        """End the attempt with an error."""
+        self.status = status
+        self.error = error
+        if self.failures is None:
+            self.failures = []
+
+        self.failures.append(error)
+
+    def time_out(self, now: float, config: LoopConfig, cause: BaseException | None) -> None:
+        """End the attempt because its time was up, with what the agent made of that, if anything."""
+        total = now >= self.deadline
+        seconds = self.total_seconds if total else config.timeout_seconds
+        assert seconds is not None
+        error = InvocationTimeout(seconds, total)
+        error.__cause__ = cause
+        self.fail(Status.TIMEOUT, error)
+
+    def expire(self) -> None:
+        """End the invocation because its total time was up while it waited to be retried."""
+        error = InvocationTimeout(self.total_seconds, True)
+        error.__cause__ = self.error
+        self.expired = True
+        self.status = Status.TIMEOUT
+        self.error = error
+
+    def cancel(self, reason: str) -> None:
+        """End the invocation because its caller was cancelled."""
+        self.status = Status.CANCELLED if self.attempts else Status.SKIPPED
+        self.error = InvocationCancelled(reason)
+
+    def skip(self, error: Exception) -> None:
+        """End the invocation without having started it."""
+        self.status = Status.SKIPPED
+        self.error = error
+
+    def judge(self, config: LoopConfig) -> None:
+        """Find out what the failure of the last attempt means."""
+        error = self.error
+        self.verdict = None
+        if self.status is Status.TIMEOUT:
+            self.verdict = _TRANSIENT if config.retry_on_timeout else _PERMANENT
+        elif self.status is Status.ERROR:
+            assert isinstance(error, Exception)
+            try:
+                self.verdict = config.classify(error)
+                if not isinstance(self.verdict, Verdict):
+                    raise TypeError(f"classify must return a Verdict, got {self.verdict!r}")  # noqa: TRY301
+            except Exception as exc:
+                _note(error, f"not retried: classify failed with {type(exc).__name__}: {exc}")
+                self.verdict = _PERMANENT
+
+    def next_start(self, now: float, deadline: float, config: LoopConfig) -> float | None:
+        """
+        Decide about a retry.
+
+        :param now: the time at which the attempt failed
+        :param deadline: when the caller's own time is up; a wait beyond it would only lose the error
+        :return: the time of the next attempt; ``None`` if this failure is final
+        """
+        verdict = self.verdict
+        if verdict is None or verdict.kind in (VerdictKind.PERMANENT, VerdictKind.FATAL):
+            return None
+
+        if config.max_retries == 0 or now >= self.deadline:
+            return None
+
+        backoff = config.backoff
+        overload = verdict.kind is VerdictKind.OVERLOAD
+        if not overload and self.counted_retries >= config.max_retries:
+            return None
+
+        if verdict.retry_after is not None and verdict.retry_after > backoff.max_retry_after_seconds:
+            return self._give_up(
+                f"the server asked to wait {verdict.retry_after:.10g}s, "
+                f"and max_retry_after_seconds is {backoff.max_retry_after_seconds:.10g}"
+            )
+
+        wake_at = now + backoff.wait(self.attempts - 1, verdict.retry_after, random)
+        if wake_at >= self.deadline:
+            return self._give_up(f"total_timeout_seconds={self.total_seconds:.10g} would pass during the wait")
+
+        if wake_at >= deadline:
+            return self._give_up("the caller's deadline would pass during the wait")
+
+        if overload:
+            if self.overloaded_at is None:
+                self.overloaded_at = now
+
+            patience = config.overload_timeout_seconds
+            if patience is not None and wake_at > self.overloaded_at + patience:
+                return self._give_up(f"overload_timeout_seconds={patience:.10g} would pass during the wait")
+        else:
+            self.counted_retries += 1
+
+        self.wake_at = wake_at
+        return wake_at
+
+    def stop(self, reason: str) -> None:
+        """Make the last failure final although it would have been retried."""
+        self._give_up(reason)
+
+    def result(self, now: float) -> InvocationResult[T]:
+        """Return what became of the invocation, which ended at ``now``."""
+        started_at = self.started_at
+        if started_at is None:
+            latency, queue = 0.0, now - self.queued_at
+        else:
+            latency, queue = now - started_at, started_at - self.queued_at
+
+        return InvocationResult(
+            self.invocation.agent_id,
+            self.status,
+            self.output,
+            self.error,
+            latency * 1000,
+            queue * 1000,
+            max(0, self.attempts - 1),
+            tuple(self.failures) if self.failures else (),
+            self.index,
+        )
+
+    def _give_up(self, reason: str) -> None:
+        assert self.error is not None
+        _note(self.error, f"not retried: {reason}")
+
+
+def _note(exc: BaseException, note: str) -> None:
+    # One exception object may be raised by many attempts; say a thing once.
+    if note not in getattr(exc, "__notes__", ()):
+        exc.add_note(note)

@@ -1,0 +1,140 @@
+"""The lifetime that ``async with loop:`` gives a loop."""
+
+from __future__ import annotations
+
+__all__ = ["Lifetime"]
+
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import anyio
+from anyio.abc import TaskGroup
+
+from ._errors import LoopClosed
+from ._limiter import Limiter, current_slot, pool_of
+
+
+class Call(Protocol):
+    """Something in progress that a loop waits for, or ends, when it is left."""
+
+    def close(self) -> None:
+        """Begin nothing new that nobody waits for; go on with what runs."""
+
+    def cancel(self, reason: str, cause: BaseException) -> None:
+        """Cancel what runs."""
+
+
+class Lifetime:
+    """
+    Keeps account of the calls in progress, and owns the tasks whose readers may live elsewhere.
+
+    A loop that was never entered has no lifetime: then nothing is kept account of, and nothing refused.
+
+    :param limiter: the limiter whose running invocations may still make calls while the loop is being left
+    """
+
+    def __init__(self, limiter: Limiter) -> None:
+        self._limiter = limiter
+        self._group: TaskGroup | None = None
+        self._task_id = 0
+        self._left = False
+        self._calls: dict[Call, None] = {}
+        self._idle: anyio.Event | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the block has been entered and its calls have not all ended."""
+        return self._group is not None
+
+    def check(self) -> None:
+        """
+        Refuse new work once the block has been left.
+
+        :raises LoopClosed: unless the work is that of an invocation which is still running
+        """
+        if self._left and pool_of(self._limiter).lender(current_slot.get()) is None:
+            raise LoopClosed(
+                "this loop's `async with` block has been left, so it takes no new work: "
+                "call it inside the block, or enter the loop again"
+            )
+
+    @contextmanager
+    def call(self, call: Call) -> Iterator[None]:
+        """Count a call as in progress within the block."""
+        self.begin(call)
+        try:
+            yield
+        finally:
+            self.end(call)
+
+    def begin(self, call: Call) -> None:
+        """Count a call as in progress."""
+        self._calls[call] = None
+
+    def end(self, call: Call) -> None:
+        """Count a call as ended."""
+        del self._calls[call]
+        if not self._calls and self._idle is not None:
+            self._idle.set()
+
+    def start_soon(self, task: Callable[[], Awaitable[None]], name: str) -> None:
+        """Start a task that belongs to the loop. It must not raise."""
+        assert self._group is not None
+        self._group.start_soon(task, name=name)
+
+    async def enter(self) -> None:
+        """
+        Begin.
+
+        :raises RuntimeError: if it has begun already
+        """
+        if self._group is not None:
+            raise RuntimeError("this loop has been entered already: one `async with` at a time")
+
+        group = anyio.create_task_group()
+        await group.__aenter__()
+        self._group = group
+        self._task_id = anyio.get_current_task().id
+        self._left = False
+
+    async def leave(self, exc: BaseException | None) -> None:
+        """
+        Wait for what runs; cancel it if the block was left by an exception, or is cancelled meanwhile.
+
+        :raises RuntimeError: if another task entered
+        """
+        group = self._group
+        assert group is not None
+        if anyio.get_current_task().id != self._task_id:
+            raise RuntimeError("a loop must be left by the task that entered it")
+
+        self._left = True
+        try:
+            if exc is not None:
+                self._cancel(exc)
+
+            for call in tuple(self._calls):
+                call.close()
+
+            await self._wait_idle()
+        except BaseException as cancelled:
+            self._cancel(cancelled)
+            with anyio.CancelScope(shield=True):
+                await self._wait_idle()
+
+            raise
+        finally:
+            self._group = None
+            # Its tasks have ended, and none of them raises; so this passes nothing but cancellation.
+            await group.__aexit__(None, None, None)
+
+    def _cancel(self, cause: BaseException) -> None:
+        reason = f"the loop was left by {type(cause).__name__}"
+        for call in tuple(self._calls):
+            call.cancel(reason, cause)
+
+    async def _wait_idle(self) -> None:
+        while self._calls:
+            self._idle = anyio.Event()
+            await self._idle.wait()

@@ -1,0 +1,330 @@
+"""How many attempts may run at once."""
+
+from __future__ import annotations
+
+__all__ = ["Limiter", "LimiterStatistics", "Pool", "Slot", "Waiter", "current_slot", "pool_of"]
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import anyio
+import attrs
+from anyio.lowlevel import EventLoopToken, current_token
+
+from . import _validators as must
+from ._invocation import Invocation
+from ._pace import Pace
+from ._verdict import Verdict
+
+current_slot: ContextVar[Slot | None] = ContextVar("agentloop.current_slot", default=None)
+"""The slot of the invocation that the current code runs in."""
+
+
+class Slot:
+    """
+    The right to run one attempt: a token of the limiter, or the slot of an invocation further out.
+
+    An invocation that runs others lends them its own slot, one at a time, as GNU make's jobserver does
+    (Paul Smith, "POSIX Jobserver", GNU make manual, section 13.1): only further parallelism needs another
+    token, so however deep the nesting, the innermost invocation always has a slot to run in.
+    """
+
+    __slots__ = ("_lender", "_lent", "_outer", "_pool", "_released", "_waiters")
+
+    def __init__(self, pool: Pool, lender: Slot | None, outer: Slot | None) -> None:
+        self._pool = pool
+        self._lender = lender
+        self._outer = outer
+        self._lent = False
+        self._released = False
+        # Who would take this slot on loan; made when the first one asks.
+        self._waiters: OrderedDict[Waiter, None] | None = None
+
+    def release(self, verdict: Verdict | None = None) -> None:
+        """
+        Give the slot back, or leave it to the one it is lent to, who then gives it back.
+
+        :param verdict: the judgement of the attempt, where it failed
+        """
+        del verdict  # for the limiter's overload control, which the first form does not have
+        self._released = True
+        waiters, self._waiters = self._waiters, None
+        if waiters:
+            lender = self._pool.lender(self._outer)
+            for waiter in waiters:
+                waiter.lender = lender
+                self._pool.offer_loan(waiter)
+
+        if not self._lent:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        lender = self._lender
+        if lender is None:
+            self._pool.give_back(self)
+            return
+
+        lender._lent = False
+        if lender._released:
+            lender._give_back()
+        elif lender._waiters:
+            waiter = next(iter(lender._waiters))
+            self._pool.offer_loan(waiter)
+
+
+class Waiter:
+    """A place in the queue for a slot."""
+
+    __slots__ = ("event", "lender", "outer", "slot")
+
+    def __init__(self, lender: Slot | None, outer: Slot | None) -> None:
+        self.lender = lender
+        self.outer = outer
+        self.slot: Slot | None = None
+        self.event = anyio.Event()
+
+
+class Pool:
+    """
+    The state that a limiter has in one event loop.
+
+    Every change of it is synchronous, so that no cancellation can tear it.
+    """
+
+    def __init__(self, token: EventLoopToken, max_concurrency: int) -> None:
+        self.token = token
+        self.thread = threading.current_thread()
+        self.pace = Pace()
+        self.asleep = 0
+        """How many invocations wait to be retried."""
+        self.on_raise: set[Callable[[], None]] = set()
+        """Called when the limit was raised, so that a batch can start more workers."""
+        self._tokens = anyio.CapacityLimiter(max_concurrency)
+        # Ordered, and with removal in O(1): a cancelled waiter leaves nothing behind. The limiter's own
+        # queue will not do, since a waiter may stand in two queues: this one and its lender's.
+        self._queue: OrderedDict[Waiter, None] = OrderedDict()
+
+    @property
+    def running(self) -> int:
+        return int(self._tokens.borrowed_tokens)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue) + self.asleep
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def resize(self, max_concurrency: int) -> None:
+        raised = max_concurrency > self._tokens.total_tokens
+        self._tokens.total_tokens = max_concurrency
+        if raised:
+            self._grant()
+            for callback in tuple(self.on_raise):
+                callback()
+
+    def lender(self, slot: Slot | None) -> Slot | None:
+        """Return the innermost slot of this pool, from ``slot`` outwards, whose invocation still runs."""
+        while slot is not None and (slot._pool is not self or slot._released):
+            slot = slot._outer
+
+        return slot
+
+    def acquire_nowait(self, invocation: Invocation[Any], outer: Slot | None) -> Slot | None:
+        """
+        Return a slot if there is one for which nobody waits.
+
+        :param invocation: what the slot is for
+        :param outer: the slot of the invocation that asks, if one does
+        """
+        del invocation  # for the limiter's rates, which take its cost and which the first form does not have
+        lender = self.lender(outer)
+        if lender is not None and not lender._lent:
+            lender._lent = True
+            return Slot(self, lender, outer)
+
+        return None if self._queue else self._take(outer)
+
+    def enqueue(self, invocation: Invocation[Any], outer: Slot | None) -> Waiter:
+        """Stand in line for a slot: the pool's, and the one of the invocation that asks, if one does."""
+        del invocation
+        waiter = Waiter(self.lender(outer), outer)
+        self._queue[waiter] = None
+        self.offer_loan(waiter)
+        return waiter
+
+    async def wait(self, waiter: Waiter) -> Slot | None:
+        """
+        Wait for the slot. Cancellation gives up the place in the line, and a slot granted meanwhile.
+
+        :return: the slot; ``None`` if the waiter was withdrawn
+        """
+        try:
+            await waiter.event.wait()
+        except BaseException:
+            if waiter.slot is None:
+                self.withdraw(waiter)
+            else:
+                waiter.slot.release()
+
+            raise
+
+        return waiter.slot
+
+    async def acquire(self, invocation: Invocation[Any], outer: Slot | None) -> Slot:
+        """Return a slot, waiting for it in the order of arrival."""
+        slot = self.acquire_nowait(invocation, outer)
+        if slot is None:
+            slot = await self.wait(self.enqueue(invocation, outer))
+            assert slot is not None
+
+        return slot
+
+    def withdraw(self, waiter: Waiter) -> None:
+        """Take out of the line one who has not been granted a slot, and wake it."""
+        self._queue.pop(waiter, None)
+        if waiter.lender is not None and waiter.lender._waiters:
+            waiter.lender._waiters.pop(waiter, None)
+
+        waiter.event.set()
+
+    def offer_loan(self, waiter: Waiter) -> None:
+        """Lend the waiter its lender's slot, now if it is free, else when it will be."""
+        lender = waiter.lender
+        if lender is None:
+            return
+
+        if not lender._lent:
+            lender._lent = True
+            self._give(waiter, Slot(self, lender, waiter.outer))
+            return
+
+        if lender._waiters is None:
+            lender._waiters = OrderedDict()
+
+        lender._waiters[waiter] = None
+
+    def give_back(self, slot: Slot) -> None:
+        """Take a token back and pass it on."""
+        self._tokens.release_on_behalf_of(slot)
+        if self._queue:
+            self._grant()
+
+    def _take(self, outer: Slot | None) -> Slot | None:
+        if self._tokens.available_tokens < 1:
+            return None
+
+        # A borrower of its own for each attempt: equal or repeated borrowers collide.
+        slot = Slot(self, None, outer)
+        self._tokens.acquire_on_behalf_of_nowait(slot)
+        return slot
+
+    def _grant(self) -> None:
+        while self._queue:
+            waiter = next(iter(self._queue))
+            slot = self._take(waiter.outer)
+            if slot is None:
+                return
+
+            self._give(waiter, slot)
+
+    def _give(self, waiter: Waiter, slot: Slot) -> None:
+        waiter.slot = slot
+        self.withdraw(waiter)
+
+
+@attrs.frozen
+class LimiterStatistics:
+    """
+    A limiter at this moment.
+
+    :param running: how many slots are in use
+    :param waiting: how many invocations wait for a slot or for their next retry
+    :param max_concurrency: how many slots there are
+    """
+
+    running: int
+    waiting: int
+    max_concurrency: int
+
+
+class Limiter:
+    """
+    One limit for everything that shares it: loops, views of loops, batches and single invocations.
+
+    It can be made anywhere, inside an event loop or not, and serve several runs in turn, but not two
+    event loops at once. Slots are granted first come, first served.
+
+    :param max_concurrency: how many invocations may run at once
+    :raises TypeError: if ``max_concurrency`` is no ``int``
+    :raises ValueError: if it is less than 1
+    """
+
+    def __init__(self, max_concurrency: int) -> None:
+        must.check_whole("max_concurrency", max_concurrency, 1)
+        self._max_concurrency = max_concurrency
+        self._pool: Pool | None = None
+
+    def __repr__(self) -> str:
+        return f"<Limiter {_state(self.statistics())}>"
+
+    @property
+    def max_concurrency(self) -> int:
+        """
+        How many invocations may run at once.
+
+        It can be set at any time. Raised, it lets those who wait start at once; lowered, it interrupts
+        nothing, and nothing new starts until enough has ended.
+        """
+        return self._max_concurrency
+
+    @max_concurrency.setter
+    def max_concurrency(self, value: int) -> None:
+        must.check_whole("max_concurrency", value, 1)
+        pool = self._pool
+        if pool is not None and pool.busy and pool.thread is not threading.current_thread():
+            raise RuntimeError(
+                "max_concurrency of a limiter in use can be set only in the thread of its event loop; "
+                "go there by anyio.from_thread.run_sync()"
+            )
+
+        self._max_concurrency = value
+        if pool is not None:
+            pool.resize(value)
+
+    def statistics(self) -> LimiterStatistics:
+        """Return the state at this moment."""
+        pool = self._pool
+        running, waiting = (pool.running, pool.waiting) if pool is not None else (0, 0)
+        return LimiterStatistics(running, waiting, self._max_concurrency)
+
+
+def pool_of(limiter: Limiter) -> Pool:
+    """
+    Return the state of a limiter in the current event loop.
+
+    :raises RuntimeError: if it is in use in another event loop
+    """
+    pool, token = limiter._pool, current_token()
+    if pool is None or pool.token != token:
+        if pool is not None and pool.busy:
+            # A run that was torn down before its tasks ended leaves slots behind that nobody will give
+            # back; a run that goes on in another thread is a mistake.
+            thread = pool.thread
+            if thread is not threading.current_thread() and thread.is_alive():
+                raise RuntimeError(
+                    f"this limiter is in use in another event loop, in thread {thread.name!r}; "
+                    "use one per event loop"
+                )
+
+        pool = limiter._pool = Pool(token, limiter.max_concurrency)
+
+    return pool
+
+
+def _state(statistics: LimiterStatistics) -> str:
+    return f"{statistics.running} running, {statistics.waiting} waiting, limit {statistics.max_concurrency}"

@@ -1,0 +1,239 @@
+"""The loop itself."""
+
+from __future__ import annotations
+
+__all__ = ["AgentLoop", "LoopStatistics"]
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from types import TracebackType
+from typing import Any, ParamSpec, Self, TypeVar
+
+import attrs
+
+from ._batch import Completing, Gathering
+from ._completed import Completed
+from ._config import LoopConfig
+from ._invocation import Inputs, Invocation, check_inputs
+from ._lifetime import Lifetime
+from ._limiter import Limiter
+from ._metrics import MetricsRecorder
+from ._result import InvocationResult
+from ._single import Single
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@attrs.frozen
+class LoopStatistics:
+    """
+    A loop at this moment. Loops that share a limiter share these figures.
+
+    :param running: how many slots are in use; an invocation that waits for others which it runs on the same
+        loop has lent them its slot and counts once with them
+    :param waiting: how many invocations wait for a slot or for their next retry; the input of a batch that
+        was not pulled yet does not count
+    :param max_concurrency: how many slots there are
+    """
+
+    running: int
+    waiting: int
+    max_concurrency: int
+
+
+class AgentLoop:
+    """
+    Runs agents: async callables that are slow, fail, hang and get rate-limited.
+
+    A loop can be made anywhere, inside an event loop or not, and serve several runs in turn, on either
+    backend. ``async with loop:`` is optional. It gives the loop a lifetime, as a task group has one:
+    leaving the block waits for what runs, leaving it by an exception cancels what runs, and afterwards the
+    loop refuses new work.
+
+    :param config: the settings; the defaults of :class:`LoopConfig` if absent
+    :param limiter: the limiter to share with other loops; one of ``config.max_concurrency`` if absent
+    :param metrics: the recorder to share with other loops; a new one if absent
+    :raises TypeError: if a parameter is of the wrong type
+    """
+
+    def __init__(
+        self,
+        config: LoopConfig | None = None,
+        *,
+        limiter: Limiter | None = None,
+        metrics: MetricsRecorder | None = None,
+    ) -> None:
+        for name, value, kind in (
+            ("config", config, LoopConfig),
+            ("limiter", limiter, Limiter),
+            ("metrics", metrics, MetricsRecorder),
+        ):
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r}")
+
+        self._config = LoopConfig() if config is None else config
+        self._limiter = Limiter(self._config.max_concurrency) if limiter is None else limiter
+        self._metrics = MetricsRecorder() if metrics is None else metrics
+        self._lifetime = Lifetime(self._limiter)
+
+    def __repr__(self) -> str:
+        now = self.statistics()
+        return f"<AgentLoop {now.running} running, {now.waiting} waiting, limit {now.max_concurrency}>"
+
+    @property
+    def config(self) -> LoopConfig:
+        """The settings."""
+        return self._config
+
+    @property
+    def limiter(self) -> Limiter:
+        """The limiter, which says how many invocations may run at once."""
+        return self._limiter
+
+    @property
+    def metrics(self) -> MetricsRecorder:
+        """The recorder of all results."""
+        return self._metrics
+
+    def with_config(self, **changes: Any) -> AgentLoop:
+        """
+        Return a view of this loop with changed settings. It shares limiter, metrics and lifetime.
+
+        :param changes: fields of :class:`LoopConfig` by name
+        :raises TypeError: if there is no such field, or a value is of the wrong type
+        :raises ValueError: if a value is out of its range, or ``max_concurrency`` is changed, which is
+            the shared limiter's: set ``loop.limiter.max_concurrency``, or make another loop
+        """
+        config = attrs.evolve(self._config, **changes)
+        if config.max_concurrency != self._config.max_concurrency:
+            raise ValueError(
+                "max_concurrency cannot differ in a view, which shares the limiter: "
+                "set loop.limiter.max_concurrency, or make another AgentLoop"
+            )
+
+        view = AgentLoop(config, limiter=self._limiter, metrics=self._metrics)
+        view._lifetime = self._lifetime
+        return view
+
+    def statistics(self) -> LoopStatistics:
+        """Return the state at this moment."""
+        now = self._limiter.statistics()
+        return LoopStatistics(now.running, now.waiting, now.max_concurrency)
+
+    def get_latency_stats(self) -> dict[str, float]:
+        """
+        Return ``p50_ms``, ``p95_ms``, ``p99_ms``, ``mean_ms`` and ``count`` of the latencies so far, in
+        milliseconds; all of them 0 before the first.
+        """
+        latency = self._metrics.snapshot().latency
+        return {
+            "p50_ms": latency.p50_ms,
+            "p95_ms": latency.p95_ms,
+            "p99_ms": latency.p99_ms,
+            "mean_ms": latency.mean_ms,
+            "count": latency.count,
+        }
+
+    def reset_metrics(self) -> None:
+        """Forget all that was measured."""
+        self._metrics.reset()
+
+    async def run_single(
+        self, agent_id: str, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> InvocationResult[T]:
+        """
+        Run one invocation: wait for a slot, call ``fn``, time it out, retry it.
+
+        The agent runs in the caller's task, in a context of its own. Cancelling the caller cancels the
+        agent and propagates.
+
+        :param agent_id: a name for it, which the result carries
+        :param fn: an async function, or any callable that returns an awaitable
+        :param args: its positional arguments
+        :param kwargs: its keyword arguments
+        :return: what became of it; a failure is data
+        :raises TypeError: if ``fn`` cannot be called
+        :raises LoopClosed: if the loop's ``async with`` block has been left
+        """
+        self._lifetime.check()
+        single = Single(Invocation(agent_id, fn, args, kwargs), self._limiter, self._config, self._record)
+        if not self._lifetime.is_open:
+            return await single.run()
+
+        with self._lifetime.call(single):
+            return await single.run_cancellable()
+
+    async def run_all(self, invocations: Inputs[T]) -> list[InvocationResult[T]]:
+        """
+        Run every invocation and return the results in input order.
+
+        After a fatal verdict nothing new is started and nothing is retried: what runs finishes, and the rest
+        of the results are ``SKIPPED``. When the input itself raises, what runs finishes, and then the input's
+        exception is raised. Cancelling the caller cancels everything and propagates.
+
+        :param invocations: what to run: a sync or async iterable of invocations or
+            ``(agent_id, fn, args, kwargs)`` tuples, pulled as slots get free
+        :return: exactly one result per input
+        :raises TypeError: if ``invocations`` is no iterable, or an input is neither an :class:`Invocation`
+            nor a 4-tuple
+        :raises LoopClosed: if the loop's ``async with`` block has been left
+        """
+        check_inputs(invocations)
+        self._lifetime.check()
+        batch = Gathering(invocations, self._limiter, self._config, self._record)
+        if self._lifetime.is_open:
+            with self._lifetime.call(batch):
+                await batch.run()
+        else:
+            await batch.run()
+
+        if batch.input_error is not None:
+            raise batch.input_error
+
+        return batch.results()
+
+    def as_completed(
+        self, invocations: Inputs[T]
+    ) -> AbstractAsyncContextManager[AsyncIterator[InvocationResult[T]], None]:
+        """
+        Run every invocation and give the results as they come::
+
+            async with loop.as_completed(invocations) as results:
+                async for result in results:
+                    ...
+
+        The input is pulled lazily: no more than ``max_concurrency`` invocations run, wait for a slot or have
+        a result that was not read, so a reader that stops reading stops new starts. (Invocations that wait
+        to be retried do not count; there are at most eight times as many of them.) Leaving the block cancels
+        what is left and waits for it. Being cancelled while waiting for a result loses none.
+
+        After a fatal verdict nothing new is started, and the iteration ends when what ran was read. When the
+        input itself raises, its exception is raised after the last result.
+
+        :param invocations: what to run: a sync or async iterable of invocations or
+            ``(agent_id, fn, args, kwargs)`` tuples
+        :return: an async context manager that gives an async iterable of results in completion order
+        :raises TypeError: if ``invocations`` is no iterable; while iterating, if an input is neither an
+            :class:`Invocation` nor a 4-tuple
+        :raises LoopClosed: on entering, if the loop's ``async with`` block has been left; while iterating, if
+            it was left before all inputs were started
+        """
+        check_inputs(invocations)
+        return Completed(
+            partial(Completing, invocations, self._limiter, self._config, self._record), self._lifetime
+        )
+
+    async def __aenter__(self) -> Self:
+        await self._lifetime.enter()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._lifetime.leave(exc)
+
+    @property
+    def _record(self) -> Callable[[InvocationResult[Any]], None] | None:
+        return self._metrics.record if self._config.collect_metrics else None

@@ -1,0 +1,90 @@
+"""What became of an invocation."""
+
+from __future__ import annotations
+
+__all__ = ["InvocationResult", "Status"]
+
+import enum
+from typing import Generic, TypeVar, cast
+
+import attrs
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Status(enum.StrEnum):
+    """How an invocation ended."""
+
+    SUCCESS = "success"
+    """The agent returned."""
+
+    ERROR = "error"
+    """The agent raised, and was not retried any more."""
+
+    TIMEOUT = "timeout"
+    """The agent was still running when its time was up."""
+
+    CANCELLED = "cancelled"
+    """The agent ended by a cancellation that its caller did not ask for."""
+
+    SKIPPED = "skipped"
+    """The agent was not started, because the batch had been stopped."""
+
+
+@attrs.frozen
+class InvocationResult(Generic[T_co]):
+    """
+    What became of one invocation. Times are in milliseconds of the event loop's clock.
+
+    :param agent_id: the name that the invocation was given
+    :param status: how it ended
+    :param output: what the agent returned; ``None`` if it did not
+    :param exception: what the last attempt raised, the object itself; ``None`` on success
+    :param latency_ms: from the first start to the end, with retries and the waits between them
+    :param queue_ms: the wait for the first slot
+    :param retries: how many retries were made
+    :param failures: what each failed attempt raised, in order
+    :param index: the place in the batch's input; 0 for a single invocation
+    """
+
+    agent_id: str
+    status: Status
+    output: T_co | None = None
+    exception: BaseException | None = None
+    latency_ms: float = 0.0
+    queue_ms: float = 0.0
+    retries: int = 0
+    failures: tuple[Exception, ...] = ()
+    index: int = 0
+
+    @property
+    def success(self) -> bool:
+        """Whether the agent returned."""
+        return self.status is Status.SUCCESS
+
+    @property
+    def error(self) -> str | None:
+        """What went wrong, in one line: ``"ValueError: boom"``, ``"Timeout after 0.5s"``; else ``None``."""
+        exc = self.exception
+        if exc is None:
+            return None
+
+        if self.status is Status.TIMEOUT:
+            return str(exc)
+
+        return f"{type(exc).__name__}: {exc}".removesuffix(": ")
+
+    def unwrap(self) -> T_co:
+        """
+        Return what the agent returned.
+
+        :raises BaseException: ``exception``, if there is one, as the object that it is
+        """
+        if self.exception is None:
+            return cast("T_co", self.output)
+
+        try:
+            raise self.exception
+        finally:
+            # The traceback now refers to this frame; the frame must not refer back to the exception.
+            del self

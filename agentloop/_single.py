@@ -1,0 +1,128 @@
+"""One invocation, in its caller's task."""
+
+from __future__ import annotations
+
+__all__ = ["Single"]
+
+from collections.abc import Callable
+from contextvars import copy_context
+from typing import Any, Generic, TypeVar
+
+import anyio
+from anyio.lowlevel import cancel_shielded_checkpoint
+
+from ._attempt import run_attempt
+from ._backend import current_host
+from ._config import LoopConfig
+from ._invocation import Invocation
+from ._job import Job
+from ._limiter import Limiter, Slot, current_slot, pool_of
+from ._result import InvocationResult
+
+T = TypeVar("T")
+
+
+class Single(Generic[T]):
+    """
+    Runs one invocation in the caller's task: slot, attempt, wait, and again.
+
+    :param record: is given the result, also when the caller is cancelled
+    """
+
+    def __init__(
+        self,
+        invocation: Invocation[T],
+        limiter: Limiter,
+        config: LoopConfig,
+        record: Callable[[InvocationResult[Any]], None] | None,
+    ) -> None:
+        self._pool = pool_of(limiter)
+        self._config = config
+        self._record = record
+        self._outer: Slot | None = current_slot.get()
+        self._job = Job(invocation, 0, anyio.current_time())
+        self._scope: anyio.CancelScope | None = None
+        self._reason = "the caller was cancelled"
+        self._waited = False
+
+    async def run(self) -> InvocationResult[T]:
+        """
+        Run to the end.
+
+        :raises BaseException: the caller's cancellation, and what the agent raised that is no ``Exception``
+        """
+        job = self._job
+        try:
+            await self._run()
+        except BaseException:
+            job.cancel(self._reason)
+            self._end()
+            raise
+
+        result = self._end()
+        if not self._waited:
+            await cancel_shielded_checkpoint()
+
+        return result
+
+    async def run_cancellable(self) -> InvocationResult[T]:
+        """Run to the end, or to a call of :meth:`cancel`, which makes a result as well."""
+        with anyio.CancelScope() as self._scope:
+            return await self.run()
+
+        return self._end()
+
+    def close(self) -> None:
+        """Begin nothing new; what waits to be retried here is not new."""
+
+    def cancel(self, reason: str, cause: BaseException) -> None:
+        """Cancel the invocation."""
+        del cause
+        assert self._scope is not None
+        self._reason = reason
+        self._scope.cancel(reason)
+
+    def _end(self) -> InvocationResult[T]:
+        result = self._job.result(anyio.current_time())
+        if self._record is not None:
+            self._record(result)
+            self._record = None
+
+        return result
+
+    async def _run(self) -> None:
+        job, config, pool = self._job, self._config, self._pool
+        context = copy_context()
+        host = current_host()
+        while True:
+            slot = await self._acquire()
+            if slot is None:
+                job.expire()
+                return
+
+            await run_attempt(job, config, slot, context, host, False, self._on_wait)
+            if job.verdict is None:
+                return
+
+            wake_at = job.next_start(anyio.current_time(), anyio.current_effective_deadline(), config)
+            if wake_at is None:
+                return
+
+            self._waited = True
+            pool.asleep += 1
+            try:
+                await anyio.sleep_until(wake_at)
+            finally:
+                pool.asleep -= 1
+
+    async def _acquire(self) -> Slot | None:
+        slot = self._pool.acquire_nowait(self._job.invocation, self._outer)
+        if slot is None:
+            self._waited = True
+            with anyio.CancelScope(deadline=self._job.deadline):
+                slot = await self._pool.acquire(self._job.invocation, self._outer)
+
+        return slot
+
+    def _on_wait(self) -> None:
+        self._waited = True
