@@ -47,8 +47,11 @@ __all__ = [
     "classify",
 ]
 
-for _name in __all__:
-    # Tracebacks, pickles and documentation name the place where users find a thing.
-    globals()[_name].__module__ = __name__
 
-del _name
+def _name_their_place() -> None:
+    # Tracebacks, pickles and documentation name the place where users find a thing.
+    for name in __all__:
+        globals()[name].__module__ = __name__
+
+
+_name_their_place()

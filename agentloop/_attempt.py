@@ -6,7 +6,7 @@ __all__ = ["run_attempt"]
 
 from collections.abc import Callable
 from contextvars import Context
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
@@ -53,9 +53,19 @@ async def run_attempt(
         scope = anyio.CancelScope(deadline=job.start(anyio.current_time(), config))
         try:
             with scope:
-                job.succeed(
-                    await call_in_context(context, invocation.fn, invocation.args, invocation.kwargs, on_wait)
-                )
+                try:
+                    output = await call_in_context(
+                        context, invocation.fn, invocation.args, invocation.kwargs, on_wait
+                    )
+                except anyio.get_cancelled_exc_class() as exc:
+                    if scope.cancel_called:
+                        # The scope is about to drop it, but trio holds on to it in a cycle: without this,
+                        # the frames and arguments of the agent would live until the next collection.
+                        exc.__traceback__ = None
+
+                    raise
+
+                job.succeed(output)
                 return
         except Exception as exc:
             # An error made out of the caller's cancellation is that cancellation.
@@ -101,7 +111,7 @@ def _without_cancellation(exc: BaseException) -> Exception | None:
         return None
 
     if isinstance(exc, BaseExceptionGroup):
-        rest = exc.split(cancelled)[1]
+        rest = cast("BaseExceptionGroup[BaseException]", exc).split(cancelled)[1]
         if rest is None or isinstance(rest, Exception):
             return rest
 

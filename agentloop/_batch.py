@@ -8,7 +8,7 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterator
 from contextvars import copy_context
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
@@ -23,7 +23,7 @@ from ._errors import BatchStopped, InvocationCancelled
 from ._invocation import Input, Inputs, as_invocation
 from ._job import Job
 from ._limiter import Limiter, Slot, current_slot, pool_of
-from ._result import InvocationResult, Status
+from ._result import InvocationResult
 from ._verdict import VerdictKind
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ class Batch(Generic[T]):
         inputs: Inputs[T],
         limiter: Limiter,
         config: LoopConfig,
-        record: Callable[[InvocationResult[T]], None] | None,
+        record: Callable[[InvocationResult[Any]], None] | None,
     ) -> None:
         self._limiter = limiter
         self._config = config
@@ -239,7 +239,7 @@ class Batch(Generic[T]):
         limit = self._limiter.max_concurrency
         return not self._exhausted and self._live < limit and self._resting < ASLEEP_PER_SLOT * limit
 
-    async def _guarded(self, task: Callable[[], Awaitable[None]]) -> None:
+    async def _guarded(self, task: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run one of the batch's own tasks. What it raises ends the batch, and is raised by it, as it is."""
         try:
             await task()
@@ -409,7 +409,7 @@ class Batch(Generic[T]):
 
         reason, cause = self._stopped
         if job.attempts:
-            job.stop(f"the batch was stopped: {reason}")
+            job.give_up(f"the batch was stopped: {reason}")
         else:
             skipped = BatchStopped(f"not started, because the batch was stopped: {reason}")
             skipped.__cause__ = cause
@@ -519,8 +519,14 @@ class Gathering(Batch[T]):
 
     _keep_rest = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        inputs: Inputs[T],
+        limiter: Limiter,
+        config: LoopConfig,
+        record: Callable[[InvocationResult[Any]], None] | None,
+    ) -> None:
+        super().__init__(inputs, limiter, config, record)
         self._results: list[InvocationResult[T] | None] = []
 
     def results(self) -> list[InvocationResult[T]]:
@@ -541,8 +547,14 @@ class Completing(Batch[T]):
 
     _keep_rest = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        inputs: Inputs[T],
+        limiter: Limiter,
+        config: LoopConfig,
+        record: Callable[[InvocationResult[Any]], None] | None,
+    ) -> None:
+        super().__init__(inputs, limiter, config, record)
         self._ready: deque[InvocationResult[T]] = deque()
         self._arrived = anyio.Event()
         self._ended = False

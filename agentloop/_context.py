@@ -8,7 +8,7 @@ import inspect
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from contextvars import Context
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -31,25 +31,17 @@ def call_in_context(
     :raises TypeError: if ``fn`` returns something that cannot be awaited
     """
     run = context.run
-    returned = run(fn, *args, **kwargs)
-    coroutine: Coroutine[Any, Any, T]
-    if type(returned) is types.CoroutineType:
-        coroutine = returned
-    elif isinstance(returned, Coroutine):
-        coroutine = returned
-    elif inspect.isawaitable(returned):
-        coroutine = _wait(returned)
-    else:
-        raise TypeError(_refusal(fn, returned))
-
-    send = coroutine.send
+    coroutine = _as_coroutine(fn, run(fn, *args, **kwargs))
+    send: Callable[[Any], Any] = coroutine.send
+    throw: Callable[[BaseException], Any] = coroutine.throw
     try:
         step = run(send, None)
     except StopIteration as stop:
-        return stop.value  # type: ignore[no-any-return]  # what the coroutine returned
+        return cast("T", stop.value)
 
     on_wait()
     thrown: BaseException | None = None
+    value: Any = None
     while True:
         try:
             value = yield step
@@ -65,22 +57,29 @@ def call_in_context(
             if thrown is None:
                 step = run(send, value)
             else:
-                step = run(coroutine.throw, thrown)
+                step = run(throw, thrown)
         except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]  # what the coroutine returned
+            return cast("T", stop.value)
         finally:
-            thrown = None
+            # An exception refers to this frame, and trio sends exceptions too.
+            thrown = value = None
 
 
 async def _wait(awaitable: Awaitable[T]) -> T:
     return await awaitable
 
 
-def _refusal(fn: object, returned: object) -> str:
-    if inspect.isasyncgen(returned):
-        return f"{fn!r} is an async generator function: run it with run_streaming()"
+def _as_coroutine(fn: object, returned: object) -> Coroutine[Any, Any, Any]:
+    if isinstance(returned, Coroutine):
+        return returned
 
-    return (
-        f"{fn!r} returned a {type(returned).__name__}, which cannot be awaited: pass an async function; run a "
-        "blocking one in a thread, as in partial(anyio.to_thread.run_sync, fn)"
+    if inspect.isawaitable(returned):
+        return _wait(returned)
+
+    if inspect.isasyncgen(returned):
+        raise TypeError(f"{fn!r} is an async generator function: run it with run_streaming()")
+
+    raise TypeError(
+        f"{fn!r} returned a {type(returned).__name__}, which cannot be awaited: pass an async function; run "
+        "a blocking one in a thread, as in partial(anyio.to_thread.run_sync, fn)"
     )

@@ -125,9 +125,7 @@ class Invocation(Generic[T_co]):
         return map(make, itertools.count(), items)
 
 
-Input: TypeAlias = (
-    Invocation[T] | tuple[str, Callable[..., Awaitable[T]], Sequence[Any], Mapping[str, Any]]
-)
+Input: TypeAlias = Invocation[T] | tuple[str, Callable[..., Awaitable[T]], Sequence[Any], Mapping[str, Any]]
 """An invocation, or the plain 4-tuple of its fields."""
 
 Inputs: TypeAlias = Iterable[Input[T]] | AsyncIterable[Input[T]]

@@ -140,7 +140,7 @@ class Job(Generic[T]):
             try:
                 self.verdict = config.classify(error)
                 if not isinstance(self.verdict, Verdict):
-                    raise TypeError(f"classify must return a Verdict, got {self.verdict!r}")  # noqa: TRY301
+                    raise TypeError(f"classify must return a Verdict, got {self.verdict!r}")
             except Exception as exc:
                 _note(error, f"not retried: classify failed with {type(exc).__name__}: {exc}")
                 self.verdict = _PERMANENT
@@ -165,35 +165,35 @@ class Job(Generic[T]):
         if not overload and self.counted_retries >= config.max_retries:
             return None
 
-        if verdict.retry_after is not None and verdict.retry_after > backoff.max_retry_after_seconds:
-            return self._give_up(
-                f"the server asked to wait {verdict.retry_after:.10g}s, "
-                f"and max_retry_after_seconds is {backoff.max_retry_after_seconds:.10g}"
-            )
+        if overload and self.overloaded_at is None:
+            self.overloaded_at = now
 
-        wake_at = now + backoff.wait(self.attempts - 1, verdict.retry_after, random)
-        if wake_at >= self.deadline:
-            return self._give_up(f"total_timeout_seconds={self.total_seconds:.10g} would pass during the wait")
-
-        if wake_at >= deadline:
-            return self._give_up("the caller's deadline would pass during the wait")
-
-        if overload:
-            if self.overloaded_at is None:
-                self.overloaded_at = now
-
-            patience = config.overload_timeout_seconds
-            if patience is not None and wake_at > self.overloaded_at + patience:
-                return self._give_up(f"overload_timeout_seconds={patience:.10g} would pass during the wait")
+        asked = verdict.retry_after
+        wake_at = now + backoff.wait(self.attempts - 1, asked, random)
+        if asked is not None and asked > backoff.max_retry_after_seconds:
+            limit = f"max_retry_after_seconds={backoff.max_retry_after_seconds:.10g}"
+            self.give_up(f"the server asked to wait {asked:.10g}s, which is more than {limit}")
+        elif wake_at >= self.deadline:
+            self.give_up(f"total_timeout_seconds={self.total_seconds:.10g} would pass during the wait")
+        elif wake_at >= deadline:
+            self.give_up("the caller's deadline would pass during the wait")
+        elif overload and self._impatient(wake_at, config.overload_timeout_seconds):
+            self.give_up(f"overload_timeout_seconds={config.overload_timeout_seconds} would pass")
         else:
-            self.counted_retries += 1
+            self.counted_retries += not overload
+            self.wake_at = wake_at
+            return wake_at
 
-        self.wake_at = wake_at
-        return wake_at
+        return None
 
-    def stop(self, reason: str) -> None:
-        """Make the last failure final although it would have been retried."""
-        self._give_up(reason)
+    def _impatient(self, wake_at: float, patience: float | None) -> bool:
+        assert self.overloaded_at is not None
+        return patience is not None and wake_at > self.overloaded_at + patience
+
+    def give_up(self, reason: str) -> None:
+        """Make the last failure final although it would have been retried, and let the error say why."""
+        assert self.error is not None
+        _note(self.error, f"not retried: {reason}")
 
     def result(self, now: float) -> InvocationResult[T]:
         """Return what became of the invocation, which ended at ``now``."""
@@ -214,10 +214,6 @@ class Job(Generic[T]):
             tuple(self.failures) if self.failures else (),
             self.index,
         )
-
-    def _give_up(self, reason: str) -> None:
-        assert self.error is not None
-        _note(self.error, f"not retried: {reason}")
 
 
 def _note(exc: BaseException, note: str) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 __all__ = ["Lifetime"]
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import anyio
 from anyio.abc import TaskGroup
@@ -60,7 +60,7 @@ class Lifetime:
             )
 
     @contextmanager
-    def call(self, call: Call) -> Iterator[None]:
+    def call(self, call: Call) -> Generator[None]:
         """Count a call as in progress within the block."""
         self.begin(call)
         try:
@@ -78,7 +78,7 @@ class Lifetime:
         if not self._calls and self._idle is not None:
             self._idle.set()
 
-    def start_soon(self, task: Callable[[], Awaitable[None]], name: str) -> None:
+    def start_soon(self, task: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
         """Start a task that belongs to the loop. It must not raise."""
         assert self._group is not None
         self._group.start_soon(task, name=name)

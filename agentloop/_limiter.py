@@ -32,16 +32,16 @@ class Slot:
     token, so however deep the nesting, the innermost invocation always has a slot to run in.
     """
 
-    __slots__ = ("_lender", "_lent", "_outer", "_pool", "_released", "_waiters")
+    __slots__ = ("lender", "lent", "outer", "pool", "released", "waiters")
 
     def __init__(self, pool: Pool, lender: Slot | None, outer: Slot | None) -> None:
-        self._pool = pool
-        self._lender = lender
-        self._outer = outer
-        self._lent = False
-        self._released = False
+        self.pool = pool
+        self.lender = lender
+        self.outer = outer
+        self.lent = False
+        self.released = False
         # Who would take this slot on loan; made when the first one asks.
-        self._waiters: OrderedDict[Waiter, None] | None = None
+        self.waiters: OrderedDict[Waiter, None] | None = None
 
     def release(self, verdict: Verdict | None = None) -> None:
         """
@@ -50,29 +50,29 @@ class Slot:
         :param verdict: the judgement of the attempt, where it failed
         """
         del verdict  # for the limiter's overload control, which the first form does not have
-        self._released = True
-        waiters, self._waiters = self._waiters, None
+        self.released = True
+        waiters, self.waiters = self.waiters, None
         if waiters:
-            lender = self._pool.lender(self._outer)
+            lender = self.pool.lender(self.outer)
             for waiter in waiters:
                 waiter.lender = lender
-                self._pool.offer_loan(waiter)
+                self.pool.offer_loan(waiter)
 
-        if not self._lent:
+        if not self.lent:
             self._give_back()
 
     def _give_back(self) -> None:
-        lender = self._lender
+        lender = self.lender
         if lender is None:
-            self._pool.give_back(self)
+            self.pool.give_back(self)
             return
 
-        lender._lent = False
-        if lender._released:
+        lender.lent = False
+        if lender.released:
             lender._give_back()
-        elif lender._waiters:
-            waiter = next(iter(lender._waiters))
-            self._pool.offer_loan(waiter)
+        elif lender.waiters:
+            waiter = next(iter(lender.waiters))
+            self.pool.offer_loan(waiter)
 
 
 class Waiter:
@@ -119,6 +119,10 @@ class Pool:
     def busy(self) -> bool:
         return bool(self.running or self.waiting)
 
+    @property
+    def in_another_thread(self) -> bool:
+        return self.thread is not threading.current_thread()
+
     def resize(self, max_concurrency: int) -> None:
         raised = max_concurrency > self._tokens.total_tokens
         self._tokens.total_tokens = max_concurrency
@@ -129,8 +133,8 @@ class Pool:
 
     def lender(self, slot: Slot | None) -> Slot | None:
         """Return the innermost slot of this pool, from ``slot`` outwards, whose invocation still runs."""
-        while slot is not None and (slot._pool is not self or slot._released):
-            slot = slot._outer
+        while slot is not None and (slot.pool is not self or slot.released):
+            slot = slot.outer
 
         return slot
 
@@ -143,8 +147,8 @@ class Pool:
         """
         del invocation  # for the limiter's rates, which take its cost and which the first form does not have
         lender = self.lender(outer)
-        if lender is not None and not lender._lent:
-            lender._lent = True
+        if lender is not None and not lender.lent:
+            lender.lent = True
             return Slot(self, lender, outer)
 
         return None if self._queue else self._take(outer)
@@ -187,8 +191,8 @@ class Pool:
     def withdraw(self, waiter: Waiter) -> None:
         """Take out of the line one who has not been granted a slot, and wake it."""
         self._queue.pop(waiter, None)
-        if waiter.lender is not None and waiter.lender._waiters:
-            waiter.lender._waiters.pop(waiter, None)
+        if waiter.lender is not None and waiter.lender.waiters:
+            waiter.lender.waiters.pop(waiter, None)
 
         waiter.event.set()
 
@@ -198,15 +202,15 @@ class Pool:
         if lender is None:
             return
 
-        if not lender._lent:
-            lender._lent = True
+        if not lender.lent:
+            lender.lent = True
             self._give(waiter, Slot(self, lender, waiter.outer))
             return
 
-        if lender._waiters is None:
-            lender._waiters = OrderedDict()
+        if lender.waiters is None:
+            lender.waiters = OrderedDict()
 
-        lender._waiters[waiter] = None
+        lender.waiters[waiter] = None
 
     def give_back(self, slot: Slot) -> None:
         """Take a token back and pass it on."""
@@ -286,7 +290,7 @@ class Limiter:
     def max_concurrency(self, value: int) -> None:
         must.check_whole("max_concurrency", value, 1)
         pool = self._pool
-        if pool is not None and pool.busy and pool.thread is not threading.current_thread():
+        if pool is not None and pool.busy and pool.in_another_thread:
             raise RuntimeError(
                 "max_concurrency of a limiter in use can be set only in the thread of its event loop; "
                 "go there by anyio.from_thread.run_sync()"
@@ -302,6 +306,22 @@ class Limiter:
         running, waiting = (pool.running, pool.waiting) if pool is not None else (0, 0)
         return LimiterStatistics(running, waiting, self._max_concurrency)
 
+    def _enter_run(self) -> Pool:
+        pool, token = self._pool, current_token()
+        if pool is not None and pool.token == token:
+            return pool
+
+        # A run that was torn down before its tasks ended leaves slots behind that nobody will give back;
+        # a run that goes on in another thread is a mistake.
+        if pool is not None and pool.busy and pool.in_another_thread and pool.thread.is_alive():
+            raise RuntimeError(
+                f"this limiter is in use in another event loop, in thread {pool.thread.name!r}; "
+                "use one per event loop"
+            )
+
+        self._pool = Pool(token, self._max_concurrency)
+        return self._pool
+
 
 def pool_of(limiter: Limiter) -> Pool:
     """
@@ -309,21 +329,7 @@ def pool_of(limiter: Limiter) -> Pool:
 
     :raises RuntimeError: if it is in use in another event loop
     """
-    pool, token = limiter._pool, current_token()
-    if pool is None or pool.token != token:
-        if pool is not None and pool.busy:
-            # A run that was torn down before its tasks ended leaves slots behind that nobody will give
-            # back; a run that goes on in another thread is a mistake.
-            thread = pool.thread
-            if thread is not threading.current_thread() and thread.is_alive():
-                raise RuntimeError(
-                    f"this limiter is in use in another event loop, in thread {thread.name!r}; "
-                    "use one per event loop"
-                )
-
-        pool = limiter._pool = Pool(token, limiter.max_concurrency)
-
-    return pool
+    return limiter._enter_run()  # pyright: ignore[reportPrivateUsage]  # not for users
 
 
 def _state(statistics: LimiterStatistics) -> str:

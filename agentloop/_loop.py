@@ -6,7 +6,6 @@ __all__ = ["AgentLoop", "LoopStatistics"]
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from functools import partial
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
@@ -222,7 +221,7 @@ class AgentLoop:
         """
         check_inputs(invocations)
         return Completed(
-            partial(Completing, invocations, self._limiter, self._config, self._record), self._lifetime
+            lambda: Completing(invocations, self._limiter, self._config, self._record), self._lifetime
         )
 
     async def __aenter__(self) -> Self:

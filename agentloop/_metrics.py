@@ -92,8 +92,7 @@ def _percentile(buckets: Mapping[int, int], count: int, minimum: float, maximum:
         seen += size
         if seen >= rank:
             # The middle of the bucket, in the sense of relative error.
-            lower = 2.0 ** (bucket / _PER_OCTAVE)
-            upper = 2.0 ** ((bucket + 1) / _PER_OCTAVE)
+            lower, upper = math.exp2(bucket / _PER_OCTAVE), math.exp2((bucket + 1) / _PER_OCTAVE)
             middle = 2 * lower * upper / (lower + upper)
             return min(max(middle, minimum), maximum)
 

@@ -9,7 +9,7 @@ import enum
 import math
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import attrs
 
@@ -79,7 +79,7 @@ def classify(exc: Exception) -> Verdict:
     :return: the verdict; this function never raises
     """
     if isinstance(exc, ExceptionGroup):
-        return _classify_group(exc)
+        return _classify_group(cast("ExceptionGroup[Exception]", exc))
 
     status = _http_status(exc)
     if status is None:
@@ -99,7 +99,7 @@ def classify(exc: Exception) -> Verdict:
     return Verdict(kind, _retry_after(headers))
 
 
-def _classify_group(group: ExceptionGroup[Any]) -> Verdict:
+def _classify_group(group: ExceptionGroup[Exception]) -> Verdict:
     verdicts = [classify(exc) for exc in group.exceptions]
     kind = max((verdict.kind for verdict in verdicts), key=_GRAVITY.index)
     waits = [verdict.retry_after for verdict in verdicts if verdict.retry_after is not None]

@@ -1,0 +1,139 @@
+"""The virtual clock on trio: its own mock clock, which is told what to do when every task is blocked."""
+
+import math
+import threading
+from collections import deque
+from collections.abc import Iterator
+from importlib import import_module
+from random import Random
+from typing import Any, NoReturn
+
+import attrs
+import outcome
+import trio.testing
+
+from agentloop.testing._deadlock import (
+    POLL_SECONDS,
+    START_SECONDS,
+    Outside,
+    VirtualClockDeadlock,
+    deadlock,
+    require,
+    threads_served,
+)
+
+# trio has no public way to steer its scheduler; what is missing in another version is refused below
+_run: Any = import_module("trio._core._run")
+_thread_cache: Any = import_module("trio._core._thread_cache")
+
+
+def backend_options(seed: int | None) -> dict[str, Any]:
+    require(trio.testing.MockClock, "_autojump")
+    require(trio.lowlevel.Task, "_abort_func", "_attempt_abort", "_counter")
+    require(_run.Runner, "main_task", "main_task_outcome", "tasks")
+    if seed is not None:
+        require(_run, "_r")
+        require(_run.Runner, "runq")
+
+    director = _Director(seed)
+    return {"clock": director.clock, "instruments": [director]}
+
+
+class _Director(trio.abc.Instrument):
+    """Follows one run: shuffles its tasks, moves its clock, ends its deadlock."""
+
+    def __init__(self, seed: int | None) -> None:
+        self._random = None if seed is None else Random(seed)
+        self._deadlock: VirtualClockDeadlock | None = None
+        self.clock = trio.testing.MockClock(autojump_threshold=0)
+        self.clock.jump(START_SECONDS)
+        # The class is final, but trio looks its method up on the object. It calls it when no task is
+        # ready, no input is there, and nobody is in wait_all_tasks_blocked().
+        vars(self.clock)["_autojump"] = self._pass_idle_time
+
+    def before_run(self) -> None:
+        self._runner = _run.GLOBAL_RUN_CONTEXT.runner
+        self._outside = Outside(_idle_threads)
+        if self._random is not None:
+            self._runner.runq = _ShuffledQueue(self._random)
+
+    def after_io_wait(self, timeout: float) -> None:  # noqa: ARG002  # trio's signature
+        if self.clock.autojump_threshold:
+            self.clock.autojump_threshold = 0
+
+    def after_run(self) -> None:
+        result = self._runner.main_task_outcome
+        if self._random is not None:
+            _run._r.seed()
+
+        if self._deadlock is not None and getattr(result, "error", None) is not self._deadlock:
+            # wrapped in a group, replaced by an error of the cleanup, or swallowed
+            error = VirtualClockDeadlock(*self._deadlock.args)
+            error.__context__ = getattr(result, "error", None)
+            self._runner.main_task_outcome = outcome.Error(error)
+
+        del self._runner
+
+    def _pass_idle_time(self) -> None:
+        statistics = trio.lowlevel.current_statistics()
+        waits = attrs.asdict(statistics.io_statistics).values()
+        if self._threads_are_busy():
+            self._wait()
+        elif statistics.seconds_to_next_deadline < math.inf:
+            self.clock.jump(statistics.seconds_to_next_deadline)
+        elif sum(count for count in waits if isinstance(count, int)) > 1 or self._outside.can_wake():
+            # one input is the run's own, by which threads and signals wake it
+            self._wait()
+        else:
+            self._end_deadlock()
+
+    def _wait(self) -> None:
+        """Sleep until something real happens, for a moment at most, instead of asking again at once."""
+        self.clock.autojump_threshold = POLL_SECONDS
+
+    def _tasks(self) -> list[Any]:
+        tasks = sorted(self._runner.tasks, key=lambda task: task._counter)
+        return [task for task in tasks if not task.name.startswith("<")]
+
+    def _threads_are_busy(self) -> bool:
+        busy = trio.testing.active_thread_count()
+        return busy > 0 and busy > threads_served(task.coro for task in self._tasks())
+
+    def _end_deadlock(self) -> None:
+        """
+        Unwind the run by an error in the main task, in the way of trio's ``KeyboardInterrupt``.
+
+        Where that task has had it and still waits for others, which are shielded, they get it too.
+        """
+        tasks = self._tasks()
+        error = deadlock((task.name, task.coro) for task in tasks)
+        self._deadlock = self._deadlock or error
+
+        def raise_error() -> NoReturn:
+            raise error
+
+        blocked = [task for task in tasks if task._abort_func is not None]
+        for task in [self._runner.main_task] if self._runner.main_task in blocked else blocked:
+            task._attempt_abort(raise_error)
+
+
+def _idle_threads() -> Iterator[threading.Thread]:
+    yield from (worker._thread for worker in list(_thread_cache.THREAD_CACHE._idle_workers))
+
+
+class _ShuffledQueue(deque[Any]):
+    """The tasks that are ready. trio runs them in the order in which they come out of an iteration."""
+
+    def __init__(self, random: Random) -> None:
+        super().__init__()
+        self._random = random
+
+    def __iter__(self) -> Iterator[Any]:
+        # Cancellation is delivered in the order of a set, which differs from run to run.
+        tasks = sorted(super().__iter__(), key=lambda task: task._counter)
+        self._random.shuffle(tasks)
+        if len(tasks) > 1:
+            # after this trio tosses a coin for the direction, or shuffles again if Hypothesis is there
+            _run._r.seed(self._random.getrandbits(64))
+
+        return iter(tasks)

@@ -1,0 +1,117 @@
+"""What both virtual clocks need to tell a deadlock from a wait."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+from agentloop._errors import AgentLoopError
+
+# The virtual time at which every run starts. Not zero: that would hide confusions of time and duration.
+START_SECONDS = 1000.0
+
+# How often to look again while waiting for something real: whatever ends may do so without a sign.
+POLL_SECONDS = 0.02
+
+_LIBRARIES = {"anyio", "asyncio", "outcome", "trio"}
+_MOST_TASKS = 10
+
+# The coroutines that serve a worker thread's ``anyio.from_thread.run()``: by module and qualified name.
+_SERVING_A_THREAD = {
+    ("anyio._backends._asyncio", "AsyncIOBackend.run_async_from_thread.<locals>.task_wrapper"),
+    ("trio._threads", "Run.run"),
+}
+
+
+class VirtualClockDeadlock(AgentLoopError, RuntimeError):  # noqa: N818  # named for what it finds
+    """Every task waits, no timer is set, and nothing outside the event loop can wake any of them."""
+
+
+def require(owner: object, *names: str) -> None:
+    """
+    Refuse to go on without private attributes that the clock relies on.
+
+    :raises RuntimeError: if one is missing, as it may be in a future version
+    """
+    for name in names:
+        if not hasattr(owner, name):
+            raise RuntimeError(
+                f"virtual_clock needs {owner!r} to have {name!r}, which this version lacks; "
+                "use an earlier version of Python or trio, or no seed"
+            )
+
+
+def deadlock(tasks: Iterable[tuple[str, Any]]) -> VirtualClockDeadlock:
+    """
+    Describe a deadlock.
+
+    :param tasks: the name and the coroutine of each blocked task
+    """
+    lines = [f"  {name} waits at {_place(coro)}" for name, coro in tasks]
+    if len(lines) > _MOST_TASKS:
+        lines[_MOST_TASKS:] = [f"  and {len(lines) - _MOST_TASKS} more"]
+
+    return VirtualClockDeadlock(
+        "no task can ever go on: none is ready, no timer is set, and no thread, socket or signal can wake "
+        "one. Wake the task, or put a timeout around its wait:\n" + "\n".join(lines)
+    )
+
+
+def threads_served(coros: Iterable[Any]) -> int:
+    """Count the worker threads that wait for one of these coroutines: such a thread is not busy itself."""
+    return sum(
+        any((_module(frame), frame.f_code.co_qualname) in _SERVING_A_THREAD for frame in _frames(coro))
+        for coro in coros
+    )
+
+
+def _frames(coro: Any) -> Iterator[FrameType]:
+    """Give the frames of a suspended coroutine, outermost first."""
+    while coro is not None:
+        frame = getattr(coro, "cr_frame", None) or getattr(coro, "gi_frame", None)
+        if frame is not None:
+            yield frame
+
+        coro = getattr(coro, "cr_await", None) or getattr(coro, "gi_yieldfrom", None)
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
+
+
+def _place(coro: Any) -> str:
+    """Name the innermost line that is not the event loop's own, where there is one."""
+    frames = list(_frames(coro))
+    own = [frame for frame in frames if _module(frame).partition(".")[0] not in _LIBRARIES]
+    return "".join(
+        f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_qualname}"
+        for frame in own[-1:] or frames[-1:]
+    )
+
+
+class Outside:
+    """
+    What could wake an event loop from outside, apart from what it knows about itself.
+
+    :param idle_threads: gives the threads that are kept for later and have nothing to do
+    """
+
+    def __init__(self, idle_threads: Callable[[], Iterable[threading.Thread]]) -> None:
+        self._idle_threads = idle_threads
+        self._threads = set(threading.enumerate()) - set(idle_threads())
+        self._handlers = _signal_handlers()
+
+    def can_wake(self) -> bool:
+        """Tell whether a thread or a signal handler that came during the run may wake a task."""
+        if threading.current_thread() is not threading.main_thread():
+            # whoever started this loop in a thread of its own is there, and may talk to it
+            return True
+
+        threads = set(threading.enumerate()) - self._threads - set(self._idle_threads())
+        return bool(threads) or bool(_signal_handlers() - self._handlers)
+
+
+def _signal_handlers() -> set[tuple[int, Any]]:
+    handlers = {(number, signal.getsignal(number)) for number in signal.valid_signals()}
+    return {(n, h) for n, h in handlers if callable(h) and h is not signal.default_int_handler}
