@@ -87,11 +87,12 @@ async def run_attempt(
             elif error is not None:
                 job.fail(Status.ERROR, error)
             else:
-                stray = InvocationCancelled("the agent was cancelled from within")
-                stray.__cause__ = exc
-                job.fail(Status.CANCELLED, stray)
+                error = InvocationCancelled("the agent was cancelled from within")
+                error.__cause__ = exc
+                job.fail(Status.CANCELLED, error)
 
-            error = None
+            # The traceback of an error refers to this frame; the frame must not refer back.
+            del error
         else:
             job.time_out(anyio.current_time(), config, None)
 

@@ -103,6 +103,7 @@ class Batch(Generic[T]):
         self._due: dict[Job[T], None] = {}
         self._in_line: dict[Job[T], None] = {}
         self._alarm: anyio.Event | None = None
+        self._stale = 0
 
         self._done = False
         self._stopped: tuple[str, BaseException] | None = None
@@ -290,6 +291,9 @@ class Batch(Generic[T]):
 
             if slot is not None and self._stopped is None:
                 self._seeking -= 1
+                if job.attempts and job.deadline < math.inf:
+                    self._drop_stale_alarms()
+
                 try:
                     await run_attempt(job, config, slot, self._context, host, True, on_wait)
                 except BaseException:
@@ -447,6 +451,18 @@ class Batch(Generic[T]):
         elif self._heap[0][0] == at:
             self._alarm.set()
 
+    def _drop_stale_alarms(self) -> None:
+        """Keep the heap no larger than a multiple of what it is about, once a job has left its queue."""
+        self._stale += 1
+        if self._stale * 2 > len(self._heap) + 16:
+            self._heap = [
+                (at, order, job)
+                for at, order, job in self._heap
+                if job in self._due or job in self._in_line or at == job.wake_at
+            ]
+            heapq.heapify(self._heap)
+            self._stale = 0
+
     async def _watch(self) -> None:
         while self._heap and not self._done:
             self._alarm = anyio.Event()
@@ -530,8 +546,10 @@ class Gathering(Batch[T]):
         self._results: list[InvocationResult[T] | None] = []
 
     def results(self) -> list[InvocationResult[T]]:
-        """Return the results of a batch that has run."""
-        return cast("list[InvocationResult[T]]", self._results)
+        """Return the results of a batch that has run, and forget them."""
+        # The frames of workers can stay alive with an error that a result holds; they refer to the batch.
+        results, self._results = self._results, []
+        return cast("list[InvocationResult[T]]", results)
 
     def _deliver(self, result: InvocationResult[T]) -> None:
         missing = result.index + 1 - len(self._results)

@@ -71,7 +71,7 @@ async def _wait(awaitable: Awaitable[T]) -> T:
 
 def _as_coroutine(fn: object, returned: object) -> Coroutine[Any, Any, Any]:
     if isinstance(returned, Coroutine):
-        return returned
+        return returned  # pyright: ignore[reportUnknownVariableType]  # whatever the agent's coroutine gives
 
     if inspect.isawaitable(returned):
         return _wait(returned)

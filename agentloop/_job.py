@@ -196,14 +196,19 @@ class Job(Generic[T]):
         _note(self.error, f"not retried: {reason}")
 
     def result(self, now: float) -> InvocationResult[T]:
-        """Return what became of the invocation, which ended at ``now``."""
+        """
+        Return what became of the invocation, which ended at ``now``, and forget it.
+
+        A frame of ours can stay alive with an error that was raised below it, and so with this job: it must
+        not refer back to the error.
+        """
         started_at = self.started_at
         if started_at is None:
             latency, queue = 0.0, now - self.queued_at
         else:
             latency, queue = now - started_at, started_at - self.queued_at
 
-        return InvocationResult(
+        result = InvocationResult(
             self.invocation.agent_id,
             self.status,
             self.output,
@@ -214,6 +219,8 @@ class Job(Generic[T]):
             tuple(self.failures) if self.failures else (),
             self.index,
         )
+        self.output = self.error = self.failures = None
+        return result
 
 
 def _note(exc: BaseException, note: str) -> None:

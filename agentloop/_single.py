@@ -44,6 +44,7 @@ class Single(Generic[T]):
         self._scope: anyio.CancelScope | None = None
         self._reason = "the caller was cancelled"
         self._waited = False
+        self._ended: InvocationResult[T] | None = None
 
     async def run(self) -> InvocationResult[T]:
         """
@@ -51,26 +52,25 @@ class Single(Generic[T]):
 
         :raises BaseException: the caller's cancellation, and what the agent raised that is no ``Exception``
         """
-        job = self._job
         try:
             await self._run()
+            if not self._waited:
+                await cancel_shielded_checkpoint()
         except BaseException:
-            job.cancel(self._reason)
-            self._end()
+            self._job.cancel(self._reason)
+            self._ended = self._end()
             raise
 
-        result = self._end()
-        if not self._waited:
-            await cancel_shielded_checkpoint()
-
-        return result
+        # No local name for the result: the traceback of an error in it refers to this frame.
+        return self._end()
 
     async def run_cancellable(self) -> InvocationResult[T]:
         """Run to the end, or to a call of :meth:`cancel`, which makes a result as well."""
         with anyio.CancelScope() as self._scope:
             return await self.run()
 
-        return self._end()
+        assert self._ended is not None
+        return self._ended
 
     def close(self) -> None:
         """Begin nothing new; what waits to be retried here is not new."""
@@ -86,7 +86,6 @@ class Single(Generic[T]):
         result = self._job.result(anyio.current_time())
         if self._record is not None:
             self._record(result)
-            self._record = None
 
         return result
 

@@ -524,9 +524,10 @@ def test_same_seed_gives_the_same_run(backend: Any) -> None:
 
 @both_backends
 def test_same_seed_gives_the_same_run_in_another_process(backend: Any) -> None:
+    hypothesis_is_there = trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING
     code = (
         "import trio._core._run\n"
-        f"trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = {trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING}\n"
+        f"trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = {hypothesis_is_there}\n"
         "from tests.test_virtual_clock import trace\n"
         f"print(*[trace({backend!r}, seed) for seed in range(10)])"
     )
@@ -675,16 +676,16 @@ def test_deadlocked_test_of_the_pytest_plugin_fails_and_the_rest_goes_on(
     file.write_text(textwrap.dedent(PLUGIN_TESTS.format(scope=scope, seed=seed)))
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "anyio_mode=auto"]
     result = subprocess.run(
-        [*command, "-rA", "--rootdir", str(tmp_path), "-c", os.devnull, str(file)],
+        [*command, "-rA", "--tb=short", "--rootdir", str(tmp_path), "-c", os.devnull, str(file)],
         capture_output=True,
         text=True,
         timeout=60,
         env={**os.environ, "COLUMNS": "300"},
     )
     outcomes = re.findall(
-        r"^(PASSED|FAILED|ERROR) test_plugin.py::(\S+)(?: - (.*))?$", result.stdout, re.MULTILINE
+        r"^(PASSED|FAILED|ERROR) \S*test_plugin.py::(\S+)(?: - ([\w.]+).*)?$", result.stdout, re.MULTILINE
     )
-    said = {name: (outcome, why.partition(":")[0]) for outcome, name, why in outcomes}
+    said = {name: (outcome, why) for outcome, name, why in outcomes}
     deadlocked = ("FAILED", "agentloop.testing.VirtualClockDeadlock")
     for backend in ("asyncio", "trio"):
         assert said[f"test_before[{backend}]"] == ("PASSED", "")

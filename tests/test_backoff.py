@@ -1,0 +1,220 @@
+"""How long to wait before a retry. Nothing in here needs an event loop."""
+
+import math
+import random
+import re
+from typing import Any, Literal
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agentloop import Backoff
+
+EXTREME = 1.7e308
+
+
+@attrs.define
+class FixedRandom:
+    """A source that always draws the same number, and counts how often it was asked."""
+
+    value: float
+    calls: int = 0
+
+    def random(self) -> float:
+        self.calls += 1
+        return self.value
+
+
+SMALLEST = FixedRandom(0.0)
+LARGEST = FixedRandom(math.nextafter(1, 0))
+
+seconds = st.floats(0, EXTREME) | st.integers(0, 10**308)
+multipliers = st.floats(1, EXTREME) | st.integers(1, 10**308)
+jitters = st.sampled_from(["full", "equal", "none"])
+backoffs = st.builds(
+    Backoff, initial_seconds=seconds, multiplier=multipliers, max_seconds=seconds, jitter=jitters
+)
+retries = st.integers(0, 10**6)
+draws = st.floats(0, 1, exclude_max=True).map(FixedRandom)
+
+
+def ceiling(backoff: Backoff, retry: int) -> float:
+    return attrs.evolve(backoff, jitter="none").delay(retry, SMALLEST)
+
+
+# --- the settings
+
+
+def test_defaults_are_those_of_the_contract() -> None:
+    assert attrs.asdict(Backoff()) == {
+        "initial_seconds": 0.1,
+        "multiplier": 2.0,
+        "max_seconds": 30.0,
+        "jitter": "full",
+        "max_retry_after_seconds": 300.0,
+    }
+
+
+@pytest.mark.parametrize("field", ["initial_seconds", "max_seconds", "max_retry_after_seconds", "multiplier"])
+@pytest.mark.parametrize(
+    ("value", "error", "rule"),
+    [
+        (True, TypeError, "a number, got True"),
+        ("1", TypeError, "a number, got '1'"),
+        (None, TypeError, "a number, got None"),
+        (math.nan, ValueError, "a number, got nan"),
+        (-1, ValueError, "at least {minimum}, got -1"),
+        (-math.inf, ValueError, "at least {minimum}, got -inf"),
+    ],
+    ids=repr,
+)
+def test_bad_number_is_refused_by_name(field: str, value: Any, error: type[Exception], rule: str) -> None:
+    rule = rule.format(minimum=1 if field == "multiplier" else 0)
+    with pytest.raises(error, match=f"^{field} must be {re.escape(rule)}$"):
+        Backoff(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["initial_seconds", "max_seconds", "multiplier"])
+def test_infinity_is_refused_where_it_would_be_waited_for(field: str) -> None:
+    with pytest.raises(ValueError, match=f"^{field} must be finite, got inf$"):
+        Backoff(**{field: math.inf})
+
+
+@pytest.mark.parametrize("field", ["initial_seconds", "max_seconds", "max_retry_after_seconds", "multiplier"])
+def test_number_that_no_float_can_hold_is_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=f"^{field} must be "):
+        Backoff(**{field: 10**400})
+
+
+def test_shrinking_backoff_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^multiplier must be at least 1, got 0\.5$"):
+        Backoff(multiplier=0.5)
+
+
+@pytest.mark.parametrize("value", ["", "Full", "decorrelated", None, True, ["full"]], ids=repr)
+def test_unknown_jitter_is_refused(value: Any) -> None:
+    rule = f"one of 'full', 'equal', 'none', got {value!r}"
+    with pytest.raises(ValueError, match=f"^jitter must be {re.escape(rule)}$"):
+        Backoff(jitter=value)
+
+
+def test_settings_are_frozen_and_keyword_only() -> None:
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        Backoff().max_seconds = 1.0  # type: ignore[misc]
+
+    with pytest.raises(TypeError):
+        Backoff(0.1)  # type: ignore[misc]
+
+
+# --- the delay
+
+
+def test_delay_grows_by_the_multiplier_up_to_the_maximum() -> None:
+    backoff = Backoff(initial_seconds=0.5, multiplier=3, max_seconds=10, jitter="none")
+    assert [backoff.delay(retry, SMALLEST) for retry in range(5)] == [0.5, 1.5, 4.5, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("jitter", "low", "high"), [("full", 0.0, 8.0), ("equal", 4.0, 8.0), ("none", 8.0, 8.0)]
+)
+def test_jitter_draws_from_its_own_range(
+    jitter: Literal["full", "equal", "none"], low: float, high: float
+) -> None:
+    backoff = Backoff(initial_seconds=1, max_seconds=60, jitter=jitter)
+    assert backoff.delay(3, SMALLEST) == low
+    assert backoff.delay(3, LARGEST) == pytest.approx(high)
+    assert backoff.delay(3, FixedRandom(0.5)) == pytest.approx((low + high) / 2)
+
+
+def test_zero_initial_seconds_retries_at_once_however_often() -> None:
+    backoff = Backoff(initial_seconds=0, multiplier=EXTREME, jitter="none")
+    assert [backoff.delay(retry, SMALLEST) for retry in (0, 1, 2, 10**6)] == [0, 0, 0, 0]
+
+
+def test_power_that_overflows_is_the_maximum() -> None:
+    assert Backoff(jitter="none").delay(10**6, SMALLEST) == 30
+    assert Backoff(jitter="none", multiplier=EXTREME).delay(2, SMALLEST) == 30
+    assert Backoff(jitter="none", multiplier=10**300).delay(1000, SMALLEST) == 30
+
+
+def test_negative_retry_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^retry must be at least 0, got -1$"):
+        Backoff().delay(-1, SMALLEST)
+
+
+@given(backoffs, retries, draws)
+def test_delay_is_never_negative_and_never_above_the_maximum(
+    backoff: Backoff, retry: int, rng: FixedRandom
+) -> None:
+    assert 0 <= backoff.delay(retry, rng) <= backoff.max_seconds
+
+
+@given(backoffs, retries, draws)
+def test_delay_stays_within_the_bounds_of_its_jitter(backoff: Backoff, retry: int, rng: FixedRandom) -> None:
+    high = ceiling(backoff, retry)
+    low = {"full": 0, "equal": high / 2, "none": high}[backoff.jitter]
+    assert low <= backoff.delay(retry, rng) <= high
+
+
+@given(backoffs, st.integers(0, 2000))
+def test_delay_without_jitter_never_shrinks(backoff: Backoff, retry: int) -> None:
+    assert ceiling(backoff, retry) <= ceiling(backoff, retry + 1)
+
+
+@given(backoffs, retries, st.none() | st.floats(0, 1e300), st.integers())
+def test_equal_randomness_gives_equal_waits_and_the_global_source_is_left_alone(
+    backoff: Backoff, retry: int, retry_after: float | None, seed: int
+) -> None:
+    before = random.getstate()
+    first, second = random.Random(seed), random.Random(seed)
+    assert backoff.delay(retry, first) == backoff.delay(retry, second)
+    assert backoff.wait(retry, retry_after, first) == backoff.wait(retry, retry_after, second)
+    assert random.getstate() == before
+
+
+def test_delay_without_jitter_asks_for_no_randomness() -> None:
+    rng = FixedRandom(0.5)
+    Backoff(jitter="none").wait(0, 5.0, rng)
+    assert rng.calls == 0
+
+
+def test_random_module_serves_as_a_source() -> None:
+    assert 0 <= Backoff().delay(0, random) < 0.1
+
+
+# --- the wait, with a Retry-After under it
+
+
+@given(backoffs, retries, draws)
+def test_wait_without_retry_after_is_the_delay(backoff: Backoff, retry: int, rng: FixedRandom) -> None:
+    assert backoff.wait(retry, None, rng) == backoff.delay(retry, rng)
+
+
+@given(backoffs, retries, st.floats(0, 1e300), draws)
+def test_retry_after_is_a_floor_raised_by_at_most_a_quarter(
+    backoff: Backoff, retry: int, retry_after: float, rng: FixedRandom
+) -> None:
+    delay = backoff.delay(retry, rng)
+    wait = backoff.wait(retry, retry_after, rng)
+    assert max(delay, retry_after) <= wait <= max(delay, retry_after * 1.25)
+
+
+def test_retry_after_is_spread_over_its_quarter() -> None:
+    backoff = Backoff(initial_seconds=0)
+    assert backoff.wait(0, 100.0, SMALLEST) == 100
+    assert backoff.wait(0, 100.0, FixedRandom(0.5)) == 112.5
+    assert backoff.wait(0, 100.0, LARGEST) == pytest.approx(125)
+
+
+def test_retry_after_is_exact_without_jitter() -> None:
+    assert Backoff(jitter="none").wait(0, 7.0, LARGEST) == 7
+
+
+def test_longer_delay_wins_over_a_shorter_retry_after() -> None:
+    assert Backoff(initial_seconds=10, jitter="none").wait(0, 7.0, LARGEST) == 10
+
+
+def test_zero_retry_after_is_plain_backoff() -> None:
+    assert Backoff(jitter="none").wait(2, 0.0, LARGEST) == pytest.approx(0.4)

@@ -1,0 +1,215 @@
+"""How the package is put together: what imports what, and what is public."""
+
+import ast
+import inspect
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+
+import agentloop
+
+PACKAGE = Path(agentloop.__file__).parent
+
+# From the bottom to the top: a module imports only modules that stand before it.
+ORDER = [
+    # foundations
+    "_errors",
+    "_validators",
+    "_backend",
+    "_pace",
+    "_context",
+    # values
+    "_backoff",
+    "_verdict",
+    "_config",
+    "_result",
+    "_invocation",
+    # parts
+    "_limiter",
+    "_metrics",
+    "_job",
+    "_attempt",
+    "_single",
+    "_batch",
+    "_lifetime",
+    "_completed",
+    # the loop
+    "_loop",
+    "__init__",
+]
+
+OUTSIDE = {"anyio", "attrs"}
+# What a few modules may import besides, and nobody else may.
+RESERVED = {
+    "asyncio": {"_backend", "testing/_clock_asyncio"},
+    "trio": {"testing/_clock_trio"},
+    "outcome": {"testing/_clock_trio"},
+}
+
+# The names of the contract, as far as they are built.
+CONTRACT = [
+    "AgentLoop",
+    "LoopConfig",
+    "Backoff",
+    "Invocation",
+    "InvocationResult",
+    "Status",
+    "Verdict",
+    "VerdictKind",
+    "classify",
+    "Limiter",
+    "MetricsRecorder",
+    "MetricsSnapshot",
+    "Distribution",
+    "LoopStatistics",
+    "AgentLoopError",
+    "InvocationTimeout",
+    "FirstChunkTimeout",
+    "IdleTimeout",
+    "InvocationCancelled",
+    "BatchStopped",
+]
+
+
+@attrs.frozen
+class Import:
+    importer: str
+    module: str
+    """The absolute name of what is imported."""
+
+    @property
+    def top(self) -> str:
+        return self.module.partition(".")[0]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").as_posix()
+
+
+def imports_of(path: Path) -> Iterator[Import]:
+    """Yield every import of a module, inside its functions too."""
+    package = ["agentloop", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(name_of(path), alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            source = ".".join([*base, *filter(None, [node.module])])
+            for alias in node.names:
+                # "from . import _x" names a module, "from ._x import y" what is in one.
+                inner = f"{source}.{alias.name}"
+                yield Import(name_of(path), inner if is_module(inner) else source)
+
+
+def is_module(name: str) -> bool:
+    parts = name.split(".")
+    path = PACKAGE.joinpath(*parts[1:])
+    return parts[0] == "agentloop" and (path.with_suffix(".py").exists() or path.is_dir())
+
+
+MODULES = sorted(PACKAGE.glob("*.py"))
+IMPORTS = [found for path in sorted(PACKAGE.rglob("*.py")) for found in imports_of(path)]
+
+every_public_name = pytest.mark.parametrize("name", agentloop.__all__)
+
+
+# --- what imports what
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    assert sorted(ORDER) == [path.stem for path in MODULES]
+
+
+def test_imports_run_downward_only() -> None:
+    upward = []
+    for found in IMPORTS:
+        if found.importer in ORDER and found.top == "agentloop":
+            imported = found.module.removeprefix("agentloop").removeprefix(".") or "__init__"
+            below = ORDER[: ORDER.index(found.importer)]
+            if imported not in below:
+                upward.append(f"{found.importer} imports {imported}")
+
+    assert not upward
+
+
+def test_import_outside_the_package_is_of_the_standard_library_or_of_what_it_depends_on() -> None:
+    foreign = [
+        found
+        for found in IMPORTS
+        if found.top not in sys.stdlib_module_names | OUTSIDE | RESERVED.keys() | {"agentloop"}
+    ]
+    assert not foreign
+
+
+@pytest.mark.parametrize("module", RESERVED)
+def test_reserved_module_is_imported_only_where_it_may_be(module: str) -> None:
+    importers = {found.importer for found in IMPORTS if found.top == module}
+    assert importers <= RESERVED[module]
+
+
+def test_package_is_imported_without_trio_and_without_its_own_testing_tools() -> None:
+    code = "import sys, agentloop; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    )
+    loaded = set(done.stdout.split())
+    assert "agentloop._loop" in loaded
+    assert not loaded & {"trio", "outcome", "pytest", "agentloop.testing"}
+
+
+# --- what is public
+
+
+def test_list_of_public_names_is_sorted_and_complete() -> None:
+    assert agentloop.__all__ == sorted(agentloop.__all__)
+    public = {
+        name
+        for name, value in vars(agentloop).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert public == set(agentloop.__all__)
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_name_of_the_contract_is_public(name: str) -> None:
+    assert name in agentloop.__all__
+
+
+@every_public_name
+def test_public_name_says_that_it_lives_in_the_package(name: str) -> None:
+    public = getattr(agentloop, name)
+    assert public.__module__ == "agentloop"
+    assert public.__name__ == public.__qualname__ == name
+
+
+@every_public_name
+def test_public_name_has_a_docstring(name: str) -> None:
+    public = getattr(agentloop, name)
+    assert vars(public).get("__doc__") or (not inspect.isclass(public) and public.__doc__)
+
+
+def public_members() -> Iterator[tuple[str, Any]]:
+    for name in agentloop.__all__:
+        public = getattr(agentloop, name)
+        if inspect.isclass(public):
+            for member, value in vars(public).items():
+                value = getattr(value, "__func__", value)
+                if not member.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
+                    yield f"{name}.{member}", value
+
+
+@pytest.mark.parametrize(("name", "member"), [pytest.param(*pair, id=pair[0]) for pair in public_members()])
+def test_public_method_has_a_docstring(name: str, member: Any) -> None:
+    assert member.__doc__
+
+
+@every_public_name
+def test_annotations_of_a_public_name_can_be_read_at_run_time(name: str) -> None:
+    typing.get_type_hints(getattr(agentloop, name))

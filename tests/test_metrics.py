@@ -1,0 +1,246 @@
+"""What happened so far, in constant memory. Nothing in here needs an event loop."""
+
+import math
+import pickle
+import random
+import sys
+import threading
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agentloop import Distribution, InvocationResult, MetricsRecorder, MetricsSnapshot, Status
+
+# Below a nanosecond all durations are alike.
+NANOSECOND_MS = 1e-6
+
+durations = st.floats(NANOSECOND_MS, 3e12) | st.floats(0.1, 1e5) | st.just(0.0)
+samples = st.lists(durations, min_size=1, max_size=200)
+
+
+def result(
+    latency_ms: float = 0.0, queue_ms: float = 0.0, status: Status = Status.SUCCESS, retries: int = 0
+) -> InvocationResult[Any]:
+    return InvocationResult("agent", status, latency_ms=latency_ms, queue_ms=queue_ms, retries=retries)
+
+
+def latencies(values: list[float]) -> Distribution:
+    recorder = MetricsRecorder()
+    for value in values:
+        recorder.record(result(value))
+
+    return recorder.snapshot().latency
+
+
+def nearest_rank(values: list[float], percent: int) -> float:
+    """Return the smallest value that at least ``percent`` of all values do not exceed."""
+    rank = max(1, -(-len(values) * percent // 100))
+    return sorted(values)[rank - 1]
+
+
+def assert_close(measured: float, true: float) -> None:
+    assert abs(measured - true) <= max(0.01 * true, NANOSECOND_MS)
+
+
+# --- distributions
+
+
+@given(samples)
+def test_count_mean_minimum_and_maximum_are_exact(values: list[float]) -> None:
+    latency = latencies(values)
+    assert latency.count == len(values)
+    assert latency.mean_ms == pytest.approx(math.fsum(values) / len(values), rel=1e-12)
+    assert latency.min_ms == min(values)
+    assert latency.max_ms == max(values)
+
+
+@given(samples, st.integers(0, 100))
+def test_percentile_is_within_one_percent_of_the_nearest_rank(values: list[float], percent: int) -> None:
+    assert_close(latencies(values).percentile(percent), nearest_rank(values, percent))
+
+
+@given(samples)
+def test_percentiles_that_have_a_name_are_those_that_are_asked_for(values: list[float]) -> None:
+    latency = latencies(values)
+    assert latency.p50_ms == latency.percentile(50)
+    assert latency.p95_ms == latency.percentile(95)
+    assert latency.p99_ms == latency.percentile(99)
+
+
+@given(samples)
+def test_percentiles_rise_from_the_minimum_to_the_maximum(values: list[float]) -> None:
+    latency = latencies(values)
+    percentiles = [latency.percentile(q) for q in range(101)]
+    assert percentiles == sorted(percentiles)
+    assert latency.min_ms <= percentiles[0]
+    assert percentiles[-1] <= latency.max_ms
+
+
+@given(samples, st.randoms(use_true_random=False))
+def test_order_of_recording_does_not_matter(values: list[float], rng: random.Random) -> None:
+    shuffled = rng.sample(values, len(values))
+    one, other = latencies(values), latencies(shuffled)
+    assert attrs.evolve(other, mean_ms=one.mean_ms) == one
+
+
+@given(durations, st.integers(1, 50))
+def test_one_value_however_often_is_every_percentile(value: float, times: int) -> None:
+    latency = latencies([value] * times)
+    assert {latency.percentile(q) for q in (0, 1, 50, 99.9, 100)} == {value}
+
+
+def test_percentile_with_a_fraction_finds_its_rank() -> None:
+    # 8.8 percent of 375 are exactly 33, although 375 * 8.8 / 100 is a little more in floating point.
+    values = [1.05**rank for rank in range(1, 376)]
+    assert_close(latencies(values).percentile(8.8), 1.05**33)
+
+
+@pytest.mark.parametrize("q", [-1, -0.001, 100.001, math.nan, math.inf])
+def test_percentile_out_of_its_range_is_refused(q: float) -> None:
+    for distribution in (Distribution(), latencies([1.0])):
+        with pytest.raises(ValueError, match=f"^q must be between 0 and 100, got {q!r}$"):
+            distribution.percentile(q)
+
+
+def test_values_out_of_all_proportion_are_recorded() -> None:
+    values = [0.0, 5e-324, 1e-9, 1e15, 1e300]
+    latency = latencies(values)
+    assert (latency.count, latency.min_ms, latency.max_ms) == (5, 0, 1e300)
+    assert latency.percentile(0) <= NANOSECOND_MS
+    assert latency.percentile(100) > 1e12
+
+
+def test_memory_does_not_grow_with_the_number_of_values() -> None:
+    rng = random.Random(1)
+    recorder = MetricsRecorder()
+    sizes: list[int] = []
+    for count in (20_000, 80_000):
+        for _ in range(count):
+            recorder.record(result(10 ** rng.uniform(-9, 15), 10 ** rng.uniform(-9, 15)))
+
+        snapshot = recorder.snapshot()
+        sizes.append(len(pickle.dumps(snapshot)))
+
+    assert snapshot.latency.count == 100_000
+    assert sizes[1] < sizes[0] * 1.1
+    assert len(snapshot.latency._buckets) < 4000
+
+
+# --- the recorder
+
+
+def test_new_recorder_is_empty() -> None:
+    empty = Distribution(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    snapshot = MetricsRecorder().snapshot()
+    assert snapshot == MetricsSnapshot(dict.fromkeys(Status, 0), 0, empty, empty)
+    assert snapshot.latency.percentile(50) == 0
+
+
+def test_results_are_counted_by_status_and_retries_add_up() -> None:
+    recorder = MetricsRecorder()
+    for repeat, status in enumerate(Status, 1):
+        for _ in range(repeat):
+            recorder.record(result(1.0, status=status, retries=repeat))
+
+    snapshot = recorder.snapshot()
+    assert snapshot.counts == {
+        Status.SUCCESS: 1,
+        Status.ERROR: 2,
+        Status.TIMEOUT: 3,
+        Status.CANCELLED: 4,
+        Status.SKIPPED: 5,
+    }
+    assert snapshot.retries == 1 + 4 + 9 + 16 + 25
+
+
+@pytest.mark.parametrize("status", [status for status in Status if status is not Status.SKIPPED])
+def test_everything_that_was_started_has_a_latency(status: Status) -> None:
+    recorder = MetricsRecorder()
+    recorder.record(result(20.0, 5.0, status))
+    snapshot = recorder.snapshot()
+    assert (snapshot.latency.count, snapshot.latency.mean_ms) == (1, 20)
+    assert (snapshot.queue.count, snapshot.queue.mean_ms) == (1, 5)
+
+
+def test_skipped_result_is_counted_and_not_timed() -> None:
+    recorder = MetricsRecorder()
+    recorder.record(result(20.0, 5.0, Status.SKIPPED))
+    snapshot = recorder.snapshot()
+    assert snapshot.counts[Status.SKIPPED] == 1
+    assert snapshot.latency == snapshot.queue == Distribution()
+
+
+def test_snapshot_does_not_change_when_more_is_recorded() -> None:
+    recorder = MetricsRecorder()
+    recorder.record(result(1.0))
+    before = recorder.snapshot()
+    text = repr(before)
+    recorder.record(result(100.0, retries=1))
+    recorder.reset()
+    assert repr(before) == text
+    assert before.latency.percentile(100) == 1
+
+
+def test_snapshot_is_frozen() -> None:
+    snapshot = MetricsRecorder().snapshot()
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        snapshot.retries = 1  # type: ignore[misc]
+
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        snapshot.latency.count = 1  # type: ignore[misc]
+
+
+def test_reset_forgets_everything() -> None:
+    recorder = MetricsRecorder()
+    recorder.record(result(5.0, 1.0, Status.ERROR, 2))
+    recorder.reset()
+    assert recorder.snapshot() == MetricsRecorder().snapshot()
+    recorder.record(result(7.0))
+    assert recorder.snapshot().latency.min_ms == 7
+
+
+def test_repr_says_what_was_recorded() -> None:
+    recorder = MetricsRecorder()
+    assert repr(recorder) == "<MetricsRecorder empty>"
+    for status in (Status.SUCCESS, Status.SUCCESS, Status.TIMEOUT):
+        recorder.record(result(status=status))
+
+    assert repr(recorder) == "<MetricsRecorder 2 success, 1 timeout>"
+
+
+def test_threads_record_at_once_without_losing_any() -> None:
+    recorder = MetricsRecorder()
+    started = threading.Barrier(5)
+    torn: list[MetricsSnapshot] = []
+
+    def record() -> None:
+        started.wait()
+        for number in range(2000):
+            recorder.record(result(float(number), retries=1))
+
+    def read() -> None:
+        started.wait()
+        for _ in range(200):
+            snapshot = recorder.snapshot()
+            if not snapshot.counts[Status.SUCCESS] == snapshot.retries == snapshot.latency.count:
+                torn.append(snapshot)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=target) for target in (record, record, record, record, read)]
+        for thread in threads:
+            thread.start()
+
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+
+    assert not torn
+    snapshot = recorder.snapshot()
+    assert snapshot.counts[Status.SUCCESS] == snapshot.retries == snapshot.latency.count == 8000
+    assert snapshot.latency.mean_ms == 999.5

@@ -1,0 +1,224 @@
+"""What became of an invocation, and the errors in which the library says so."""
+
+import asyncio
+import copy
+import gc
+import pickle
+import weakref
+from typing import Any, NoReturn
+
+import attrs
+import pytest
+
+import agentloop
+from agentloop import (
+    AgentLoopError,
+    BatchStopped,
+    FirstChunkTimeout,
+    IdleTimeout,
+    InvocationCancelled,
+    InvocationResult,
+    InvocationTimeout,
+    Status,
+    _errors,
+)
+
+
+class Boom(Exception):
+    pass
+
+
+ERRORS: list[Exception] = [
+    AgentLoopError("broken"),
+    BatchStopped("not started"),
+    FirstChunkTimeout(2),
+    IdleTimeout(1.5),
+    InvocationCancelled("cancelled by itself"),
+    InvocationTimeout(0.5),
+    InvocationTimeout(60, total=True),
+    _errors.LoopClosed("left"),
+]
+every_error = pytest.mark.parametrize("error", ERRORS, ids=repr)
+
+
+def failed(exception: BaseException, status: Status = Status.ERROR) -> InvocationResult[Any]:
+    return InvocationResult("agent", status, exception=exception)
+
+
+# --- results
+
+
+def test_result_has_the_defaults_of_a_plain_success() -> None:
+    result = InvocationResult("agent", Status.SUCCESS, 42)
+    assert attrs.asdict(result) == {
+        "agent_id": "agent",
+        "status": "success",
+        "output": 42,
+        "exception": None,
+        "latency_ms": 0.0,
+        "queue_ms": 0.0,
+        "retries": 0,
+        "failures": (),
+        "index": 0,
+    }
+    assert result.success
+    assert result.error is None
+
+
+def test_result_is_frozen() -> None:
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        InvocationResult("agent", Status.SUCCESS).output = 1  # type: ignore[misc]
+
+
+def test_status_is_its_word() -> None:
+    assert [str(status) for status in Status] == ["success", "error", "timeout", "cancelled", "skipped"]
+
+
+@pytest.mark.parametrize("status", [status for status in Status if status is not Status.SUCCESS])
+def test_only_a_success_is_a_success(status: Status) -> None:
+    assert not failed(Boom("boom"), status).success
+
+
+@pytest.mark.parametrize(
+    ("status", "exception", "text"),
+    [
+        (Status.ERROR, ValueError("boom"), "ValueError: boom"),
+        (Status.ERROR, ValueError(), "ValueError"),
+        (Status.ERROR, KeyError("k"), "KeyError: 'k'"),
+        (Status.ERROR, ValueError("rate: "), "ValueError: rate: "),
+        (Status.ERROR, TimeoutError("the agent's own"), "TimeoutError: the agent's own"),
+        (Status.ERROR, ExceptionGroup("two", [Boom()]), "ExceptionGroup: two (1 sub-exception)"),
+        (Status.TIMEOUT, InvocationTimeout(0.5), "Timeout after 0.5s"),
+        (Status.TIMEOUT, InvocationTimeout(60, total=True), "Timeout after 60s in total"),
+        (Status.TIMEOUT, FirstChunkTimeout(2), "No first chunk after 2s"),
+        (Status.TIMEOUT, IdleTimeout(1.5), "No chunk for 1.5s"),
+        (Status.CANCELLED, InvocationCancelled("by itself"), "InvocationCancelled: by itself"),
+        (Status.CANCELLED, asyncio.CancelledError(), "CancelledError"),
+        (Status.SKIPPED, BatchStopped("not started"), "BatchStopped: not started"),
+    ],
+    ids=repr,
+)
+def test_error_says_what_went_wrong(status: Status, exception: BaseException, text: str) -> None:
+    assert failed(exception, status).error == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(300.0, "300"), (0.1 + 0.2, "0.3"), (1 / 3, "0.3333333333"), (86400 * 30, "2592000"), (1e-5, "1e-05")],
+)
+def test_time_out_says_its_seconds_without_noise(seconds: float, text: str) -> None:
+    assert str(InvocationTimeout(seconds)) == f"Timeout after {text}s"
+
+
+@pytest.mark.parametrize("output", [42, None, "", ValueError("returned, not raised")])
+def test_unwrapping_a_success_returns_its_output(output: object) -> None:
+    result = InvocationResult("agent", Status.SUCCESS, output)
+    assert result.unwrap() is output
+    assert result.unwrap() is output
+
+
+@pytest.mark.parametrize("status", [status for status in Status if status is not Status.SUCCESS])
+@pytest.mark.parametrize(
+    "exception", [Boom("boom"), asyncio.CancelledError(), InvocationTimeout(1)], ids=repr
+)
+def test_unwrapping_a_failure_raises_the_very_object_each_time(
+    status: Status, exception: BaseException
+) -> None:
+    result = failed(exception, status)
+    for _ in range(3):
+        with pytest.raises(type(exception)) as caught:
+            result.unwrap()
+
+        assert caught.value is exception
+
+    assert exception.__context__ is None
+    assert exception.__cause__ is None
+
+
+def test_unwrapping_keeps_the_traceback_of_the_agent() -> None:
+    def explode() -> NoReturn:
+        raise Boom
+
+    with pytest.raises(Boom) as original:
+        explode()
+
+    with pytest.raises(Boom) as caught:
+        failed(original.value).unwrap()
+
+    assert "explode" in [entry.name for entry in caught.traceback]
+
+
+def test_unwrapping_leaves_no_reference_cycle() -> None:
+    def unwrap_a_new_one() -> weakref.ref[BaseException]:
+        try:
+            failed(Boom("boom")).unwrap()
+        except Boom as exc:
+            return weakref.ref(exc)
+
+    gc.disable()
+    try:
+        assert unwrap_a_new_one()() is None
+    finally:
+        gc.enable()
+
+
+def test_result_survives_pickling() -> None:
+    success = InvocationResult("agent", Status.SUCCESS, {"a": [1]}, None, 12.5, 3.0, 2, (), 7)
+    assert pickle.loads(pickle.dumps(success)) == success
+
+    failures = (ValueError("boom"), InvocationTimeout(0.5))
+    failure = InvocationResult("agent", Status.TIMEOUT, None, failures[1], 12.5, 3.0, 1, failures, 7)
+    copied = pickle.loads(pickle.dumps(failure))
+    assert copied.error == "Timeout after 0.5s"
+    assert copied.exception is copied.failures[1]
+    assert repr(copied) == repr(failure)
+
+
+# --- errors
+
+
+def test_every_error_is_in_the_tests_below() -> None:
+    assert {type(error).__name__ for error in ERRORS} == set(_errors.__all__)
+
+
+@every_error
+def test_every_error_is_an_agentloop_error_and_public(error: Exception) -> None:
+    assert isinstance(error, AgentLoopError)
+    assert getattr(agentloop, type(error).__name__) is type(error)
+
+
+@every_error
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_error_survives_pickling(error: Exception, protocol: int) -> None:
+    error = copy.copy(error)
+    error.add_note("a note")
+    copied = pickle.loads(pickle.dumps(error, protocol))
+    assert type(copied) is type(error)
+    assert str(copied) == str(error)
+    assert copied.args == error.args
+    assert vars(copied) == vars(error)
+
+
+@every_error
+def test_error_survives_copying(error: Exception) -> None:
+    for copied in (copy.copy(error), copy.deepcopy(error)):
+        assert copied is not error
+        assert (type(copied), str(copied), vars(copied)) == (type(error), str(error), vars(error))
+
+
+@pytest.mark.parametrize("error_class", [InvocationTimeout, FirstChunkTimeout, IdleTimeout])
+def test_time_out_is_a_timeout_error_that_carries_its_seconds(error_class: type[InvocationTimeout]) -> None:
+    error = error_class(0.5)
+    assert isinstance(error, TimeoutError)
+    assert isinstance(error, InvocationTimeout)
+    assert (error.seconds, error.total) == (0.5, False)
+
+
+def test_seconds_of_a_time_out_are_no_operating_system_error() -> None:
+    error = InvocationTimeout(110, total=True)
+    assert error.errno is None
+    assert error.strerror is None
+
+
+def test_closed_loop_is_a_runtime_error() -> None:
+    assert issubclass(_errors.LoopClosed, RuntimeError)

@@ -1,0 +1,272 @@
+# pyright: strict, reportUnnecessaryTypeIgnoreComment=true
+"""
+What type checkers know about the public names. Nothing in here runs: mypy and pyright read it.
+
+A line with an ``ignore`` is an error that both have to find: where one of them finds none, it reports the
+comment as unused.
+"""
+
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
+from functools import partial
+from typing import Any, assert_type
+
+from agentloop import (
+    AgentLoop,
+    Backoff,
+    Distribution,
+    Invocation,
+    InvocationResult,
+    Limiter,
+    LoopConfig,
+    LoopStatistics,
+    MetricsRecorder,
+    MetricsSnapshot,
+    Status,
+    Verdict,
+    VerdictKind,
+    classify,
+)
+
+
+class Animal: ...
+
+
+class Cat(Animal): ...
+
+
+async def count(text: str, *, upto: int = 10) -> int:
+    raise NotImplementedError
+
+
+async def spell(number: int) -> str:
+    raise NotImplementedError
+
+
+async def nothing() -> None: ...
+async def adopt() -> Cat:
+    raise NotImplementedError
+
+
+def returns_awaitable(text: str) -> Awaitable[int]:
+    raise NotImplementedError
+
+
+def blocking(text: str) -> int:
+    raise NotImplementedError
+
+
+async def streaming(text: str) -> AsyncIterator[str]:
+    yield text
+
+
+class Agent:
+    async def __call__(self, text: str) -> int:
+        raise NotImplementedError
+
+    async def ask(self, text: str) -> float:
+        raise NotImplementedError
+
+
+loop = AgentLoop()
+agent = Agent()
+
+
+# --- run_single
+
+
+async def run_single_gives_a_result_of_what_the_agent_returns() -> None:
+    assert_type(await loop.run_single("a", count, "text"), InvocationResult[int])
+    assert_type(await loop.run_single("a", count, "text", upto=3), InvocationResult[int])
+    assert_type(await loop.run_single("a", spell, 1), InvocationResult[str])
+    assert_type(await loop.run_single("a", nothing), InvocationResult[None])
+    assert_type(await loop.run_single("a", returns_awaitable, "text"), InvocationResult[int])
+    assert_type(await loop.run_single("a", partial(count, upto=3), "text"), InvocationResult[int])
+    assert_type(await loop.run_single("a", agent, "text"), InvocationResult[int])
+    assert_type(await loop.run_single("a", agent.ask, "text"), InvocationResult[float])
+    assert_type(await loop.run_single("a", lambda: count("text")), InvocationResult[int])
+
+
+async def run_single_checks_the_arguments_of_the_agent() -> None:
+    await loop.run_single("a", count, 5)  # type: ignore[arg-type]
+    await loop.run_single("a", count)  # type: ignore[call-arg]
+    await loop.run_single("a", count, "text", 5)  # type: ignore[call-arg]
+    await loop.run_single("a", count, "text", up=5)  # type: ignore[call-arg]
+    await loop.run_single("a", agent, 5)  # type: ignore[arg-type]
+    await loop.run_single(5, count, "text")  # type: ignore[arg-type]
+
+
+async def run_single_wants_an_async_callable() -> None:
+    await loop.run_single("a", blocking, "text")  # type: ignore[arg-type]
+    await loop.run_single("a", streaming, "text")  # type: ignore[arg-type]
+    await loop.run_single("a", 5)  # type: ignore[arg-type]
+    coroutine = count("text")
+    await loop.run_single("a", coroutine)  # type: ignore[arg-type]
+
+
+# --- invocations
+
+
+def invocation_carries_what_its_agent_returns() -> None:
+    assert_type(Invocation("a", count), Invocation[int])
+    assert_type(Invocation("a", count, ("text",), {"upto": 3}), Invocation[int])
+    assert_type(Invocation("a", agent, ("text",)), Invocation[int])
+    assert_type(Invocation("a", partial(count, "text")), Invocation[int])
+    assert_type(Invocation("a", returns_awaitable), Invocation[int])
+    assert_type(Invocation("a", count).fn, Callable[..., Awaitable[int]])
+    assert_type(Invocation("a", count).args, tuple[Any, ...])
+
+
+def invocation_wants_an_async_callable() -> None:
+    Invocation("a", blocking)  # type: ignore[arg-type]
+    Invocation(5, count)  # type: ignore[arg-type]
+    Invocation("a", count, 5)  # type: ignore[arg-type]
+
+
+def invocation_cannot_be_changed(invocation: Invocation[int]) -> None:
+    invocation.agent_id = "b"  # type: ignore[misc]
+
+
+def invocation_is_covariant(cats: Invocation[Cat]) -> Invocation[Animal]:
+    return cats
+
+
+def invocation_is_not_contravariant(animals: Invocation[Animal]) -> Invocation[Cat]:
+    return animals  # type: ignore[return-value]
+
+
+def numbers() -> Generator[int]:
+    yield 1
+
+
+async def slow_numbers() -> AsyncGenerator[int]:
+    yield 1
+
+
+def map_is_as_sync_as_its_items() -> None:
+    assert_type(Invocation.map(spell, [1, 2]), Iterator[Invocation[str]])
+    assert_type(Invocation.map(spell, numbers()), Iterator[Invocation[str]])
+    assert_type(Invocation.map(count, "abc"), Iterator[Invocation[int]])
+    assert_type(Invocation.map(count, ["a"], "q"), Iterator[Invocation[int]])
+    assert_type(Invocation.map(spell, [1], agent_id="item {}".format), Iterator[Invocation[str]])
+    assert_type(Invocation.map(agent, ["a"]), Iterator[Invocation[int]])
+    assert_type(Invocation.map(spell, slow_numbers()), AsyncIterator[Invocation[str]])
+    assert_type(Invocation.map(spell, slow_numbers(), "q"), AsyncIterator[Invocation[str]])
+
+
+def map_checks_the_items_against_the_agent() -> None:
+    Invocation.map(spell, ["a"])  # type: ignore[arg-type]
+    Invocation.map(blocking, ["a"])  # type: ignore[arg-type]
+    Invocation.map(spell, 5)  # type: ignore[call-overload]
+
+
+# --- batches
+
+
+async def run_all_gives_a_list_of_results() -> None:
+    jobs = [Invocation("a", count, ("text",))]
+    assert_type(await loop.run_all(jobs), list[InvocationResult[int]])
+    assert_type(await loop.run_all(tuple(jobs)), list[InvocationResult[int]])
+    assert_type(await loop.run_all(iter(jobs)), list[InvocationResult[int]])
+    assert_type(await loop.run_all(job for job in jobs), list[InvocationResult[int]])
+    assert_type(await loop.run_all(Invocation.map(spell, [1])), list[InvocationResult[str]])
+    assert_type(await loop.run_all(Invocation.map(spell, slow_numbers())), list[InvocationResult[str]])
+
+
+async def run_all_takes_plain_tuples() -> None:
+    assert_type(await loop.run_all([("a", count, ("text",), {"upto": 3})]), list[InvocationResult[int]])
+    assert_type(await loop.run_all([("a", count, ["text"], {})]), list[InvocationResult[int]])
+
+
+async def run_all_of_different_agents_gives_results_of_either(
+    one: Invocation[int], other: Invocation[str], mixed: list[Invocation[int] | Invocation[str]]
+) -> None:
+    wide: list[Invocation[int | str]] = [one, other]
+    assert_type(await loop.run_all(wide), list[InvocationResult[int | str]])
+    results: list[InvocationResult[int | str]] = await loop.run_all(mixed)
+    assert_type(results[0].unwrap(), int | str)
+
+
+async def run_all_wants_an_iterable_of_invocations() -> None:
+    await loop.run_all(5)  # type: ignore[arg-type]
+    await loop.run_all(Invocation("a", count))  # type: ignore[arg-type]
+    await loop.run_all([count("text")])  # type: ignore[arg-type]
+    await loop.run_all([("a", count)])  # type: ignore[arg-type]
+
+
+async def as_completed_gives_results_one_by_one() -> None:
+    jobs = [Invocation("a", count, ("text",))]
+    async with loop.as_completed(jobs) as results:
+        assert_type(results, AsyncIterator[InvocationResult[int]])
+        async for result in results:
+            assert_type(result, InvocationResult[int])
+            assert_type(result.unwrap(), int)
+
+    async with loop.as_completed(Invocation.map(spell, slow_numbers())) as spelled:
+        assert_type([result.output async for result in spelled], list[str | None])
+
+    async with loop.as_completed([("a", count, ("text",), {})]) as counted:
+        assert_type(await anext(counted), InvocationResult[int])
+
+
+async def as_completed_needs_async_with() -> None:
+    async for _ in loop.as_completed([Invocation("a", count)]):  # type: ignore[attr-defined]
+        pass
+
+
+# --- results
+
+
+def result_knows_its_type(result: InvocationResult[int]) -> None:
+    assert_type(result.unwrap(), int)
+    assert_type(result.output, int | None)
+    assert_type(result.exception, BaseException | None)
+    assert_type(result.error, str | None)
+    assert_type(result.status, Status)
+    assert_type(result.success, bool)
+    assert_type(result.failures, tuple[Exception, ...])
+    assert_type((result.latency_ms, result.queue_ms), tuple[float, float])
+    assert_type((result.retries, result.index), tuple[int, int])
+
+
+def result_is_covariant(cats: InvocationResult[Cat]) -> InvocationResult[Animal]:
+    return cats
+
+
+def result_is_not_contravariant(animals: InvocationResult[Animal]) -> InvocationResult[Cat]:
+    return animals  # type: ignore[return-value]
+
+
+async def result_of_a_subclass_serves_as_one_of_its_base() -> InvocationResult[Animal]:
+    return await loop.run_single("a", adopt)
+
+
+# --- settings and figures
+
+
+def settings_are_checked(config: LoopConfig) -> None:
+    LoopConfig(timeout_seconds=None, max_retries=0, backoff=Backoff(jitter="equal"), classify=classify)
+    LoopConfig(classify=lambda exc: Verdict(VerdictKind.FATAL))
+    LoopConfig(10)  # type: ignore[call-arg]
+    LoopConfig(timeout_seconds="10")  # type: ignore[arg-type]
+    LoopConfig(classify=blocking)  # type: ignore[arg-type]
+    Backoff(jitter="some")  # type: ignore[arg-type]
+    config.max_retries = 5  # type: ignore[misc]
+
+
+async def loop_has_typed_parts() -> None:
+    assert_type(AgentLoop(LoopConfig(), limiter=Limiter(5), metrics=MetricsRecorder()), AgentLoop)
+    assert_type(loop.with_config(max_retries=1), AgentLoop)
+    assert_type(loop.config, LoopConfig)
+    assert_type(loop.limiter, Limiter)
+    assert_type(loop.metrics, MetricsRecorder)
+    assert_type(loop.statistics(), LoopStatistics)
+    assert_type(loop.get_latency_stats(), dict[str, float])
+    async with loop as same:
+        assert_type(same, AgentLoop)
+
+
+def figures_are_typed(snapshot: MetricsSnapshot) -> None:
+    assert_type(snapshot.latency, Distribution)
+    assert_type(snapshot.latency.percentile(99.9), float)
+    assert_type(snapshot.counts[Status.SUCCESS], int)
+    assert_type(classify(ValueError()), Verdict)
