@@ -1,7 +1,5 @@
 """How long to wait before a retry."""
 
-from __future__ import annotations
-
 __all__ = ["Backoff", "RandomSource"]
 
 from typing import Literal, Protocol

@@ -1,7 +1,5 @@
 """The settings of a loop."""
 
-from __future__ import annotations
-
 __all__ = ["LoopConfig"]
 
 from collections.abc import Callable

@@ -30,7 +30,8 @@ class InvocationTimeout(AgentLoopError, TimeoutError):
     _text = "Timeout after {:.10g}s"
 
     def __init__(self, seconds: float, total: bool = False) -> None:
-        super().__init__(seconds, total)
+        # One argument: OSError, which a TimeoutError is, takes two for an errno and its text.
+        super().__init__(seconds)
         self.seconds = seconds
         self.total = total
 

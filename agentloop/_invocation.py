@@ -1,7 +1,5 @@
 """What is to be run."""
 
-from __future__ import annotations
-
 __all__ = ["Input", "Inputs", "Invocation", "as_invocation", "check_fn", "check_inputs"]
 
 import inspect
@@ -27,12 +25,12 @@ T_co = TypeVar("T_co", covariant=True)
 ItemT = TypeVar("ItemT")
 
 
-def _check_agent_id(_: object, attribute: attrs.Attribute[str], value: object) -> None:
+def _check_agent_id(_: object, attribute: "attrs.Attribute[str]", value: object) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{attribute.name} must be a str, got {value!r}")
 
 
-def check_fn(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+def check_fn(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
     """Refuse what cannot be called, with a hint at what to write instead."""
     if inspect.iscoroutine(value):
         # It will never be awaited, and the error below says so better than the interpreter's warning.
@@ -48,12 +46,18 @@ def check_fn(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
 
 def _args(value: Sequence[Any]) -> tuple[Any, ...]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        raise TypeError(f"args must be a tuple of positional arguments, got {value!r}")
+        # Refused below, after fn, whose error says more.
+        return cast("tuple[Any, ...]", value)
 
     return tuple(value)
 
 
-def _check_kwargs(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+def _check_args(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
+    if not isinstance(value, tuple):
+        raise TypeError(f"{attribute.name} must be a tuple of positional arguments, got {value!r}")
+
+
+def _check_kwargs(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
     if not isinstance(value, Mapping) or not all(
         isinstance(key, str) for key in cast("Mapping[object, object]", value)
     ):
@@ -75,7 +79,7 @@ class Invocation(Generic[T_co]):
 
     agent_id: str = attrs.field(validator=_check_agent_id)
     fn: Callable[..., Awaitable[T_co]] = attrs.field(validator=check_fn)
-    args: tuple[Any, ...] = attrs.field(default=(), converter=_args)
+    args: tuple[Any, ...] = attrs.field(default=(), converter=_args, validator=_check_args)
     kwargs: Mapping[str, Any] = attrs.field(factory=dict[str, Any], validator=_check_kwargs)
 
     @overload
@@ -84,20 +88,20 @@ class Invocation(Generic[T_co]):
         fn: Callable[[ItemT], Awaitable[T]],
         items: Iterable[ItemT],
         agent_id: str | Callable[[ItemT], str] | None = None,
-    ) -> Iterator[Invocation[T]]: ...
+    ) -> "Iterator[Invocation[T]]": ...
     @overload
     @staticmethod
     def map(
         fn: Callable[[ItemT], Awaitable[T]],
         items: AsyncIterable[ItemT],
         agent_id: str | Callable[[ItemT], str] | None = None,
-    ) -> AsyncIterator[Invocation[T]]: ...
+    ) -> "AsyncIterator[Invocation[T]]": ...
     @staticmethod
     def map(
         fn: Callable[[ItemT], Awaitable[T]],
         items: Iterable[ItemT] | AsyncIterable[ItemT],
         agent_id: str | Callable[[ItemT], str] | None = None,
-    ) -> Iterator[Invocation[T]] | AsyncIterator[Invocation[T]]:
+    ) -> "Iterator[Invocation[T]] | AsyncIterator[Invocation[T]]":
         """
         Make one invocation of ``fn`` for each item, lazily.
 

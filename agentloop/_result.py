@@ -1,7 +1,5 @@
 """What became of an invocation."""
 
-from __future__ import annotations
-
 __all__ = ["InvocationResult", "Status"]
 
 import enum
@@ -72,7 +70,8 @@ class InvocationResult(Generic[T_co]):
         if self.status is Status.TIMEOUT:
             return str(exc)
 
-        return f"{type(exc).__name__}: {exc}".removesuffix(": ")
+        text = str(exc)
+        return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
 
     def unwrap(self) -> T_co:
         """

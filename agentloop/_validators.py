@@ -45,6 +45,11 @@ def number(
             raise TypeError(f"{attribute.name} must be {expected}, got {value!r}")
 
         hint = " (None means no limit)" if optional else ""
+        try:
+            float(value)
+        except OverflowError:
+            raise ValueError(f"{attribute.name} must be a number that fits a float, got {value!r}") from None
+
         if math.isnan(value):
             raise ValueError(f"{attribute.name} must be a number, got {value!r}")
 

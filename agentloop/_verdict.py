@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Verdict", "VerdictKind", "classify"]
 
+import datetime
 import email.utils
 import enum
 import math
@@ -120,8 +121,9 @@ def _http_status(exc: Exception) -> int | None:
         _read(exc, "status"),
         _read(_read(exc, "response"), "status_code"),
     ):
-        if isinstance(value, int) and not isinstance(value, bool) and 100 <= value <= 599:
-            return value
+        # By type() and not by isinstance(), which asks an unbound proxy for a class that it cannot tell.
+        if issubclass(type(value), int) and type(value) is not bool and 100 <= value <= 599:
+            return int(value)
 
     return None
 
@@ -162,7 +164,12 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         except ValueError:
             try:
                 # A date is the server's wall clock, so it is compared with ours.
-                seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+                date = email.utils.parsedate_to_datetime(value)
+                if date.tzinfo is None:
+                    # The asctime form names no zone, and means Greenwich like the others.
+                    date = date.replace(tzinfo=datetime.UTC)
+
+                seconds = date.timestamp() - time.time()
             except (ValueError, OverflowError, OSError):
                 continue
 

@@ -75,7 +75,7 @@ def test_field_cannot_be_assigned(field: str) -> None:
         *({name: value} for name in SWITCHES for value in (True, False)),
         *({name: value} for name in DURATIONS for value in (None, 1, 0.001, 1e9, math.inf)),
     ],
-    ids=repr,
+    ids=lambda values: re.sub(r" at 0x\w+", "", repr(values)),
 )
 def test_value_within_its_bounds_is_kept_as_it_is(values: dict[str, Any]) -> None:
     config = LoopConfig(**values)

@@ -15,8 +15,8 @@ def virtual_clock(
         backend, options = virtual_clock("trio", seed=7)
         anyio.run(main, backend=backend, backend_options=options)
 
-    or, returned from an ``anyio_backend`` fixture, for one test run by AnyIO's pytest plugin. Let that
-    fixture have the scope of a function: on asyncio a deadlocked test takes its event loop with it.
+    or, returned from an ``anyio_backend`` fixture, for tests run by AnyIO's pytest plugin. There, on asyncio,
+    a deadlocked test takes the event loop with it, and with that any async fixtures of a wider scope.
 
     The clock never jumps while ``anyio.to_thread`` or ``loop.run_in_executor`` work is being waited for.
     It does jump over waits for sockets and other processes, if nothing can be read from them at once.

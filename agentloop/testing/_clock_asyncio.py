@@ -144,17 +144,17 @@ class _VirtualEventLoop(asyncio.SelectorEventLoop):
         if len(self._virtual_selector.get_map()) > 1 or (self._outside and self._outside.can_wake()):
             return False
 
-        tasks = sorted((task.get_name(), task.get_coro()) for task in asyncio.all_tasks(self))
-        raise deadlock(tasks)
+        tasks = sorted(asyncio.all_tasks(self), key=lambda task: task.get_name())
+        raise deadlock((task.get_name(), task.get_coro()) for task in tasks)
 
     def _workers(self, idle: bool) -> Iterator[threading.Thread]:
         """Give the worker threads of AnyIO on this loop that have nothing to do, or that have."""
         for thread in threading.enumerate():
             # AnyIO lists its idle threads, on each of them, and only within the loop, so this is exact
-            idle_workers = getattr(thread, "idle_workers", ())
-            if getattr(thread, "loop", None) is self and not getattr(thread, "stopping", False):
-                if (thread in idle_workers) is idle:
-                    yield thread
+            is_idle = thread in getattr(thread, "idle_workers", ())
+            is_ours = getattr(thread, "loop", None) is self and not getattr(thread, "stopping", False)
+            if is_ours and is_idle is idle:
+                yield thread
 
     def _threads_are_busy(self) -> bool:
         busy = len(list(self._workers(idle=False)))
@@ -189,6 +189,6 @@ class _VirtualEventLoop(asyncio.SelectorEventLoop):
 
 def _task_of(handle: Any) -> Any:
     """Give the task that this callback runs a step of; ``None`` for any other callback."""
-    owner = getattr(handle._callback, "__self__", None)
-    is_step = isinstance(owner, asyncio.Task) and getattr(handle._callback, "__name__", None) != "cancel"
-    return owner if is_step else None
+    owner: Any = getattr(handle._callback, "__self__", None)
+    is_task = issubclass(type(owner), asyncio.Task)
+    return owner if is_task and getattr(handle._callback, "__name__", None) != "cancel" else None

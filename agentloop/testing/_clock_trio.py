@@ -54,6 +54,7 @@ class _Director(trio.abc.Instrument):
     def before_run(self) -> None:
         self._runner = _run.GLOBAL_RUN_CONTEXT.runner
         self._outside = Outside(_idle_threads)
+        self._deadlock = None
         if self._random is not None:
             self._runner.runq = _ShuffledQueue(self._random)
 
@@ -76,13 +77,11 @@ class _Director(trio.abc.Instrument):
 
     def _pass_idle_time(self) -> None:
         statistics = trio.lowlevel.current_statistics()
-        waits = attrs.asdict(statistics.io_statistics).values()
         if self._threads_are_busy():
             self._wait()
         elif statistics.seconds_to_next_deadline < math.inf:
             self.clock.jump(statistics.seconds_to_next_deadline)
-        elif sum(count for count in waits if isinstance(count, int)) > 1 or self._outside.can_wake():
-            # one input is the run's own, by which threads and signals wake it
+        elif _waits_for_io(statistics.io_statistics) or self._outside.can_wake():
             self._wait()
         else:
             self._end_deadlock()
@@ -115,6 +114,12 @@ class _Director(trio.abc.Instrument):
         blocked = [task for task in tasks if task._abort_func is not None]
         for task in [self._runner.main_task] if self._runner.main_task in blocked else blocked:
             task._attempt_abort(raise_error)
+
+
+def _waits_for_io(statistics: Any) -> bool:
+    counts = [value for value in attrs.asdict(statistics).values() if isinstance(value, int)]
+    # one wait is the run's own, by which threads and signals wake it
+    return sum(counts) > 1
 
 
 def _idle_threads() -> Iterator[threading.Thread]:

@@ -24,7 +24,7 @@ _SERVING_A_THREAD = {
 }
 
 
-class VirtualClockDeadlock(AgentLoopError, RuntimeError):  # noqa: N818  # named for what it finds
+class VirtualClockDeadlock(AgentLoopError, RuntimeError):
     """Every task waits, no timer is set, and nothing outside the event loop can wake any of them."""
 
 

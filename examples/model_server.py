@@ -1,0 +1,400 @@
+"""
+A small OpenAI-compatible model server for examples and tests, with faults on request.
+
+It answers ``GET /v1/models`` and ``POST /v1/chat/completions``, plain and streaming, on asyncio and on trio::
+
+    async with serve_model(Faults(rate_limited=0.1, hang=0.01), seed=7) as server:
+        ...  # talk to server.base_url, then look at server.statuses
+
+What happens to a request depends only on the seed, the prompt and how many times that prompt was sent
+before, never on the order of arrival: the same seed tells the same story again. By itself it runs as
+``python examples/model_server.py --port 8000 --backend trio --rate-limited 0.1``.
+"""
+
+import argparse
+import json
+import logging
+import math
+import operator
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Literal
+
+import anyio
+import attrs
+import h11
+from anyio.abc import SocketAttribute, SocketStream
+
+Outcome = Literal["rate_limited", "server_error", "hang", "disconnect", "answer"]
+
+FAULTS: tuple[Outcome, ...] = ("rate_limited", "server_error", "hang", "disconnect")
+ROUTES = {"/v1/models": "GET", "/v1/chat/completions": "POST"}
+MAX_BODY_BYTES = 1_000_000
+ARITHMETIC = re.compile(r"what is (-?\d{1,15}) ?([-+*]) ?(-?\d{1,15})(?![\d.]*\d|\s*[-+*/^])", re.IGNORECASE)
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+ADVICE = (
+    "start with the part you are least sure of; the rest gets easier.",
+    "ask the person who will use it, and write down what surprised you.",
+    "change one thing, measure again, and only then change the next.",
+    "sleep on it; the second draft is where it gets good.",
+    "two small tools that fit together beat a big one that almost fits.",
+    "do it by hand three times before you teach a machine to do it.",
+)
+
+
+@attrs.frozen(kw_only=True)
+class Faults:
+    """What goes wrong, as a share of all completions, and how long things take. By default nothing does."""
+
+    rate_limited: float = 0.0  #: share answered at once with 429 and a Retry-After
+    server_error: float = 0.0  #: share answered with 500
+    hang: float = 0.0  #: share never answered, and dropped after ``hang_seconds``
+    disconnect: float = 0.0  #: share cut off in the middle of the answer
+    retry_after_seconds: float = 0.2
+    hang_seconds: float = 60.0
+    delay_seconds: float = 0.0  #: mean of the log-normal delay before an answer
+    delay_spread: float = 0.5  #: sigma of that delay: 0 is always the mean, 1 is a long tail
+    gap_seconds: float = 0.002  #: between two chunks of a stream
+
+    def __attrs_post_init__(self) -> None:
+        for name, value in attrs.asdict(self).items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and at least 0, got {value}")
+
+        total = math.fsum(getattr(self, name) for name in FAULTS)
+        if total > 1:
+            raise ValueError(f"{', '.join(FAULTS)} must add up to at most 1, got {total:g}")
+
+    def draw(self, rng: random.Random) -> tuple[Outcome, float]:
+        """Return what happens to one completion, and after how many seconds."""
+        # Both are always drawn, so that another share or delay changes nothing else of the story.
+        roll, normal = rng.random(), rng.gauss()
+        delay = self.delay_seconds * math.exp(self.delay_spread * normal - self.delay_spread**2 / 2)
+        for outcome in FAULTS:
+            roll -= getattr(self, outcome)
+            if roll < 0:
+                return outcome, delay
+
+        return "answer", delay
+
+
+NO_FAULTS = Faults()
+
+
+@attrs.define(eq=False)
+class ModelServer:
+    """A running server: where it is, and what it has seen so far."""
+
+    base_url: str
+    faults: Faults = attrs.field(repr=False)
+    seed: int
+    api_key: str | None = attrs.field(repr=False)
+    requests: int = 0
+    disconnects: int = 0  #: clients that left before their answer was complete
+    statuses: Counter[int] = attrs.field(factory=lambda: Counter[int]())
+    outcomes: Counter[Outcome] = attrs.field(factory=lambda: Counter[Outcome]())
+    _attempts: Counter[str] = attrs.field(factory=lambda: Counter[str](), repr=False)
+    _connections: set["_Connection"] = attrs.field(factory=lambda: set["_Connection"](), repr=False)
+
+    @property
+    def active(self) -> int:
+        """How many requests are being received or answered now."""
+        return sum(connection.busy for connection in self._connections)
+
+    def begin(self, prompt: str) -> tuple[Outcome, float, random.Random]:
+        """Count one more completion for this prompt, and decide what happens to it."""
+        self._attempts[prompt] += 1
+        # A string seeds alike in every process; ascii() because a prompt may hold lone surrogates.
+        rng = random.Random(ascii((self.seed, prompt, self._attempts[prompt])))
+        outcome, delay = self.faults.draw(rng)
+        self.outcomes[outcome] += 1
+        return outcome, delay, rng
+
+    async def serve_connection(self, stream: SocketStream) -> None:
+        connection = _Connection(self, stream)
+        self._connections.add(connection)
+        try:
+            async with stream:
+                await connection.serve()
+        except (anyio.BrokenResourceError, anyio.EndOfStream):
+            self.disconnects += connection.busy
+        except Exception:  # a bug here costs this client its connection, and nobody else
+            logging.getLogger(__name__).exception("closed one connection")
+        finally:
+            self._connections.remove(connection)
+
+
+@asynccontextmanager
+async def serve_model(
+    faults: Faults = NO_FAULTS, *, seed: int = 0, port: int = 0, api_key: str | None = None
+) -> AsyncGenerator[ModelServer, None]:
+    """
+    Serve on 127.0.0.1 while the block runs; leaving it drops what is still being answered.
+
+    :param faults: what goes wrong, and how long things take
+    :param seed: another seed tells another story
+    :param port: 0 picks a free one
+    :param api_key: when given, requests without this bearer token are answered with 401
+    """
+    failure: Exception | None = None
+    listener = await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=port)
+    base_url = f"http://127.0.0.1:{listener.extra(SocketAttribute.local_port)}/v1"
+    server = ModelServer(base_url, faults, seed, api_key)
+    async with listener, anyio.create_task_group() as connections:
+        connections.start_soon(listener.serve, server.serve_connection, connections, name="model server")
+        try:
+            yield server
+        except Exception as exc:  # kept from the task group, which would wrap it in an exception group
+            failure = exc
+
+        connections.cancel_scope.cancel("the serve_model() block was left")
+
+    if failure is not None:
+        raise failure
+
+
+class _HTTPError(Exception):
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] = {}) -> None:
+        super().__init__(message)
+        kind = {429: "requests", 500: "server_error"}.get(status, "invalid_request_error")
+        self.status, self.headers = status, headers
+        self.payload = {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def _parse(body: bytes) -> tuple[str, list[str], bool]:
+    """Return the model, the texts of the messages, and whether to stream."""
+    try:
+        fields: Any = json.loads(body)
+    except (ValueError, RecursionError) as exc:
+        raise _HTTPError(400, "invalid_json", f"the body must be JSON: {exc}") from exc
+
+    match fields:
+        case {"model": str(model), "messages": [_, *_] as messages}:
+            return model, [_text(message) for message in messages], fields.get("stream") is True
+        case _:
+            raise _HTTPError(400, "invalid_body", "the body must have 'model' and a list of 'messages'")
+
+
+def _text(message: Any) -> str:
+    match message:
+        case {"role": str(), "content": str(text)}:
+            return text
+        case _:
+            raise _HTTPError(400, "invalid_body", "each message must have 'role' and 'content', both strings")
+
+
+def reply_to(prompt: str) -> str:
+    """Return the model's reply: the answer to an arithmetic question, otherwise a piece of advice."""
+    if found := ARITHMETIC.search(prompt):
+        left, sign, right = found.groups()
+        return f"{left} {sign} {right} is {OPERATORS[sign](int(left), int(right))}."
+
+    topic = " ".join(prompt.split()[:6])
+    return f'On "{topic}": {random.Random(ascii(prompt)).choice(ADVICE)}'
+
+
+class _Connection:
+    """One client's keep-alive connection; requests on it are answered one after another."""
+
+    def __init__(self, server: ModelServer, stream: SocketStream) -> None:
+        self.server = server
+        self.stream = stream  # anyio has set TCP_NODELAY on it
+        self.http = h11.Connection(h11.SERVER)
+        self.head_only = False
+
+    @property
+    def busy(self) -> bool:
+        # h11 leaves these states when it is given the last part, so before the client can have seen it.
+        return self.http.our_state in (h11.SEND_RESPONSE, h11.SEND_BODY)
+
+    async def serve(self) -> None:
+        """
+        Answer requests until one of them ends the connection.
+
+        :raises EndOfStream: if the client left
+        """
+        try:
+            while isinstance(request := await self._receive(), h11.Request):
+                self.server.requests += 1
+                self.head_only = request.method == b"HEAD"
+                body = b""
+                while isinstance(event := await self._receive(), h11.Data):
+                    if len(body) <= MAX_BODY_BYTES:  # the rest is read, so that a 413 arrives, but not kept
+                        body += event.data
+
+                await self._answer_unless_client_leaves(request, body)
+                if (self.http.our_state, self.http.their_state) != (h11.DONE, h11.DONE):
+                    return
+
+                self.http.start_next_cycle()
+                self.head_only = False
+        except h11.RemoteProtocolError as exc:
+            if self.http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                await self._send_json(exc.error_status_hint, _HTTPError(400, "bad_http", str(exc)).payload)
+
+    async def _receive(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        while (event := self.http.next_event()) is h11.NEED_DATA:
+            if self.http.they_are_waiting_for_100_continue:
+                await self._send(h11.InformationalResponse(status_code=100, headers=[]))
+
+            self.http.receive_data(await self.stream.receive())
+
+        return event
+
+    async def _send(self, *events: h11.Event) -> None:
+        data = b""
+        for event in events:
+            if isinstance(event, h11.Response):
+                self.server.statuses[event.status_code] += 1
+
+            if not (self.head_only and isinstance(event, h11.Data)):
+                data += self.http.send(event) or b""
+
+        await self.stream.send(data)
+
+    async def _send_json(
+        self, status: int, payload: object, headers: Mapping[str, str] = {}, *, cut: bool = False
+    ) -> None:
+        body = json.dumps(payload).encode()
+        fields = {"content-type": "application/json", "content-length": str(len(body)), **headers}
+        response = h11.Response(status_code=status, headers=list(fields.items()))
+        if cut:
+            await self._send(response, h11.Data(data=body[: len(body) // 2]))
+        else:
+            await self._send(response, h11.Data(data=body), h11.EndOfMessage())
+
+    async def _answer_unless_client_leaves(self, request: h11.Request, body: bytes) -> None:
+        client_left = False
+
+        async def watch() -> None:
+            nonlocal client_left
+            try:
+                # What an eager client sends before it has its answer waits here for its turn.
+                self.http.receive_data(await self.stream.receive())
+            except (anyio.EndOfStream, anyio.BrokenResourceError):
+                client_left = True
+                if self.busy:
+                    answering.cancel_scope.cancel("the client left")
+
+        async with anyio.create_task_group() as answering:
+            answering.start_soon(watch, name="watch for the client leaving")
+            try:
+                await self._answer(request, body)
+            except anyio.BrokenResourceError:
+                client_left = True
+
+            answering.cancel_scope.cancel("the request was answered")
+
+        if client_left:
+            raise anyio.EndOfStream
+
+    async def _answer(self, request: h11.Request, body: bytes) -> None:
+        path, method = request.target.partition(b"?")[0].decode(), request.method.decode()
+        key = self.server.api_key
+        try:
+            if path not in ROUTES:
+                raise _HTTPError(404, "unknown_url", f"there is no {path}, only {' and '.join(ROUTES)}")
+
+            if method != ROUTES[path]:
+                message = f"use {ROUTES[path]}, not {method}"
+                raise _HTTPError(405, "method_not_supported", message, {"allow": ROUTES[path]})
+
+            if key is not None and (b"authorization", f"Bearer {key}".encode()) not in request.headers:
+                raise _HTTPError(401, "invalid_api_key", "incorrect or missing API key")
+
+            if len(body) > MAX_BODY_BYTES:
+                raise _HTTPError(413, "too_large", f"the body must be at most {MAX_BODY_BYTES} bytes")
+
+            if path == "/v1/models":
+                model = {"id": "demo", "object": "model", "created": 0, "owned_by": "model_server"}
+                await self._send_json(200, {"object": "list", "data": [model]})
+            else:
+                await self._complete(*_parse(body))
+        except _HTTPError as exc:
+            await self._send_json(exc.status, exc.payload, exc.headers)
+
+    async def _complete(self, model: str, texts: list[str], stream: bool) -> None:
+        faults = self.server.faults
+        outcome, delay, rng = self.server.begin("\n".join(texts))
+        if outcome == "rate_limited":
+            # The standard header knows whole seconds only; clients of OpenAI read the exact one first.
+            seconds = faults.retry_after_seconds
+            headers = {"retry-after-ms": f"{seconds * 1000:.0f}", "retry-after": str(math.ceil(seconds))}
+            raise _HTTPError(429, "rate_limit_exceeded", "too many requests; try again later", headers)
+
+        await anyio.sleep(delay)
+        if outcome == "server_error":
+            raise _HTTPError(500, "server_error", "the server had an error; try again")
+
+        if outcome == "hang":
+            await anyio.sleep(faults.hang_seconds)
+            return  # without an answer, which closes the connection
+
+        pieces = re.findall(r"\s*\S+", reply_to(texts[-1]))
+        cut = rng.randrange(1, len(pieces)) if outcome == "disconnect" else None
+        head = {"id": f"chatcmpl-{rng.getrandbits(96):024x}", "created": int(time.time()), "model": model}
+        if stream:
+            await self._stream(head, pieces, cut)
+            return
+
+        message = {"role": "assistant", "content": "".join(pieces)}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        spent = {"prompt_tokens": sum(len(text.split()) for text in texts), "completion_tokens": len(pieces)}
+        usage = {**spent, "total_tokens": sum(spent.values())}
+        completion = {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
+        await self._send_json(200, completion, cut=cut is not None)
+
+    async def _stream(self, head: Mapping[str, object], pieces: list[str], cut: int | None) -> None:
+        def event(delta: Mapping[str, str], finish_reason: str | None = None) -> h11.Data:
+            choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+            chunk = {**head, "object": "chat.completion.chunk", "choices": [choice]}
+            return h11.Data(data=f"data: {json.dumps(chunk)}\n\n".encode())
+
+        headers = [("content-type", "text/event-stream"), ("cache-control", "no-cache")]
+        start = h11.Response(status_code=200, headers=headers)
+        await self._send(start, event({"role": "assistant", "content": ""}))
+        for piece in pieces[:cut]:
+            await anyio.sleep(self.server.faults.gap_seconds)
+            await self._send(event({"content": piece}))
+
+        if cut is None:
+            await self._send(event({}, "stop"), h11.Data(data=b"data: [DONE]\n\n"), h11.EndOfMessage())
+
+
+async def _run(faults: Faults, seed: int, port: int, api_key: str | None) -> None:
+    async with serve_model(faults, seed=seed, port=port, api_key=api_key) as server:
+        print(server.base_url, flush=True)
+        try:
+            await anyio.sleep_forever()
+        finally:
+            print(f"\n{server}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="An OpenAI-compatible model server, with faults on request.")
+    parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--api-key")
+    for name, default in attrs.asdict(NO_FAULTS).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=default)
+
+    options = vars(parser.parse_args())
+    backend, seed, port, api_key = (options.pop(name) for name in ("backend", "seed", "port", "api_key"))
+    try:
+        faults = Faults(**options)
+    except ValueError as exc:
+        parser.error(str(exc))
+
+    try:
+        anyio.run(_run, faults, seed, port, api_key, backend=backend)
+    except* KeyboardInterrupt:  # in an exception group, on trio
+        pass
+
+
+if __name__ == "__main__":
+    main()

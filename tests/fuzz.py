@@ -1,0 +1,462 @@
+"""
+Random programs on a virtual clock with a shuffled scheduler: one seed is one run, to the last step.
+
+Run some of them by hand with ``python tests/fuzz.py --backend trio --seeds 0:5000``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import warnings
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextvars import ContextVar
+
+from typing import Any
+
+import anyio
+from anyio.lowlevel import checkpoint
+
+from agentloop import (
+    AgentLoop,
+    AgentLoopError,
+    Backoff,
+    BatchStopped,
+    Invocation,
+    InvocationCancelled,
+    InvocationResult,
+    InvocationTimeout,
+    Limiter,
+    LoopConfig,
+    MetricsRecorder,
+    Status,
+)
+from agentloop.testing import virtual_clock
+
+var: ContextVar[str] = ContextVar("var", default="unset")
+# The call that a piece of code belongs to, seen through tasks and contexts.
+call_var: ContextVar[Call | None] = ContextVar("call", default=None)
+
+
+class HttpError(Exception):
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status_code = status
+
+
+class InputError(Exception):
+    pass
+
+
+class Recorder(MetricsRecorder):
+    """Remembers each result that was recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: dict[str, list[InvocationResult[Any]]] = {}
+
+    def record(self, result: InvocationResult[Any]) -> None:
+        super().record(result)
+        self.results.setdefault(result.agent_id, []).append(result)
+
+
+class Call:
+    """One use of a verb: how it is made, and what it gave."""
+
+    def __init__(self, parent: Call | None) -> None:
+        self.parent = parent
+        self.cancelled = False
+        self.made: list[str] = []
+        self.results: list[InvocationResult[Any]] = []
+        self.whole = False
+        self.fatal = False
+        self.input_failed = False
+
+    def check_not_cancelled(self) -> None:
+        call: Call | None = self
+        while call is not None:
+            assert not call.cancelled, "an agent was started although its caller had been cancelled"
+            call = call.parent
+
+
+class Program:
+    def __init__(self, seed: int, backend: str) -> None:
+        self.random = random.Random(seed)
+        self.backend = backend
+        self.limiter = Limiter(self.random.randint(1, 4))
+        self.ceiling = self.limiter.max_concurrency
+        self.metrics = Recorder()
+        self.names = 0
+        self.working = 0
+        self.starts: Counter[str] = Counter()
+        self.tasks = 0
+        choose = self.random.choice
+        self.config = LoopConfig(
+            timeout_seconds=choose([None, 0.5, 2.0, 5.0]),
+            total_timeout_seconds=choose([None, None, 3.0, 8.0]),
+            retry_on_timeout=choose([True, False]),
+            max_retries=choose([0, 1, 2]),
+            backoff=Backoff(initial_seconds=choose([0.05, 0.2, 1.0]), jitter=choose(["equal", "none"])),
+            overload_timeout_seconds=choose([2.0, 5.0]),
+        )
+        self.loop = AgentLoop(self.config, limiter=self.limiter, metrics=self.metrics)
+
+    # -- what agents do
+
+    async def work(self, seconds: float) -> None:
+        """Do something of the agent's own; the sum of this is what the limit is about."""
+        self.working += 1
+        try:
+            assert self.working <= self.ceiling, f"{self.working} run, and the limit is {self.ceiling}"
+            if seconds:
+                await anyio.sleep(seconds)
+            else:
+                await checkpoint()
+        finally:
+            self.working -= 1
+
+    def agent(self, call: Call, name: str, depth: int) -> Any:
+        """Make an agent whose attempts each do something else, fixed by the seed."""
+        actions = [self.random.choice(self.actions(depth)) for _ in range(3)]
+
+        async def run() -> str:
+            assert var.get() == "caller", f"an agent sees a variable that is not its caller's: {var.get()}"
+            var.set(name)
+            call.check_not_cancelled()
+            action = actions[min(self.starts[name], 2)]
+            self.starts[name] += 1
+            await getattr(self, action)(name, call, depth)
+            assert var.get() == name
+            return name
+
+        return run
+
+    def actions(self, depth: int) -> list[str]:
+        actions = ["succeed"] * 6 + [
+            "never_wait",
+            "fail",
+            "fail",
+            "fail_at_once",
+            "overload",
+            "hang",
+            "swallow",
+        ]
+        actions += ["convert", "group", "reject", "own_timeout", "stray", "slow_cleanup"]
+        if self.random.random() < 0.1:
+            actions += ["unauthorized"]
+
+        if depth < 2:
+            actions += ["nest", "nest_at_once"]
+
+        if self.backend == "asyncio":
+            actions += ["cancel_self", "leak_count"]
+
+        return actions
+
+    async def succeed(self, *_: Any) -> None:
+        await self.work(self.random.choice([0, 0, 0.3, 1.0]))
+
+    async def never_wait(self, *_: Any) -> None:
+        pass
+
+    async def fail(self, *_: Any) -> None:
+        await self.work(self.random.choice([0, 0.4]))
+        raise OSError("transient")
+
+    async def fail_at_once(self, *_: Any) -> None:
+        raise OSError("transient")
+
+    async def overload(self, *_: Any) -> None:
+        await self.work(0)
+        raise HttpError(429)
+
+    async def reject(self, *_: Any) -> None:
+        raise HttpError(400)
+
+    async def unauthorized(self, name: str, call: Call, depth: int) -> None:
+        await self.work(0)
+        call.fatal = True
+        raise HttpError(401)
+
+    async def hang(self, *_: Any) -> None:
+        await self.work(20.0)
+
+    async def swallow(self, *_: Any) -> None:
+        try:
+            await self.work(20.0)
+        except BaseException:
+            pass
+
+    async def convert(self, *_: Any) -> None:
+        try:
+            await self.work(3.0)
+        except BaseException as exc:
+            raise ConnectionError("converted") from exc
+
+    async def slow_cleanup(self, *_: Any) -> None:
+        try:
+            await self.work(3.0)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.2)
+
+    async def group(self, *_: Any) -> None:
+        async def child() -> None:
+            await anyio.sleep(0.1)
+            raise ValueError("child")
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(child)
+            await self.work(1.0)
+
+    async def own_timeout(self, *_: Any) -> None:
+        with anyio.fail_after(0.3):
+            await self.work(1.0)
+
+    async def stray(self, *_: Any) -> None:
+        stored: BaseException | None = None
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            try:
+                await anyio.sleep_forever()
+            except anyio.get_cancelled_exc_class() as exc:
+                stored = exc
+                raise
+
+        assert stored is not None
+        raise stored
+
+    async def cancel_self(self, *_: Any) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        if self.random.random() < 0.5:
+            await asyncio.sleep(1)
+
+    async def leak_count(self, *_: Any) -> None:
+        async def fail() -> None:
+            raise OSError
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(fail())
+                await asyncio.sleep(1)
+        except* OSError:
+            pass
+
+        await self.work(1.0)
+
+    async def nest(self, name: str, call: Call, depth: int) -> None:
+        var.set("caller")
+        try:
+            await self.make_call(call, depth + 1)
+        finally:
+            var.set(name)
+
+    async def nest_at_once(self, name: str, call: Call, depth: int) -> None:
+        var.set("caller")
+        try:
+            async with anyio.create_task_group() as group:
+                for _ in range(self.random.randint(2, 3)):
+                    group.start_soon(self.make_call, call, depth + 1)
+        finally:
+            var.set(name)
+
+    # -- calls
+
+    def name(self, call: Call) -> str:
+        self.names += 1
+        call.made.append(f"j{self.names}")
+        return call.made[-1]
+
+    def invocation(self, call: Call, depth: int) -> Invocation[str]:
+        name = self.name(call)
+        return Invocation(name, self.agent(call, name, depth))
+
+    def inputs(self, call: Call, depth: int) -> Any:
+        count = self.random.choice([0, 1, 3, 6] if depth == 0 else [1, 2, 3])
+        fails = self.random.random() < 0.08
+
+        def sync() -> Iterator[Any]:
+            for _ in range(count):
+                yield self.invocation(call, depth)
+
+            if fails:
+                call.input_failed = True
+                raise InputError
+
+        async def asynchronous() -> AsyncIterator[Any]:
+            for item in sync():
+                await anyio.sleep(self.random.choice([0, 0, 0.2]))
+                yield item
+
+        kind = self.random.random()
+        if kind < 0.3:
+            return asynchronous()
+
+        return sync() if kind < 0.7 or fails else list(sync())
+
+    async def make_call(self, parent: Call | None, depth: int) -> None:
+        call = Call(parent)
+        verb = self.random.choice([self.single, self.gather, self.gather, self.read, self.read_some])
+        cancel_after = self.random.choice([None, None, None, 0.0, 0.25, 1.0, 2.1])
+        if cancel_after is None:
+            await self.guarded(verb, call, depth)
+        else:
+            scope = anyio.CancelScope()
+            ended = anyio.Event()
+
+            async def cancel() -> None:
+                assert cancel_after is not None
+                with anyio.move_on_after(cancel_after):
+                    await ended.wait()
+
+                if not ended.is_set():
+                    for _ in range(self.random.randint(0, 5)):
+                        await checkpoint()
+
+                    if not ended.is_set():
+                        call.cancelled = True
+                        scope.cancel()
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(cancel)
+                with scope:
+                    try:
+                        await self.guarded(verb, call, depth)
+                    finally:
+                        ended.set()
+
+        self.check(call)
+
+    async def guarded(self, verb: Any, call: Call, depth: int) -> None:
+        try:
+            await verb(call, depth)
+            call.whole = True
+        except InputError:
+            assert call.input_failed
+
+    async def single(self, call: Call, depth: int) -> None:
+        invocation = self.invocation(call, depth)
+        call.results.append(await self.loop.run_single(invocation.agent_id, invocation.fn))
+
+    async def gather(self, call: Call, depth: int) -> None:
+        results = await self.loop.run_all(self.inputs(call, depth))
+        assert [result.index for result in results] == list(range(len(call.made)))
+        call.results.extend(results)
+
+    async def read(self, call: Call, depth: int) -> None:
+        async with self.loop.as_completed(self.inputs(call, depth)) as results:
+            async for result in results:
+                call.results.append(result)
+                await anyio.sleep(self.random.choice([0, 0, 0.5]))
+
+        if not call.fatal:
+            assert len(call.results) == len(call.made), "a result was lost"
+
+    async def read_some(self, call: Call, depth: int) -> None:
+        count = self.random.randint(0, 3)
+        async with self.loop.as_completed(self.inputs(call, depth)) as results:
+            async for result in results:
+                call.results.append(result)
+                count -= 1
+                if count <= 0:
+                    break
+
+    # -- what must hold
+
+    def check(self, call: Call) -> None:
+        names = [result.agent_id for result in call.results]
+        assert len(set(names)) == len(names), "an input has two results"
+        assert set(names) <= set(call.made)
+        for result in call.results:
+            self.check_result(call, result)
+
+    def check_result(self, call: Call, result: InvocationResult[Any]) -> None:
+        starts = self.starts[result.agent_id]
+        status, error = result.status, result.exception
+        assert call.made[result.index] == result.agent_id, "a result does not belong to its input"
+        assert result.retries == max(0, starts - 1), (result, starts)
+        assert result.latency_ms >= 0
+        assert result.queue_ms >= 0
+        if status is Status.SUCCESS:
+            assert result.output == result.agent_id
+            assert error is None
+            assert len(result.failures) == result.retries
+        elif status is Status.SKIPPED:
+            assert isinstance(error, (BatchStopped, AgentLoopError))
+            assert starts == 0
+        elif status is Status.TIMEOUT:
+            assert isinstance(error, InvocationTimeout)
+            limit = self.config.total_timeout_seconds if error.total else self.config.timeout_seconds
+            assert error.seconds == limit
+            # Cleanup that is shielded may take another moment.
+            assert not error.total or result.latency_ms <= (error.seconds + 0.21) * 1000
+            assert result.latency_ms >= error.seconds * 999.9
+        elif status is Status.CANCELLED:
+            assert isinstance(error, InvocationCancelled)
+        else:
+            assert error is not None
+            if isinstance(error, AssertionError):
+                raise error
+
+            assert error is result.failures[-1]
+            assert not isinstance(error, InvocationTimeout)
+            assert isinstance(error, (OSError, HttpError, ExceptionGroup, TimeoutError)), repr(error)
+
+    async def main(self) -> None:
+        var.set("caller")
+        tasks = len(anyio.get_running_tasks())
+        async with anyio.create_task_group() as group:
+            for _ in range(self.random.randint(1, 3)):
+                group.start_soon(self.make_call, None, 0)
+
+            if self.random.random() < 0.3:
+                await anyio.sleep(self.random.choice([0, 0.3, 1.1]))
+                limit = self.random.randint(1, 6)
+                self.ceiling = max(self.ceiling, limit)
+                self.limiter.max_concurrency = limit
+
+        assert len(anyio.get_running_tasks()) == tasks, "a task is left"
+        assert var.get() == "caller"
+        pool = self.limiter._enter_run()
+        assert pool.running == 0, "a slot was not given back"
+        assert pool.waiting == 0, "somebody still waits"
+        assert not pool.on_raise
+        for name, results in self.metrics.results.items():
+            assert len(results) == 1, f"{name} was recorded {len(results)} times"
+            assert results[0].retries == max(0, self.starts[name] - 1)
+
+        assert all(name in self.metrics.results for name in self.starts), "an invocation was not recorded"
+
+
+def run_seed(backend: str, seed: int) -> None:
+    """Run one random program; raise if anything about it is wrong."""
+    name, options = virtual_clock(backend, seed=seed)  # type: ignore[arg-type]
+    program = Program(seed, backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        random.seed(seed)
+        anyio.run(program.main, backend=name, backend_options=options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
+    parser.add_argument("--seeds", default="0:2000", help="from:to")
+    arguments = parser.parse_args()
+    first, last = map(int, arguments.seeds.split(":"))
+    for seed in range(first, last):
+        try:
+            run_seed(arguments.backend, seed)
+        except BaseException:
+            print(f"seed {seed} on {arguments.backend} fails", flush=True)
+            raise
+
+    print(f"{last - first} programs hold on {arguments.backend}")
+
+
+if __name__ == "__main__":
+    main()
