@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import hypothesis
 import pytest
+from audit import assert_quiet
 
 from agentloop import _limiter
 from agentloop.testing import virtual_clock
@@ -14,6 +17,24 @@ from agentloop.testing import virtual_clock
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     return virtual_clock(request.param)
+
+
+# The machine that runs the tests may be slow, and a run is to be repeatable.
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str, obj: object) -> None:
+    if collector.istestfunction(obj, name) and inspect.iscoroutinefunction(obj):
+        pytest.mark.usefixtures("quiet")(obj)
+
+
+@pytest.fixture
+async def quiet() -> AsyncIterator[None]:
+    """Nothing is left in the event loop of an async test: no task, no open generator, no cancellation."""
+    yield
+    await assert_quiet()
 
 
 @pytest.fixture(autouse=True)

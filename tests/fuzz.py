@@ -13,7 +13,6 @@ import warnings
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextvars import ContextVar
-
 from typing import Any
 
 import anyio

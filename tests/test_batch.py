@@ -20,8 +20,6 @@ from agentloop import (
     Limiter,
     LoopConfig,
     Status,
-    Verdict,
-    VerdictKind,
 )
 from agentloop._batch import ASLEEP_PER_SLOT
 
@@ -49,7 +47,7 @@ async def run(verb: str, loop: AgentLoop, invocations: Any) -> list[InvocationRe
     results = []
     async with loop.as_completed(invocations) as done:
         async for result in done:
-            results.append(result)  # noqa: PERF401  # as a user writes it
+            results.append(result)
 
     return sorted(results, key=lambda result: result.index)
 
@@ -132,7 +130,7 @@ async def test_completion_order_is_the_order_of_delivery() -> None:
     jobs = [Invocation(str(i), anyio.sleep, (5 - i,)) for i in range(5)]
     async with AgentLoop().as_completed(jobs) as results:
         async for result in results:
-            order.append(result.index)  # noqa: PERF401
+            order.append(result.index)
 
     assert order == [4, 3, 2, 1, 0]
 
@@ -218,7 +216,7 @@ async def test_group_raised_by_the_body_stays_what_it_is() -> None:
 
 async def test_iterating_without_the_block_says_what_to_write() -> None:
     results: Any = AgentLoop().as_completed([])
-    with pytest.raises(RuntimeError, match="async with loop.as_completed"):
+    with pytest.raises(RuntimeError, match="write `async with loop"):
         async for _ in results:
             pass
 
@@ -486,7 +484,7 @@ async def test_failing_input_ends_the_batch_after_what_runs(verb: str, kind: int
         else:
             async with loop.as_completed(inputs) as results:
                 async for result in results:
-                    seen.append(result.index)  # noqa: PERF401
+                    seen.append(result.index)
 
     assert caught.value is error
     assert finished == [0, 1, 2]

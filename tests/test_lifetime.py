@@ -11,9 +11,9 @@ from anyio.lowlevel import checkpoint
 
 from agentloop import (
     AgentLoop,
+    Invocation,
     InvocationCancelled,
     InvocationResult,
-    Invocation,
     LoopClosed,
     LoopConfig,
     Status,

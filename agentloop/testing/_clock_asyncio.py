@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextvars import Context
 from functools import partial
-from itertools import count
+from itertools import count, groupby
 from random import Random
 from typing import Any, TypeVar, TypeVarTuple
 from weakref import WeakKeyDictionary
@@ -169,26 +169,34 @@ class _VirtualEventLoop(asyncio.SelectorEventLoop):
         yield from (thread for thread in threading.enumerate() if thread.name.startswith("asyncio_"))
 
     def shuffle(self) -> None:
-        """Put the tasks that are about to run in a new order, and leave all other callbacks in place."""
+        """
+        Put tasks that are about to run one after the other in a new order.
+
+        No task passes another callback: that one may be the cancellation that a task is to meet.
+        """
         if self._random is None:
             return
 
         # Taken from the left and put back there: other threads may add at the right meanwhile.
         ready: deque[Any] = vars(self)["_ready"]
-        handles = [ready.popleft() for _ in range(len(ready))]
-        steps = {index: task for index, handle in enumerate(handles) if (task := _task_of(handle))}
-        for task in steps.values():
-            self._numbers.setdefault(task, self._next_number())
+        order: list[Any] = []
+        for is_step, group in groupby([ready.popleft() for _ in range(len(ready))], _is_step):
+            handles = list(group)
+            if is_step:
+                # Cancellation is delivered in the order of a set, which differs from run to run.
+                handles.sort(key=self._number)
+                self._random.shuffle(handles)
 
-        # Cancellation is delivered in the order of a set, which differs from run to run.
-        order = sorted(steps, key=lambda index: self._numbers[steps[index]])
-        self._random.shuffle(order)
-        shuffled = dict(zip(steps, [handles[index] for index in order], strict=True))
-        ready.extendleft(reversed([shuffled.get(index, handle) for index, handle in enumerate(handles)]))
+            order += handles
+
+        ready.extendleft(reversed(order))
+
+    def _number(self, handle: Any) -> int:
+        return self._numbers.setdefault(handle._callback.__self__, self._next_number())
 
 
-def _task_of(handle: Any) -> Any:
-    """Give the task that this callback runs a step of; ``None`` for any other callback."""
+def _is_step(handle: Any) -> bool:
+    """Whether this callback runs a step of a task."""
     owner: Any = getattr(handle._callback, "__self__", None)
     is_task = issubclass(type(owner), asyncio.Task)
-    return owner if is_task and getattr(handle._callback, "__name__", None) != "cancel" else None
+    return is_task and getattr(handle._callback, "__name__", None) != "cancel"

@@ -1,0 +1,236 @@
+"""Limiter: one limit for everything that shares it, in one event loop after the other."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+import pytest
+
+from agentloop import AgentLoop, Invocation, Limiter, LimiterStatistics, LoopConfig
+from agentloop._limiter import pool_of
+from agentloop.testing import virtual_clock
+
+backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
+
+
+@pytest.mark.parametrize("bad", [0, -1])
+def test_limit_below_one_is_refused(bad: int) -> None:
+    with pytest.raises(ValueError, match=f"max_concurrency must be at least 1, got {bad}"):
+        Limiter(bad)
+
+    limiter = Limiter(1)
+    with pytest.raises(ValueError, match="at least 1"):
+        limiter.max_concurrency = bad
+
+    assert limiter.max_concurrency == 1
+
+
+@pytest.mark.parametrize("bad", [True, 1.5, "3", None])
+def test_limit_that_is_no_int_is_refused(bad: Any) -> None:
+    with pytest.raises(TypeError, match="max_concurrency must be an int"):
+        Limiter(bad)
+
+    with pytest.raises(TypeError, match="max_concurrency must be an int"):
+        Limiter(1).max_concurrency = bad
+
+
+def test_limiter_can_be_made_and_looked_at_outside_an_event_loop() -> None:
+    limiter = Limiter(3)
+    assert limiter.statistics() == LimiterStatistics(0, 0, 3)
+    limiter.max_concurrency = 5
+    assert repr(limiter) == "<Limiter 0 running, 0 waiting, limit 5>"
+    assert repr(AgentLoop(limiter=limiter)) == "<AgentLoop 0 running, 0 waiting, limit 5>"
+
+
+async def test_loops_that_share_a_limiter_share_the_limit() -> None:
+    limiter = Limiter(2)
+    running = peak = 0
+
+    async def agent() -> None:
+        nonlocal running, peak
+        running += 1
+        peak = max(peak, running)
+        await anyio.sleep(1)
+        running -= 1
+
+    async with anyio.create_task_group() as group:
+        for _ in range(3):
+            loop = AgentLoop(limiter=limiter)
+            group.start_soon(loop.run_all, [Invocation("a", agent)] * 5)
+            group.start_soon(loop.run_single, "b", agent)
+
+    assert peak == 2
+
+
+async def test_cancelled_waiters_leave_the_line() -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=1))
+    async with anyio.create_task_group() as group:
+        group.start_soon(loop.run_single, "hog", anyio.sleep, 10)
+        await anyio.wait_all_tasks_blocked()
+        for _ in range(100):
+            with anyio.move_on_after(0.01):
+                await loop.run_single("impatient", anyio.sleep, 1)
+
+        assert loop.statistics().waiting == 0
+        result = await loop.run_single("patient", anyio.sleep, 1)
+
+    assert result.queue_ms == pytest.approx(9000)
+
+
+async def test_slot_granted_to_a_waiter_that_is_cancelled_in_the_same_moment_is_handed_on() -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=1))
+    served = []
+
+    async def serve(name: int) -> None:
+        await loop.run_single("a", anyio.sleep, 0)
+        served.append(name)
+
+    for steps in range(8):
+        served.clear()
+        async with anyio.create_task_group() as group:
+            release = anyio.Event()
+            group.start_soon(loop.run_single, "hog", release.wait)
+            await anyio.wait_all_tasks_blocked()
+            with anyio.CancelScope() as scope:
+                async with anyio.create_task_group() as inner:
+                    inner.start_soon(serve, 0)
+                    await anyio.wait_all_tasks_blocked()
+                    group.start_soon(serve, 1)
+                    await anyio.wait_all_tasks_blocked()
+                    release.set()
+                    for _ in range(steps):
+                        await anyio.lowlevel.checkpoint()
+
+                    scope.cancel()
+
+        assert 1 in served
+        assert loop.statistics().running == 0
+
+
+@backends
+def test_one_loop_serves_several_runs_on_either_backend(backend: str) -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=2))
+
+    async def main() -> None:
+        results = await loop.run_all([Invocation("a", anyio.sleep, (1,))] * 5)
+        assert all(result.success for result in results)
+
+    for name in (backend, "asyncio", "trio", backend):
+        anyio.run(main, backend=name, backend_options=virtual_clock(name)[1])  # type: ignore[arg-type]
+
+
+@backends
+def test_slots_that_a_run_was_torn_down_with_are_not_missed_in_the_next(
+    backend: str, pools: list[Any]
+) -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=1))
+
+    async def torn_down() -> None:
+        # What is left of a task that never came to its end, because its event loop was closed before.
+        assert pool_of(loop.limiter).acquire_nowait(Invocation("a", anyio.sleep), None)
+
+    async def main() -> None:
+        with anyio.fail_after(5):
+            await loop.run_single("b", anyio.sleep, 0)
+
+    anyio.run(torn_down, backend=backend)
+    assert loop.statistics().running == 1
+    anyio.run(main, backend=backend)
+    assert loop.statistics().running == 0
+    del pools[0]
+
+
+@backends
+def test_limiter_in_use_in_another_event_loop_is_refused(backend: str) -> None:
+    loop, started, release = AgentLoop(), threading.Event(), threading.Event()
+
+    async def other() -> None:
+        async def agent() -> None:
+            started.set()
+            while not release.is_set():
+                await anyio.sleep(0.01)
+
+        await loop.run_single("a", agent)
+
+    async def main() -> None:
+        with pytest.raises(RuntimeError, match="in use in another event loop, in thread 'other'"):
+            await loop.run_single("b", anyio.sleep, 0)
+
+    thread = threading.Thread(target=anyio.run, args=(other,), kwargs={"backend": backend}, name="other")
+    thread.start()
+    started.wait(5)
+    try:
+        anyio.run(main, backend=backend)
+        with pytest.raises(RuntimeError, match="only in the thread of its event loop"):
+            loop.limiter.max_concurrency = 3
+    finally:
+        release.set()
+        thread.join(5)
+
+    async def afterwards() -> None:
+        assert (await loop.run_single("b", anyio.sleep, 0)).success
+
+    anyio.run(afterwards, backend=backend)
+
+
+@backends
+def test_agent_may_resize_and_nest_from_a_worker_thread(backend: str) -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=1))
+
+    async def agent() -> int:
+        def in_thread() -> int:
+            anyio.from_thread.run_sync(setattr, loop.limiter, "max_concurrency", 2)
+            return anyio.from_thread.run(loop.run_single, "child", child).unwrap()
+
+        return await anyio.to_thread.run_sync(in_thread)
+
+    async def child() -> int:
+        return loop.statistics().running
+
+    async def main() -> None:
+        assert (await loop.run_single("a", agent)).unwrap() == 1
+        assert loop.limiter.max_concurrency == 2
+
+    anyio.run(main, backend=backend)
+
+
+async def test_view_shares_limiter_metrics_and_lifetime_and_checks_its_changes() -> None:
+    loop = AgentLoop(LoopConfig(timeout_seconds=5))
+    view = loop.with_config(timeout_seconds=1, max_retries=0)
+    assert (view.config.timeout_seconds, view.config.max_retries) == (1, 0)
+    assert loop.config.timeout_seconds == 5
+    assert view.limiter is loop.limiter
+    assert view.metrics is loop.metrics
+    assert loop.with_config(max_concurrency=10).limiter is loop.limiter
+    with pytest.raises(ValueError, match="max_concurrency cannot differ in a view"):
+        loop.with_config(max_concurrency=3)
+
+    with pytest.raises(ValueError, match="timeout_seconds must be greater than 0, got 0"):
+        loop.with_config(timeout_seconds=0)
+
+    with pytest.raises(TypeError, match="timeout"):
+        loop.with_config(timeout=3)
+
+
+@pytest.mark.parametrize("name", ["config", "limiter", "metrics"])
+def test_parameters_of_a_wrong_type_are_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be of type"):
+        AgentLoop(**{name: 3} if name != "config" else {"config": 3})  # type: ignore[arg-type]
+
+
+async def test_latency_statistics_have_the_shape_of_the_original() -> None:
+    loop = AgentLoop()
+    empty = {"p50_ms": 0, "p95_ms": 0, "p99_ms": 0, "mean_ms": 0, "count": 0}
+    assert loop.get_latency_stats() == empty
+    await loop.run_all([Invocation("a", anyio.sleep, (1,))] * 9 + [Invocation("a", anyio.sleep, (2,))])
+    assert loop.get_latency_stats() == pytest.approx(
+        {"p50_ms": 1000, "p95_ms": 2000, "p99_ms": 2000, "mean_ms": 1100, "count": 10}, rel=0.01
+    )
+    loop.reset_metrics()
+    assert loop.get_latency_stats() == empty
+    await loop.with_config(collect_metrics=False).run_single("a", anyio.sleep, 1)
+    assert loop.get_latency_stats() == empty

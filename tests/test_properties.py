@@ -1,0 +1,174 @@
+"""Thousands of random programs, and cancellation at every single checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+import anyio
+import fuzz
+import pytest
+from anyio.lowlevel import checkpoint
+from audit import leak_audit
+
+from agentloop import AgentLoop, Backoff, Invocation, LoopConfig
+from agentloop.testing import virtual_clock
+
+backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
+PROGRAMS = int(os.environ.get("AGENTLOOP_FUZZ_PROGRAMS", "2000"))
+BLOCKS = 8
+
+
+@backends
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_random_programs_hold_every_guarantee(backend: str, block: int) -> None:
+    with leak_audit():
+        for seed in range(block, PROGRAMS, BLOCKS):
+            try:
+                fuzz.run_seed(backend, seed)
+            except BaseException as exc:
+                exc.add_note(f"seed {seed} on {backend}")
+                raise
+
+
+@backends
+def test_random_programs_are_the_same_at_each_run(backend: str) -> None:
+    def story(seed: int) -> Any:
+        program = fuzz.Program(seed, backend)
+        name, options = virtual_clock(backend, seed=seed)  # type: ignore[arg-type]
+        fuzz.random.seed(seed)
+        anyio.run(program.main, backend=name, backend_options=options)
+        return {
+            agent_id: [(result.status, result.retries, result.latency_ms) for result in results]
+            for agent_id, results in program.metrics.results.items()
+        }
+
+    stories = [story(seed) for seed in range(40)]
+    assert stories == [story(seed) for seed in range(40)]
+    assert sum(map(len, stories)) > 100
+
+
+# -- cancellation at every checkpoint in turn
+
+Scenario = Callable[[AgentLoop], Coroutine[Any, Any, None]]
+
+
+async def agent(x: int) -> int:
+    await checkpoint()
+    if x % 3 == 0:
+        raise OSError
+
+    await anyio.sleep(x / 10)
+    return x
+
+
+async def parent(loop: AgentLoop) -> None:
+    async with anyio.create_task_group() as group:
+        group.start_soon(loop.run_single, "child", agent, 1)
+        group.start_soon(loop.run_single, "child", agent, 3)
+
+    await loop.run_all(Invocation.map(agent, range(3)))
+
+
+async def run_single(loop: AgentLoop) -> None:
+    await loop.run_single("a", agent, 0)
+    await loop.run_single("a", agent, 1)
+
+
+async def run_all(loop: AgentLoop) -> None:
+    await loop.run_all(Invocation.map(agent, range(5)))
+
+
+async def run_all_of_an_async_input(loop: AgentLoop) -> None:
+    async def inputs() -> AsyncIterator[Any]:
+        for x in range(4):
+            await checkpoint()
+            yield Invocation("a", agent, (x,))
+
+    await loop.run_all(inputs())
+
+
+async def as_completed(loop: AgentLoop) -> None:
+    async with loop.as_completed(Invocation.map(agent, range(5))) as results:
+        async for _ in results:
+            await checkpoint()
+
+
+async def as_completed_left_early(loop: AgentLoop) -> None:
+    async with loop.as_completed(Invocation.map(agent, range(5))) as results:
+        async for _ in results:
+            break
+
+
+async def nested(loop: AgentLoop) -> None:
+    await loop.run_all([Invocation("parent", parent, (loop,))] * 2)
+
+
+async def entered(loop: AgentLoop) -> None:
+    async with anyio.create_task_group() as group:
+        async with loop:
+            group.start_soon(loop.run_single, "a", agent, 0)
+            group.start_soon(loop.run_all, list(Invocation.map(agent, range(3))))
+            await as_completed(loop)
+
+
+SCENARIOS: list[Scenario] = [
+    run_single,
+    run_all,
+    run_all_of_an_async_input,
+    as_completed,
+    as_completed_left_early,
+    nested,
+    entered,
+]
+
+
+@backends
+@pytest.mark.parametrize("limit", [1, 2])
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_cancelling_the_caller_at_any_checkpoint_leaves_nothing(
+    backend: str, scenario: Scenario, limit: int
+) -> None:
+    for step in range(10_000):
+        completed = False
+
+        async def main(step: int = step) -> None:
+            nonlocal completed
+            loop = AgentLoop(
+                LoopConfig(
+                    max_concurrency=limit, max_retries=1, backoff=Backoff(initial_seconds=1, jitter="none")
+                )
+            )
+            tasks = len(anyio.get_running_tasks())
+            with anyio.CancelScope() as scope:
+                async with anyio.create_task_group() as group:
+
+                    async def cancel() -> None:
+                        # One turn of the event loop per step; when all wait for a timer, time goes on.
+                        for turn in range(step):
+                            if turn % 4 == 3:
+                                await anyio.sleep(0.05)
+                            else:
+                                await checkpoint()
+
+                        scope.cancel()
+
+                    group.start_soon(cancel)
+                    await scenario(loop)
+                    completed = True
+                    group.cancel_scope.cancel()
+
+            now = loop.statistics()
+            assert (now.running, now.waiting) == (0, 0), step
+            assert len(anyio.get_running_tasks()) == tasks, step
+            with anyio.fail_after(5):
+                await AgentLoop(limiter=loop.limiter).run_single("after", checkpoint)
+
+        name, options = virtual_clock(backend)  # type: ignore[arg-type]
+        anyio.run(main, backend=name, backend_options=options)
+        if completed:
+            assert step > 5
+            return
+
+    raise AssertionError("it never completed")
