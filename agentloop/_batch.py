@@ -7,6 +7,7 @@ __all__ = ["Completing", "Gathering"]
 import heapq
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterator
 from contextvars import copy_context
@@ -34,7 +35,7 @@ ASLEEP_PER_SLOT = 8
 CLOSE_SECONDS = 5.0
 
 
-class Batch(Generic[T]):
+class Batch(ABC, Generic[T]):
     """
     Runs a batch, with at most as many workers as the limiter has slots.
 
@@ -125,10 +126,6 @@ class Batch(Generic[T]):
                     self._tasks.start_soon(self._guarded, self._feed, name="agentloop feeder")
 
                 self._changed()
-        except BaseExceptionGroup:
-            # No child raises anything but the cancellation that it was asked for.
-            await checkpoint_if_cancelled()
-            raise
         finally:
             self._pool.on_raise.discard(self._changed)
             self._tasks = None
@@ -139,9 +136,9 @@ class Batch(Generic[T]):
         if self._abort is not None:
             raise self._abort
 
+    @abstractmethod
     def _deliver(self, result: InvocationResult[T]) -> None:
         """Take a result. It counts as live until :meth:`_taken`."""
-        raise NotImplementedError
 
     def _taken(self) -> None:
         """Count a delivered result as no longer live."""

@@ -179,15 +179,6 @@ class Pool:
 
         return waiter.slot
 
-    async def acquire(self, invocation: Invocation[Any], outer: Slot | None) -> Slot:
-        """Return a slot, waiting for it in the order of arrival."""
-        slot = self.acquire_nowait(invocation, outer)
-        if slot is None:
-            slot = await self.wait(self.enqueue(invocation, outer))
-            assert slot is not None
-
-        return slot
-
     def withdraw(self, waiter: Waiter) -> None:
         """Take out of the line one who has not been granted a slot, and wake it."""
         self._queue.pop(waiter, None)

@@ -119,7 +119,7 @@ class Single(Generic[T]):
         if slot is None:
             self._waited = True
             with anyio.CancelScope(deadline=self._job.deadline):
-                slot = await self._pool.acquire(self._job.invocation, self._outer)
+                slot = await self._pool.wait(self._pool.enqueue(self._job.invocation, self._outer))
 
         return slot
 

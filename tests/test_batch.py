@@ -22,6 +22,7 @@ from agentloop import (
     Status,
 )
 from agentloop._batch import ASLEEP_PER_SLOT
+from agentloop.testing import virtual_clock
 
 PLAIN = Backoff(jitter="none")
 
@@ -362,6 +363,95 @@ async def test_total_time_out_ends_a_job_that_no_worker_is_free_for() -> None:
             ended[result.index] = anyio.current_time() - start
 
     assert ended[0] <= 5
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_slot_granted_in_the_moment_in_which_the_total_time_is_up(backend: Any, seed: int) -> None:
+    async def fails_once() -> None:
+        if not failed:
+            failed.append(True)
+            raise OSError
+
+        await anyio.sleep(1)
+
+    failed: list[bool] = []
+
+    async def main() -> None:
+        config = LoopConfig(
+            max_concurrency=1, total_timeout_seconds=5, backoff=Backoff(initial_seconds=1, jitter="none")
+        )
+        loop = AgentLoop(config)
+        async with anyio.create_task_group() as group:
+            group.start_soon(run_batch, loop)
+            await anyio.sleep(0.5)
+            await loop.with_config(total_timeout_seconds=None).run_single("hog", anyio.sleep, 4.5)
+
+    results: list[InvocationResult[None]] = []
+
+    async def run_batch(loop: AgentLoop) -> None:
+        results.extend(await loop.run_all([Invocation("a", fails_once)]))
+
+    name, options = virtual_clock(backend, seed=seed)
+    anyio.run(main, backend=name, backend_options=options)
+    assert results[0].status is Status.TIMEOUT
+    assert results[0].latency_ms == pytest.approx(5000)
+
+
+async def test_what_waited_to_be_retried_is_not_remembered_until_its_total_time_is_up() -> None:
+    payloads: list[weakref.ref[Payload]] = []
+    failed: set[int] = set()
+    alive = 0
+
+    async def agent(x: int, payload: Payload) -> None:
+        nonlocal alive
+        await anyio.sleep(1)
+        if x not in failed:
+            failed.add(x)
+            raise OSError
+
+        alive = max(alive, sum(ref() is not None for ref in payloads))
+
+    def inputs() -> Iterator[Any]:
+        for i in range(200):
+            payload = Payload()
+            payloads.append(weakref.ref(payload))
+            yield Invocation("a", agent, (i, payload))
+            del payload
+
+    loop = AgentLoop(LoopConfig(max_concurrency=2, total_timeout_seconds=10_000))
+    async with loop.as_completed(inputs()) as results:
+        async for result in results:
+            assert result.retries == 1
+            del result
+
+    assert alive <= 2 * ASLEEP_PER_SLOT + 40
+
+
+async def test_input_may_be_any_async_iterator() -> None:
+    class Inputs:
+        def __init__(self) -> None:
+            self.left = 3
+
+        def __aiter__(self) -> Inputs:
+            return self
+
+        async def __anext__(self) -> Invocation[int]:
+            await checkpoint()
+            if not self.left:
+                raise StopAsyncIteration
+
+            self.left -= 1
+            return Invocation("a", double, (self.left,))
+
+    assert [result.output for result in await AgentLoop().run_all(Inputs())] == [4, 2, 0]
+
+
+@both_verbs
+async def test_metrics_of_a_batch_can_be_switched_off(verb: str) -> None:
+    loop = AgentLoop(LoopConfig(collect_metrics=False))
+    assert len(await run(verb, loop, Invocation.map(double, range(3)))) == 3
+    assert loop.get_latency_stats()["count"] == 0
 
 
 # -- fatal

@@ -12,6 +12,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from agentloop import AgentLoop, Backoff, Invocation, LoopConfig
+from agentloop._context import call_in_context
 
 var: contextvars.ContextVar[Any] = contextvars.ContextVar("var", default="unset")
 
@@ -186,3 +187,24 @@ async def test_exception_thrown_in_is_no_context_of_what_the_agent_raises_later(
     result = await AgentLoop(LoopConfig(max_retries=0)).run_single("a", agent)
     assert isinstance(result.exception, ValueError)
     assert result.exception.__context__ is None
+
+
+def test_call_that_is_closed_closes_the_agent() -> None:
+    closed = []
+
+    class Wait:
+        def __await__(self) -> Iterator[None]:
+            yield
+
+    async def agent() -> None:
+        try:
+            await Wait()
+        finally:
+            closed.append(var.get())
+
+    context = contextvars.copy_context()
+    context.run(var.set, "inside")
+    call = call_in_context(context, agent, (), {}, lambda: None)
+    call.send(None)
+    call.close()
+    assert closed == ["inside"]

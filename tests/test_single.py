@@ -350,11 +350,17 @@ async def test_interrupts_propagate_and_leave_nothing(kind: type[BaseException])
         await checkpoint()
         raise kind
 
+    async def raises_a_group() -> None:
+        raise BaseExceptionGroup("mixed", [ValueError(), kind()])
+
     loop = AgentLoop()
     with pytest.raises(kind):
         await loop.run_single("a", agent)
 
-    assert loop.metrics.snapshot().counts[Status.CANCELLED] == 1
+    with pytest.RaisesGroup(ValueError, kind):
+        await loop.run_single("a", raises_a_group)
+
+    assert loop.metrics.snapshot().counts[Status.CANCELLED] == 2
 
 
 async def test_total_time_out_covers_attempts_and_waits() -> None:

@@ -1,0 +1,327 @@
+"""
+Send 200 prompts to a model server that fails in every way servers fail, and get one result for each.
+
+``python examples/quickstart.py`` needs nothing else: it starts an OpenAI-compatible server of its own, whose
+faults depend on ``--seed`` alone, so that a second run tells the same story. To ask a real one, such as vLLM
+or Ollama: ``python examples/quickstart.py --base-url http://localhost:11434/v1``.
+"""
+
+import argparse
+import importlib.util
+import io
+import os
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import NoReturn
+
+import anyio
+import httpx2
+from model_server import Faults, ModelServer, Outcome, serve_model
+
+from agentloop import AgentLoop, Invocation, InvocationResult, LoopConfig
+
+FAULTS = Faults(
+    rate_limited=0.1, server_error=0.14, hang=0.03, disconnect=0.05, delay_seconds=0.03, hang_seconds=3600
+)
+FAULT_NAMES: dict[Outcome, str] = {
+    "rate_limited": "HTTP 429",
+    "server_error": "HTTP 500",
+    "hang": "InvocationTimeout",
+    "disconnect": "RemoteProtocolError",
+}
+MAP = "Each prompt: . first try, 1-9 retries, E error, T time-out, ? no result"
+Section = tuple[str, Sequence[tuple[str, str]]]  # a title, and rows of a label and a value
+
+
+async def ask(client: httpx2.AsyncClient, model: str, prompt: str) -> str:
+    """The agent: an async function that returns or raises. All else is up to the loop."""
+    body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
+    response = await client.post("chat/completions", json=body)
+    response.raise_for_status()
+    return str(response.json()["choices"][0]["message"]["content"])
+
+
+async def ask_all(options: argparse.Namespace, config: LoopConfig) -> bool:
+    """Ask every prompt and tell what came of it. Return whether each of them got a result."""
+    embedded: AbstractAsyncContextManager[ModelServer | None] = (
+        nullcontext() if options.base_url else serve_model(FAULTS, seed=options.seed)
+    )
+    loop = AgentLoop(config)
+    limit = config.max_concurrency
+    results: list[InvocationResult[str]] = []
+    async with (
+        embedded as server,
+        httpx2.AsyncClient(
+            base_url=server.base_url if server else options.base_url,
+            headers=options.headers,
+            limits=httpx2.Limits(max_connections=limit, max_keepalive_connections=limit),
+            timeout=None,  # the loop times each attempt as a whole
+            trust_env=server is None,  # a proxy would not find the embedded server
+        ) as client,
+    ):
+        invocations = Invocation.map(partial(ask, client, options.model), options.prompts, agent_id="prompt")
+        start = time.perf_counter()
+        try:
+            with progress(len(options.prompts)) as advance:
+                async with loop.as_completed(invocations) as completed:
+                    async for result in completed:
+                        results.append(result)
+                        advance()
+        finally:  # on Ctrl-C too: what has been finished is worth reading
+            seconds = time.perf_counter() - start
+            results.sort(key=lambda result: result.index)
+            show(
+                [
+                    *story(options.prompts, results, server),
+                    timing(loop, len(results), seconds, options.backend),
+                ]
+            )
+
+    return len(results) == len(options.prompts)
+
+
+def story(
+    prompts: Sequence[str], results: Sequence[InvocationResult[str]], server: ModelServer | None
+) -> Iterator[Section]:
+    """Tell what happened, which is the same in every run with the same seed."""
+    if answered := [result for result in results if result.success]:
+        hardest = max(answered, key=lambda result: result.retries)
+        samples = {result.index: clip(result.output or "") for result in (*answered[:2], hardest)}
+        yield "Some answers", [(clip(prompts[index], 36), answer) for index, answer in samples.items()]
+
+    if results:
+        marks = {result.index: mark(result) for result in results}
+        line = "".join(marks.get(index, "?") for index in range(min(len(prompts), 500)))
+        yield MAP, [(f"prompt-{start}", line[start : start + 50]) for start in range(0, len(line), 50)]
+
+    complete = Counter(r.agent_id for r in results) == Counter(f"prompt-{n}" for n in range(len(prompts)))
+    part = f"{len(results)} of {len(prompts)} prompts have a result"
+    counts = Counter(result.status.value for result in results)
+    rows = [(status, f"{counts[status]:5}") for status in sorted({"success", "error", "timeout", *counts})]
+    rows.append(("retries made", f"{sum(result.retries for result in results):5}"))
+    yield "Every prompt has exactly one result" if complete else part, rows
+
+    seen = Counter(cause(exc) for result in results for exc in result.failures)
+    rows = [(name, f"{count:5} seen") for name, count in seen.most_common()]
+    if server:
+        dealt = server.outcomes
+        rows = [
+            (name, f"{seen[name]:5} seen, {dealt[key]} dealt out: {key}") for key, name in FAULT_NAMES.items()
+        ]
+
+    if rows:
+        yield "What went wrong on the way", rows
+
+    if failed := [result for result in results if not result.success]:
+        rows = [(result.agent_id, reason(result)) for result in failed[:10]]
+        yield f"{len(failed)} failed in the end", [*rows, ("...", "")] if failed[10:] else rows
+
+
+def mark(result: InvocationResult[str]) -> str:
+    if not result.success:
+        return result.status.value[0].upper()
+
+    return str(min(result.retries, 9)) if result.retries else "."
+
+
+def cause(exc: Exception) -> str:
+    if isinstance(exc, httpx2.HTTPStatusError):
+        return f"HTTP {exc.response.status_code}"
+
+    return type(exc).__name__
+
+
+def reason(result: InvocationResult[str]) -> str:
+    # An HTTP error goes on with its URL, which is the same for all, and a link to an encyclopedia.
+    error = clip((result.error or "").partition(" for url ")[0])
+    return f"{error} (after {', '.join(cause(exc) for exc in result.failures)})"
+
+
+def clip(text: str, width: int = 200) -> str:
+    """Return the text as one line, which does nothing to a terminal."""
+    text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def timing(loop: AgentLoop, count: int, seconds: float, backend: str) -> Section:
+    metrics = loop.metrics.snapshot()
+    times = [("latency", metrics.latency), ("queue", metrics.queue)]
+    rows = [(k, f"p50 {d.p50_ms:.0f} ms, p95 {d.p95_ms:.0f} ms, p99 {d.p99_ms:.0f} ms") for k, d in times]
+    return "Timing", [
+        *rows,
+        ("wall time", f"{seconds:.1f} s on {backend}, {count / seconds:.0f} prompts a second"),
+    ]
+
+
+def has_rich() -> bool:
+    return sys.stdout.isatty() and importlib.util.find_spec("rich") is not None
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[], object]]:
+    """Give a function to call for each result, and show how far it is."""
+    if has_rich():
+        from rich.progress import Progress
+
+        with Progress(transient=True) as bar:
+            yield partial(bar.advance, bar.add_task("asking", total=total))
+    else:
+        print("done:", end="", flush=True)
+        done = iter(range(1, total + 1))
+        step = max(1, total // 10)
+        try:
+            yield lambda: None if (n := next(done)) % step else print(f" {n}", end="", flush=True)
+        finally:
+            print()
+
+
+def show(sections: Iterable[Section]) -> None:
+    """Print the sections: framed and coloured on a terminal, elsewhere as plain text of 80 columns."""
+    if not has_rich():
+        for title, rows in sections:
+            print(f"\n{title}")
+            indent = max(len(label) for label, _ in rows) + 4
+            for label, value in rows:
+                left = f"  {label}".ljust(indent)
+                print(textwrap.fill(value, 80, initial_indent=left, subsequent_indent=" " * indent) or left)
+
+        return
+
+    from rich import console, panel, table, text
+
+    terminal = console.Console()
+    for title, rows in sections:
+        grid = table.Table.grid("", "", padding=(0, 2))
+        for label, value in rows:
+            styled = text.Text(value)
+            if title == MAP:
+                for pattern, style in (r"\.", "green"), (r"\d", "yellow"), ("[A-Z]", "bold red"):
+                    styled.highlight_regex(pattern, style)
+
+            grid.add_row(text.Text(label, "cyan"), styled)
+
+        heading = text.Text(title, "bold")
+        terminal.print(panel.Panel(grid, title=heading, title_align="left", width=min(terminal.width, 90)))
+
+
+def made_up(count: int) -> list[str]:
+    """Return prompts that are all different."""
+    pupils, subjects = (
+        ("otters", "pigeons", "toddlers", "robots"),
+        ("chess", "jazz", "yoga", "patience", "algebra"),
+    )
+    return [
+        f"Tip {n} for teaching {pupils[n // 2 % 4]} {subjects[n // 2 % 5]}"
+        if n % 2
+        else f"What is {n + 17} * 23?"
+        for n in range(count)
+    ]
+
+
+def lines(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            found = [line.strip() for line in file if line.strip()]
+    except (OSError, ValueError) as exc:
+        raise argparse.ArgumentTypeError(f"cannot read {path!r}: {exc}") from exc
+
+    if not found:
+        raise argparse.ArgumentTypeError(f"there is no prompt in {path!r}")
+
+    return found
+
+
+def url(value: str) -> str:
+    try:
+        parsed = httpx2.URL(value)
+        if parsed.scheme in ("http", "https") and parsed.host and 0 < (parsed.port or 1) < 65536:
+            return value.rstrip("/")
+    except httpx2.InvalidURL:
+        pass
+
+    raise argparse.ArgumentTypeError(f"must look like http://localhost:8000/v1, got {value!r}")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")  # without the usage, which would be six lines
+
+
+def parse() -> tuple[argparse.Namespace, LoopConfig]:
+    parser = Parser(description="Send prompts to a model server that fails in every way servers fail.")
+    parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
+    parser.add_argument("--prompts", type=lines, metavar="FILE", help="one per line (default: made-up ones)")
+    parser.add_argument("--count", type=int, help="how many at most (default: 200, or the whole FILE)")
+    parser.add_argument("--concurrency", type=int, default=20, help="how many at once (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="of the embedded server's faults (default: 0)")
+    parser.add_argument("--base-url", type=url, help="of a real server (default: embed one)")
+    parser.add_argument("--model", help="what to ask there (default: the first that it lists)")
+    parser.add_argument("--timeout", type=float, help="seconds per attempt (default: 2; 60 with --base-url)")
+    options = parser.parse_args()
+    if options.backend not in anyio.get_available_backends():
+        parser.error(f"--backend {options.backend} needs a package: pip install {options.backend}")
+
+    if options.count is not None and options.count < 1:
+        parser.error(f"argument --count: must be at least 1, got {options.count}")
+
+    timeout = options.timeout
+    if timeout is None:
+        timeout = 60.0 if options.base_url else 2.0
+
+    try:
+        config = LoopConfig(max_concurrency=options.concurrency, timeout_seconds=timeout, max_retries=2)
+    except ValueError as exc:
+        parser.error(str(exc))
+
+    options.prompts = (options.prompts or made_up(options.count or 200))[: options.count]
+    if not options.base_url:
+        # The embedded server knows a prompt that is sent again by its text, so no two may be alike.
+        first = {prompt: n for n, prompt in reversed([*enumerate(options.prompts)])}
+        options.prompts = [p if first[p] == n else f"{p} (again, {n})" for n, p in enumerate(options.prompts)]
+
+    key = os.environ.get("OPENAI_API_KEY") if options.base_url else None
+    options.headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return options, config
+
+
+def find_model(options: argparse.Namespace) -> str:
+    """Ask a real server for its models, and so find out whether it is there."""
+    where = f"{options.base_url}/models"
+    try:
+        response = httpx2.get(where, headers=options.headers, timeout=10)
+        response.raise_for_status()
+        return str(options.model or response.json()["data"][0]["id"])
+    except Exception as exc:  # whatever can go wrong between here and an answer that makes sense
+        problem = clip(f"{type(exc).__name__}: {exc}".partition(" for url ")[0])
+        hint = "start one there, check --base-url and OPENAI_API_KEY, or leave --base-url out"
+        sys.exit(f"quickstart.py: error: no model server at {where} ({problem}): {hint}")
+
+
+def main() -> int:
+    options, config = parse()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may answer in letters that this terminal lacks
+
+    status = 130
+    try:
+        options.model = find_model(options) if options.base_url else "demo"
+        place = options.base_url or f"an embedded server, seed {options.seed}"
+        print(f"{len(options.prompts)} prompts for {options.model} at {place}")
+        print(
+            f"{options.concurrency} at once, {config.timeout_seconds:g} s per attempt, up to 2 retries",
+            flush=True,
+        )
+        status = 0 if anyio.run(ask_all, options, config, backend=options.backend) else 1
+    except* KeyboardInterrupt:  # in an exception group, on trio
+        print("Interrupted.", file=sys.stderr)
+
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
