@@ -481,10 +481,9 @@ class Batch(ABC, Generic[T]):
                 job.expire()
                 self._wake(job)
                 self._finish(job, now)
-            elif job in self._in_line:
-                if job.waiter is not None and job.waiter.slot is None:
-                    job.expire()
-                    self._pool.withdraw(job.waiter)
+            elif job in self._in_line and job.waiter is not None and job.waiter.slot is None:
+                job.expire()
+                self._pool.withdraw(job.waiter)
 
         self._changed()
 

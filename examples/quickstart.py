@@ -9,21 +9,22 @@ or Ollama: ``python examples/quickstart.py --base-url http://localhost:11434/v1`
 import argparse
 import importlib.util
 import io
+import itertools
 import os
 import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import NoReturn
+from typing import BinaryIO, NoReturn, cast
 
 import anyio
 import httpx2
 from model_server import Faults, ModelServer, Outcome, serve_model
 
-from agentloop import AgentLoop, Invocation, InvocationResult, LoopConfig
+from agentloop import AgentLoop, Invocation, InvocationResult, LoopConfig, Status
 
 FAULTS = Faults(
     rate_limited=0.1, server_error=0.14, hang=0.03, disconnect=0.05, delay_seconds=0.03, hang_seconds=3600
@@ -35,6 +36,7 @@ FAULT_NAMES: dict[Outcome, str] = {
     "disconnect": "RemoteProtocolError",
 }
 MAP = "Each prompt: . first try, 1-9 retries, E error, T time-out, ? no result"
+USUAL = (Status.SUCCESS, Status.ERROR, Status.TIMEOUT)
 Section = tuple[str, Sequence[tuple[str, str]]]  # a title, and rows of a label and a value
 
 
@@ -51,6 +53,7 @@ async def ask_all(options: argparse.Namespace, config: LoopConfig) -> bool:
     embedded: AbstractAsyncContextManager[ModelServer | None] = (
         nullcontext() if options.base_url else serve_model(FAULTS, seed=options.seed)
     )
+    prompts: Sequence[str] = options.prompts
     loop = AgentLoop(config)
     limit = config.max_concurrency
     results: list[InvocationResult[str]] = []
@@ -64,10 +67,10 @@ async def ask_all(options: argparse.Namespace, config: LoopConfig) -> bool:
             trust_env=server is None,  # a proxy would not find the embedded server
         ) as client,
     ):
-        invocations = Invocation.map(partial(ask, client, options.model), options.prompts, agent_id="prompt")
+        invocations = Invocation.map(partial(ask, client, options.model), prompts, agent_id="prompt")
         start = time.perf_counter()
         try:
-            with progress(len(options.prompts)) as advance:
+            with progress(len(prompts)) as advance:
                 async with loop.as_completed(invocations) as completed:
                     async for result in completed:
                         results.append(result)
@@ -77,12 +80,12 @@ async def ask_all(options: argparse.Namespace, config: LoopConfig) -> bool:
             results.sort(key=lambda result: result.index)
             show(
                 [
-                    *story(options.prompts, results, server),
+                    *story(prompts, results, server),
                     timing(loop, len(results), seconds, options.backend),
                 ]
             )
 
-    return len(results) == len(options.prompts)
+    return len(results) == len(prompts)
 
 
 def story(
@@ -101,17 +104,18 @@ def story(
 
     complete = Counter(r.agent_id for r in results) == Counter(f"prompt-{n}" for n in range(len(prompts)))
     part = f"{len(results)} of {len(prompts)} prompts have a result"
-    counts = Counter(result.status.value for result in results)
-    rows = [(status, f"{counts[status]:5}") for status in sorted({"success", "error", "timeout", *counts})]
+    counts = Counter(result.status for result in results)
+    rows = [(status.value, f"{counts[status]:5}") for status in Status if counts[status] or status in USUAL]
     rows.append(("retries made", f"{sum(result.retries for result in results):5}"))
     yield "Every prompt has exactly one result" if complete else part, rows
 
     seen = Counter(cause(exc) for result in results for exc in result.failures)
-    rows = [(name, f"{count:5} seen") for name, count in seen.most_common()]
+    rows = [(name, f"{count:5} seen by the loop") for name, count in seen.most_common()]
     if server:
         dealt = server.outcomes
         rows = [
-            (name, f"{seen[name]:5} seen, {dealt[key]} dealt out: {key}") for key, name in FAULT_NAMES.items()
+            (name, f"{seen[name]:5} seen by the loop, {dealt[key]} dealt out by the server")
+            for key, name in FAULT_NAMES.items()
         ]
 
     if rows:
@@ -139,7 +143,7 @@ def cause(exc: Exception) -> str:
 def reason(result: InvocationResult[str]) -> str:
     # An HTTP error goes on with its URL, which is the same for all, and a link to an encyclopedia.
     error = clip((result.error or "").partition(" for url ")[0])
-    return f"{error} (after {', '.join(cause(exc) for exc in result.failures)})"
+    return f"{error} (attempts: {', '.join(cause(exc) for exc in result.failures)})"
 
 
 def clip(text: str, width: int = 200) -> str:
@@ -163,7 +167,7 @@ def has_rich() -> bool:
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[], object]]:
+def progress(total: int) -> Generator[Callable[[], object]]:
     """Give a function to call for each result, and show how far it is."""
     if has_rich():
         from rich.progress import Progress
@@ -172,10 +176,15 @@ def progress(total: int) -> Iterator[Callable[[], object]]:
             yield partial(bar.advance, bar.add_task("asking", total=total))
     else:
         print("done:", end="", flush=True)
-        done = iter(range(1, total + 1))
-        step = max(1, total // 10)
+        numbers = itertools.count(1)
+        step = -(-total // 10)
+
+        def advance() -> None:
+            if (number := next(numbers)) % step == 0 or number == total:
+                print(f" {number}", end="", flush=True)
+
         try:
-            yield lambda: None if (n := next(done)) % step else print(f" {n}", end="", flush=True)
+            yield advance
         finally:
             print()
 
@@ -258,7 +267,7 @@ def parse() -> tuple[argparse.Namespace, LoopConfig]:
     parser.add_argument("--prompts", type=lines, metavar="FILE", help="one per line (default: made-up ones)")
     parser.add_argument("--count", type=int, help="how many at most (default: 200, or the whole FILE)")
     parser.add_argument("--concurrency", type=int, default=20, help="how many at once (default: 20)")
-    parser.add_argument("--seed", type=int, default=0, help="of the embedded server's faults (default: 0)")
+    parser.add_argument("--seed", type=int, default=48, help="of the embedded server's faults (default: 48)")
     parser.add_argument("--base-url", type=url, help="of a real server (default: embed one)")
     parser.add_argument("--model", help="what to ask there (default: the first that it lists)")
     parser.add_argument("--timeout", type=float, help="seconds per attempt (default: 2; 60 with --base-url)")
@@ -304,9 +313,8 @@ def find_model(options: argparse.Namespace) -> str:
 
 def main() -> int:
     options, config = parse()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model may answer in letters that this terminal lacks
-
+    # A model may answer in letters that this terminal does not have.
+    cast("io.TextIOWrapper[BinaryIO]", sys.stdout).reconfigure(errors="replace")
     status = 130
     try:
         options.model = find_model(options) if options.base_url else "demo"

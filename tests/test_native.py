@@ -123,10 +123,13 @@ async def test_leaked_cancellation_count_hides_no_time_out() -> None:
         await lets_a_task_group_fail()
         await asyncio.sleep(100)
 
-    results = await AgentLoop(LoopConfig(timeout_seconds=5, max_retries=0)).run_all(
-        [Invocation("a", agent)] * 3
-    )
-    assert [result.status for result in results] == [Status.TIMEOUT] * 3
+    async def swallows() -> None:
+        await swallows_its_own_cancellation()
+        await asyncio.sleep(100)
+
+    loop = AgentLoop(LoopConfig(timeout_seconds=5, max_retries=0))
+    results = await loop.run_all([Invocation("a", agent), Invocation("b", swallows)] * 3)
+    assert [result.status for result in results] == [Status.TIMEOUT] * 6
 
 
 async def test_cancellation_that_an_agent_ordered_for_later_ends_no_batch() -> None:
