@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import io
 import itertools
+import math
 import os
 import sys
 import textwrap
@@ -48,14 +49,14 @@ async def ask(client: httpx2.AsyncClient, model: str, prompt: str) -> str:
     return str(response.json()["choices"][0]["message"]["content"])
 
 
-async def ask_all(options: argparse.Namespace, config: LoopConfig) -> bool:
+async def ask_all(options: argparse.Namespace) -> bool:
     """Ask every prompt and tell what came of it. Return whether each of them got a result."""
     embedded: AbstractAsyncContextManager[ModelServer | None] = (
         nullcontext() if options.base_url else serve_model(FAULTS, seed=options.seed)
     )
     prompts: Sequence[str] = options.prompts
-    loop = AgentLoop(config)
-    limit = config.max_concurrency
+    limit: int = options.concurrency
+    loop = AgentLoop(LoopConfig(max_concurrency=limit, timeout_seconds=options.timeout, max_retries=2))
     results: list[InvocationResult[str]] = []
     async with (
         embedded as server,
@@ -76,14 +77,10 @@ async def ask_all(options: argparse.Namespace, config: LoopConfig) -> bool:
                         results.append(result)
                         advance()
         finally:  # on Ctrl-C too: what has been finished is worth reading
-            seconds = time.perf_counter() - start
+            elapsed = time.perf_counter() - start
             results.sort(key=lambda result: result.index)
-            show(
-                [
-                    *story(prompts, results, server),
-                    timing(loop, len(results), seconds, options.backend),
-                ]
-            )
+            show(story(prompts, results, server))
+            show([timing(loop, len(results), elapsed, options.backend)])
 
     return len(results) == len(prompts)
 
@@ -99,7 +96,7 @@ def story(
 
     if results:
         marks = {result.index: mark(result) for result in results}
-        line = "".join(marks.get(index, "?") for index in range(min(len(prompts), 500)))
+        line = "".join(marks.get(index, "?") for index in range(min(max(marks) + 1, 500)))
         yield MAP, [(f"prompt-{start}", line[start : start + 50]) for start in range(0, len(line), 50)]
 
     complete = Counter(r.agent_id for r in results) == Counter(f"prompt-{n}" for n in range(len(prompts)))
@@ -152,14 +149,12 @@ def clip(text: str, width: int = 200) -> str:
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
-def timing(loop: AgentLoop, count: int, seconds: float, backend: str) -> Section:
+def timing(loop: AgentLoop, count: int, elapsed: float, backend: str) -> Section:
     metrics = loop.metrics.snapshot()
     times = [("latency", metrics.latency), ("queue", metrics.queue)]
     rows = [(k, f"p50 {d.p50_ms:.0f} ms, p95 {d.p95_ms:.0f} ms, p99 {d.p99_ms:.0f} ms") for k, d in times]
-    return "Timing", [
-        *rows,
-        ("wall time", f"{seconds:.1f} s on {backend}, {count / seconds:.0f} prompts a second"),
-    ]
+    wall_time = f"{elapsed:.1f} s on {backend}, {count / elapsed:.0f} prompts a second"
+    return "Timing", [*rows, ("wall time", wall_time)]
 
 
 def has_rich() -> bool:
@@ -220,16 +215,10 @@ def show(sections: Iterable[Section]) -> None:
 
 def made_up(count: int) -> list[str]:
     """Return prompts that are all different."""
-    pupils, subjects = (
-        ("otters", "pigeons", "toddlers", "robots"),
-        ("chess", "jazz", "yoga", "patience", "algebra"),
-    )
-    return [
-        f"Tip {n} for teaching {pupils[n // 2 % 4]} {subjects[n // 2 % 5]}"
-        if n % 2
-        else f"What is {n + 17} * 23?"
-        for n in range(count)
-    ]
+    who, what = ("otters", "pigeons", "toddlers", "robots"), ("chess", "jazz", "yoga", "patience", "algebra")
+    questions = (f"What is {n + 17} * 23?" for n in range(0, count, 2))
+    requests = (f"Tip {n} for teaching {who[n // 2 % 4]} {what[n // 2 % 5]}" for n in range(1, count + 1, 2))
+    return [prompt for pair in zip(questions, requests, strict=True) for prompt in pair][:count]
 
 
 def lines(path: str) -> list[str]:
@@ -245,6 +234,23 @@ def lines(path: str) -> list[str]:
     return found
 
 
+def whole(value: str) -> int:
+    if value.isdecimal() and int(value) > 0:
+        return int(value)
+
+    raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {value!r}")
+
+
+def seconds(value: str) -> float:
+    try:
+        if 0 < (number := float(value)) < math.inf:
+            return number
+    except ValueError:
+        pass
+
+    raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {value!r}")
+
+
 def url(value: str) -> str:
     try:
         parsed = httpx2.URL(value)
@@ -256,37 +262,27 @@ def url(value: str) -> str:
     raise argparse.ArgumentTypeError(f"must look like http://localhost:8000/v1, got {value!r}")
 
 
-class Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")  # without the usage, which would be six lines
 
 
-def parse() -> tuple[argparse.Namespace, LoopConfig]:
-    parser = Parser(description="Send prompts to a model server that fails in every way servers fail.")
-    parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
-    parser.add_argument("--prompts", type=lines, metavar="FILE", help="one per line (default: made-up ones)")
-    parser.add_argument("--count", type=int, help="how many at most (default: 200, or the whole FILE)")
-    parser.add_argument("--concurrency", type=int, default=20, help="how many at once (default: 20)")
-    parser.add_argument("--seed", type=int, default=48, help="of the embedded server's faults (default: 48)")
-    parser.add_argument("--base-url", type=url, help="of a real server (default: embed one)")
-    parser.add_argument("--model", help="what to ask there (default: the first that it lists)")
-    parser.add_argument("--timeout", type=float, help="seconds per attempt (default: 2; 60 with --base-url)")
+def parse() -> argparse.Namespace:
+    parser = OneLineParser(description="Send prompts to a model server that fails in every way servers fail.")
+    add = parser.add_argument
+    add("--backend", choices=["asyncio", "trio"], default="asyncio")
+    add("--prompts", type=lines, metavar="FILE", help="one prompt per line (default: made-up ones)")
+    add("--count", type=whole, metavar="N", help="how many at most (default: 200, or the whole FILE)")
+    add("--concurrency", type=whole, metavar="N", default=20, help="how many at once (default: 20)")
+    add("--seed", type=int, metavar="N", default=48, help="of the embedded server's faults (default: 48)")
+    add("--base-url", type=url, metavar="URL", help="of a real server (default: embed one)")
+    add("--model", metavar="NAME", help="what to ask there (default: the first that it lists)")
+    add("--timeout", type=seconds, metavar="SECONDS", help="per attempt (default: 2; 60 with --base-url)")
     options = parser.parse_args()
     if options.backend not in anyio.get_available_backends():
         parser.error(f"--backend {options.backend} needs a package: pip install {options.backend}")
 
-    if options.count is not None and options.count < 1:
-        parser.error(f"argument --count: must be at least 1, got {options.count}")
-
-    timeout = options.timeout
-    if timeout is None:
-        timeout = 60.0 if options.base_url else 2.0
-
-    try:
-        config = LoopConfig(max_concurrency=options.concurrency, timeout_seconds=timeout, max_retries=2)
-    except ValueError as exc:
-        parser.error(str(exc))
-
+    options.timeout = options.timeout or (60.0 if options.base_url else 2.0)
     options.prompts = (options.prompts or made_up(options.count or 200))[: options.count]
     if not options.base_url:
         # The embedded server knows a prompt that is sent again by its text, so no two may be alike.
@@ -295,7 +291,7 @@ def parse() -> tuple[argparse.Namespace, LoopConfig]:
 
     key = os.environ.get("OPENAI_API_KEY") if options.base_url else None
     options.headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return options, config
+    return options
 
 
 def find_model(options: argparse.Namespace) -> str:
@@ -312,21 +308,22 @@ def find_model(options: argparse.Namespace) -> str:
 
 
 def main() -> int:
-    options, config = parse()
+    options = parse()
     # A model may answer in letters that this terminal does not have.
     cast("io.TextIOWrapper[BinaryIO]", sys.stdout).reconfigure(errors="replace")
-    status = 130
+    status = 130  # 128 and the number of SIGINT, as shells have it
     try:
         options.model = find_model(options) if options.base_url else "demo"
         place = options.base_url or f"an embedded server, seed {options.seed}"
         print(f"{len(options.prompts)} prompts for {options.model} at {place}")
         print(
-            f"{options.concurrency} at once, {config.timeout_seconds:g} s per attempt, up to 2 retries",
-            flush=True,
+            f"{options.concurrency} at once, {options.timeout:g} s per attempt, up to 2 retries", flush=True
         )
-        status = 0 if anyio.run(ask_all, options, config, backend=options.backend) else 1
+        status = 0 if anyio.run(ask_all, options, backend=options.backend) else 1
     except* KeyboardInterrupt:  # in an exception group, on trio
         print("Interrupted.", file=sys.stderr)
+    except* BrokenPipeError:  # whoever reads what we print has had enough, as "head" has after ten lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     return status
 

@@ -73,7 +73,8 @@ class Call:
         self.fatal = False
         self.input_failed = False
 
-    def check_not_cancelled(self) -> None:
+    def check_may_start(self) -> None:
+        assert not self.fatal, "an agent was started after a fatal verdict"
         call: Call | None = self
         while call is not None:
             assert not call.cancelled, "an agent was started although its caller had been cancelled"
@@ -89,6 +90,7 @@ class Program:
         self.metrics = Recorder()
         self.names = 0
         self.working = 0
+        self.attempting = 0
         self.starts: Counter[str] = Counter()
         self.tasks = 0
         choose = self.random.choice
@@ -123,10 +125,15 @@ class Program:
         async def run() -> str:
             assert var.get() == "caller", f"an agent sees a variable that is not its caller's: {var.get()}"
             var.set(name)
-            call.check_not_cancelled()
+            call.check_may_start()
             action = actions[min(self.starts[name], 2)]
             self.starts[name] += 1
-            await getattr(self, action)(name, call, depth)
+            self.attempting += 1
+            try:
+                await getattr(self, action)(name, call, depth)
+            finally:
+                self.attempting -= 1
+
             assert var.get() == name
             return name
 
@@ -176,7 +183,9 @@ class Program:
 
     async def unauthorized(self, name: str, call: Call, depth: int) -> None:
         await self.work(0)
-        call.fatal = True
+        if anyio.current_effective_deadline() > anyio.current_time():
+            call.fatal = True
+
         raise HttpError(401)
 
     async def hang(self, *_: Any) -> None:
@@ -339,7 +348,9 @@ class Program:
 
     async def single(self, call: Call, depth: int) -> None:
         invocation = self.invocation(call, depth)
-        call.results.append(await self.loop.run_single(invocation.agent_id, invocation.fn))
+        result = await self.loop.run_single(invocation.agent_id, invocation.fn)
+        call.results.append(result)
+        assert not call.cancelled or result.success or not result.latency_ms, "a cancellation was lost"
 
     async def gather(self, call: Call, depth: int) -> None:
         results = await self.loop.run_all(self.inputs(call, depth))
@@ -378,6 +389,8 @@ class Program:
         status, error = result.status, result.exception
         assert call.made[result.index] == result.agent_id, "a result does not belong to its input"
         assert result.retries == max(0, starts - 1), (result, starts)
+        overloads = sum(getattr(error, "status_code", 0) == 429 for error in result.failures)
+        assert result.retries <= self.config.max_retries + overloads, "there were more retries than allowed"
         assert result.latency_ms >= 0
         assert result.queue_ms >= 0
         if status is Status.SUCCESS:
@@ -405,9 +418,31 @@ class Program:
             assert not isinstance(error, InvocationTimeout)
             assert isinstance(error, (OSError, HttpError, ExceptionGroup, TimeoutError)), repr(error)
 
+    async def watch(self) -> None:
+        """Look at the state whenever nothing is about to happen."""
+        while True:
+            await anyio.wait_all_tasks_blocked()
+            now = self.limiter.statistics()
+            assert now.running <= self.attempting, "a slot is held by an invocation that does not run"
+            in_line = now.waiting - self.limiter._enter_run().asleep
+            assert not in_line or now.running >= now.max_concurrency, (
+                "a slot is free, and somebody waits for it"
+            )
+            await anyio.sleep(0.13)
+
     async def main(self) -> None:
-        var.set("caller")
         tasks = len(anyio.get_running_tasks())
+        async with anyio.create_task_group() as group:
+            group.start_soon(self.watch)
+            await self.make_calls()
+            group.cancel_scope.cancel()
+
+        assert len(anyio.get_running_tasks()) == tasks, "a task is left"
+        assert self.working == self.attempting == 0
+        self.check_end()
+
+    async def make_calls(self) -> None:
+        var.set("caller")
         async with anyio.create_task_group() as group:
             for _ in range(self.random.randint(1, 3)):
                 group.start_soon(self.make_call, None, 0)
@@ -418,8 +453,9 @@ class Program:
                 self.ceiling = max(self.ceiling, limit)
                 self.limiter.max_concurrency = limit
 
-        assert len(anyio.get_running_tasks()) == tasks, "a task is left"
         assert var.get() == "caller"
+
+    def check_end(self) -> None:
         pool = self.limiter._enter_run()
         assert pool.running == 0, "a slot was not given back"
         assert pool.waiting == 0, "somebody still waits"

@@ -1,0 +1,269 @@
+"""
+Deliberate defects, each of which the random programs have to catch: that is how we know they test something.
+
+``python tests/mutants.py`` applies them one by one to a copy of the package, and says what caught each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = 2000
+# A defect may make a program run for ever; then this catches it.
+SECONDS = 120
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    backend: str = "either"
+
+
+MUTANTS = [
+    Mutant(
+        "a slot granted in the moment of a cancellation is not given back",
+        "_limiter.py",
+        "                waiter.slot.release()\n",
+        "                pass\n",
+    ),
+    Mutant(
+        "a cancelled waiter stays in line",
+        "_limiter.py",
+        "            if waiter.slot is None:\n                self.withdraw(waiter)\n            else:",
+        "            if waiter.slot is None:\n                pass\n            else:",
+    ),
+    Mutant(
+        "a loan is never returned",
+        "_limiter.py",
+        "        lender.lent = False\n",
+        "",
+    ),
+    Mutant(
+        "a slot is lent to any number at once",
+        "_limiter.py",
+        "        if lender is not None and not lender.lent:\n",
+        "        if lender is not None:\n",
+    ),
+    Mutant(
+        "a nested invocation is lent no slot",
+        "_limiter.py",
+        "        while slot is not None and (slot.pool is not self or slot.released):\n",
+        "        while slot is not None:\n",
+    ),
+    Mutant(
+        "a freed token is offered to nobody",
+        "_limiter.py",
+        "        if self._queue:\n            self._grant()\n",
+        "",
+    ),
+    Mutant(
+        "a time-out is judged by the type of the exception",
+        "_attempt.py",
+        "            if scope.cancel_called:\n                job.time_out(anyio.current_time(), config, exc)\n",
+        "            if isinstance(exc, TimeoutError):\n                job.time_out(anyio.current_time(), config, exc)\n",
+    ),
+    Mutant(
+        "a result that was ready is thrown away",
+        "_attempt.py",
+        "                job.succeed(output)\n                return\n",
+        "                job.succeed(output)\n                if not scope.cancel_called:\n                    return\n",
+    ),
+    Mutant(
+        "attempts share a context",
+        "_attempt.py",
+        "        context = context.copy()\n",
+        "        context = _SHARED.setdefault(id(context), context.copy())\n",
+    ),
+    Mutant(
+        "an agent is started after its cancellation",
+        "_attempt.py",
+        "        # Once cancelled, nothing starts, not even up to its first checkpoint.\n"
+        "        await checkpoint_if_cancelled()\n",
+        "",
+    ),
+    Mutant(
+        "an error made out of the caller's cancellation is an error",
+        "_attempt.py",
+        "            # An error made out of the caller's cancellation is that cancellation.\n"
+        "            await checkpoint_if_cancelled()\n",
+        "",
+    ),
+    Mutant(
+        "a stray cancellation ends the batch",
+        "_attempt.py",
+        "            if not own_task and host.cancellations() > cancellations:\n                raise\n",
+        "            raise\n",
+    ),
+    Mutant(
+        "the marks that an agent left on its task are not removed",
+        "_batch.py",
+        "                if host.cancellations():\n                    await host.forget_cancellations(0)\n",
+        "",
+        "asyncio",
+    ),
+    Mutant(
+        "a slot is held while its invocation waits to be retried",
+        "_single.py",
+        "                await anyio.sleep_until(wake_at)\n",
+        "                held = self._pool.acquire_nowait(job.invocation, self._outer)\n"
+        "                await anyio.sleep_until(wake_at)\n"
+        "                _ = held.release() if held else None\n",
+    ),
+    Mutant(
+        "a wait crosses the total time-out",
+        "_job.py",
+        "        elif wake_at >= self.deadline:\n",
+        "        elif wake_at >= self.deadline + 100:\n",
+    ),
+    Mutant(
+        "there is one retry too many",
+        "_job.py",
+        "self.counted_retries >= config.max_retries",
+        "self.counted_retries > config.max_retries",
+    ),
+    Mutant(
+        "retries are guessed",
+        "_job.py",
+        "            max(0, self.attempts - 1),\n",
+        "            len(self.failures or ()),\n",
+    ),
+    Mutant(
+        "a fatal verdict stops nothing",
+        "_batch.py",
+        "            if verdict.kind is VerdictKind.FATAL:\n",
+        "            if False:\n",
+    ),
+    Mutant(
+        "a result is lost",
+        "_batch.py",
+        "        self._ready.append(result)\n",
+        "        if len(self._ready) < 2:\n            self._ready.append(result)\n",
+    ),
+    Mutant(
+        "a result is delivered to the wrong input",
+        "_batch.py",
+        "job = Job(as_invocation(item), next(self._index), ",
+        "job = Job(as_invocation(item), max(0, next(self._index) - 1), ",
+    ),
+    Mutant(
+        "a reader that is cancelled loses a result",
+        "_batch.py",
+        "        # Nothing waits from here on, so what was taken is also returned.\n"
+        "        result = self._ready.popleft()\n",
+        "        result = self._ready.popleft()\n        if len(self._ready) == 1:\n            self._ready.clear()\n",
+    ),
+    Mutant(
+        "the end of the input ends nothing",
+        "_batch.py",
+        "            self._exhausted = True\n            self._check_done()\n\n        return None\n",
+        "            self._exhausted = True\n\n        return None\n",
+    ),
+    Mutant(
+        "a parked worker counts as looking for work",
+        "_batch.py",
+        "        self._parked[event] = None\n        self._seeking -= 1\n",
+        "        self._parked[event] = None\n",
+    ),
+    Mutant(
+        "what a cancelled batch had yet to retry is forgotten",
+        "_batch.py",
+        "            self._tasks = None\n            self._abandon()\n",
+        "            self._tasks = None\n",
+    ),
+    Mutant(
+        "more workers run than there are slots",
+        "_batch.py",
+        "            if self._stopped is None:\n                slot = pool.acquire_nowait(",
+        "            if self._stopped is None and job.attempts:\n"
+        "                slot = Slot(pool, self._outer, self._outer)\n"
+        "                slot.lender = slot\n"
+        "                slot.released = True\n"
+        "                slot.lent = True\n"
+        "            elif self._stopped is None:\n"
+        "                slot = pool.acquire_nowait(",
+    ),
+]
+
+
+def catch(mutant: Mutant, backend: str, programs: int = PROGRAMS) -> str | None:
+    """Return what caught the mutant, in a line; ``None`` if nothing did."""
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "agentloop"
+        shutil.copytree(ROOT / "agentloop", package, ignore=shutil.ignore_patterns("__pycache__"))
+        target = package / mutant.file
+        text = target.read_text()
+        if text.count(mutant.old) != 1:
+            raise LookupError(
+                f"{mutant.name!r}: its text stands {text.count(mutant.old)} times in {mutant.file}"
+            )
+
+        text = text.replace(mutant.old, mutant.new)
+        if "_SHARED" in mutant.new:
+            text += "\n\n_SHARED: dict[int, Context] = {}\n"
+
+        target.write_text(text)
+        command = [
+            sys.executable,
+            str(ROOT / "tests/fuzz.py"),
+            "--backend",
+            backend,
+            "--seeds",
+            f"0:{programs}",
+        ]
+        environment = {**os.environ, "PYTHONPATH": folder}
+        # A defect that shows in the measured time of a run is none of these.
+        environment.pop("COVERAGE_PROCESS_CONFIG", None)
+        try:
+            done = subprocess.run(
+                command,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+                cwd=folder,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return "it never ended"
+
+        if not done.returncode:
+            return None
+
+        lines = [line.strip(" |+-") for line in (done.stdout + done.stderr).splitlines()]
+        errors = [line for line in lines if "Error: " in line or "Deadlock" in line or "Error" in line[:20]]
+        return f"{lines[0]}: {errors[-1] if errors else lines[-1]}"[:160]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="parts of the names of the mutants; all if absent")
+    parser.add_argument("--programs", type=int, default=PROGRAMS)
+    arguments = parser.parse_args()
+    survivors = 0
+    for mutant in MUTANTS:
+        if arguments.names and not any(name in mutant.name for name in arguments.names):
+            continue
+
+        for backend in ("asyncio", "trio") if mutant.backend == "either" else (mutant.backend,):
+            caught = catch(mutant, backend, arguments.programs)
+            survivors += caught is None
+            print(
+                f"{'caught' if caught else 'SURVIVED':8}  {mutant.name}, {backend}\n          {caught}",
+                flush=True,
+            )
+
+    sys.exit(survivors)
+
+
+if __name__ == "__main__":
+    main()
