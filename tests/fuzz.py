@@ -91,6 +91,10 @@ class Program:
         self.names = 0
         self.working = 0
         self.attempting = 0
+        self.checked = 0
+        self.natively_cancelled = 0
+        # What each agent did last, and whether it returned.
+        self.last: dict[str, tuple[str, bool]] = {}
         self.starts: Counter[str] = Counter()
         self.tasks = 0
         choose = self.random.choice
@@ -129,12 +133,14 @@ class Program:
             action = actions[min(self.starts[name], 2)]
             self.starts[name] += 1
             self.attempting += 1
+            self.last[name] = (action, False)
             try:
                 await getattr(self, action)(name, call, depth)
             finally:
                 self.attempting -= 1
 
             assert var.get() == name
+            self.last[name] = (action, True)
             return name
 
         return run
@@ -236,14 +242,20 @@ class Program:
         assert stored is not None
         raise stored
 
-    async def cancel_self(self, *_: Any) -> None:
+    async def cancel_self(self, name: str, call: Call, depth: int) -> None:
+        # In the task of whoever called run_single() this is that caller's own cancellation.
+        self.natively_cancelled += 1
         task = asyncio.current_task()
         assert task is not None
         task.cancel()
         if self.random.random() < 0.5:
             await asyncio.sleep(1)
 
-    async def leak_count(self, *_: Any) -> None:
+    async def leak_count(self, name: str, call: Call, depth: int) -> None:
+        # In the task of whoever called run_single() a time-out of ours can then not be told from a
+        # cancellation of that task, and so has to pass for one.
+        self.natively_cancelled += 1
+
         async def fail() -> None:
             raise OSError
 
@@ -381,11 +393,13 @@ class Program:
         names = [result.agent_id for result in call.results]
         assert len(set(names)) == len(names), "an input has two results"
         assert set(names) <= set(call.made)
+        self.checked += call.parent is None
         for result in call.results:
             self.check_result(call, result)
 
     def check_result(self, call: Call, result: InvocationResult[Any]) -> None:
         starts = self.starts[result.agent_id]
+        action, returned = self.last.get(result.agent_id, ("", False))
         status, error = result.status, result.exception
         assert call.made[result.index] == result.agent_id, "a result does not belong to its input"
         assert result.retries == max(0, starts - 1), (result, starts)
@@ -393,6 +407,7 @@ class Program:
         assert result.retries <= self.config.max_retries + overloads, "there were more retries than allowed"
         assert result.latency_ms >= 0
         assert result.queue_ms >= 0
+        assert returned == (status is Status.SUCCESS), "what the agent returned was thrown away"
         if status is Status.SUCCESS:
             assert result.output == result.agent_id
             assert error is None
@@ -409,6 +424,7 @@ class Program:
             assert result.latency_ms >= error.seconds * 999.9
         elif status is Status.CANCELLED:
             assert isinstance(error, InvocationCancelled)
+            assert action in ("stray", "cancel_self", "nest", "nest_at_once"), f"{action} was cancelled"
         else:
             assert error is not None
             if isinstance(error, AssertionError):
@@ -434,7 +450,10 @@ class Program:
         tasks = len(anyio.get_running_tasks())
         async with anyio.create_task_group() as group:
             group.start_soon(self.watch)
-            await self.make_calls()
+            with anyio.move_on_after(5000) as scope:
+                await self.make_calls()
+
+            assert not scope.cancelled_caught, "it never ended"
             group.cancel_scope.cancel()
 
         assert len(anyio.get_running_tasks()) == tasks, "a task is left"
@@ -444,7 +463,8 @@ class Program:
     async def make_calls(self) -> None:
         var.set("caller")
         async with anyio.create_task_group() as group:
-            for _ in range(self.random.randint(1, 3)):
+            calls = self.random.randint(1, 3)
+            for _ in range(calls):
                 group.start_soon(self.make_call, None, 0)
 
             if self.random.random() < 0.3:
@@ -453,6 +473,8 @@ class Program:
                 self.ceiling = max(self.ceiling, limit)
                 self.limiter.max_concurrency = limit
 
+        # A task that is cancelled natively takes its whole task group with it.
+        assert self.checked == calls or self.natively_cancelled, "a cancellation that nobody asked for"
         assert var.get() == "caller"
 
     def check_end(self) -> None:
