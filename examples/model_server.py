@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from typing import Any, Literal
 
 import anyio
@@ -261,7 +262,8 @@ class _Connection:
     ) -> None:
         body = json.dumps(payload).encode()
         fields = {"content-type": "application/json", "content-length": str(len(body)), **headers}
-        response = h11.Response(status_code=status, headers=list(fields.items()))
+        phrase = HTTPStatus(status).phrase
+        response = h11.Response(status_code=status, headers=list(fields.items()), reason=phrase)
         if cut:
             await self._send(response, h11.Data(data=body[: len(body) // 2]))
         else:
@@ -355,7 +357,7 @@ class _Connection:
             return h11.Data(data=f"data: {json.dumps(chunk)}\n\n".encode())
 
         headers = [("content-type", "text/event-stream"), ("cache-control", "no-cache")]
-        start = h11.Response(status_code=200, headers=headers)
+        start = h11.Response(status_code=200, headers=headers, reason="OK")
         await self._send(start, event({"role": "assistant", "content": ""}))
         for piece in pieces[:cut]:
             await anyio.sleep(self.server.faults.gap_seconds)

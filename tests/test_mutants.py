@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 from mutants import MUTANTS, Mutant, catch
-
-if "COVERAGE_PROCESS_CONFIG" in os.environ or "AGENTLOOP_FUZZ_PROGRAMS" in os.environ:
-    # Defects are caught in other processes, from which there is nothing to measure.
-    MUTANTS = MUTANTS[:1]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
