@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["run_attempt"]
 
+import math
 from collections.abc import Callable
 from contextvars import Context
 from typing import Any, TypeVar, cast
@@ -44,13 +45,16 @@ async def run_attempt(
     """
     job.verdict = None
     try:
-        # Once cancelled, nothing starts, not even up to its first checkpoint.
-        await checkpoint_if_cancelled()
+        pool = slot.pool
+        if pool.backend.current_effective_deadline() == -math.inf:
+            # Once cancelled, nothing starts, not even up to its first checkpoint.
+            await checkpoint_if_cancelled()
+
         invocation = job.invocation
         context = context.copy()
         context.run(current_slot.set, slot)
         cancellations = host.cancellations()
-        scope = anyio.CancelScope(deadline=job.start(anyio.current_time(), config))
+        scope = pool.backend.create_cancel_scope(deadline=job.start(pool.now(), config))
         try:
             with scope:
                 try:
@@ -72,7 +76,7 @@ async def run_attempt(
             await checkpoint_if_cancelled()
             _trim(exc)
             if scope.cancel_called:
-                job.time_out(anyio.current_time(), config, exc)
+                job.time_out(pool.now(), config, exc)
             else:
                 job.fail(Status.ERROR, exc)
         except BaseException as exc:
@@ -83,7 +87,7 @@ async def run_attempt(
 
             _trim(exc)
             if scope.cancel_called:
-                job.time_out(anyio.current_time(), config, error)
+                job.time_out(pool.now(), config, error)
             elif error is not None:
                 job.fail(Status.ERROR, error)
             else:
@@ -94,7 +98,7 @@ async def run_attempt(
             # The traceback of an error refers to this frame; the frame must not refer back.
             del error
         else:
-            job.time_out(anyio.current_time(), config, None)
+            job.time_out(pool.now(), config, None)
 
         job.judge(config)
     finally:
@@ -107,12 +111,11 @@ def _without_cancellation(exc: BaseException) -> Exception | None:
 
     :raises BaseException: ``exc``, if it is or holds anything else
     """
-    cancelled = anyio.get_cancelled_exc_class()
-    if isinstance(exc, cancelled):
+    if isinstance(exc, anyio.get_cancelled_exc_class()):
         return None
 
     if isinstance(exc, BaseExceptionGroup):
-        rest = cast("BaseExceptionGroup[BaseException]", exc).split(cancelled)[1]
+        rest = cast("BaseExceptionGroup[BaseException]", exc).split(anyio.get_cancelled_exc_class())[1]
         if rest is None or isinstance(rest, Exception):
             return rest
 

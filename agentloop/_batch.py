@@ -161,7 +161,7 @@ class Batch(ABC, Generic[T]):
             self._exhausted = True
             self._feeding.cancel()
 
-        now = anyio.current_time()
+        now = self._pool.now()
         for job in self._pop_resting():
             self._give_up(job)
             self._finish(job, now)
@@ -194,7 +194,7 @@ class Batch(ABC, Generic[T]):
 
     def _abandon(self) -> None:
         """End what a cancelled batch has not started again, so that every invocation is accounted for."""
-        now = anyio.current_time()
+        now = self._pool.now()
         for job in (*self._fed, *self._pop_resting()):
             job.cancel(self._reason)
             self._finish(job, now)
@@ -296,11 +296,11 @@ class Batch(ABC, Generic[T]):
                 except BaseException:
                     self._seeking += 1
                     job.cancel(self._reason)
-                    self._finish(job, anyio.current_time())
+                    self._finish(job, self._pool.now())
                     raise
 
                 self._seeking += 1
-                now = anyio.current_time()
+                now = self._pool.now()
                 self._settle(job, now)
                 if host.cancellations():
                     await host.forget_cancellations(0)
@@ -308,7 +308,7 @@ class Batch(ABC, Generic[T]):
                 if slot is not None:
                     slot.release()
 
-                now = anyio.current_time()
+                now = self._pool.now()
                 self._give_up(job)
                 self._finish(job, now)
 
@@ -340,7 +340,7 @@ class Batch(ABC, Generic[T]):
         return None
 
     def _make_job(self, item: Input[T]) -> Job[T]:
-        job = Job(as_invocation(item), next(self._index), anyio.current_time())
+        job = Job(as_invocation(item), next(self._index), self._pool.now())
         self._pending += 1
         self._live += 1
         return job
@@ -352,7 +352,7 @@ class Batch(ABC, Generic[T]):
             return await self._pool.wait(job.waiter)
         except BaseException:
             job.cancel(self._reason)
-            self._finish(job, anyio.current_time())
+            self._finish(job, self._pool.now())
             raise
         finally:
             job.waiter = None
@@ -466,7 +466,7 @@ class Batch(ABC, Generic[T]):
             with anyio.CancelScope(deadline=self._heap[0][0]):
                 await self._alarm.wait()
 
-            self._ring(anyio.current_time())
+            self._ring(self._pool.now())
 
         self._alarm = None
 
@@ -509,7 +509,7 @@ class Batch(ABC, Generic[T]):
                 self.input_error.__cause__ = exc
             finally:
                 if isinstance(iterator, AsyncGenerator):
-                    with anyio.CancelScope(deadline=anyio.current_time() + CLOSE_SECONDS, shield=True):
+                    with anyio.CancelScope(deadline=self._pool.now() + CLOSE_SECONDS, shield=True):
                         await iterator.aclose()
 
         self._exhausted = True

@@ -32,6 +32,9 @@ def _check_agent_id(_: object, attribute: "attrs.Attribute[str]", value: object)
 
 def check_fn(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
     """Refuse what cannot be called, with a hint at what to write instead."""
+    if callable(value):
+        return
+
     if inspect.iscoroutine(value):
         # It will never be awaited, and the error below says so better than the interpreter's warning.
         value.close()
@@ -40,8 +43,7 @@ def check_fn(_: object, attribute: "attrs.Attribute[Any]", value: object) -> Non
             "and its arguments apart: not fn(x) but fn, x"
         )
 
-    if not callable(value):
-        raise TypeError(f"{attribute.name} must be an async function, got {value!r}")
+    raise TypeError(f"{attribute.name} must be an async function, got {value!r}")
 
 
 def _args(value: Sequence[Any]) -> tuple[Any, ...]:
@@ -58,6 +60,9 @@ def _check_args(_: object, attribute: "attrs.Attribute[Any]", value: object) -> 
 
 
 def _check_kwargs(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
+    if value == {}:
+        return
+
     if not isinstance(value, Mapping) or not all(
         isinstance(key, str) for key in cast("Mapping[object, object]", value)
     ):

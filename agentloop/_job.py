@@ -30,44 +30,26 @@ class Job(Generic[T]):
     :param now: the time at which it began to wait for a slot
     """
 
-    __slots__ = (
-        "attempts",
-        "counted_retries",
-        "deadline",
-        "error",
-        "expired",
-        "failures",
-        "index",
-        "invocation",
-        "output",
-        "overloaded_at",
-        "queued_at",
-        "started_at",
-        "status",
-        "total_seconds",
-        "verdict",
-        "waiter",
-        "wake_at",
-    )
+    # What most invocations never need stays in the class: there is one of these for each of them.
+    started_at: float | None = None
+    deadline = math.inf
+    total_seconds = math.inf
+    attempts = 0
+    counted_retries = 0
+    overloaded_at: float | None = None
+    wake_at = -math.inf
+    expired = False
+    waiter: Waiter | None = None
+    status = Status.SKIPPED
+    output: T | None = None
+    error: BaseException | None = None
+    failures: list[Exception] | None = None
+    verdict: Verdict | None = None
 
     def __init__(self, invocation: Invocation[T], index: int, now: float) -> None:
         self.invocation = invocation
         self.index = index
         self.queued_at = now
-        self.started_at: float | None = None
-        self.deadline = math.inf
-        self.total_seconds = math.inf
-        self.attempts = 0
-        self.counted_retries = 0
-        self.overloaded_at: float | None = None
-        self.wake_at = -math.inf
-        self.expired = False
-        self.waiter: Waiter | None = None
-        self.status = Status.SKIPPED
-        self.output: T | None = None
-        self.error: BaseException | None = None
-        self.failures: list[Exception] | None = None
-        self.verdict: Verdict | None = None
 
     def start(self, now: float, config: LoopConfig) -> float:
         """
@@ -219,7 +201,9 @@ class Job(Generic[T]):
             tuple(self.failures) if self.failures else (),
             self.index,
         )
-        self.output = self.error = self.failures = None
+        self.output = None
+        self.error = None
+        self.failures = None
         return result
 
 

@@ -96,8 +96,11 @@ class Pool:
 
     def __init__(self, token: EventLoopToken, max_concurrency: int) -> None:
         self.token = token
+        # Looked up once: anyio's own functions find out at each call which backend they run on.
+        self.backend = token.backend_class
+        self.now = token.backend_class.current_time
         self.thread = threading.current_thread()
-        self.pace = Pace()
+        self.pace = Pace(self.now)
         self.asleep = 0
         """How many invocations wait to be retried."""
         self.on_raise: set[Callable[[], None]] = set()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 __all__ = ["Pace"]
 
-import anyio
+from collections.abc import Callable
+
 from anyio.lowlevel import checkpoint
 
 SLICE_SECONDS = 0.005
@@ -21,10 +22,11 @@ class Pace:
     each of a hundred workers would be half a second for everybody else.
     """
 
-    __slots__ = ("_calls", "_end", "_resting")
+    __slots__ = ("_calls", "_end", "_now", "_resting")
 
-    def __init__(self) -> None:
-        self._end = anyio.current_time() + SLICE_SECONDS
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._end = now() + SLICE_SECONDS
         self._calls = 0
         self._resting = False
 
@@ -46,4 +48,4 @@ class Pace:
         finally:
             self._resting = False
             self._calls = 0
-            self._end = anyio.current_time() + SLICE_SECONDS
+            self._end = self._now() + SLICE_SECONDS

@@ -40,7 +40,7 @@ class Single(Generic[T]):
         self._config = config
         self._record = record
         self._outer: Slot | None = current_slot.get()
-        self._job = Job(invocation, 0, anyio.current_time())
+        self._job = Job(invocation, 0, self._pool.now())
         self._scope: anyio.CancelScope | None = None
         self._reason = "the caller was cancelled"
         self._waited = False
@@ -83,7 +83,7 @@ class Single(Generic[T]):
         self._scope.cancel(reason)
 
     def _end(self) -> InvocationResult[T]:
-        result = self._job.result(anyio.current_time())
+        result = self._job.result(self._pool.now())
         if self._record is not None:
             self._record(result)
 
@@ -103,7 +103,7 @@ class Single(Generic[T]):
             if job.verdict is None:
                 return
 
-            wake_at = job.next_start(anyio.current_time(), anyio.current_effective_deadline(), config)
+            wake_at = job.next_start(self._pool.now(), anyio.current_effective_deadline(), config)
             if wake_at is None:
                 return
 
