@@ -82,6 +82,7 @@ class Batch(ABC, Generic[T]):
             self._iterator = iter(inputs)
 
         self._feeding = anyio.CancelScope()
+        # Jobs that were pulled and wait for a worker, not for a retry.
         self._fed: deque[Job[T]] = deque()
         self._room: anyio.Event | None = None
         self._exhausted = False
@@ -111,6 +112,7 @@ class Batch(ABC, Generic[T]):
         self._abort: BaseException | None = None
         self.input_error: Exception | None = None
         self.cut_short = False
+        self.complete = False
 
     async def run(self) -> None:
         """
@@ -135,6 +137,8 @@ class Batch(ABC, Generic[T]):
         await checkpoint_if_cancelled()
         if self._abort is not None:
             raise self._abort
+
+        self.complete = not self.cut_short
 
     @abstractmethod
     def _deliver(self, result: InvocationResult[T]) -> None:
@@ -174,8 +178,15 @@ class Batch(ABC, Generic[T]):
         self._check_done()
 
     def cancel(self, reason: str, cause: BaseException) -> None:
-        """Stop, and cancel what runs; each invocation still has its result."""
+        """
+        Stop, and cancel what runs. Each invocation still has its result, except those of an async input that
+        were not pulled: there is no saying how long that would take.
+        """
         self.stop(reason, cause)
+        if self._stream is not None and not self._exhausted:
+            self.cut_short = self._exhausted = True
+            self._feeding.cancel()
+
         for scope in tuple(self._workers):
             scope.cancel(reason)
 
@@ -351,8 +362,8 @@ class Batch(ABC, Generic[T]):
         try:
             return await self._pool.wait(job.waiter)
         except BaseException:
-            job.cancel(self._reason)
-            self._finish(job, self._pool.now())
+            # Whether the batch goes on or not, nothing has happened to this job yet.
+            self._fed.appendleft(job)
             raise
         finally:
             job.waiter = None
@@ -383,8 +394,11 @@ class Batch(ABC, Generic[T]):
             if verdict.kind is VerdictKind.FATAL:
                 assert job.error is not None
                 self.stop(f"{job.invocation.agent_id!r} failed", job.error)
+                # The end that the verdict asked for.
+                self.cut_short = False
             elif self._stopped is not None:
-                self._give_up(job)
+                if verdict.kind is not VerdictKind.PERMANENT:
+                    self._give_up(job)
             else:
                 wake_at = job.next_start(now, self._deadline, self._config)
                 if wake_at is not None:
@@ -593,6 +607,10 @@ class Completing(Batch[T]):
         result = self._ready.popleft()
         self._taken()
         return result
+
+    def forget(self) -> None:
+        """Drop the results that nobody will take any more."""
+        self._ready.clear()
 
     def end(self) -> None:
         """Say that no result will come any more."""

@@ -33,8 +33,6 @@ class Completed(Generic[T]):
         self._lifetime = lifetime
         self._batch: Completing[T] | None = None
         self._group: TaskGroup | None = None
-        self._scope = anyio.CancelScope()
-        self._ended = anyio.Event()
         self._failure: BaseException | None = None
         self._owned = False
         self._closed_by: str | None = None
@@ -45,6 +43,8 @@ class Completed(Generic[T]):
 
         self._lifetime.check()
         self._batch = self._make()
+        self._scope = anyio.CancelScope()
+        self._ended = anyio.Event()
         if self._lifetime.is_open:
             self._owned = True
             self._lifetime.begin(self)
@@ -59,7 +59,8 @@ class Completed(Generic[T]):
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._scope.cancel("the block that reads the results was left")
+        self._closed_by = self._closed_by or "the block that reads the results was left"
+        self._scope.cancel(self._closed_by)
         if self._group is None:
             # As in a task group: also a cancelled reader waits until nothing of it is left.
             with anyio.CancelScope(shield=True):
@@ -71,6 +72,9 @@ class Completed(Generic[T]):
         else:
             # Nothing in the group raises, so what left the body goes on as the object that it is.
             await self._group.__aexit__(None, None, None)
+
+        assert self._batch is not None
+        self._batch.forget()
 
         if exc is None and self._failure is not None:
             raise self._failure
@@ -96,8 +100,11 @@ class Completed(Generic[T]):
         if batch.input_error is not None:
             raise batch.input_error
 
-        if self._closed_by is not None and batch.cut_short:
-            raise LoopClosed(f"{self._closed_by} before all inputs of this batch were started")
+        # What is cut short must not look complete.
+        if not batch.complete:
+            raise LoopClosed(
+                f"{self._closed_by or 'the loop was cancelled'} before all inputs of this batch were run"
+            )
 
         raise StopAsyncIteration
 

@@ -54,10 +54,7 @@ def call_in_context(
             thrown = exc
 
         try:
-            if thrown is None:
-                step = run(send, value)
-            else:
-                step = run(throw, thrown)
+            step = run(send, value) if thrown is None else run(throw, thrown)
         except StopIteration as stop:
             return cast("T", stop.value)
         finally:

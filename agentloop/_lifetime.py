@@ -130,7 +130,8 @@ class Lifetime:
             await group.__aexit__(None, None, None)
 
     def _cancel(self, cause: BaseException) -> None:
-        reason = f"the loop was left by {type(cause).__name__}"
+        cancelled = isinstance(cause, anyio.get_cancelled_exc_class())
+        reason = "the loop was cancelled" if cancelled else f"the loop was left by {type(cause).__name__}"
         for call in tuple(self._calls):
             call.cancel(reason, cause)
 

@@ -14,6 +14,7 @@ import attrs
 from ._batch import Completing, Gathering
 from ._completed import Completed
 from ._config import LoopConfig
+from ._errors import LoopClosed
 from ._invocation import Inputs, Invocation, check_inputs
 from ._lifetime import Lifetime
 from ._limiter import Limiter
@@ -177,7 +178,8 @@ class AgentLoop:
         :return: exactly one result per input
         :raises TypeError: if ``invocations`` is no iterable, or an input is neither an :class:`Invocation`
             nor a 4-tuple
-        :raises LoopClosed: if the loop's ``async with`` block has been left
+        :raises LoopClosed: if the loop's ``async with`` block has been left; or is left by an exception while
+            an async input has not ended
         """
         check_inputs(invocations)
         self._lifetime.check()
@@ -190,6 +192,9 @@ class AgentLoop:
 
         if batch.input_error is not None:
             raise batch.input_error
+
+        if batch.cut_short:
+            raise LoopClosed("the loop was left before all inputs of this batch were pulled")
 
         return batch.results()
 

@@ -231,7 +231,7 @@ async def test_results_that_nobody_reads_keep_no_loop_open(loop: AgentLoop) -> N
             await anyio.sleep(0.5)
 
     assert [(await anext(results)).status for _ in range(3)] == [Status.SUCCESS] * 3
-    with pytest.raises(LoopClosed, match="before all inputs of this batch were started"):
+    with pytest.raises(LoopClosed, match="before all inputs of this batch were run"):
         await anext(results)
 
     await reader.__aexit__(None, None, None)
@@ -260,3 +260,50 @@ async def test_cancelled_reader_in_an_entered_loop_waits_for_its_agents(loop: Ag
         assert scope.cancelled_caught
         assert cleaned == 3
         assert anyio.current_time() - start == pytest.approx(4)
+
+
+async def test_leaving_by_an_exception_does_not_wait_for_an_input_that_hangs(loop: AgentLoop) -> None:
+    async def inputs() -> AsyncIterator[Any]:
+        yield Invocation("a", anyio.sleep_forever)
+        await anyio.sleep_forever()
+
+    async def batch() -> None:
+        with pytest.raises(LoopClosed, match="before all inputs of this batch were pulled"):
+            await loop.run_all(inputs())
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            with pytest.raises(ValueError, match="body"):
+                async with loop:
+                    group.start_soon(batch)
+                    await anyio.sleep(1)
+                    raise ValueError("body")
+
+    assert loop.metrics.snapshot().counts[Status.CANCELLED] == 1
+
+
+def test_batch_can_be_described_outside_an_event_loop() -> None:
+    assert AgentLoop().as_completed([])
+
+
+async def test_batch_that_was_cancelled_with_its_loop_does_not_look_complete(loop: AgentLoop) -> None:
+    async def read() -> None:
+        async with loop.as_completed([Invocation("a", anyio.sleep, (i,)) for i in range(9)]) as results:
+            assert (await anext(results)).success
+            with pytest.raises(LoopClosed, match="the loop was cancelled before all inputs"):
+                while True:
+                    await anext(results)
+
+    async with anyio.create_task_group() as group:
+        with anyio.move_on_after(1.5):
+            async with loop:
+                group.start_soon(read)
+                await anyio.sleep_forever()
+
+
+async def test_results_cannot_be_read_after_the_block(loop: AgentLoop) -> None:
+    async with loop.as_completed([Invocation("a", anyio.sleep_forever)]) as results:
+        pass
+
+    with pytest.raises(LoopClosed, match="the block that reads the results was left before"):
+        await anext(results)
