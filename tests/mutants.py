@@ -70,8 +70,8 @@ MUTANTS = [
     Mutant(
         "a time-out is judged by the type of the exception",
         "_attempt.py",
-        "            _trim(exc)\n            if scope.cancel_called:\n                job.time_out(anyio.current_time(), config, exc)",
-        "            _trim(exc)\n            if isinstance(exc, TimeoutError):\n                job.time_out(anyio.current_time(), config, exc)",
+        "            _trim(exc)\n            if scope.cancel_called:\n                job.time_out(pool.now(), config, exc)",
+        "            _trim(exc)\n            if isinstance(exc, TimeoutError):\n                job.time_out(pool.now(), config, exc)",
     ),
     Mutant(
         "a result that was ready is thrown away",
@@ -88,9 +88,9 @@ MUTANTS = [
     Mutant(
         "an agent is started after its cancellation",
         "_attempt.py",
-        "        # Once cancelled, nothing starts, not even up to its first checkpoint.\n"
-        "        await checkpoint_if_cancelled()\n",
-        "",
+        "            # Once cancelled, nothing starts, not even up to its first checkpoint.\n"
+        "            await checkpoint_if_cancelled()\n",
+        "            pass\n",
     ),
     Mutant(
         "an error made out of the caller's cancellation is an error",
