@@ -15,6 +15,7 @@ from anyio.lowlevel import checkpoint_if_cancelled
 from ._batch import Completing
 from ._errors import LoopClosed
 from ._lifetime import Lifetime
+from ._limiter import current_slot
 from ._result import InvocationResult
 
 T = TypeVar("T")
@@ -35,6 +36,7 @@ class Completed(Generic[T]):
         self._group: TaskGroup | None = None
         self._failure: BaseException | None = None
         self._owned = False
+        self._nested = False
         self._closed_by: str | None = None
 
     async def __aenter__(self) -> Self:
@@ -42,6 +44,7 @@ class Completed(Generic[T]):
             raise RuntimeError("the results of a batch can be read in one `async with` block only")
 
         self._lifetime.check()
+        self._nested = current_slot.get() is not None
         self._batch = self._make()
         self._scope = anyio.CancelScope()
         self._ended = anyio.Event()
@@ -109,8 +112,9 @@ class Completed(Generic[T]):
         raise StopAsyncIteration
 
     def close(self) -> None:
-        """Start nothing new: nobody might be reading any more."""
-        self._stop("the loop was left")
+        """Start nothing new, since nobody might be reading; but an agent that runs is waited for anyway."""
+        if not self._nested:
+            self._stop("the loop was left")
 
     def cancel(self, reason: str, cause: BaseException) -> None:
         """Cancel what runs; each invocation that was started still has its result."""

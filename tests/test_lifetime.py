@@ -307,3 +307,23 @@ async def test_results_cannot_be_read_after_the_block(loop: AgentLoop) -> None:
 
     with pytest.raises(LoopClosed, match="the block that reads the results was left before"):
         await anext(results)
+
+
+async def test_agent_that_reads_results_while_the_loop_is_left_reads_them_all(loop: AgentLoop) -> None:
+    outputs: list[int] = []
+
+    async def parent() -> None:
+        async with loop.as_completed(Invocation.map(slow, range(9))) as results:
+            async for result in results:
+                outputs.append(result.unwrap())
+
+    async def slow(x: int) -> int:
+        await anyio.sleep(1)
+        return x
+
+    async with anyio.create_task_group() as group:
+        async with loop:
+            group.start_soon(loop.run_single, "parent", parent)
+            await anyio.sleep(0.5)
+
+    assert sorted(outputs) == list(range(9))
