@@ -76,7 +76,7 @@ async def run_attempt(
             await checkpoint_if_cancelled()
             _trim(exc)
             if scope.cancel_called:
-                job.time_out(pool.now(), config, exc)
+                job.time_out(config, exc)
             else:
                 job.fail(Status.ERROR, exc)
         except BaseException as exc:
@@ -87,7 +87,7 @@ async def run_attempt(
 
             _trim(exc)
             if scope.cancel_called:
-                job.time_out(pool.now(), config, error)
+                job.time_out(config, error)
             elif error is not None:
                 job.fail(Status.ERROR, error)
             else:
@@ -98,7 +98,7 @@ async def run_attempt(
             # The traceback of an error refers to this frame; the frame must not refer back.
             del error
         else:
-            job.time_out(pool.now(), config, None)
+            job.time_out(config, None)
 
         job.judge(config)
     finally:

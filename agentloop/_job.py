@@ -33,6 +33,7 @@ class Job(Generic[T]):
     # What most invocations never need stays in the class: there is one of these for each of them.
     started_at: float | None = None
     deadline = math.inf
+    total_counts = False
     total_seconds = math.inf
     attempts = 0
     counted_retries = 0
@@ -64,10 +65,10 @@ class Job(Generic[T]):
                 self.total_seconds = config.total_timeout_seconds
                 self.deadline = now + self.total_seconds
 
-        if config.timeout_seconds is None:
-            return self.deadline
-
-        return min(self.deadline, now + config.timeout_seconds)
+        timeout = config.timeout_seconds
+        # Remembered, since a timer may fire a moment before its time.
+        self.total_counts = timeout is None or self.deadline <= now + timeout
+        return self.deadline if self.total_counts or timeout is None else now + timeout
 
     def succeed(self, output: T) -> None:
         """End the attempt with what the agent returned."""
@@ -84,12 +85,11 @@ class Job(Generic[T]):
 
         self.failures.append(error)
 
-    def time_out(self, now: float, config: LoopConfig, cause: BaseException | None) -> None:
+    def time_out(self, config: LoopConfig, cause: BaseException | None) -> None:
         """End the attempt because its time was up, with what the agent made of that, if anything."""
-        total = now >= self.deadline
-        seconds = self.total_seconds if total else config.timeout_seconds
-        assert seconds is not None
-        error = InvocationTimeout(seconds, total)
+        timeout = config.timeout_seconds
+        seconds = self.total_seconds if self.total_counts or timeout is None else timeout
+        error = InvocationTimeout(seconds, self.total_counts)
         error.__cause__ = cause
         self.fail(Status.TIMEOUT, error)
 
@@ -116,7 +116,8 @@ class Job(Generic[T]):
         error = self.error
         self.verdict = None
         if self.status is Status.TIMEOUT:
-            self.verdict = _TRANSIENT if config.retry_on_timeout else _PERMANENT
+            again = config.retry_on_timeout and not self.total_counts
+            self.verdict = _TRANSIENT if again else _PERMANENT
         elif self.status is Status.ERROR:
             assert isinstance(error, Exception)
             try:
@@ -139,7 +140,7 @@ class Job(Generic[T]):
         if verdict is None or verdict.kind in (VerdictKind.PERMANENT, VerdictKind.FATAL):
             return None
 
-        if config.max_retries == 0 or now >= self.deadline:
+        if config.max_retries == 0:
             return None
 
         backoff = config.backoff

@@ -70,8 +70,8 @@ MUTANTS = [
     Mutant(
         "a time-out is judged by the type of the exception",
         "_attempt.py",
-        "            _trim(exc)\n            if scope.cancel_called:\n                job.time_out(pool.now(), config, exc)",
-        "            _trim(exc)\n            if isinstance(exc, TimeoutError):\n                job.time_out(pool.now(), config, exc)",
+        "            _trim(exc)\n            if scope.cancel_called:\n                job.time_out(config, exc)",
+        "            _trim(exc)\n            if isinstance(exc, TimeoutError):\n                job.time_out(config, exc)",
     ),
     Mutant(
         "a result that was ready is thrown away",
