@@ -379,10 +379,9 @@ class Batch(ABC, Generic[T]):
         try:
             await event.wait()
         except BaseException:
-            # Whoever wakes a worker counts it as seeking.
-            if self._parked.pop(event, event) is None:
-                self._seeking += 1
-
+            # Whoever wakes a worker has counted it as seeking.
+            self._seeking += event in self._parked
+            self._parked.pop(event, None)
             raise
 
     # -- what becomes of a job
@@ -508,7 +507,8 @@ class Batch(ABC, Generic[T]):
         with self._feeding:
             iterator = aiter(self._stream)
             try:
-                while await self._wait_for_room():
+                while True:
+                    await self._wait_for_room()
                     self._fed.append(self._make_job(await anext(iterator)))
                     self._changed()
             except StopAsyncIteration:
@@ -529,15 +529,11 @@ class Batch(ABC, Generic[T]):
         self._exhausted = True
         self._check_done()
 
-    async def _wait_for_room(self) -> bool:
-        while not self._exhausted:
-            if not self._fed and self._may_pull():
-                return True
-
+    async def _wait_for_room(self) -> None:
+        # Once the input counts as exhausted, there is no room any more, and this is about to be cancelled.
+        while self._fed or not self._may_pull():
             self._room = anyio.Event()
             await self._room.wait()
-
-        return False
 
 
 class Gathering(Batch[T]):

@@ -309,3 +309,15 @@ async def test_agents_that_shield_or_gather_are_cancelled_by_our_time_out() -> N
     jobs = [Invocation("a", agent) for agent in (shields, gathers, waits, queues, groups)] * 2
     assert [result.status for result in await loop.run_all(jobs)] == [Status.TIMEOUT] * 10
     await inner
+
+
+async def test_callers_cancellation_is_not_taken_for_a_mark_that_the_agent_left() -> None:
+    async def agent() -> None:
+        current_task().cancel()
+        scope.cancel()
+
+    with anyio.CancelScope() as scope:
+        await AgentLoop().run_all([Invocation("a", agent)] * 3)
+
+    assert scope.cancelled_caught
+    assert current_task().cancelling() == 0
