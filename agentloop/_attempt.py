@@ -17,7 +17,7 @@ from ._config import LoopConfig
 from ._context import call_in_context
 from ._errors import InvocationCancelled
 from ._job import Job
-from ._limiter import Slot, current_slot
+from ._pool import Slot, current_slot
 from ._result import Status
 
 T = TypeVar("T")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Completing", "Gathering"]
+__all__ = ["Batch"]
 
 import heapq
 import itertools
@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterator
 from contextvars import copy_context
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar
 
 import anyio
 from anyio.abc import TaskGroup
@@ -23,7 +23,8 @@ from ._config import LoopConfig
 from ._errors import BatchStopped, InvocationCancelled
 from ._invocation import Input, Inputs, as_invocation
 from ._job import Job
-from ._limiter import Limiter, Slot, current_slot, pool_of
+from ._limiter import Limiter, pool_of
+from ._pool import Slot, current_slot
 from ._result import InvocationResult
 from ._verdict import VerdictKind
 
@@ -534,85 +535,3 @@ class Batch(ABC, Generic[T]):
         while self._fed or not self._may_pull():
             self._room = anyio.Event()
             await self._room.wait()
-
-
-class Gathering(Batch[T]):
-    """A batch that keeps its results, one for each input, in order."""
-
-    _keep_rest = True
-
-    def __init__(
-        self,
-        inputs: Inputs[T],
-        limiter: Limiter,
-        config: LoopConfig,
-        record: Callable[[InvocationResult[Any]], None] | None,
-    ) -> None:
-        super().__init__(inputs, limiter, config, record)
-        self._results: list[InvocationResult[T] | None] = []
-
-    def results(self) -> list[InvocationResult[T]]:
-        """Return the results of a batch that has run, and forget them."""
-        # The frames of workers can stay alive with an error that a result holds; they refer to the batch.
-        results, self._results = self._results, []
-        return cast("list[InvocationResult[T]]", results)
-
-    def _deliver(self, result: InvocationResult[T]) -> None:
-        missing = result.index + 1 - len(self._results)
-        if missing > 0:
-            self._results.extend([None] * missing)
-
-        self._results[result.index] = result
-        self._taken()
-
-
-class Completing(Batch[T]):
-    """A batch that hands its results to a reader as they come."""
-
-    _keep_rest = False
-
-    def __init__(
-        self,
-        inputs: Inputs[T],
-        limiter: Limiter,
-        config: LoopConfig,
-        record: Callable[[InvocationResult[Any]], None] | None,
-    ) -> None:
-        super().__init__(inputs, limiter, config, record)
-        self._ready: deque[InvocationResult[T]] = deque()
-        self._arrived = anyio.Event()
-        self._ended = False
-
-    async def take(self) -> InvocationResult[T] | None:
-        """
-        Wait for a result. Cancellation, native cancellation too, loses none.
-
-        :return: the next result; ``None`` when the batch has ended and all were taken
-        """
-        await checkpoint_if_cancelled()
-        while not self._ready:
-            if self._ended:
-                return None
-
-            if self._arrived.is_set():
-                self._arrived = anyio.Event()
-
-            await self._arrived.wait()
-
-        # Nothing waits from here on, so what was taken is also returned.
-        result = self._ready.popleft()
-        self._taken()
-        return result
-
-    def forget(self) -> None:
-        """Drop the results that nobody will take any more."""
-        self._ready.clear()
-
-    def end(self) -> None:
-        """Say that no result will come any more."""
-        self._ended = True
-        self._arrived.set()
-
-    def _deliver(self, result: InvocationResult[T]) -> None:
-        self._ready.append(result)
-        self._arrived.set()

@@ -1,24 +1,80 @@
-"""The reader's side of a batch whose results are read as they come."""
+"""A batch whose results are read as they come."""
 
 from __future__ import annotations
 
-__all__ = ["Completed"]
+__all__ = ["Completed", "Completing"]
 
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import anyio
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from ._batch import Completing
+from ._batch import Batch
+from ._config import LoopConfig
 from ._errors import LoopClosed
+from ._invocation import Inputs
 from ._lifetime import Lifetime
-from ._limiter import current_slot
+from ._limiter import Limiter
+from ._pool import current_slot
 from ._result import InvocationResult
 
 T = TypeVar("T")
+
+
+class Completing(Batch[T]):
+    """A batch that hands its results to a reader as they come."""
+
+    _keep_rest = False
+
+    def __init__(
+        self,
+        inputs: Inputs[T],
+        limiter: Limiter,
+        config: LoopConfig,
+        record: Callable[[InvocationResult[Any]], None] | None,
+    ) -> None:
+        super().__init__(inputs, limiter, config, record)
+        self._ready: deque[InvocationResult[T]] = deque()
+        self._arrived = anyio.Event()
+        self._ended = False
+
+    async def take(self) -> InvocationResult[T] | None:
+        """
+        Wait for a result. Cancellation, native cancellation too, loses none.
+
+        :return: the next result; ``None`` when the batch has ended and all were taken
+        """
+        await checkpoint_if_cancelled()
+        while not self._ready:
+            if self._ended:
+                return None
+
+            if self._arrived.is_set():
+                self._arrived = anyio.Event()
+
+            await self._arrived.wait()
+
+        # Nothing waits from here on, so what was taken is also returned.
+        result = self._ready.popleft()
+        self._taken()
+        return result
+
+    def forget(self) -> None:
+        """Drop the results that nobody will take any more."""
+        self._ready.clear()
+
+    def end(self) -> None:
+        """Say that no result will come any more."""
+        self._ended = True
+        self._arrived.set()
+
+    def _deliver(self, result: InvocationResult[T]) -> None:
+        self._ready.append(result)
+        self._arrived.set()
 
 
 class Completed(Generic[T]):

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 from ._config import LoopConfig
 from ._errors import InvocationCancelled, InvocationTimeout
 from ._invocation import Invocation
-from ._limiter import Waiter
+from ._pool import Waiter
 from ._result import InvocationResult, Status
 from ._verdict import Verdict, VerdictKind
 

@@ -12,7 +12,8 @@ import anyio
 from anyio.abc import TaskGroup
 
 from ._errors import LoopClosed
-from ._limiter import Limiter, current_slot, pool_of
+from ._limiter import Limiter, pool_of
+from ._pool import current_slot
 
 
 class Call(Protocol):

@@ -11,10 +11,10 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 import attrs
 
-from ._batch import Completing, Gathering
-from ._completed import Completed
+from ._completed import Completed, Completing
 from ._config import LoopConfig
 from ._errors import LoopClosed
+from ._gathered import Gathering
 from ._invocation import Inputs, Invocation, check_inputs
 from ._lifetime import Lifetime
 from ._limiter import Limiter

@@ -16,7 +16,8 @@ from ._backend import current_host
 from ._config import LoopConfig
 from ._invocation import Invocation
 from ._job import Job
-from ._limiter import Limiter, Slot, current_slot, pool_of
+from ._limiter import Limiter, pool_of
+from ._pool import Slot, current_slot
 from ._result import InvocationResult
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 from audit import assert_quiet
 
-from agentloop import _limiter
+from agentloop import _pool
 from agentloop.testing import virtual_clock
 
 
@@ -38,16 +38,16 @@ async def quiet() -> AsyncIterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def pools(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_limiter.Pool]]:
+def pools(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_pool.Pool]]:
     """Every pool of slots that the test made, each of which has to be idle when it ends."""
-    made: list[_limiter.Pool] = []
-    init = _limiter.Pool.__init__
+    made: list[_pool.Pool] = []
+    init = _pool.Pool.__init__
 
-    def remember(pool: _limiter.Pool, *args: Any, **kwargs: Any) -> None:
+    def remember(pool: _pool.Pool, *args: Any, **kwargs: Any) -> None:
         init(pool, *args, **kwargs)
         made.append(pool)
 
-    monkeypatch.setattr(_limiter.Pool, "__init__", remember)
+    monkeypatch.setattr(_pool.Pool, "__init__", remember)
     yield made
     for pool in made:
         assert pool.running == 0, "a slot was not given back"

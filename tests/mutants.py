@@ -33,37 +33,37 @@ class Mutant(NamedTuple):
 MUTANTS = [
     Mutant(
         "a slot granted in the moment of a cancellation is not given back",
-        "_limiter.py",
+        "_pool.py",
         "                waiter.slot.release()\n",
         "                pass\n",
     ),
     Mutant(
         "a cancelled waiter stays in line",
-        "_limiter.py",
+        "_pool.py",
         "            if waiter.slot is None:\n                self.withdraw(waiter)\n            else:",
         "            if waiter.slot is None:\n                pass\n            else:",
     ),
     Mutant(
         "a loan is never returned",
-        "_limiter.py",
+        "_pool.py",
         "        lender.lent = False\n",
         "",
     ),
     Mutant(
         "a slot is lent to any number at once",
-        "_limiter.py",
+        "_pool.py",
         "        if lender is not None and not lender.lent:\n",
         "        if lender is not None:\n",
     ),
     Mutant(
         "a nested invocation is lent no slot",
-        "_limiter.py",
+        "_pool.py",
         "        while slot is not None and (slot.pool is not self or slot.released):\n",
         "        while slot is not None:\n",
     ),
     Mutant(
         "a freed token is offered to nobody",
-        "_limiter.py",
+        "_pool.py",
         "        if self._queue:\n            self._grant()\n",
         "",
     ),
@@ -146,7 +146,7 @@ MUTANTS = [
     ),
     Mutant(
         "a result is lost",
-        "_batch.py",
+        "_completed.py",
         "        self._ready.append(result)\n",
         "        if len(self._ready) < 2:\n            self._ready.append(result)\n",
     ),
@@ -158,7 +158,7 @@ MUTANTS = [
     ),
     Mutant(
         "a reader that is cancelled loses a result",
-        "_batch.py",
+        "_completed.py",
         "        # Nothing waits from here on, so what was taken is also returned.\n"
         "        result = self._ready.popleft()\n",
         "        result = self._ready.popleft()\n        if len(self._ready) == 1:\n            self._ready.clear()\n",

@@ -31,12 +31,14 @@ ORDER = [
     "_result",
     "_invocation",
     # parts
+    "_pool",
     "_limiter",
     "_metrics",
     "_job",
     "_attempt",
     "_single",
     "_batch",
+    "_gathered",
     "_lifetime",
     "_completed",
     # the loop

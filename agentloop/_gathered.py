@@ -1,0 +1,46 @@
+"""A batch whose results are wanted all at once."""
+
+from __future__ import annotations
+
+__all__ = ["Gathering"]
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from ._batch import Batch
+from ._config import LoopConfig
+from ._invocation import Inputs
+from ._limiter import Limiter
+from ._result import InvocationResult
+
+T = TypeVar("T")
+
+
+class Gathering(Batch[T]):
+    """A batch that keeps its results, one for each input, in order."""
+
+    _keep_rest = True
+
+    def __init__(
+        self,
+        inputs: Inputs[T],
+        limiter: Limiter,
+        config: LoopConfig,
+        record: Callable[[InvocationResult[Any]], None] | None,
+    ) -> None:
+        super().__init__(inputs, limiter, config, record)
+        self._results: list[InvocationResult[T] | None] = []
+
+    def results(self) -> list[InvocationResult[T]]:
+        """Return the results of a batch that has run, and forget them."""
+        # The frames of workers can stay alive with an error that a result holds; they refer to the batch.
+        results, self._results = self._results, []
+        return cast("list[InvocationResult[T]]", results)
+
+    def _deliver(self, result: InvocationResult[T]) -> None:
+        missing = result.index + 1 - len(self._results)
+        if missing > 0:
+            self._results.extend([None] * missing)
+
+        self._results[result.index] = result
+        self._taken()

@@ -1,0 +1,233 @@
+"""The slots of one event loop: who has one, who waits for one, and who lends to whom."""
+
+from __future__ import annotations
+
+__all__ = ["Pool", "Slot", "Waiter", "current_slot"]
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import anyio
+from anyio.lowlevel import EventLoopToken
+
+from ._invocation import Invocation
+from ._pace import Pace
+from ._verdict import Verdict
+
+current_slot: ContextVar[Slot | None] = ContextVar("agentloop.current_slot", default=None)
+"""The slot of the invocation that the current code runs in."""
+
+
+class Slot:
+    """
+    The right to run one attempt: a token of the limiter, or the slot of an invocation further out.
+
+    An invocation that runs others lends them its own slot, one at a time, as GNU make's jobserver does
+    (Paul Smith, "POSIX Jobserver", GNU make manual, section 13.1): only further parallelism needs another
+    token, so however deep the nesting, the innermost invocation always has a slot to run in.
+    """
+
+    __slots__ = ("lender", "lent", "outer", "pool", "released", "waiters")
+
+    def __init__(self, pool: Pool, lender: Slot | None, outer: Slot | None) -> None:
+        self.pool = pool
+        self.lender = lender
+        self.outer = outer
+        self.lent = False
+        self.released = False
+        # Who would take this slot on loan; made when the first one asks.
+        self.waiters: OrderedDict[Waiter, None] | None = None
+
+    def release(self, verdict: Verdict | None = None) -> None:
+        """
+        Give the slot back, or leave it to the one it is lent to, who then gives it back.
+
+        :param verdict: the judgement of the attempt, where it failed
+        """
+        del verdict  # for the limiter's overload control, which the first form does not have
+        self.released = True
+        waiters, self.waiters = self.waiters, None
+        if waiters:
+            lender = self.pool.lender(self.outer)
+            for waiter in waiters:
+                waiter.lender = lender
+                self.pool.offer_loan(waiter)
+
+        if not self.lent:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        lender = self.lender
+        if lender is None:
+            self.pool.give_back(self)
+            return
+
+        lender.lent = False
+        if lender.released:
+            lender._give_back()
+        elif lender.waiters:
+            waiter = next(iter(lender.waiters))
+            self.pool.offer_loan(waiter)
+
+
+class Waiter:
+    """A place in the queue for a slot."""
+
+    __slots__ = ("event", "lender", "outer", "slot")
+
+    def __init__(self, lender: Slot | None, outer: Slot | None) -> None:
+        self.lender = lender
+        self.outer = outer
+        self.slot: Slot | None = None
+        self.event = anyio.Event()
+
+
+class Pool:
+    """
+    The state that a limiter has in one event loop.
+
+    Every change of it is synchronous, so that no cancellation can tear it.
+    """
+
+    def __init__(self, token: EventLoopToken, max_concurrency: int) -> None:
+        self.token = token
+        # Looked up once: anyio's own functions find out at each call which backend they run on.
+        self.backend = token.backend_class
+        self.now = token.backend_class.current_time
+        self.thread = threading.current_thread()
+        self.pace = Pace(self.now)
+        self.asleep = 0
+        """How many invocations wait to be retried."""
+        self.on_raise: set[Callable[[], None]] = set()
+        """Called when the limit was raised, so that a batch can start more workers."""
+        self._tokens = anyio.CapacityLimiter(max_concurrency)
+        # Ordered, and with removal in O(1): a cancelled waiter leaves nothing behind. The limiter's own
+        # queue will not do, since a waiter may stand in two queues: this one and its lender's.
+        self._queue: OrderedDict[Waiter, None] = OrderedDict()
+
+    @property
+    def running(self) -> int:
+        return int(self._tokens.borrowed_tokens)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue) + self.asleep
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    @property
+    def in_another_thread(self) -> bool:
+        return self.thread is not threading.current_thread()
+
+    def resize(self, max_concurrency: int) -> None:
+        raised = max_concurrency > self._tokens.total_tokens
+        self._tokens.total_tokens = max_concurrency
+        if raised:
+            self._grant()
+            for callback in tuple(self.on_raise):
+                callback()
+
+    def lender(self, slot: Slot | None) -> Slot | None:
+        """Return the innermost slot of this pool, from ``slot`` outwards, whose invocation still runs."""
+        while slot is not None and (slot.pool is not self or slot.released):
+            slot = slot.outer
+
+        return slot
+
+    def acquire_nowait(self, invocation: Invocation[Any], outer: Slot | None) -> Slot | None:
+        """
+        Return a slot if there is one for which nobody waits.
+
+        :param invocation: what the slot is for
+        :param outer: the slot of the invocation that asks, if one does
+        """
+        del invocation  # for the limiter's rates, which take its cost and which the first form does not have
+        lender = self.lender(outer)
+        if lender is not None and not lender.lent:
+            lender.lent = True
+            return Slot(self, lender, outer)
+
+        return None if self._queue else self._take(outer)
+
+    def enqueue(self, invocation: Invocation[Any], outer: Slot | None) -> Waiter:
+        """Stand in line for a slot: the pool's, and the one of the invocation that asks, if one does."""
+        del invocation
+        waiter = Waiter(self.lender(outer), outer)
+        self._queue[waiter] = None
+        self.offer_loan(waiter)
+        return waiter
+
+    async def wait(self, waiter: Waiter) -> Slot | None:
+        """
+        Wait for the slot. Cancellation gives up the place in the line, and a slot granted meanwhile.
+
+        :return: the slot; ``None`` if the waiter was withdrawn
+        """
+        try:
+            await waiter.event.wait()
+        except BaseException:
+            if waiter.slot is None:
+                self.withdraw(waiter)
+            else:
+                waiter.slot.release()
+
+            raise
+
+        return waiter.slot
+
+    def withdraw(self, waiter: Waiter) -> None:
+        """Take out of the line one who has not been granted a slot, and wake it."""
+        self._queue.pop(waiter, None)
+        if waiter.lender is not None and waiter.lender.waiters:
+            waiter.lender.waiters.pop(waiter, None)
+
+        waiter.event.set()
+
+    def offer_loan(self, waiter: Waiter) -> None:
+        """Lend the waiter its lender's slot, now if it is free, else when it will be."""
+        lender = waiter.lender
+        if lender is None:
+            return
+
+        if not lender.lent:
+            lender.lent = True
+            self._give(waiter, Slot(self, lender, waiter.outer))
+            return
+
+        if lender.waiters is None:
+            lender.waiters = OrderedDict()
+
+        lender.waiters[waiter] = None
+
+    def give_back(self, slot: Slot) -> None:
+        """Take a token back and pass it on."""
+        self._tokens.release_on_behalf_of(slot)
+        if self._queue:
+            self._grant()
+
+    def _take(self, outer: Slot | None) -> Slot | None:
+        if self._tokens.available_tokens < 1:
+            return None
+
+        # A borrower of its own for each attempt: equal or repeated borrowers collide.
+        slot = Slot(self, None, outer)
+        self._tokens.acquire_on_behalf_of_nowait(slot)
+        return slot
+
+    def _grant(self) -> None:
+        while self._queue:
+            waiter = next(iter(self._queue))
+            slot = self._take(waiter.outer)
+            if slot is None:
+                return
+
+            self._give(waiter, slot)
+
+    def _give(self, waiter: Waiter, slot: Slot) -> None:
+        waiter.slot = slot
+        self.withdraw(waiter)
