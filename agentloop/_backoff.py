@@ -15,7 +15,7 @@ class RandomSource(Protocol):
     def random(self) -> float: ...
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen
 class Backoff:
     """
     Exponential backoff with jitter.
