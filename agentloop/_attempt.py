@@ -131,4 +131,7 @@ def _trim(exc: BaseException) -> None:
     while traceback is not None and traceback.tb_frame.f_code in _OWN_CODE:
         traceback = traceback.tb_next
 
-    exc.__traceback__ = traceback
+    try:
+        exc.__traceback__ = traceback
+    except Exception:
+        pass  # a frozen dataclass, say; its traceback then keeps our frames

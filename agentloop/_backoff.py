@@ -52,6 +52,7 @@ class Backoff:
         if retry < 0:
             raise ValueError(f"retry must be at least 0, got {retry!r}")
 
+        retry = min(retry, 10_000)  # far beyond any limit, and no trouble for a float
         try:
             ceiling = min(self.max_seconds, self.initial_seconds * float(self.multiplier) ** retry)
         except OverflowError:

@@ -9,9 +9,9 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterator, Sequence
 from contextvars import copy_context
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import anyio
 from anyio.abc import TaskGroup
@@ -20,7 +20,7 @@ from anyio.lowlevel import checkpoint_if_cancelled
 from ._attempt import run_attempt
 from ._backend import Host, current_host
 from ._config import LoopConfig
-from ._errors import BatchStopped, InvocationCancelled
+from ._errors import BatchStopped, InvocationCancelled, describe
 from ._invocation import Input, Inputs, as_invocation
 from ._job import Job
 from ._limiter import Limiter, pool_of
@@ -72,6 +72,9 @@ class Batch(ABC, Generic[T]):
         self._deadline = math.inf
         self._tasks: TaskGroup | None = None
         self._index = itertools.count()
+        # Where all inputs are there from the start, they wait from the start.
+        self._began = self._pool.now() if self._keep_rest and isinstance(inputs, Sequence) else None
+        self._to_come = 0 if self._began is None else len(cast("Sequence[Any]", inputs))
 
         # A sync input is pulled by the workers, in one context whichever of them does it.
         self._input_context = copy_context()
@@ -123,6 +126,7 @@ class Batch(ABC, Generic[T]):
         """
         self._deadline = anyio.current_effective_deadline()
         self._pool.on_raise.add(self._changed)
+        self._pool.to_come += self._to_come
         try:
             async with anyio.create_task_group() as self._tasks:
                 if self._stream is not None:
@@ -131,6 +135,7 @@ class Batch(ABC, Generic[T]):
                 self._changed()
         finally:
             self._pool.on_raise.discard(self._changed)
+            self._pool.to_come -= self._to_come
             self._tasks = None
             self._abandon()
 
@@ -345,6 +350,10 @@ class Batch(ABC, Generic[T]):
                 pass
             except Exception as exc:
                 self.input_error = exc
+            except anyio.get_cancelled_exc_class() as exc:
+                # Nothing waits in there, so nobody asked for it; truncated is not complete.
+                self.input_error = InvocationCancelled("the input was cancelled from within")
+                self.input_error.__cause__ = exc
 
             self._exhausted = True
             self._check_done()
@@ -352,7 +361,12 @@ class Batch(ABC, Generic[T]):
         return None
 
     def _make_job(self, item: Input[T]) -> Job[T]:
-        job = Job(as_invocation(item), next(self._index), self._pool.now())
+        now = self._pool.now() if self._began is None else self._began
+        job = Job(as_invocation(item), next(self._index), now)
+        if self._to_come:
+            self._to_come -= 1
+            self._pool.to_come -= 1
+
         self._pending += 1
         self._live += 1
         return job
@@ -393,7 +407,7 @@ class Batch(ABC, Generic[T]):
         if verdict is not None:
             if verdict.kind is VerdictKind.FATAL:
                 assert job.error is not None
-                self.stop(f"{job.invocation.agent_id!r} failed", job.error)
+                self.stop(f"{job.invocation.agent_id!r} failed with {describe(job.error)}", job.error)
                 # The end that the verdict asked for.
                 self.cut_short = False
             elif self._stopped is not None:
@@ -525,7 +539,10 @@ class Batch(ABC, Generic[T]):
             finally:
                 if isinstance(iterator, AsyncGenerator):
                     with anyio.CancelScope(deadline=self._pool.now() + CLOSE_SECONDS, shield=True):
-                        await iterator.aclose()
+                        try:
+                            await iterator.aclose()
+                        except Exception as exc:
+                            self.input_error = self.input_error or exc
 
         self._exhausted = True
         self._check_done()

@@ -120,44 +120,41 @@ class Completed(Generic[T]):
     ) -> None:
         self._closed_by = self._closed_by or "the block that reads the results was left"
         self._scope.cancel(self._closed_by)
-        if self._group is None:
-            # As in a task group: also a cancelled reader waits until nothing of it is left.
-            with anyio.CancelScope(shield=True):
-                await self._ended.wait()
-
-            await checkpoint_if_cancelled()
-        elif isinstance(exc, anyio.get_cancelled_exc_class()):
-            await self._group.__aexit__(exc_type, exc, traceback)
-        else:
-            # Nothing in the group raises, so what left the body goes on as the object that it is.
-            await self._group.__aexit__(None, None, None)
-
         assert self._batch is not None
-        self._batch.forget()
+        try:
+            if self._group is None:
+                # As in a task group: also a cancelled reader waits until nothing of it is left.
+                with anyio.CancelScope(shield=True):
+                    await self._ended.wait()
 
-        if exc is None and self._failure is not None:
-            raise self._failure
+                await checkpoint_if_cancelled()
+            elif isinstance(exc, anyio.get_cancelled_exc_class()):
+                await self._group.__aexit__(exc_type, exc, traceback)
+            else:
+                # Nothing in the group raises, so what left the body goes on as the object that it is.
+                await self._group.__aexit__(None, None, None)
+        finally:
+            self._batch.forget()
+            if self._failure is not exc:
+                self._raise_failure()
 
     def __aiter__(self) -> AsyncIterator[InvocationResult[T]]:
-        if self._batch is None:
-            raise RuntimeError(
-                "write `async with loop.as_completed(...) as results:` around `async for result in results:`"
-            )
-
+        self._entered()
         return self
 
     async def __anext__(self) -> InvocationResult[T]:
-        batch = self._batch
-        assert batch is not None
+        batch = self._entered()
         result = await batch.take()
         if result is not None:
             return result
 
-        if self._failure is not None:
-            raise self._failure
+        self._raise_failure()
+        error = batch.input_error
+        if isinstance(error, StopAsyncIteration):
+            raise RuntimeError("the input raised StopAsyncIteration") from error
 
-        if batch.input_error is not None:
-            raise batch.input_error
+        if error is not None:
+            raise error
 
         # What is cut short must not look complete.
         if not batch.complete:
@@ -166,6 +163,20 @@ class Completed(Generic[T]):
             )
 
         raise StopAsyncIteration
+
+    def _entered(self) -> Completing[T]:
+        if self._batch is None:
+            raise RuntimeError(
+                "write `async with loop.as_completed(...) as results:` around `async for result in results:`"
+            )
+
+        return self._batch
+
+    def _raise_failure(self) -> None:
+        """Raise what ended the batch, such as a ``KeyboardInterrupt`` from an agent."""
+        if self._failure is not None:
+            self._lifetime.failure = None
+            raise self._failure
 
     def close(self) -> None:
         """Start nothing new, since nobody might be reading; but an agent that runs is waited for anyway."""
@@ -193,6 +204,11 @@ class Completed(Generic[T]):
             raise
         except BaseException as exc:
             self._failure = exc
+            if self._group is not None:
+                # The reader may wait for something else; leaving the block raises the failure.
+                self._group.cancel_scope.cancel()
+            else:
+                self._lifetime.failure = exc
         finally:
             self._batch.end()
             self._ended.set()

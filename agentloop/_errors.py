@@ -8,7 +8,18 @@ __all__ = [
     "InvocationCancelled",
     "InvocationTimeout",
     "LoopClosed",
+    "describe",
 ]
+
+
+def describe(exc: BaseException) -> str:
+    """Return the type and the text of an exception, whatever its own ``__str__`` does."""
+    try:
+        text = str(exc)
+    except Exception:
+        text = ""
+
+    return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
 
 
 class AgentLoopError(Exception):

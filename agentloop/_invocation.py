@@ -131,7 +131,8 @@ class Invocation(Generic[T_co]):
         if not isinstance(items, Iterable):
             raise TypeError(f"items must be a sync or async iterable, got {items!r}")
 
-        return map(make, itertools.count(), items)
+        # No builtin map(): it would take a StopIteration of agent_id for the end of the items.
+        return (make(index, item) for index, item in enumerate(items))
 
 
 Input: TypeAlias = Invocation[T] | tuple[str, Callable[..., Awaitable[T]], Sequence[Any], Mapping[str, Any]]

@@ -9,7 +9,7 @@ import random
 from typing import Generic, TypeVar
 
 from ._config import LoopConfig
-from ._errors import InvocationCancelled, InvocationTimeout
+from ._errors import InvocationCancelled, InvocationTimeout, describe
 from ._invocation import Invocation
 from ._pool import Waiter
 from ._result import InvocationResult, Status
@@ -125,7 +125,7 @@ class Job(Generic[T]):
                 if not isinstance(self.verdict, Verdict):
                     raise TypeError(f"classify must return a Verdict, got {self.verdict!r}")
             except Exception as exc:
-                _note(error, f"not retried: classify failed with {type(exc).__name__}: {exc}")
+                _note(error, f"not retried: classify failed with {describe(exc)}")
                 self.verdict = _PERMANENT
 
     def next_start(self, now: float, deadline: float, config: LoopConfig) -> float | None:
@@ -210,5 +210,8 @@ class Job(Generic[T]):
 
 def _note(exc: BaseException, note: str) -> None:
     # One exception object may be raised by many attempts; say a thing once.
-    if note not in getattr(exc, "__notes__", ()):
-        exc.add_note(note)
+    try:
+        if note not in getattr(exc, "__notes__", ()):
+            exc.add_note(note)
+    except Exception:
+        pass  # it takes no notes, and is data all the same

@@ -42,6 +42,8 @@ class Lifetime:
         self._left = False
         self._calls: dict[Call, None] = {}
         self._idle: anyio.Event | None = None
+        self.failure: BaseException | None = None
+        """What ended a batch, such as an agent's ``KeyboardInterrupt``, until its reader has raised it."""
 
     @property
     def is_open(self) -> bool:
@@ -129,6 +131,9 @@ class Lifetime:
             self._group = None
             # Its tasks have ended, and none of them raises; so this passes nothing but cancellation.
             await group.__aexit__(None, None, None)
+            failure, self.failure = self.failure, None
+            if failure is not None and failure is not exc:
+                raise failure
 
     def _cancel(self, cause: BaseException) -> None:
         cancelled = isinstance(cause, anyio.get_cancelled_exc_class())

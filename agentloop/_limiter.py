@@ -17,7 +17,8 @@ class LimiterStatistics:
     A limiter at this moment.
 
     :param running: how many slots are in use
-    :param waiting: how many invocations wait for a slot or for their next retry
+    :param waiting: how many invocations wait for a slot or for their next retry, as in
+        :class:`LoopStatistics`
     :param max_concurrency: how many slots there are
     """
 

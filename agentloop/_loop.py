@@ -33,8 +33,8 @@ class LoopStatistics:
 
     :param running: how many slots are in use; an invocation that waits for others which it runs on the same
         loop has lent them its slot and counts once with them
-    :param waiting: how many invocations wait for a slot or for their next retry; the input of a batch that
-        was not pulled yet does not count
+    :param waiting: how many invocations wait for a slot or for their next retry, with the rest of a sequence
+        that was given to :meth:`AgentLoop.run_all`; other input does not count until it is pulled
     :param max_concurrency: how many slots there are
     """
 

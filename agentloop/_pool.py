@@ -30,13 +30,15 @@ class Slot:
     token, so however deep the nesting, the innermost invocation always has a slot to run in.
     """
 
-    __slots__ = ("lender", "lent", "outer", "pool", "released", "waiters")
+    __slots__ = ("lender", "lent", "outer", "pool", "released", "token", "waiters")
 
     def __init__(self, pool: Pool, lender: Slot | None, outer: Slot | None) -> None:
         self.pool = pool
         self.lender = lender
         self.outer = outer
-        self.lent = False
+        # The token that was borrowed from anyio's limiter, in the slot that has it to give back.
+        self.token: object | None = None
+        self.lent: Slot | None = None
         self.released = False
         # Who would take this slot on loan; made when the first one asks.
         self.waiters: OrderedDict[Waiter, None] | None = None
@@ -56,21 +58,24 @@ class Slot:
                 waiter.lender = lender
                 self.pool.offer_loan(waiter)
 
-        if not self.lent:
-            self._give_back()
-
-    def _give_back(self) -> None:
-        lender = self.lender
-        if lender is None:
+        # What is released is skipped from now on, so that a chain of invocations, each of which starts the
+        # next one in the background, does not keep all of its past.
+        self.outer = self.pool.lender(self.outer, anyones=True)
+        borrower, self.lent = self.lent, None
+        lender, self.lender = self.lender, None
+        if borrower is not None:
+            # The loan becomes the borrower's own.
+            borrower.lender = lender
+            if lender is not None:
+                lender.lent = borrower
+            else:
+                borrower.token, self.token = self.token, None
+        elif lender is None:
             self.pool.give_back(self)
-            return
-
-        lender.lent = False
-        if lender.released:
-            lender._give_back()
-        elif lender.waiters:
-            waiter = next(iter(lender.waiters))
-            self.pool.offer_loan(waiter)
+        else:
+            lender.lent = None
+            if lender.waiters:
+                self.pool.offer_loan(next(iter(lender.waiters)))
 
 
 class Waiter:
@@ -101,6 +106,8 @@ class Pool:
         self.pace = Pace(self.now)
         self.asleep = 0
         """How many invocations wait to be retried."""
+        self.to_come = 0
+        """How many inputs of running batches are there, and were not pulled yet."""
         self.on_raise: set[Callable[[], None]] = set()
         """Called when the limit was raised, so that a batch can start more workers."""
         self._tokens = anyio.CapacityLimiter(max_concurrency)
@@ -114,7 +121,11 @@ class Pool:
 
     @property
     def waiting(self) -> int:
-        return len(self._queue) + self.asleep
+        return self.in_line + self.asleep + self.to_come
+
+    @property
+    def in_line(self) -> int:
+        return len(self._queue)
 
     @property
     def busy(self) -> bool:
@@ -132,9 +143,9 @@ class Pool:
             for callback in tuple(self.on_raise):
                 callback()
 
-    def lender(self, slot: Slot | None) -> Slot | None:
+    def lender(self, slot: Slot | None, anyones: bool = False) -> Slot | None:
         """Return the innermost slot of this pool, from ``slot`` outwards, whose invocation still runs."""
-        while slot is not None and (slot.pool is not self or slot.released):
+        while slot is not None and (slot.released or (slot.pool is not self and not anyones)):
             slot = slot.outer
 
         return slot
@@ -149,8 +160,8 @@ class Pool:
         del invocation  # for the limiter's rates, which take its cost and which the first form does not have
         lender = self.lender(outer)
         if lender is not None and not lender.lent:
-            lender.lent = True
-            return Slot(self, lender, outer)
+            lender.lent = Slot(self, lender, outer)
+            return lender.lent
 
         return None if self._queue else self._take(outer)
 
@@ -195,8 +206,8 @@ class Pool:
             return
 
         if not lender.lent:
-            lender.lent = True
-            self._give(waiter, Slot(self, lender, waiter.outer))
+            lender.lent = Slot(self, lender, waiter.outer)
+            self._give(waiter, lender.lent)
             return
 
         if lender.waiters is None:
@@ -206,7 +217,7 @@ class Pool:
 
     def give_back(self, slot: Slot) -> None:
         """Take a token back and pass it on."""
-        self._tokens.release_on_behalf_of(slot)
+        self._tokens.release_on_behalf_of(slot.token)
         if self._queue:
             self._grant()
 
@@ -216,7 +227,8 @@ class Pool:
 
         # A borrower of its own for each attempt: equal or repeated borrowers collide.
         slot = Slot(self, None, outer)
-        self._tokens.acquire_on_behalf_of_nowait(slot)
+        slot.token = object()
+        self._tokens.acquire_on_behalf_of_nowait(slot.token)
         return slot
 
     def _grant(self) -> None:

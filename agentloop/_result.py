@@ -7,6 +7,8 @@ from typing import Generic, TypeVar, cast
 
 import attrs
 
+from ._errors import describe
+
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -39,7 +41,8 @@ class InvocationResult(Generic[T_co]):
     :param output: what the agent returned; ``None`` if it did not
     :param exception: what the last attempt raised, the object itself; ``None`` on success
     :param latency_ms: from the first start to the end, with retries and the waits between them
-    :param queue_ms: the wait for the first slot
+    :param queue_ms: the wait for the first slot, from the time when the input was pulled, or from the start
+        of :meth:`AgentLoop.run_all` where that was given a sequence
     :param retries: how many retries were made
     :param failures: what each failed attempt raised, in order
     :param index: the place in the batch's input; 0 for a single invocation
@@ -67,11 +70,7 @@ class InvocationResult(Generic[T_co]):
         if exc is None:
             return None
 
-        if self.status is Status.TIMEOUT:
-            return str(exc)
-
-        text = str(exc)
-        return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
+        return str(exc) if self.status is Status.TIMEOUT else describe(exc)
 
     def unwrap(self) -> T_co:
         """

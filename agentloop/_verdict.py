@@ -156,7 +156,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the seconds that the headers ask for; ``None`` where they make no sense."""
     for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
         value = headers.get(name)
-        if value is None:
+        if value is None or "_" in value:
             continue
 
         try:

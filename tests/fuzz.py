@@ -91,6 +91,7 @@ class Program:
         self.names = 0
         self.working = 0
         self.attempting = 0
+        self.calls = 0
         self.checked = 0
         self.natively_cancelled = 0
         # What each agent did last, and whether it returned.
@@ -160,7 +161,7 @@ class Program:
             actions += ["unauthorized"]
 
         if depth < 2:
-            actions += ["nest", "nest_at_once"]
+            actions += ["nest", "nest_at_once", "nest_in_background"]
 
         if self.backend == "asyncio":
             actions += ["cancel_self", "leak_count"]
@@ -283,6 +284,14 @@ class Program:
                     group.start_soon(self.make_call, call, depth + 1)
         finally:
             var.set(name)
+
+    async def nest_in_background(self, name: str, call: Call, depth: int) -> None:
+        var.set("caller")
+        self.calls += 1
+        self.background.start_soon(self.make_call, None, depth + 1)
+        var.set(name)
+        for _ in range(self.random.randint(1, 9)):
+            await checkpoint()
 
     # -- calls
 
@@ -441,7 +450,7 @@ class Program:
             await anyio.wait_all_tasks_blocked()
             now = self.limiter.statistics()
             assert now.running <= self.attempting, "a slot is held by an invocation that does not run"
-            in_line = now.waiting - self.limiter._enter_run().asleep
+            in_line = self.limiter._enter_run().in_line
             assert not in_line or now.running >= now.max_concurrency, (
                 "a slot is free, and somebody waits for it"
             )
@@ -465,8 +474,9 @@ class Program:
     async def make_calls(self) -> None:
         var.set("caller")
         async with anyio.create_task_group() as group:
-            calls = self.random.randint(1, 3)
-            for _ in range(calls):
+            self.background = group
+            for _ in range(self.random.randint(1, 3)):
+                self.calls += 1
                 group.start_soon(self.make_call, None, 0)
 
             if self.random.random() < 0.3:
@@ -476,7 +486,7 @@ class Program:
                 self.limiter.max_concurrency = limit
 
         # A task that is cancelled natively takes its whole task group with it.
-        assert self.checked == calls or self.natively_cancelled, "a cancellation that nobody asked for"
+        assert self.checked == self.calls or self.natively_cancelled, "a cancellation that nobody asked for"
         assert var.get() == "caller"
 
     def check_end(self) -> None:

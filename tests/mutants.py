@@ -46,8 +46,14 @@ MUTANTS = [
     Mutant(
         "a loan is never returned",
         "_pool.py",
-        "        lender.lent = False\n",
+        "            lender.lent = None\n",
         "",
+    ),
+    Mutant(
+        "the loan of an invocation that has ended is given back under its borrower",
+        "_pool.py",
+        "        if borrower is not None:\n",
+        "        if borrower is not None and lender is not None:\n",
     ),
     Mutant(
         "a slot is lent to any number at once",
@@ -58,7 +64,7 @@ MUTANTS = [
     Mutant(
         "a nested invocation is lent no slot",
         "_pool.py",
-        "        while slot is not None and (slot.pool is not self or slot.released):\n",
+        "        while slot is not None and (slot.released or (slot.pool is not self and not anyones)):\n",
         "        while slot is not None:\n",
     ),
     Mutant(

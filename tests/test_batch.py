@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from collections.abc import AsyncIterator, Iterator
@@ -16,10 +17,12 @@ from agentloop import (
     Backoff,
     BatchStopped,
     Invocation,
+    InvocationCancelled,
     InvocationResult,
     Limiter,
     LoopConfig,
     Status,
+    Verdict,
 )
 from agentloop._batch import ASLEEP_PER_SLOT
 from agentloop.testing import virtual_clock
@@ -254,6 +257,122 @@ async def test_several_readers_share_the_results() -> None:
                 group.start_soon(read)
 
     assert sorted(seen) == list(range(30))
+
+
+async def test_inputs_that_are_there_from_the_start_wait_from_the_start() -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=1))
+    async with anyio.create_task_group() as group:
+
+        async def look() -> None:
+            await anyio.sleep(1.5)
+            now = loop.statistics()
+            assert (now.running, now.waiting) == (1, 2)
+
+        group.start_soon(look)
+        results = await loop.run_all([Invocation("a", anyio.sleep, (1,))] * 4)
+
+    assert [result.queue_ms for result in results] == pytest.approx([0, 1000, 2000, 3000])
+    results = await loop.run_all(Invocation("a", anyio.sleep, (1,)) for _ in range(4))
+    assert [result.queue_ms for result in results] == [0, 0, 0, 0]
+
+
+@both_verbs
+async def test_no_exception_of_an_agent_is_too_odd_to_be_data(verb: str) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Frozen(Exception):
+        pass
+
+    class Mute(Exception):
+        __notes__ = None
+
+        def __str__(self) -> str:
+            raise ValueError
+
+    def classify(exc: Exception) -> Verdict:
+        raise Mute
+
+    async def agent(kind: type[Exception]) -> None:
+        raise kind
+
+    loop = AgentLoop(LoopConfig(classify=classify))
+    results = await run(verb, loop, Invocation.map(agent, [Frozen, Mute, ValueError]))
+    assert [result.error for result in results] == ["Frozen", "Mute", "ValueError"]
+
+
+@both_verbs
+async def test_sync_input_that_is_cancelled_from_within_does_not_look_complete(verb: str) -> None:
+    def inputs() -> Iterator[Any]:
+        yield Invocation("a", instant, (1,))
+        raise stray
+
+    stray: Any = None
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        try:
+            await anyio.sleep_forever()
+        except anyio.get_cancelled_exc_class() as exc:
+            stray = exc
+            raise
+
+    with pytest.raises(InvocationCancelled, match="the input was cancelled"):
+        await run(verb, AgentLoop(), inputs())
+
+
+async def test_end_that_is_raised_by_mistake_does_not_look_like_the_end() -> None:
+    names = iter(["a", "b"])
+    with pytest.raises(RuntimeError):
+        await AgentLoop().run_all(Invocation.map(instant, range(4), lambda _: next(names)))
+
+    def inputs() -> Iterator[Any]:
+        yield Invocation("a", instant, (1,))
+        raise StopAsyncIteration
+
+    with pytest.raises(RuntimeError, match="the input raised StopAsyncIteration"):
+        await run("as_completed", AgentLoop(), inputs())
+
+
+@both_verbs
+async def test_input_that_fails_to_close_lets_what_runs_finish(verb: str) -> None:
+    done = []
+
+    async def agent(x: int) -> None:
+        await anyio.sleep(x)
+        done.append(x)
+        if x == 1:
+            raise Unauthorized
+
+    async def inputs() -> AsyncIterator[Any]:
+        try:
+            for x in range(1, 9):
+                yield Invocation("a", agent, (x,))
+        finally:
+            raise ValueError("cleanup")
+
+    with pytest.raises(ValueError, match="cleanup"):
+        await run(verb, AgentLoop(LoopConfig(max_concurrency=3)), inputs())
+
+    assert done == [1, 2, 3]
+
+
+@pytest.mark.parametrize("leave", ["sleep", "error", "cancelled"])
+async def test_interrupt_from_an_agent_is_not_lost_with_the_body(leave: str) -> None:
+    async def agent() -> None:
+        await anyio.sleep(1)
+        raise KeyboardInterrupt
+
+    start = anyio.current_time()
+    with pytest.raises(KeyboardInterrupt), anyio.move_on_after(2):
+        async with AgentLoop().as_completed([Invocation("a", agent)]):
+            try:
+                with anyio.CancelScope(shield=leave == "cancelled"):
+                    await anyio.sleep(3)
+            finally:
+                if leave == "error":
+                    raise ValueError("body")
+
+            await checkpoint()
+
+    assert anyio.current_time() - start == pytest.approx(3 if leave == "cancelled" else 1)
 
 
 # -- retries

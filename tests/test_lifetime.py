@@ -309,6 +309,16 @@ async def test_results_cannot_be_read_after_the_block(loop: AgentLoop) -> None:
         await anext(results)
 
 
+async def test_interrupt_from_an_agent_whose_results_nobody_reads_leaves_the_loop(loop: AgentLoop) -> None:
+    async def agent() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        async with loop:
+            await loop.as_completed([Invocation("a", agent)]).__aenter__()
+            await anyio.sleep(1)
+
+
 async def test_agent_that_reads_results_while_the_loop_is_left_reads_them_all(loop: AgentLoop) -> None:
     outputs: list[int] = []
 

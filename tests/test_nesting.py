@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import anyio
@@ -9,6 +10,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from agentloop import AgentLoop, Backoff, Invocation, Limiter, LoopConfig, Status
+from agentloop._pool import Slot
 
 
 class Meter:
@@ -229,6 +231,26 @@ async def test_child_that_waits_while_its_parent_and_the_slot_are_cancelled_leav
             await loop.run_single("parent", parent)
 
         assert loop.statistics().running == 0
+
+
+async def test_chain_of_invocations_that_start_the_next_in_the_background_forgets_its_past() -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=1))
+    slots = 0
+
+    async def link(left: int) -> None:
+        nonlocal slots
+        if left:
+            group.start_soon(loop.run_single, "link", link, left - 1)
+            await checkpoint()
+        else:
+            gc.collect()
+            slots = sum(isinstance(thing, Slot) for thing in gc.get_objects())
+
+    async with anyio.create_task_group() as group:
+        await loop.run_single("link", link, 1500)
+
+    assert loop.statistics().running == 0
+    assert slots <= 10
 
 
 async def test_nested_calls_count_the_slot_once() -> None:

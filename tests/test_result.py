@@ -178,7 +178,7 @@ def test_result_survives_pickling() -> None:
 
 
 def test_every_error_is_in_the_tests_below() -> None:
-    assert {type(error).__name__ for error in ERRORS} == set(_errors.__all__)
+    assert {type(error).__name__ for error in ERRORS} == set(_errors.__all__) - {"describe"}
 
 
 @every_error

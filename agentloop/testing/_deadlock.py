@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
+from agentloop._context import call_in_context
 from agentloop._errors import AgentLoopError
 
 # The virtual time at which every run starts. Not zero: that would hide confusions of time and duration.
@@ -73,7 +74,12 @@ def _frames(coro: Any) -> Iterator[FrameType]:
         if frame is not None:
             yield frame
 
-        coro = getattr(coro, "cr_await", None) or getattr(coro, "gi_yieldfrom", None)
+        inner = getattr(coro, "cr_await", None) or getattr(coro, "gi_yieldfrom", None)
+        if inner is None and frame is not None and frame.f_code is call_in_context.__code__:
+            # It drives the agent's coroutine by hand, so the interpreter does not know what it waits for.
+            inner = frame.f_locals.get("coroutine")
+
+        coro = inner
 
 
 def _module(frame: FrameType) -> str:
