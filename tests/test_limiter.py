@@ -12,7 +12,7 @@ import pytest
 
 from agentloop import AgentLoop, Invocation, Limiter, LimiterStatistics, LoopConfig
 from agentloop._limiter import pool_of
-from agentloop.testing import virtual_clock
+from agentloop.testing import VirtualClockDeadlock, virtual_clock
 
 backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 
@@ -234,3 +234,30 @@ async def test_latency_statistics_have_the_shape_of_the_original() -> None:
     assert loop.get_latency_stats() == empty
     await loop.with_config(collect_metrics=False).run_single("a", anyio.sleep, 1)
     assert loop.get_latency_stats() == empty
+
+
+@backends
+def test_deadlock_of_agents_names_the_lines_of_the_agents(backend: Any) -> None:
+    async def stuck() -> None:
+        await anyio.Event().wait()
+
+    async def main() -> None:
+        await AgentLoop(LoopConfig(timeout_seconds=None)).run_all([Invocation("a", stuck)])
+
+    name, options = virtual_clock(backend)
+    with pytest.raises(VirtualClockDeadlock, match=r"test_limiter\.py:\d+ .*stuck"):
+        anyio.run(main, backend=name, backend_options=options)
+
+
+@backends
+def test_agent_may_sleep_from_a_worker_thread_on_a_virtual_clock(backend: Any) -> None:
+    async def agent() -> None:
+        await anyio.to_thread.run_sync(lambda: anyio.from_thread.run(anyio.sleep, 3600))
+
+    async def main() -> None:
+        start = anyio.current_time()
+        assert (await AgentLoop(LoopConfig(timeout_seconds=None)).run_single("a", agent)).success
+        assert anyio.current_time() - start == pytest.approx(3600)
+
+    name, options = virtual_clock(backend)
+    anyio.run(main, backend=name, backend_options=options)
