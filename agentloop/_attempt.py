@@ -47,8 +47,10 @@ async def run_attempt(
     try:
         pool = slot.pool
         if pool.backend.current_effective_deadline() == -math.inf:
-            # Once cancelled, nothing starts, not even up to its first checkpoint.
-            await checkpoint_if_cancelled()
+            # Once cancelled, nothing starts, not even up to its first checkpoint. It waits for its cancellation
+            # rather than polling for it, as checkpoint_if_cancelled() does on asyncio: while all else in the
+            # scope is shielded, anyio delivers none to a task that was just started.
+            await anyio.sleep_forever()
 
         invocation = job.invocation
         context = context.copy()

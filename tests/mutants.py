@@ -94,8 +94,7 @@ MUTANTS = [
     Mutant(
         "an agent is started after its cancellation",
         "_attempt.py",
-        "            # Once cancelled, nothing starts, not even up to its first checkpoint.\n"
-        "            await checkpoint_if_cancelled()\n",
+        "            await anyio.sleep_forever()\n",
         "            pass\n",
     ),
     Mutant(
