@@ -293,6 +293,10 @@ class Batch(ABC, Generic[T]):
 
         pool, config = self._pool, self._config
         while not self._done:
+            if pool.backend.current_effective_deadline() == -math.inf:
+                # Cancelled before it has anything, so that it holds nothing while that is on its way.
+                await anyio.sleep_forever()
+
             job = self._next_job()
             if job is None:
                 await self._park()
