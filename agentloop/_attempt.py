@@ -47,8 +47,8 @@ async def run_attempt(
     try:
         pool = slot.pool
         if pool.backend.current_effective_deadline() == -math.inf:
-            # Once cancelled, nothing starts, not even up to its first checkpoint. It waits for its cancellation
-            # rather than polling for it, as checkpoint_if_cancelled() does on asyncio: while all else in the
+            # Once cancelled, nothing starts, not even to its first checkpoint. It waits for the cancellation
+            # and does not poll for it, as checkpoint_if_cancelled() does on asyncio: while all else in the
             # scope is shielded, anyio delivers none to a task that was just started.
             await anyio.sleep_forever()
 
