@@ -58,7 +58,7 @@ def open_generators() -> set[AsyncGeneratorType[Any, Any]]:
     if anyio.get_current_task().__class__.__name__ == "TrioTaskInfo":
         started: Any = trio._core._run.GLOBAL_RUN_CONTEXT.runner.asyncgens.alive
     else:
-        started = asyncio.get_running_loop()._asyncgens  # type: ignore[attr-defined]
+        started = asyncio.get_running_loop()._asyncgens
 
     return {generator for generator in started if generator.ag_frame is not None and not generator.ag_running}
 

@@ -503,7 +503,7 @@ class Program:
 
 def run_seed(backend: str, seed: int) -> None:
     """Run one random program; raise if anything about it is wrong."""
-    name, options = virtual_clock(backend, seed=seed)  # type: ignore[arg-type]
+    name, options = virtual_clock(backend, seed=seed)
     program = Program(seed, backend)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -137,7 +137,7 @@ def test_stream_that_nobody_closed_is_found(backend: Any) -> None:
 @both_backends
 def test_coroutine_that_nobody_awaited_is_found(backend: Any) -> None:
     async def main() -> None:
-        anyio.sleep(1)  # type: ignore[unused-coroutine]
+        anyio.sleep(1)
 
     assert_found("never awaited", main, backend)
 

@@ -102,7 +102,7 @@ def test_unknown_jitter_is_refused(value: Any) -> None:
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
-        Backoff().max_seconds = 1.0  # type: ignore[misc]
+        Backoff().max_seconds = 1.0
 
 
 # --- the delay

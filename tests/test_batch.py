@@ -660,8 +660,8 @@ async def test_fatal_verdict_ends_what_waits_to_be_retried(verb: str) -> None:
     assert [result.status for result in results] == [Status.ERROR] * 6
     assert [result.retries for result in results] == [0] * 6
     assert anyio.current_time() - start == pytest.approx(5)
-    assert "not retried: the batch was stopped" in results[0].exception.__notes__[0]  # type: ignore[union-attr]
-    assert "not retried: the batch was stopped" in results[5].exception.__notes__[0]  # type: ignore[union-attr]
+    assert "not retried: the batch was stopped" in results[0].exception.__notes__[0]
+    assert "not retried: the batch was stopped" in results[5].exception.__notes__[0]
 
 
 @both_verbs

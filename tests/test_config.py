@@ -49,12 +49,12 @@ def test_every_field_has_the_default_of_the_contract() -> None:
 
 def test_fields_are_given_by_keyword_only() -> None:
     with pytest.raises(TypeError):
-        LoopConfig(10)  # type: ignore[misc]
+        LoopConfig(10)
 
 
 def test_field_that_does_not_exist_is_refused() -> None:
     with pytest.raises(TypeError, match="max_concurency"):
-        LoopConfig(max_concurency=10)  # type: ignore[call-arg]
+        LoopConfig(max_concurency=10)
 
 
 @pytest.mark.parametrize("field", DEFAULTS)

@@ -73,16 +73,16 @@ def test_arguments_are_none_where_none_are_given() -> None:
 
 def test_arguments_may_be_any_sequence_and_any_mapping() -> None:
     args = [1, 2]
-    invocation = Invocation("a", scaled, args, {"offset": 3})  # type: ignore[arg-type]
+    invocation = Invocation("a", scaled, args, {"offset": 3})
     args.append(4)
     assert invocation.args == (1, 2)
     assert invocation.kwargs == {"offset": 3}
-    assert Invocation("a", double, range(1)).args == (0,)  # type: ignore[arg-type]
+    assert Invocation("a", double, range(1)).args == (0,)
 
 
 def test_invocation_is_frozen_and_compared_by_value() -> None:
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
-        Invocation("a", double).agent_id = "b"  # type: ignore[misc]
+        Invocation("a", double).agent_id = "b"
 
     assert Invocation("a", double, (1,)) == Invocation("a", double, (1,)) != Invocation("a", double, (2,))
 
@@ -236,7 +236,7 @@ def test_map_takes_a_function_that_names_each_item() -> None:
 
 
 def test_map_refuses_an_item_whose_name_is_no_str() -> None:
-    invocations = Invocation.map(double, [7], agent_id=lambda x: x)  # type: ignore[arg-type,return-value]
+    invocations = Invocation.map(double, [7], agent_id=lambda x: x)
     with pytest.raises(TypeError, match=r"^agent_id must be a str, got 7$"):
         next(invocations)
 
@@ -251,7 +251,7 @@ def test_map_refuses_an_agent_id_that_names_nothing(agent_id: Any) -> None:
 
 def test_map_refuses_a_function_that_cannot_be_called() -> None:
     with pytest.raises(TypeError, match=r"^fn must be an async function, got None$"):
-        Invocation.map(None, [1])  # type: ignore[call-overload]
+        Invocation.map(None, [1])
 
 
 @pytest.mark.parametrize("items", [5, None, double], ids=named)

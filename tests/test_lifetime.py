@@ -205,7 +205,7 @@ async def test_results_can_be_read_inside_an_async_generator_that_is_abandoned(l
         await anyio.sleep(1)
         async with anyio.create_task_group() as group:
             # Closed by another task than the one that read.
-            group.start_soon(generator.aclose)  # type: ignore[attr-defined]
+            group.start_soon(generator.aclose)
 
     assert cleaned == 3
 

@@ -120,7 +120,7 @@ def test_one_loop_serves_several_runs_on_either_backend(backend: str) -> None:
         assert all(result.success for result in results)
 
     for name in (backend, "asyncio", "trio", backend):
-        anyio.run(main, backend=name, backend_options=virtual_clock(name)[1])  # type: ignore[arg-type]
+        anyio.run(main, backend=name, backend_options=virtual_clock(name)[1])
 
 
 @backends
@@ -219,7 +219,7 @@ async def test_view_shares_limiter_metrics_and_lifetime_and_checks_its_changes()
 @pytest.mark.parametrize("name", ["config", "limiter", "metrics"])
 def test_parameters_of_a_wrong_type_are_refused(name: str) -> None:
     with pytest.raises(TypeError, match=f"{name} must be of type"):
-        AgentLoop(**{name: 3} if name != "config" else {"config": 3})  # type: ignore[arg-type]
+        AgentLoop(**{name: 3} if name != "config" else {"config": 3})
 
 
 async def test_latency_statistics_have_the_shape_of_the_original() -> None:

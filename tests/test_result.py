@@ -67,7 +67,7 @@ def test_result_has_the_defaults_of_a_plain_success() -> None:
 
 def test_result_is_frozen() -> None:
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
-        InvocationResult("agent", Status.SUCCESS).output = 1  # type: ignore[misc]
+        InvocationResult("agent", Status.SUCCESS).output = 1
 
 
 def test_status_is_its_word() -> None:

@@ -98,17 +98,17 @@ async def test_what_is_no_async_callable_is_refused_with_a_hint_and_not_retried(
     async def generator() -> Any:
         yield 1
 
-    result = await loop.run_single("a", plain)  # type: ignore[arg-type]
+    result = await loop.run_single("a", plain)
     assert isinstance(result.exception, TypeError)
     assert "pass an async function" in str(result.exception)
     assert len(calls) == 1
-    result = await loop.run_single("a", generator)  # type: ignore[arg-type]
+    result = await loop.run_single("a", generator)
     assert "run_streaming" in str(result.error)
     with pytest.raises(TypeError, match="must be an async function, got 42"):
-        await loop.run_single("a", 42)  # type: ignore[arg-type]
+        await loop.run_single("a", 42)
 
     with pytest.raises(TypeError, match="not fn\\(x\\) but fn, x"):
-        await loop.run_single("a", double(1))  # type: ignore[arg-type]
+        await loop.run_single("a", double(1))
 
 
 async def test_failure_is_data_and_carries_the_very_exception() -> None:
@@ -436,7 +436,7 @@ async def test_classify_that_fails_makes_the_failure_permanent_and_says_so() -> 
 
     for classify in (broken, lambda _: None):
         agent = Flaky(OSError("x"))
-        result = await AgentLoop(LoopConfig(classify=classify)).run_single("a", agent)  # type: ignore[arg-type]
+        result = await AgentLoop(LoopConfig(classify=classify)).run_single("a", agent)
         assert (result.error, len(agent.calls)) == ("OSError: x", 1)
         assert result.exception is not None
         assert "classify failed" in result.exception.__notes__[0]

@@ -91,7 +91,7 @@ def test_verdict_is_a_frozen_value() -> None:
     assert Verdict(TRANSIENT).retry_after is None
     assert pickle.loads(pickle.dumps(verdict)) == verdict
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
-        verdict.retry_after = None  # type: ignore[misc]
+        verdict.retry_after = None
 
 
 @pytest.mark.parametrize("kind", ["transient", None, 0, VerdictKind], ids=named)
@@ -204,7 +204,7 @@ def test_any_other_error_is_transient(error: type[Exception]) -> None:
 
 def test_status_wins_over_the_type_of_the_error() -> None:
     error = TypeError("of a client that translates badly")
-    error.status_code = 429  # type: ignore[attr-defined]
+    error.status_code = 429
     assert classify(error).kind is OVERLOAD
 
 

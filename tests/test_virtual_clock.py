@@ -38,7 +38,7 @@ def run(main: Callable[[], Awaitable[Any]], backend: Any, seed: int | None = Non
 
 def test_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match='backend must be "asyncio" or "trio", got \'curio\''):
-        virtual_clock("curio")  # type: ignore[arg-type]
+        virtual_clock("curio")
 
 
 @both_backends
