@@ -240,6 +240,9 @@ def catch(mutant: Mutant, backend: str, programs: int = PROGRAMS) -> str | None:
             return None
 
         lines = [line.strip(" |+-") for line in (done.stdout + done.stderr).splitlines()]
+        if not lines[0].startswith("seed "):
+            raise RuntimeError(f"the random programs did not run: {lines[-1]}")
+
         errors = [line for line in lines if "Error: " in line or "Deadlock" in line or "Error" in line[:20]]
         return f"{lines[0]}: {errors[-1] if errors else lines[-1]}"[:160]
 
