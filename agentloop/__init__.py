@@ -15,18 +15,22 @@ from ._errors import (
     InvocationTimeout,
     LoopClosed,
 )
+from ._events import ChunkEvent, ResultEvent
 from ._invocation import Invocation
 from ._limiter import Limiter, LimiterStatistics
 from ._loop import AgentLoop, LoopStatistics
 from ._metrics import Distribution, MetricsRecorder, MetricsSnapshot
 from ._result import InvocationResult, Status
+from ._stream import AgentStream
 from ._verdict import Verdict, VerdictKind, classify
 
 __all__ = [
     "AgentLoop",
     "AgentLoopError",
+    "AgentStream",
     "Backoff",
     "BatchStopped",
+    "ChunkEvent",
     "Distribution",
     "FirstChunkTimeout",
     "IdleTimeout",
@@ -41,6 +45,7 @@ __all__ = [
     "LoopStatistics",
     "MetricsRecorder",
     "MetricsSnapshot",
+    "ResultEvent",
     "Status",
     "Verdict",
     "VerdictKind",

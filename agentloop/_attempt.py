@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["run_attempt"]
+__all__ = ["Act", "call", "plumbing", "run_attempt"]
 
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextvars import Context
-from typing import Any, TypeVar, cast
+from types import CodeType
+from typing import Any, TypeAlias, TypeVar, cast
 
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
@@ -21,8 +22,37 @@ from ._pool import Slot, current_slot
 from ._result import Status
 
 T = TypeVar("T")
+FnT = TypeVar("FnT", bound=Callable[..., Any])
+
+Act: TypeAlias = Callable[
+    [Job[Any], LoopConfig, Context, anyio.CancelScope, Callable[[], object]], Awaitable[Any]
+]
+"""
+What an attempt consists of: given the job, whose slot it may use, the settings, the context to run the agent
+in, the scope that times it out, and what to call when it waits.
+"""
 
 
+_PLUMBING: set[CodeType] = {call_in_context.__code__}
+
+
+def plumbing(fn: FnT) -> FnT:
+    """Mark a function as one that stands between the loop and an agent, and that tracebacks leave out."""
+    _PLUMBING.add(fn.__code__)
+    return fn
+
+
+def call(
+    job: Job[T], config: LoopConfig, context: Context, scope: anyio.CancelScope, on_wait: Callable[[], object]
+) -> Awaitable[T]:
+    """Call the agent and await what it returns."""
+    del config, scope  # for streams, which have more time-outs
+    invocation = job.invocation
+    fn = cast("Callable[..., Awaitable[T]]", invocation.fn)
+    return call_in_context(context, fn, invocation.args, invocation.kwargs, on_wait)
+
+
+@plumbing
 async def run_attempt(
     job: Job[Any],
     config: LoopConfig,
@@ -31,6 +61,7 @@ async def run_attempt(
     host: Host,
     own_task: bool,
     on_wait: Callable[[], object],
+    act: Act,
 ) -> None:
     """
     Run one attempt and tell the job how it ended. The slot is given back in any case.
@@ -39,11 +70,13 @@ async def run_attempt(
     :param host: the task that this runs in
     :param own_task: whether that task is ours, so that a native cancellation of it can only be the agent's
         doing; in the caller's task it is the caller's
-    :param on_wait: called when the agent waits for the first time
+    :param on_wait: called when the agent waits for the first time, or oftener
+    :param act: what is done with the agent
     :raises BaseException: the cancellation of an enclosing scope or of the caller's task, and what the agent
         raises that is no ``Exception``; the attempt then has no outcome
     """
     job.verdict = None
+    job.slot = slot
     try:
         pool = slot.pool
         if pool.backend.current_effective_deadline() == -math.inf:
@@ -52,7 +85,6 @@ async def run_attempt(
             # scope is shielded, anyio delivers none to a task that was just started.
             await anyio.sleep_forever()
 
-        invocation = job.invocation
         context = context.copy()
         context.run(current_slot.set, slot)
         cancellations = host.cancellations()
@@ -60,9 +92,7 @@ async def run_attempt(
         try:
             with scope:
                 try:
-                    output = await call_in_context(
-                        context, invocation.fn, invocation.args, invocation.kwargs, on_wait
-                    )
+                    output = await act(job, config, context, scope, on_wait)
                 except anyio.get_cancelled_exc_class() as exc:
                     if scope.cancel_called:
                         # The scope is about to drop it, but trio holds on to it in a cycle: without this,
@@ -74,8 +104,10 @@ async def run_attempt(
                 job.succeed(output)
                 return
         except Exception as exc:
+            job.made_of_cancellation = exc
             # An error made out of the caller's cancellation is that cancellation.
             await checkpoint_if_cancelled()
+            job.made_of_cancellation = None
             _trim(exc)
             if scope.cancel_called:
                 job.time_out(config, exc)
@@ -104,7 +136,10 @@ async def run_attempt(
 
         job.judge(config)
     finally:
-        slot.release(job.verdict)
+        # A stream may be without one while it waits for its reader.
+        if job.slot is not None:
+            job.slot.release(job.verdict)
+            job.slot = None
 
 
 def _without_cancellation(exc: BaseException) -> Exception | None:
@@ -124,13 +159,10 @@ def _without_cancellation(exc: BaseException) -> Exception | None:
     raise exc
 
 
-_OWN_CODE = (run_attempt.__code__, call_in_context.__code__)
-
-
 def _trim(exc: BaseException) -> None:
     """Let the traceback begin in the agent: shorter to read, and no reference back to our own frames."""
     traceback = exc.__traceback__
-    while traceback is not None and traceback.tb_frame.f_code in _OWN_CODE:
+    while traceback is not None and traceback.tb_frame.f_code in _PLUMBING:
         traceback = traceback.tb_next
 
     try:

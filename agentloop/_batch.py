@@ -17,11 +17,11 @@ import anyio
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from ._attempt import run_attempt
+from ._attempt import Act, call, run_attempt
 from ._backend import Host, current_host
 from ._config import LoopConfig
 from ._errors import BatchStopped, InvocationCancelled, describe
-from ._invocation import Input, Inputs, as_invocation
+from ._invocation import Input, Inputs, Invocation, as_invocation
 from ._job import Job
 from ._limiter import Limiter, pool_of
 from ._pool import Slot, current_slot
@@ -69,6 +69,7 @@ class Batch(ABC, Generic[T]):
         self._pool = pool_of(limiter)
         self._outer: Slot | None = current_slot.get()
         self._context = copy_context()
+        self._act: Act = call
         self._deadline = math.inf
         self._tasks: TaskGroup | None = None
         self._index = itertools.count()
@@ -147,7 +148,7 @@ class Batch(ABC, Generic[T]):
         self.complete = not self.cut_short
 
     @abstractmethod
-    def _deliver(self, result: InvocationResult[T]) -> None:
+    def _deliver(self, invocation: Invocation[T], result: InvocationResult[T]) -> None:
         """Take a result. It counts as live until :meth:`_taken`."""
 
     def _taken(self) -> None:
@@ -313,7 +314,7 @@ class Batch(ABC, Generic[T]):
                     self._drop_stale_alarms()
 
                 try:
-                    await run_attempt(job, config, slot, self._context, host, True, on_wait)
+                    await run_attempt(job, config, slot, self._context, host, True, on_wait, self._act)
                 except BaseException:
                     self._seeking += 1
                     job.cancel(self._reason)
@@ -454,7 +455,7 @@ class Batch(ABC, Generic[T]):
             self._record(result)
 
         self._pending -= 1
-        self._deliver(result)
+        self._deliver(job.invocation, result)
         self._check_done()
 
     def _check_done(self) -> None:

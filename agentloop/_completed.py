@@ -1,32 +1,35 @@
-"""A batch whose results are read as they come."""
+"""A batch that is read while it runs."""
 
 from __future__ import annotations
 
-__all__ = ["Completed", "Completing"]
+__all__ = ["Completed", "Completing", "Fanning"]
 
-from collections import deque
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, cast
 
 import anyio
-from anyio.abc import TaskGroup
-from anyio.lowlevel import checkpoint_if_cancelled
 
+from ._background import Background
 from ._batch import Batch
+from ._carriage import carry
+from ._channel import Channel
 from ._config import LoopConfig
 from ._errors import LoopClosed
-from ._invocation import Inputs
+from ._events import ChunkEvent, ResultEvent
+from ._invocation import Inputs, Invocation, StreamInputs
+from ._job import Job
 from ._lifetime import Lifetime
 from ._limiter import Limiter
-from ._pool import current_slot
 from ._result import InvocationResult
 
 T = TypeVar("T")
+ItemT = TypeVar("ItemT")
 
 
-class Completing(Batch[T]):
-    """A batch that hands its results to a reader as they come."""
+class ReadBatch(Batch[T], Generic[T, ItemT]):
+    """A batch that hands items to a reader as they come."""
 
     _keep_rest = False
 
@@ -38,117 +41,126 @@ class Completing(Batch[T]):
         record: Callable[[InvocationResult[Any]], None] | None,
     ) -> None:
         super().__init__(inputs, limiter, config, record)
-        self._ready: deque[InvocationResult[T]] = deque()
-        self._arrived = anyio.Event()
-        self._ended = False
+        self._channel: Channel[ItemT] = Channel()
+        self._scope = anyio.CancelScope()
+        self.closed_by: str | None = None
+        """Why nothing new is begun, if that was not the batch's own doing."""
 
-    async def take(self) -> InvocationResult[T] | None:
+    async def run(self) -> None:
+        """Run the batch to its end, or until its reader leaves."""
+        with self._scope:
+            await super().run()
+
+    async def take(self) -> ItemT:
         """
-        Wait for a result. Cancellation, native cancellation too, loses none.
+        Wait for an item. Cancellation, native cancellation too, loses none.
 
-        :return: the next result; ``None`` when the batch has ended and all were taken
+        :raises EndOfStream: when the batch has ended and all items were taken
         """
-        await checkpoint_if_cancelled()
-        while not self._ready:
-            if self._ended:
-                return None
+        item = await self._channel.take()
+        if not isinstance(cast("object", item), ChunkEvent):
+            # It is the last item of its invocation.
+            self._taken()
 
-            if self._arrived.is_set():
-                self._arrived = anyio.Event()
-
-            await self._arrived.wait()
-
-        # Nothing waits from here on, so what was taken is also returned.
-        result = self._ready.popleft()
-        self._taken()
-        return result
-
-    def forget(self) -> None:
-        """Drop the results that nobody will take any more."""
-        self._ready.clear()
+        return item
 
     def end(self) -> None:
-        """Say that no result will come any more."""
-        self._ended = True
-        self._arrived.set()
+        """Say that no item will come any more."""
+        self._channel.end()
 
-    def _deliver(self, result: InvocationResult[T]) -> None:
-        self._ready.append(result)
-        self._arrived.set()
+    def drop(self) -> None:
+        """Drop the items that nobody will take any more."""
+        self._channel.drop()
+
+    def leave(self) -> None:
+        """Cancel all."""
+        self.closed_by = self.closed_by or "the block that reads the results was left"
+        self._scope.cancel(self.closed_by)
+
+    def close(self) -> None:
+        """Start nothing new, and be patient with the reader for a limited time only."""
+        self._stop_for("the loop was left")
+        self._channel.hurry(lambda: self.cancel("nobody read", LoopClosed("the loop was left")))
+
+    def cancel(self, reason: str, cause: BaseException) -> None:
+        """Cancel what runs; each invocation that was started still has its result."""
+        self._stop_for(reason)
+        super().cancel(reason, cause)
+
+    def _stop_for(self, reason: str) -> None:
+        if self.closed_by is None:
+            self.closed_by = reason
+            self.stop(reason, LoopClosed(reason))
 
 
-class Completed(Generic[T]):
-    """
-    An async context manager that gives the results of a batch in the order of completion.
+class Completing(ReadBatch[T, InvocationResult[T]]):
+    """A batch that hands over its results."""
 
-    The batch runs in a task of its own, which belongs to the loop where that has been entered, so that the
-    reader's task then enters no scope; otherwise to a task group that the block opens.
-    """
+    def _deliver(self, invocation: Invocation[T], result: InvocationResult[T]) -> None:
+        del invocation  # the result says whose it is
+        self._channel.put(result)
 
-    def __init__(self, make: Callable[[], Completing[T]], lifetime: Lifetime) -> None:
+
+class Fanning(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
+    """A batch of streams, which hands over the chunks of all, and each one's result after its last chunk."""
+
+    def __init__(
+        self,
+        inputs: StreamInputs[T],
+        limiter: Limiter,
+        config: LoopConfig,
+        record: Callable[[InvocationResult[Any]], None] | None,
+    ) -> None:
+        super().__init__(cast("Inputs[None]", inputs), limiter, config, record)
+        self._act = partial(carry, self._channel, _chunk_event)
+
+    def _deliver(self, invocation: Invocation[None], result: InvocationResult[None]) -> None:
+        self._channel.put(ResultEvent(invocation, result))
+
+
+def _chunk_event(job: Job[Any], chunk: T) -> ChunkEvent[T]:
+    return ChunkEvent(job.invocation, chunk, job.index)
+
+
+class Completed(Generic[ItemT]):
+    """An async context manager that gives what a batch hands over."""
+
+    def __init__(self, verb: str, make: Callable[[], ReadBatch[Any, ItemT]], lifetime: Lifetime) -> None:
+        self._verb = verb
         self._make = make
         self._lifetime = lifetime
-        self._batch: Completing[T] | None = None
-        self._group: TaskGroup | None = None
-        self._failure: BaseException | None = None
-        self._owned = False
-        self._nested = False
-        self._closed_by: str | None = None
+        self._batch: ReadBatch[Any, ItemT] | None = None
+        self._background: Background | None = None
 
     async def __aenter__(self) -> Self:
         if self._batch is not None:
-            raise RuntimeError("the results of a batch can be read in one `async with` block only")
+            raise RuntimeError("a batch can be read in one `async with` block only")
 
         self._lifetime.check()
-        self._nested = current_slot.get() is not None
         self._batch = self._make()
-        self._scope = anyio.CancelScope()
-        self._ended = anyio.Event()
-        if self._lifetime.is_open:
-            self._owned = True
-            self._lifetime.begin(self)
-            self._lifetime.start_soon(self._run, "agentloop batch")
-        else:
-            self._group = anyio.create_task_group()
-            await self._group.__aenter__()
-            self._group.start_soon(self._run, name="agentloop batch")
-
+        self._background = Background(self._batch, self._lifetime)
+        await self._background.start()
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._closed_by = self._closed_by or "the block that reads the results was left"
-        self._scope.cancel(self._closed_by)
-        assert self._batch is not None
-        try:
-            if self._group is None:
-                # As in a task group: also a cancelled reader waits until nothing of it is left.
-                with anyio.CancelScope(shield=True):
-                    await self._ended.wait()
+        assert self._background is not None
+        await self._background.stop(exc)
 
-                await checkpoint_if_cancelled()
-            elif isinstance(exc, anyio.get_cancelled_exc_class()):
-                await self._group.__aexit__(exc_type, exc, traceback)
-            else:
-                # Nothing in the group raises, so what left the body goes on as the object that it is.
-                await self._group.__aexit__(None, None, None)
-        finally:
-            self._batch.forget()
-            if self._failure is not exc:
-                self._raise_failure()
-
-    def __aiter__(self) -> AsyncIterator[InvocationResult[T]]:
+    def __aiter__(self) -> AsyncIterator[ItemT]:
         self._entered()
         return self
 
-    async def __anext__(self) -> InvocationResult[T]:
+    async def __anext__(self) -> ItemT:
         batch = self._entered()
-        result = await batch.take()
-        if result is not None:
-            return result
+        try:
+            return await batch.take()
+        except anyio.EndOfStream:
+            pass
 
-        self._raise_failure()
+        assert self._background is not None
+        self._background.raise_failure()
         error = batch.input_error
         if isinstance(error, StopAsyncIteration):
             raise RuntimeError("the input raised StopAsyncIteration") from error
@@ -159,58 +171,15 @@ class Completed(Generic[T]):
         # What is cut short must not look complete.
         if not batch.complete:
             raise LoopClosed(
-                f"{self._closed_by or 'the loop was cancelled'} before all inputs of this batch were run"
+                f"{batch.closed_by or 'the loop was cancelled'} before all inputs of this batch were run"
             )
 
         raise StopAsyncIteration
 
-    def _entered(self) -> Completing[T]:
+    def _entered(self) -> ReadBatch[Any, ItemT]:
         if self._batch is None:
             raise RuntimeError(
-                "write `async with loop.as_completed(...) as results:` around `async for result in results:`"
+                f"write `async with loop.{self._verb}(...) as results:` around `async for ... in results:`"
             )
 
         return self._batch
-
-    def _raise_failure(self) -> None:
-        """Raise what ended the batch, such as a ``KeyboardInterrupt`` from an agent."""
-        if self._failure is not None:
-            self._lifetime.failure = None
-            raise self._failure
-
-    def close(self) -> None:
-        """Start nothing new, since nobody might be reading; but an agent that runs is waited for anyway."""
-        if not self._nested:
-            self._stop("the loop was left")
-
-    def cancel(self, reason: str, cause: BaseException) -> None:
-        """Cancel what runs; each invocation that was started still has its result."""
-        self._stop(reason)
-        assert self._batch is not None
-        self._batch.cancel(reason, cause)
-
-    def _stop(self, reason: str) -> None:
-        if self._closed_by is None:
-            self._closed_by = reason
-            assert self._batch is not None
-            self._batch.stop(reason, LoopClosed(reason))
-
-    async def _run(self) -> None:
-        assert self._batch is not None
-        try:
-            with self._scope:
-                await self._batch.run()
-        except anyio.get_cancelled_exc_class():
-            raise
-        except BaseException as exc:
-            self._failure = exc
-            if self._group is not None:
-                # The reader may wait for something else; leaving the block raises the failure.
-                self._group.cancel_scope.cancel()
-            else:
-                self._lifetime.failure = exc
-        finally:
-            self._batch.end()
-            self._ended.set()
-            if self._owned:
-                self._lifetime.end(self)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 from ._batch import Batch
 from ._config import LoopConfig
-from ._invocation import Inputs
+from ._invocation import Inputs, Invocation
 from ._limiter import Limiter
 from ._result import InvocationResult
 
@@ -37,7 +37,8 @@ class Gathering(Batch[T]):
         results, self._results = self._results, []
         return cast("list[InvocationResult[T]]", results)
 
-    def _deliver(self, result: InvocationResult[T]) -> None:
+    def _deliver(self, invocation: Invocation[T], result: InvocationResult[T]) -> None:
+        del invocation  # the result says whose it is
         missing = result.index + 1 - len(self._results)
         if missing > 0:
             self._results.extend([None] * missing)

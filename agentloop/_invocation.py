@@ -1,6 +1,6 @@
 """What is to be run."""
 
-__all__ = ["Input", "Inputs", "Invocation", "as_invocation", "check_fn", "check_inputs"]
+__all__ = ["Input", "Inputs", "Invocation", "StreamInputs", "as_invocation", "check_fn", "check_inputs"]
 
 import inspect
 import itertools
@@ -75,42 +75,43 @@ class Invocation(Generic[T_co]):
     One call of an agent.
 
     :param agent_id: a name for it, which its result carries
-    :param fn: an async function, or any callable that returns an awaitable; it is called anew for each
-        attempt, with the same arguments
+    :param fn: an async function, or any callable that returns an awaitable; for a stream an async generator
+        function, or any callable that returns an async iterable; it is called anew for each attempt, with
+        the same arguments
     :param args: its positional arguments
     :param kwargs: its keyword arguments
     :raises TypeError: if a value is of the wrong type
     """
 
     agent_id: str = attrs.field(validator=_check_agent_id)
-    fn: Callable[..., Awaitable[T_co]] = attrs.field(validator=check_fn)
+    fn: Callable[..., Awaitable[T_co] | AsyncIterable[T_co]] = attrs.field(validator=check_fn)
     args: tuple[Any, ...] = attrs.field(default=(), converter=_args, validator=_check_args)
     kwargs: Mapping[str, Any] = attrs.field(factory=dict[str, Any], validator=_check_kwargs)
 
     @overload
     @staticmethod
     def map(
-        fn: Callable[[ItemT], Awaitable[T]],
+        fn: Callable[[ItemT], Awaitable[T] | AsyncIterable[T]],
         items: Iterable[ItemT],
         agent_id: str | Callable[[ItemT], str] | None = None,
     ) -> "Iterator[Invocation[T]]": ...
     @overload
     @staticmethod
     def map(
-        fn: Callable[[ItemT], Awaitable[T]],
+        fn: Callable[[ItemT], Awaitable[T] | AsyncIterable[T]],
         items: AsyncIterable[ItemT],
         agent_id: str | Callable[[ItemT], str] | None = None,
     ) -> "AsyncIterator[Invocation[T]]": ...
     @staticmethod
     def map(
-        fn: Callable[[ItemT], Awaitable[T]],
+        fn: Callable[[ItemT], Awaitable[T] | AsyncIterable[T]],
         items: Iterable[ItemT] | AsyncIterable[ItemT],
         agent_id: str | Callable[[ItemT], str] | None = None,
     ) -> "Iterator[Invocation[T]] | AsyncIterator[Invocation[T]]":
         """
         Make one invocation of ``fn`` for each item, lazily.
 
-        :param fn: an async function of one item
+        :param fn: an async function, or an async generator function, of one item
         :param items: a sync or async iterable
         :param agent_id: a function that names an item, or a prefix to number the items by
             (``"q"`` gives ``"q-0"``, ``"q-1"``); the name of ``fn`` if absent
@@ -140,6 +141,14 @@ Input: TypeAlias = Invocation[T] | tuple[str, Callable[..., Awaitable[T]], Seque
 
 Inputs: TypeAlias = Iterable[Input[T]] | AsyncIterable[Input[T]]
 """What a batch is made of."""
+
+StreamInput: TypeAlias = (
+    Invocation[T] | tuple[str, Callable[..., AsyncIterable[T]], Sequence[Any], Mapping[str, Any]]
+)
+"""An invocation of a stream, or the plain 4-tuple of its fields."""
+
+StreamInputs: TypeAlias = Iterable[StreamInput[T]] | AsyncIterable[StreamInput[T]]
+"""What a batch of streams is made of."""
 
 
 def as_invocation(value: Input[T]) -> Invocation[T]:

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 from ._config import LoopConfig
 from ._errors import InvocationCancelled, InvocationTimeout, describe
 from ._invocation import Invocation
-from ._pool import Waiter
+from ._pool import Slot, Waiter
 from ._result import InvocationResult, Status
 from ._verdict import Verdict, VerdictKind
 
@@ -46,6 +46,12 @@ class Job(Generic[T]):
     error: BaseException | None = None
     failures: list[Exception] | None = None
     verdict: Verdict | None = None
+    slot: Slot | None = None
+    made_of_cancellation: Exception | None = None
+    # Of a stream only.
+    chunks = 0
+    first_chunk_at: float | None = None
+    chunk_limit: tuple[type[InvocationTimeout], float] | None = None
 
     def __init__(self, invocation: Invocation[T], index: int, now: float) -> None:
         self.invocation = invocation
@@ -90,7 +96,11 @@ class Job(Generic[T]):
         timeout = config.timeout_seconds
         seconds = self.total_seconds if self.total_counts or timeout is None else timeout
         error = InvocationTimeout(seconds, self.total_counts)
-        error.__cause__ = cause
+        if self.chunk_limit is not None:
+            kind, seconds = self.chunk_limit
+            error = kind(seconds)
+
+        error.__cause__ = cause or self.made_of_cancellation
         self.fail(Status.TIMEOUT, error)
 
     def expire(self) -> None:
@@ -105,6 +115,7 @@ class Job(Generic[T]):
         """End the invocation because its caller was cancelled."""
         self.status = Status.CANCELLED if self.attempts else Status.SKIPPED
         self.error = InvocationCancelled(reason)
+        self.error.__cause__ = self.made_of_cancellation
 
     def skip(self, error: Exception) -> None:
         """End the invocation without having started it."""
@@ -140,7 +151,8 @@ class Job(Generic[T]):
         if verdict is None or verdict.kind in (VerdictKind.PERMANENT, VerdictKind.FATAL):
             return None
 
-        if config.max_retries == 0:
+        # What was handed over once cannot be taken back.
+        if config.max_retries == 0 or self.chunks:
             return None
 
         backoff = config.backoff
@@ -191,6 +203,10 @@ class Job(Generic[T]):
         else:
             latency, queue = now - started_at, started_at - self.queued_at
 
+        first_chunk = None
+        if self.first_chunk_at is not None and started_at is not None:
+            first_chunk = (self.first_chunk_at - started_at) * 1000
+
         result = InvocationResult(
             self.invocation.agent_id,
             self.status,
@@ -201,10 +217,13 @@ class Job(Generic[T]):
             max(0, self.attempts - 1),
             tuple(self.failures) if self.failures else (),
             self.index,
+            self.chunks,
+            first_chunk,
         )
         self.output = None
         self.error = None
         self.failures = None
+        self.made_of_cancellation = None
         return result
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Lifetime"]
+__all__ = ["Call", "Lifetime"]
 
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager

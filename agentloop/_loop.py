@@ -4,23 +4,25 @@ from __future__ import annotations
 
 __all__ = ["AgentLoop", "LoopStatistics"]
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
 import attrs
 
-from ._completed import Completed, Completing
+from ._completed import Completed, Completing, Fanning
 from ._config import LoopConfig
 from ._errors import LoopClosed
+from ._events import ChunkEvent, ResultEvent
 from ._gathered import Gathering
-from ._invocation import Inputs, Invocation, check_inputs
+from ._invocation import Inputs, Invocation, StreamInputs, check_inputs
 from ._lifetime import Lifetime
 from ._limiter import Limiter
 from ._metrics import MetricsRecorder
 from ._result import InvocationResult
 from ._single import Single
+from ._stream import AgentStream, Streaming
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -226,7 +228,76 @@ class AgentLoop:
         """
         check_inputs(invocations)
         return Completed(
-            lambda: Completing(invocations, self._limiter, self._config, self._record), self._lifetime
+            "as_completed",
+            lambda: Completing(invocations, self._limiter, self._config, self._record),
+            self._lifetime,
+        )
+
+    def run_streaming(
+        self, agent_id: str, stream_fn: Callable[P, AsyncIterable[T]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> AgentStream[T]:
+        """
+        Run one invocation and give what it yields, while it runs::
+
+            async with loop.run_streaming("writer", write, "a haiku") as stream:
+                async for chunk in stream:
+                    ...
+
+        A failure before the first chunk is retried like any other; afterwards it is raised to the reader,
+        after the chunks that came before it. The agent holds its slot until it has ended, also while it waits
+        for a slow reader; ``total_timeout_seconds`` bounds that. In the other time-outs (each attempt's
+        ``timeout_seconds``, ``first_chunk_timeout_seconds``, ``idle_timeout_seconds`` between chunks) the
+        time that the reader takes does not count.
+
+        Inside ``async with loop:`` the agent's task belongs to the loop and not to the task that reads. The
+        stream can then be read in an async generator, be left by another task, and be left in any order.
+
+        :param agent_id: a name for it, which the result carries
+        :param stream_fn: an async generator function, or any callable that returns an async iterable, whose
+            iterator is closed if it has an ``aclose()``
+        :param args: its positional arguments
+        :param kwargs: its keyword arguments
+        :return: the stream, which begins when its ``async with`` block is entered
+        :raises TypeError: if ``stream_fn`` cannot be called
+        :raises LoopClosed: on entering, if the loop's ``async with`` block has been left
+        """
+        invocation = Invocation[T](agent_id, stream_fn, args, kwargs)
+        return AgentStream(
+            agent_id,
+            lambda: Streaming[T](invocation, self._limiter, self._config, self._record),
+            self._lifetime,
+        )
+
+    def stream_all(
+        self, invocations: StreamInputs[T]
+    ) -> AbstractAsyncContextManager[AsyncIterator[ChunkEvent[T] | ResultEvent], None]:
+        """
+        Run many streams at once and give the chunks of all, as they come::
+
+            async with loop.stream_all(Invocation.map(write, topics)) as events:
+                async for event in events:
+                    match event:
+                        case ChunkEvent(invocation, chunk):
+                            ...
+                        case ResultEvent(invocation, result):
+                            ...
+
+        The chunks of each invocation come in order, and after the last of them its result, whether it failed
+        or not. The input is pulled lazily, as in :meth:`as_completed`, and all streams together are at most a
+        small buffer ahead of the reader. Leaving the block cancels what is left and waits for it. Being
+        cancelled while waiting for an event loses none.
+
+        :param invocations: what to run: a sync or async iterable of invocations of async generator functions,
+            or ``(agent_id, stream_fn, args, kwargs)`` tuples
+        :return: an async context manager that gives an async iterable of events
+        :raises TypeError: as :meth:`as_completed`
+        :raises LoopClosed: as :meth:`as_completed`
+        """
+        check_inputs(invocations)
+        return Completed(
+            "stream_all",
+            lambda: Fanning(invocations, self._limiter, self._config, self._record),
+            self._lifetime,
         )
 
     async def __aenter__(self) -> Self:

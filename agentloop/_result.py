@@ -46,6 +46,8 @@ class InvocationResult(Generic[T_co]):
     :param retries: how many retries were made
     :param failures: what each failed attempt raised, in order
     :param index: the place in the batch's input; 0 for a single invocation
+    :param chunks: how many chunks a stream yielded
+    :param first_chunk_ms: from the first start to the first chunk of a stream; ``None`` without one
     """
 
     agent_id: str
@@ -57,6 +59,8 @@ class InvocationResult(Generic[T_co]):
     retries: int = 0
     failures: tuple[Exception, ...] = ()
     index: int = 0
+    chunks: int = 0
+    first_chunk_ms: float | None = None
 
     @property
     def success(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import anyio
 from anyio.lowlevel import cancel_shielded_checkpoint
 
-from ._attempt import run_attempt
+from ._attempt import Act, call, run_attempt
 from ._backend import current_host
 from ._config import LoopConfig
 from ._invocation import Invocation
@@ -25,9 +25,11 @@ T = TypeVar("T")
 
 class Single(Generic[T]):
     """
-    Runs one invocation in the caller's task: slot, attempt, wait, and again.
+    Runs one invocation in one task: slot, attempt, wait, and again.
 
-    :param record: is given the result, also when the caller is cancelled
+    :param record: is given the result, also when the task is cancelled
+    :param act: what is done with the agent
+    :param own_task: whether the task is ours and not the caller's
     """
 
     def __init__(
@@ -36,16 +38,22 @@ class Single(Generic[T]):
         limiter: Limiter,
         config: LoopConfig,
         record: Callable[[InvocationResult[Any]], None] | None,
+        act: Act = call,
+        own_task: bool = False,
     ) -> None:
         self._pool = pool_of(limiter)
         self._config = config
         self._record = record
         self._outer: Slot | None = current_slot.get()
         self._job = Job(invocation, 0, self._pool.now())
+        self._act = act
+        self._own_task = own_task
         self._scope: anyio.CancelScope | None = None
-        self._reason = "the caller was cancelled"
         self._waited = False
-        self._ended: InvocationResult[T] | None = None
+        self.reason = "the caller was cancelled"
+        """Why it is cancelled, if it is."""
+        self.ended: InvocationResult[T] | None = None
+        """The result, if it was cancelled."""
 
     async def run(self) -> InvocationResult[T]:
         """
@@ -58,8 +66,8 @@ class Single(Generic[T]):
             if not self._waited:
                 await cancel_shielded_checkpoint()
         except BaseException:
-            self._job.cancel(self._reason)
-            self._ended = self._end()
+            self._job.cancel(self.reason)
+            self.ended = self._end()
             raise
 
         # No local name for the result: the traceback of an error in it refers to this frame.
@@ -70,8 +78,8 @@ class Single(Generic[T]):
         with anyio.CancelScope() as self._scope:
             return await self.run()
 
-        assert self._ended is not None
-        return self._ended
+        assert self.ended is not None
+        return self.ended
 
     def close(self) -> None:
         """Begin nothing new; what waits to be retried here is not new."""
@@ -80,7 +88,7 @@ class Single(Generic[T]):
         """Cancel the invocation."""
         del cause
         assert self._scope is not None
-        self._reason = reason
+        self.reason = reason
         self._scope.cancel(reason)
 
     def _end(self) -> InvocationResult[T]:
@@ -100,7 +108,10 @@ class Single(Generic[T]):
                 job.expire()
                 return
 
-            await run_attempt(job, config, slot, context, host, False, self._on_wait)
+            await run_attempt(job, config, slot, context, host, self._own_task, self._on_wait, self._act)
+            if self._own_task and host.cancellations():
+                await host.forget_cancellations(0)
+
             if job.verdict is None:
                 return
 

@@ -60,6 +60,8 @@ def test_result_has_the_defaults_of_a_plain_success() -> None:
         "retries": 0,
         "failures": (),
         "index": 0,
+        "chunks": 0,
+        "first_chunk_ms": None,
     }
     assert result.success
     assert result.error is None

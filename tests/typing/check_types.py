@@ -6,7 +6,15 @@ A line with an ``ignore`` is an error that both have to find: where one of them 
 comment as unused.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterator,
+)
 from functools import partial
 from typing import Any, assert_type
 
@@ -112,7 +120,7 @@ def invocation_carries_what_its_agent_returns() -> None:
     assert_type(Invocation("a", agent, ("text",)), Invocation[int])
     assert_type(Invocation("a", partial(count, "text")), Invocation[int])
     assert_type(Invocation("a", returns_awaitable), Invocation[int])
-    assert_type(Invocation("a", count).fn, Callable[..., Awaitable[int]])
+    assert_type(Invocation("a", count).fn, Callable[..., Awaitable[int] | AsyncIterable[int]])
     assert_type(Invocation("a", count).args, tuple[Any, ...])
 
 

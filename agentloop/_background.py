@@ -1,0 +1,119 @@
+"""A task that produces what another one reads."""
+
+from __future__ import annotations
+
+__all__ = ["Background", "Producer"]
+
+from typing import Protocol
+
+import anyio
+from anyio.abc import TaskGroup
+from anyio.lowlevel import checkpoint_if_cancelled
+
+from ._backend import current_host
+from ._lifetime import Call, Lifetime
+from ._pool import current_slot
+
+
+class Producer(Call, Protocol):
+    """What produces."""
+
+    async def run(self) -> None:
+        """Produce everything. When it returns or raises, nothing of it is left."""
+
+    def end(self) -> None:
+        """Tell the reader that nothing comes any more."""
+
+    def leave(self) -> None:
+        """Cancel what runs, since its reader has left."""
+
+    def drop(self) -> None:
+        """Drop what was not read."""
+
+
+class Background:
+    """
+    Runs a producer beside the task that reads.
+
+    The producer's task belongs to the loop where that has been entered, so that the reader's task then enters
+    no scope; otherwise to a task group that the reader's block opens.
+    """
+
+    def __init__(self, producer: Producer, lifetime: Lifetime) -> None:
+        self._producer = producer
+        self._lifetime = lifetime
+        self._nested = current_slot.get() is not None
+        self._group: TaskGroup | None = None
+        self._ended = anyio.Event()
+        self._failure: BaseException | None = None
+
+    async def start(self) -> None:
+        """Start the task."""
+        if self._lifetime.is_open:
+            self._lifetime.begin(self)
+            self._lifetime.start_soon(self._run, "agentloop producer")
+        else:
+            group = anyio.create_task_group()
+            await group.__aenter__()
+            self._group = group
+            group.start_soon(self._run, name="agentloop producer")
+
+    async def stop(self, exc: BaseException | None) -> None:
+        """
+        Cancel the producer and wait for its end, also if this is cancelled meanwhile.
+
+        :param exc: what the reader's block is left by
+        :raises BaseException: what ended the producer, unless it is an ``Exception``
+        """
+        self._producer.leave()
+        try:
+            if self._group is None:
+                # As in a task group: also a cancelled reader waits until nothing of it is left.
+                with anyio.CancelScope(shield=True):
+                    await self._ended.wait()
+
+                await checkpoint_if_cancelled()
+            elif isinstance(exc, anyio.get_cancelled_exc_class()):
+                await self._group.__aexit__(type(exc), exc, exc.__traceback__)
+            else:
+                # Nothing in the group raises, so what left the body goes on as the object that it is.
+                await self._group.__aexit__(None, None, None)
+        finally:
+            self._producer.drop()
+            if self._failure is not exc:
+                self.raise_failure()
+
+    def raise_failure(self) -> None:
+        """Raise what ended the producer, such as a ``KeyboardInterrupt`` from an agent."""
+        if self._failure is not None:
+            self._lifetime.failure = None
+            raise self._failure
+
+    def close(self) -> None:
+        """Begin nothing new, since nobody might be reading; but an agent that runs is waited for anyway."""
+        if not self._nested:
+            self._producer.close()
+
+    def cancel(self, reason: str, cause: BaseException) -> None:
+        """Cancel what runs; each invocation that was started still has its result."""
+        self._producer.cancel(reason, cause)
+
+    async def _run(self) -> None:
+        try:
+            await self._producer.run()
+        except anyio.get_cancelled_exc_class():
+            # One that an agent asked for, from a callback that came late, ends this task and nothing else.
+            await checkpoint_if_cancelled()
+            await current_host().forget_cancellations(0)
+        except BaseException as exc:
+            self._failure = exc
+            if self._group is not None:
+                # The reader may wait for something else; leaving the block raises the failure.
+                self._group.cancel_scope.cancel()
+            else:
+                self._lifetime.failure = exc
+        finally:
+            self._producer.end()
+            self._ended.set()
+            if self._group is None:
+                self._lifetime.end(self)

@@ -1,0 +1,183 @@
+"""A stream: what an agent yields, read while it runs."""
+
+from __future__ import annotations
+
+__all__ = ["AgentStream", "Streaming"]
+
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+import anyio
+
+from ._background import Background
+from ._carriage import carry
+from ._channel import Channel
+from ._config import LoopConfig
+from ._invocation import Invocation
+from ._job import Job
+from ._lifetime import Lifetime
+from ._limiter import Limiter
+from ._result import InvocationResult
+from ._single import Single
+
+T = TypeVar("T")
+
+
+def _as_it_is(_: Job[Any], chunk: T) -> T:
+    return chunk
+
+
+class Streaming(Generic[T]):
+    """Runs one invocation whose chunks are read meanwhile."""
+
+    def __init__(
+        self,
+        invocation: Invocation[Any],
+        limiter: Limiter,
+        config: LoopConfig,
+        record: Callable[[InvocationResult[Any]], None] | None,
+    ) -> None:
+        self.channel: Channel[T] = Channel()
+        self.result: InvocationResult[None] | None = None
+        act = partial(carry, self.channel, _as_it_is)
+        self._single: Single[None] = Single(invocation, limiter, config, record, act, own_task=True)
+        self._scope = anyio.CancelScope()
+
+    async def run(self) -> None:
+        try:
+            with self._scope:
+                self.result = await self._single.run()
+        finally:
+            self.result = self.result or self._single.ended
+
+    def end(self) -> None:
+        self.channel.end()
+
+    def leave(self) -> None:
+        self._cancel("the block that reads the stream was left")
+
+    def close(self) -> None:
+        self.channel.hurry(lambda: self._cancel("the loop was left, and nobody read the stream"))
+
+    def cancel(self, reason: str, cause: BaseException) -> None:
+        del cause  # the reason names it
+        self._cancel(reason)
+
+    def drop(self) -> None:
+        self.channel.drop()
+
+    def _cancel(self, reason: str) -> None:
+        if not self._scope.cancel_called:
+            self._single.reason = reason
+            self._scope.cancel(reason)
+
+
+class AgentStream(Generic[T]):
+    """
+    What an agent yields: an async context manager, and an async iterable of chunks inside it::
+
+        async with loop.run_streaming("writer", write, "a haiku") as stream:
+            async for chunk in stream:
+                ...
+
+    The agent runs in a task of its own, at most a small buffer ahead of its reader. What it raises reaches
+    the reader as the object that it is, after the chunks that it yielded before. Being cancelled while
+    waiting for a chunk loses none. Leaving the block, by any path, cancels an agent that still runs, and
+    waits until its generator is closed; one that is suspended at a ``yield`` then has five seconds for its
+    cleanup.
+    """
+
+    def __init__(self, agent_id: str, make: Callable[[], Streaming[T]], lifetime: Lifetime) -> None:
+        self._make = make
+        self._lifetime = lifetime
+        self._agent_id = agent_id
+        self._streaming: Streaming[T] | None = None
+        self._background: Background | None = None
+        self._raised_at: TracebackType | None = None
+        self._raised = False
+
+    def __repr__(self) -> str:
+        state = "not entered"
+        if self._streaming is not None:
+            result = self._streaming.result
+            state = "running" if result is None else f"{result.status} after {result.chunks} chunks"
+
+        return f"<AgentStream {self._agent_id!r} {state}>"
+
+    @property
+    def result(self) -> InvocationResult[None]:
+        """
+        What became of the invocation. Its ``output`` is ``None``: the chunks were the reader's.
+
+        :raises RuntimeError: while the agent may still run; at the end of the block it does not
+        """
+        if self._streaming is None or self._streaming.result is None:
+            raise RuntimeError(
+                "a stream has its result when it has ended: read it after the `async with` block"
+            )
+
+        return self._streaming.result
+
+    async def __aenter__(self) -> Self:
+        if self._streaming is not None:
+            raise RuntimeError("a stream can be read in one `async with` block only")
+
+        self._lifetime.check()
+        self._streaming = self._make()
+        self._background = Background(self._streaming, self._lifetime)
+        await self._background.start()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._background is not None
+        await self._background.stop(exc)
+
+    def __aiter__(self) -> AsyncIterator[T]:
+        self._entered()
+        return self
+
+    async def __anext__(self) -> T:
+        """
+        Wait for a chunk.
+
+        :raises Exception: what the agent raised, after its chunks
+        :raises InvocationTimeout: if it took too long; :exc:`FirstChunkTimeout` and :exc:`IdleTimeout` are
+            such
+        :raises InvocationCancelled: if it was cancelled from within, or with its loop
+        """
+        streaming = self._entered()
+        try:
+            return await streaming.channel.take()
+        except anyio.EndOfStream:
+            pass
+
+        assert self._background is not None
+        self._background.raise_failure()
+        error = self.result.exception
+        if error is None:
+            raise StopAsyncIteration
+
+        if isinstance(error, StopAsyncIteration):
+            raise RuntimeError("the agent raised StopAsyncIteration") from error
+
+        if not self._raised:
+            self._raised = True
+            self._raised_at = error.__traceback__
+
+        # Each time the same object, without the frames of the times before.
+        try:
+            raise error.with_traceback(self._raised_at)
+        finally:
+            del error, self
+
+    def _entered(self) -> Streaming[T]:
+        if self._streaming is None:
+            raise RuntimeError(
+                "write `async with loop.run_streaming(...) as stream:` around `async for chunk in stream:`"
+            )
+
+        return self._streaming
