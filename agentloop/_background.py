@@ -4,13 +4,15 @@ from __future__ import annotations
 
 __all__ = ["Background", "Producer"]
 
-from typing import Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
 
 import anyio
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from ._backend import current_host
+from ._carriage import StartSoon
 from ._lifetime import Call, Lifetime
 from ._pool import current_slot
 
@@ -18,8 +20,12 @@ from ._pool import current_slot
 class Producer(Call, Protocol):
     """What produces."""
 
-    async def run(self) -> None:
-        """Produce everything. When it returns or raises, nothing of it is left."""
+    async def produce(self, start_soon: StartSoon) -> None:
+        """
+        Produce everything. When it returns or raises, nothing of it is left that will not end by itself.
+
+        :param start_soon: starts a task beside this one, which must not raise
+        """
 
     def end(self) -> None:
         """Tell the reader that nothing comes any more."""
@@ -51,12 +57,12 @@ class Background:
         """Start the task."""
         if self._lifetime.is_open:
             self._lifetime.begin(self)
-            self._lifetime.start_soon(self._run, "agentloop producer")
         else:
             group = anyio.create_task_group()
             await group.__aenter__()
             self._group = group
-            group.start_soon(self._run, name="agentloop producer")
+
+        self._start_soon(self._run, "agentloop producer")
 
     async def stop(self, exc: BaseException | None) -> None:
         """
@@ -98,9 +104,15 @@ class Background:
         """Cancel what runs; each invocation that was started still has its result."""
         self._producer.cancel(reason, cause)
 
+    def _start_soon(self, task: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
+        if self._group is None:
+            self._lifetime.start_soon(task, name)
+        else:
+            self._group.start_soon(task, name=name)
+
     async def _run(self) -> None:
         try:
-            await self._producer.run()
+            await self._producer.produce(self._start_soon)
         except anyio.get_cancelled_exc_class():
             # One that an agent asked for, from a callback that came late, ends this task and nothing else.
             await checkpoint_if_cancelled()

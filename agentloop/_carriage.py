@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["carry"]
+__all__ = ["StartSoon", "carry"]
 
 import inspect
 import math
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine
 from contextvars import Context
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import anyio
 
@@ -16,23 +16,25 @@ from ._attempt import plumbing
 from ._channel import Channel
 from ._config import LoopConfig
 from ._context import call_in_context
-from ._errors import FirstChunkTimeout, IdleTimeout, InvocationTimeout
+from ._errors import FirstChunkTimeout, IdleTimeout
 from ._job import Job
 from ._pool import current_slot
 
 ItemT = TypeVar("ItemT")
+
+StartSoon: TypeAlias = Callable[[Callable[[], Coroutine[Any, Any, None]], str], None]
+"""Starts a task, which gets a name, beside the one that runs the agent."""
 
 CLOSE_SECONDS = 5.0
 """How long an agent's generator may take to close when its stream ends early."""
 CLOSE_TRIES = 3
 """How often a generator that goes on to yield is told to close."""
 
-_NOTHING: dict[str, Any] = {}
-
 
 def carry(
     channel: Channel[ItemT],
     as_item: Callable[[Job[Any], Any], ItemT],
+    start_soon: StartSoon,
     job: Job[Any],
     config: LoopConfig,
     context: Context,
@@ -43,11 +45,13 @@ def carry(
     Call the agent, and hand over what it yields until it ends.
 
     :param as_item: makes of a chunk what the channel carries
+    :param start_soon: starts the task that watches for idleness
     :param context: what every step of the agent is taken in
-    :param scope: the attempt's scope, whose deadline is set anew for each wait
-    :param on_wait: called whenever the agent waits
+    :param scope: the attempt's scope
+    :param on_wait: called when the agent waits for the first time
     """
-    return _Carriage(channel, as_item, job, config, context, scope, on_wait).run()
+    carriage = _Carriage(channel, as_item, start_soon, job, config, scope)
+    return call_in_context(context, carriage.run, (), {}, on_wait)
 
 
 class _Carriage(Generic[ItemT]):
@@ -55,40 +59,42 @@ class _Carriage(Generic[ItemT]):
         self,
         channel: Channel[ItemT],
         as_item: Callable[[Job[Any], Any], ItemT],
+        start_soon: StartSoon,
         job: Job[Any],
         config: LoopConfig,
-        context: Context,
         scope: anyio.CancelScope,
-        on_wait: Callable[[], object],
     ) -> None:
         assert job.slot is not None
         self._pool = job.slot.pool
         self._channel = channel
         self._as_item = as_item
+        self._start_soon = start_soon
         self._job = job
-        self._context = context
+        self._first_seconds = config.first_chunk_timeout_seconds
+        self._idle_seconds = config.idle_timeout_seconds
         self._scope = scope
-        self._on_wait = on_wait
-        self._config = config
-        self._deadline = scope.deadline
-        self._began = self._pool.now()
-        timeout = config.timeout_seconds
+        now = self._pool.now()
         # When the attempt has to be over. The time for which its reader lets it wait is added.
-        self._end = math.inf if timeout is None else self._began + timeout
-        self._waiting = False
+        self._end = math.inf if config.timeout_seconds is None else now + config.timeout_seconds
+        # Since when the agent has yielded nothing, while nobody but itself is to blame.
+        self._idle_since = math.inf
+        self._watching: anyio.CancelScope | None = None
+        if self._first_seconds is not None and now + self._first_seconds < scope.deadline:
+            scope.deadline = now + self._first_seconds
+            job.total_counts = False
+            job.chunk_limit = (FirstChunkTimeout, self._first_seconds)
 
     @plumbing
     async def run(self) -> None:
-        iterator = self._context.run(self._open)
+        iterator = self._open()
         try:
             await self._pull(iterator)
         except BaseException:
-            if not self._waiting:
-                # The timer of an earlier wait has no part in this, whatever the clock says by now.
-                self._scope.deadline = math.inf
-
             self._job.made_of_cancellation = await self._close(iterator)
             raise
+        finally:
+            if self._watching is not None:
+                self._watching.cancel()
 
         error = await self._close(iterator)
         if error is not None:
@@ -96,10 +102,9 @@ class _Carriage(Generic[ItemT]):
 
     def _open(self) -> AsyncIterator[Any]:
         invocation = self._job.invocation
-        returned: Any = invocation.fn(*invocation.args, **invocation.kwargs)
+        returned: object = invocation.fn(*invocation.args, **invocation.kwargs)
         if isinstance(returned, AsyncIterable):
-            iterable: AsyncIterable[Any] = returned
-            return aiter(iterable)
+            return aiter(returned)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
 
         if inspect.iscoroutine(returned):
             returned.close()
@@ -111,52 +116,40 @@ class _Carriage(Generic[ItemT]):
 
     @plumbing
     async def _pull(self, iterator: AsyncIterator[Any]) -> None:
-        channel, job, context = self._channel, self._job, self._context
-        while True:
-            self._waiting = False
-            try:
-                chunk = await call_in_context(context, iterator.__anext__, (), _NOTHING, self._on_agent_wait)
-            except StopAsyncIteration:
-                return
-
+        channel, job, as_item, now = self._channel, self._job, self._as_item, self._pool.now
+        async for chunk in iterator:
             if not job.chunks:
-                job.first_chunk_at = self._pool.now()
+                self._first_chunk()
 
             job.chunks += 1
-            channel.put(self._as_item(job, chunk))
+            channel.put(as_item(job, chunk))
             if channel.full:
-                self._waiting = False
                 await self._wait_for_reader()
+            elif self._watching is not None:
+                self._idle_since = now()
 
-    def _on_agent_wait(self) -> None:
-        self._waiting = True
-        job, since = self._job, self._began
-        kind: type[InvocationTimeout] = FirstChunkTimeout
-        seconds = self._config.first_chunk_timeout_seconds
-        if job.chunks:
-            kind, seconds = IdleTimeout, self._config.idle_timeout_seconds
-            if seconds is not None:
-                since = self._pool.now()
+    def _first_chunk(self) -> None:
+        self._job.first_chunk_at = self._pool.now()
+        if self._job.chunk_limit is not None:
+            self._allow_the_attempt_its_time()
 
-        deadline = min(job.deadline, self._end)
-        job.total_counts = job.deadline <= self._end
+        if self._idle_seconds is not None:
+            self._watching = anyio.CancelScope()
+            self._start_soon(self._watch, "agentloop watch")
+
+    def _allow_the_attempt_its_time(self) -> None:
+        job = self._job
         job.chunk_limit = None
-        if seconds is not None and since + seconds < deadline:
-            deadline = since + seconds
-            job.total_counts = False
-            job.chunk_limit = (kind, seconds)
-
-        self._set_deadline(deadline)
-        self._on_wait()
+        job.total_counts = job.deadline <= self._end
+        self._scope.deadline = min(job.deadline, self._end)
 
     async def _wait_for_reader(self) -> None:
         pool, job, slot = self._pool, self._job, self._job.slot
         assert slot is not None
         began = pool.now()
+        self._idle_since = math.inf
         job.total_counts = True
-        job.chunk_limit = None
-        self._set_deadline(job.deadline)
-        self._on_wait()
+        self._scope.deadline = job.deadline
         if slot.lender is None:
             await self._channel.wait_for_room()
         else:
@@ -168,13 +161,27 @@ class _Carriage(Generic[ItemT]):
             invocation = job.invocation
             slot = pool.acquire_nowait(invocation, outer)
             job.slot = slot or await pool.wait(pool.enqueue(invocation, outer))
-            self._context.run(current_slot.set, job.slot)
+            current_slot.set(job.slot)
 
-        self._end += pool.now() - began
+        self._idle_since = pool.now()
+        self._end += self._idle_since - began
+        self._allow_the_attempt_its_time()
 
-    def _set_deadline(self, deadline: float) -> None:
-        if deadline != self._deadline:
-            self._scope.deadline = self._deadline = deadline
+    async def _watch(self) -> None:
+        """
+        End an agent that yields nothing for too long.
+
+        A task, because a timer that is set anew for every chunk costs more than all else about a chunk.
+        """
+        assert self._watching is not None and self._idle_seconds is not None
+        with self._watching:
+            while (now := self._pool.now()) < self._idle_since + self._idle_seconds:
+                await anyio.sleep_until(min(self._idle_since, now) + self._idle_seconds)
+
+            if not self._scope.cancel_called:
+                self._job.total_counts = False
+                self._job.chunk_limit = (IdleTimeout, self._idle_seconds)
+                self._scope.cancel("idle")
 
     async def _close(self, iterator: AsyncIterator[Any]) -> Exception | None:
         """
@@ -190,7 +197,7 @@ class _Carriage(Generic[ItemT]):
         with anyio.CancelScope(deadline=self._pool.now() + CLOSE_SECONDS, shield=True) as scope:
             for _ in range(CLOSE_TRIES):
                 try:
-                    await call_in_context(self._context, aclose, (), _NOTHING, self._on_wait)
+                    await aclose()
                 except Exception as exc:
                     error = error or exc
                 else:

@@ -13,12 +13,12 @@ import anyio
 
 from ._background import Background
 from ._batch import Batch
-from ._carriage import carry
+from ._carriage import StartSoon, carry
 from ._channel import Channel
 from ._config import LoopConfig
 from ._errors import LoopClosed
 from ._events import ChunkEvent, ResultEvent
-from ._invocation import Inputs, Invocation, StreamInputs
+from ._invocation import Inputs, Invocation
 from ._job import Job
 from ._lifetime import Lifetime
 from ._limiter import Limiter
@@ -46,10 +46,11 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
         self.closed_by: str | None = None
         """Why nothing new is begun, if that was not the batch's own doing."""
 
-    async def run(self) -> None:
+    async def produce(self, start_soon: StartSoon) -> None:
         """Run the batch to its end, or until its reader leaves."""
+        del start_soon  # for batches of streams
         with self._scope:
-            await super().run()
+            await self.run()
 
     async def take(self) -> ItemT:
         """
@@ -104,15 +105,10 @@ class Completing(ReadBatch[T, InvocationResult[T]]):
 class Fanning(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
     """A batch of streams, which hands over the chunks of all, and each one's result after its last chunk."""
 
-    def __init__(
-        self,
-        inputs: StreamInputs[T],
-        limiter: Limiter,
-        config: LoopConfig,
-        record: Callable[[InvocationResult[Any]], None] | None,
-    ) -> None:
-        super().__init__(cast("Inputs[None]", inputs), limiter, config, record)
-        self._act = partial(carry, self._channel, _chunk_event)
+    async def produce(self, start_soon: StartSoon) -> None:
+        """Run the batch to its end, or until its reader leaves."""
+        self._act = partial(carry, self._channel, _chunk_event, start_soon)
+        await super().produce(start_soon)
 
     def _deliver(self, invocation: Invocation[None], result: InvocationResult[None]) -> None:
         self._channel.put(ResultEvent(invocation, result))

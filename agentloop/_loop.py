@@ -7,7 +7,7 @@ __all__ = ["AgentLoop", "LoopStatistics"]
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar, cast
 
 import attrs
 
@@ -296,7 +296,7 @@ class AgentLoop:
         check_inputs(invocations)
         return Completed(
             "stream_all",
-            lambda: Fanning(invocations, self._limiter, self._config, self._record),
+            lambda: Fanning(cast("Inputs[None]", invocations), self._limiter, self._config, self._record),
             self._lifetime,
         )
 

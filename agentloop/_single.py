@@ -28,7 +28,6 @@ class Single(Generic[T]):
     Runs one invocation in one task: slot, attempt, wait, and again.
 
     :param record: is given the result, also when the task is cancelled
-    :param act: what is done with the agent
     :param own_task: whether the task is ours and not the caller's
     """
 
@@ -38,7 +37,6 @@ class Single(Generic[T]):
         limiter: Limiter,
         config: LoopConfig,
         record: Callable[[InvocationResult[Any]], None] | None,
-        act: Act = call,
         own_task: bool = False,
     ) -> None:
         self._pool = pool_of(limiter)
@@ -46,7 +44,8 @@ class Single(Generic[T]):
         self._record = record
         self._outer: Slot | None = current_slot.get()
         self._job = Job(invocation, 0, self._pool.now())
-        self._act = act
+        self.act: Act = call
+        """What is done with the agent."""
         self._own_task = own_task
         self._scope: anyio.CancelScope | None = None
         self._waited = False
@@ -108,7 +107,7 @@ class Single(Generic[T]):
                 job.expire()
                 return
 
-            await run_attempt(job, config, slot, context, host, self._own_task, self._on_wait, self._act)
+            await run_attempt(job, config, slot, context, host, self._own_task, self._on_wait, self.act)
             if self._own_task and host.cancellations():
                 await host.forget_cancellations(0)
 

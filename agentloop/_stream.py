@@ -12,7 +12,7 @@ from typing import Any, Generic, Self, TypeVar
 import anyio
 
 from ._background import Background
-from ._carriage import carry
+from ._carriage import StartSoon, carry
 from ._channel import Channel
 from ._config import LoopConfig
 from ._invocation import Invocation
@@ -41,11 +41,11 @@ class Streaming(Generic[T]):
     ) -> None:
         self.channel: Channel[T] = Channel()
         self.result: InvocationResult[None] | None = None
-        act = partial(carry, self.channel, _as_it_is)
-        self._single: Single[None] = Single(invocation, limiter, config, record, act, own_task=True)
+        self._single: Single[None] = Single(invocation, limiter, config, record, own_task=True)
         self._scope = anyio.CancelScope()
 
-    async def run(self) -> None:
+    async def produce(self, start_soon: StartSoon) -> None:
+        self._single.act = partial(carry, self.channel, _as_it_is, start_soon)
         try:
             with self._scope:
                 self.result = await self._single.run()
