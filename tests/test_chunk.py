@@ -17,7 +17,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from agentloop import AgentLoopError, Status, StreamChunk, StreamEvent, collect_text
+from agentloop import AgentLoop, AgentLoopError, Status, StreamChunk, StreamEvent, collect_text
 
 TERMINAL = {StreamEvent.ERROR, StreamEvent.COMPLETE, StreamEvent.CANCELLED}
 # Text in which line ends, spaces, colons and the words of the format are as frequent as anything else.
@@ -296,6 +296,20 @@ async def test_text_that_the_agent_cut_off_is_not_taken_for_the_whole(event: Str
         await collect_text(stream)
 
     assert [chunk async for chunk in stream] == ["never read"]
+
+
+async def test_stream_of_an_agent_can_be_collected_and_ends_with_its_block() -> None:
+    async with AgentLoop().run_streaming(
+        "writer", stream_of, "all ", StreamChunk(StreamEvent.TEXT, "of it")
+    ) as stream:
+        assert await collect_text(stream) == "all of it"
+
+    assert stream.result.status is Status.SUCCESS
+    with pytest.raises(AgentLoopError, match="cut off"):
+        async with AgentLoop().run_streaming(
+            "writer", stream_of, "half", StreamChunk(StreamEvent.ERROR)
+        ) as stream:
+            await collect_text(stream)
 
 
 async def test_what_the_stream_raises_is_raised_as_it_is() -> None:

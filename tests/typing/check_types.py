@@ -277,6 +277,9 @@ async def chunked() -> AsyncIterator[StreamChunk]:
 async def text_is_collected_from_chunks_and_from_text() -> None:
     assert_type(await collect_text(chunked()), str)
     assert_type(await collect_text(streaming("text")), str)
+    async with loop.run_streaming("a", chunked) as stream:
+        assert_type(await collect_text(stream), str)
+
     await collect_text(slow_numbers())  # type: ignore[arg-type]
     await collect_text(["text"])  # type: ignore[arg-type]
 
