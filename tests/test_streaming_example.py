@@ -6,18 +6,28 @@ import os
 import re
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
+import anyio
+import httpx2
 import pytest
 import streaming
-from model_server import reply_to
+from anyio.abc import SocketAttribute
+from model_server import Faults, reply_to, serve_model
+
+from agentloop import AgentLoop, InvocationResult, Status
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "streaming.py"
 BACKENDS = ["asyncio", "trio"]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture(params=BACKENDS)
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 class Scene(NamedTuple):
@@ -120,6 +130,36 @@ def test_client_that_leaves_halfway_ends_the_request_to_the_model(backend: str) 
     assert scene.rows["model server"].endswith(" words sent, then its client was gone; 0 active")
     # Each word may be on its way from one to the next, but no word comes from nowhere.
     assert 4 <= len(scene.rows["text"].split()) <= scene.chunks - 1 <= scene.sent < len(scene.reply.split())
+
+
+async def test_client_that_leaves_is_noticed_while_the_model_says_nothing() -> None:
+    loop = AgentLoop()
+    results: list[InvocationResult[None]] = []
+    async with (
+        serve_model(Faults(gap_seconds=3600)) as server,
+        httpx2.AsyncClient(base_url=server.base_url, timeout=None, trust_env=False, verify=False) as model,
+        await anyio.create_tcp_listener(local_host="127.0.0.1") as listener,
+        anyio.create_task_group() as connections,
+    ):
+        connections.start_soon(listener.serve, partial(streaming.answer, loop, model, results), connections)
+        with anyio.fail_after(5):
+            port = listener.extra(SocketAttribute.local_port)
+            async with await anyio.connect_tcp("127.0.0.1", port) as client:
+                await client.send(b"GET /?prompt=Why HTTP/1.1\r\nHost: agent\r\n\r\n")
+                received = b""
+                while b"event: start\ndata: " not in received:
+                    received += await client.receive()
+
+                assert (loop.statistics().running, server.active) == (1, 1)
+
+            while not results or server.active:
+                await anyio.sleep(0.002)
+
+        connections.cancel_scope.cancel()
+
+    assert (results[0].status, results[0].chunks) == (Status.CANCELLED, 1)
+    assert (server.chunks, server.disconnects) == (0, 1)
+    assert loop.statistics().running == 0
 
 
 def test_unknown_backend_is_refused() -> None:
