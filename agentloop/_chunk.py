@@ -76,8 +76,10 @@ class StreamChunk:
         r"""
         Return the chunk as a server-sent event, to be sent as UTF-8 with the type ``text/event-stream``.
 
-        The name of the event is ``event``. A ``str`` is sent as it is, so that a browser can show it; all
-        other data is sent as JSON, ``None`` as ``null``. The timestamp is not sent.
+        The name of the event is ``event``. A ``str`` is sent as it is, so that a client can show a piece of
+        the answer without decoding it; all other data is sent as JSON, ``None`` as ``null``. A client cannot
+        tell the text ``42`` from the number, so let each kind of event have one kind of data. The timestamp
+        is not sent.
 
         Text arrives as it was, but for two things that an event stream cannot carry: every line end arrives
         as ``\n``, and a surrogate that is not part of a pair as U+FFFD. Data that has to arrive to the
