@@ -5,6 +5,7 @@ An agent is an async callable: a model call, a tool loop, an HTTP request. See :
 """
 
 from ._backoff import Backoff
+from ._chunk import StreamChunk, StreamEvent, collect_text
 from ._config import LoopConfig
 from ._errors import (
     AgentLoopError,
@@ -47,9 +48,12 @@ __all__ = [
     "MetricsSnapshot",
     "ResultEvent",
     "Status",
+    "StreamChunk",
+    "StreamEvent",
     "Verdict",
     "VerdictKind",
     "classify",
+    "collect_text",
 ]
 
 

@@ -96,6 +96,7 @@ class ModelServer:
     api_key: str | None = attrs.field(repr=False)
     requests: int = 0
     disconnects: int = 0  #: clients that left before their answer was complete
+    chunks: int = 0  #: pieces of text that were sent in streams
     statuses: Counter[int] = attrs.field(factory=lambda: Counter[int]())
     outcomes: Counter[Outcome] = attrs.field(factory=lambda: Counter[Outcome]())
     _attempts: Counter[str] = attrs.field(factory=lambda: Counter[str](), repr=False)
@@ -361,6 +362,7 @@ class _Connection:
         await self._send(start, event({"role": "assistant", "content": ""}))
         for piece in pieces[:cut]:
             await anyio.sleep(self.server.faults.gap_seconds)
+            self.server.chunks += 1  # before the client can have seen it
             await self._send(event({"content": piece}))
 
         if cut is None:

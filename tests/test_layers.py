@@ -29,6 +29,7 @@ ORDER = [
     "_verdict",
     "_config",
     "_result",
+    "_chunk",
     "_invocation",
     "_events",
     # parts
@@ -75,6 +76,8 @@ CONTRACT = [
     "MetricsSnapshot",
     "Distribution",
     "LoopStatistics",
+    "StreamChunk",
+    "StreamEvent",
     "AgentLoopError",
     "InvocationTimeout",
     "FirstChunkTimeout",

@@ -155,6 +155,7 @@ async def test_streamed_completion_arrives_in_chunks_that_join_to_the_plain_repl
     assert choices[0]["delta"] == {"role": "assistant", "content": ""}
     assert "".join(choice["delta"].get("content", "") for choice in choices) == reply_to(TIDE)
     assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["stop"]
+    assert server.chunks == len(choices) - 2, "the role and the reason are no text"
 
 
 async def test_stream_is_sent_as_it_is_made() -> None:

@@ -30,9 +30,12 @@ from agentloop import (
     MetricsRecorder,
     MetricsSnapshot,
     Status,
+    StreamChunk,
+    StreamEvent,
     Verdict,
     VerdictKind,
     classify,
+    collect_text,
 )
 
 
@@ -246,6 +249,39 @@ def result_is_not_contravariant(animals: InvocationResult[Animal]) -> Invocation
 
 async def result_of_a_subclass_serves_as_one_of_its_base() -> InvocationResult[Animal]:
     return await loop.run_single("a", adopt)
+
+
+# --- chunks
+
+
+def chunk_has_typed_parts(chunk: StreamChunk) -> None:
+    assert_type(chunk.event, StreamEvent)
+    assert_type(chunk.data, Any)
+    assert_type(chunk.timestamp, float)
+    assert_type(chunk.is_terminal, bool)
+    assert_type(chunk.to_sse(), str)
+
+
+def chunk_is_checked(chunk: StreamChunk) -> None:
+    StreamChunk(StreamEvent.TEXT, "a", timestamp=5)
+    StreamChunk("text")  # type: ignore[arg-type]
+    StreamChunk(StreamEvent.TEXT, "a", "now")  # type: ignore[arg-type]
+    StreamChunk()  # type: ignore[call-arg]
+    chunk.data = "b"  # type: ignore[misc]
+
+
+async def chunked() -> AsyncIterator[StreamChunk]:
+    yield StreamChunk(StreamEvent.START)
+
+
+async def text_is_collected_from_chunks_and_from_text() -> None:
+    assert_type(await collect_text(chunked()), str)
+    assert_type(await collect_text(streaming("text")), str)
+    async with loop.run_streaming("a", chunked) as stream:
+        assert_type(await collect_text(stream), str)
+
+    await collect_text(slow_numbers())  # type: ignore[arg-type]
+    await collect_text(["text"])  # type: ignore[arg-type]
 
 
 # --- settings and figures
