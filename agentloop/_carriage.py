@@ -27,8 +27,6 @@ StartSoon: TypeAlias = Callable[[Callable[[], Coroutine[Any, Any, None]], str], 
 
 CLOSE_SECONDS = 5.0
 """How long an agent's generator may take to close when its stream ends early."""
-CLOSE_TRIES = 3
-"""How often a generator that goes on to yield is told to close."""
 
 
 def carry(
@@ -131,25 +129,27 @@ class _Carriage(Generic[ItemT]):
     def _first_chunk(self) -> None:
         self._job.first_chunk_at = self._pool.now()
         if self._job.chunk_limit is not None:
-            self._allow_the_attempt_its_time()
+            self._set_deadline(self._end)
 
         if self._idle_seconds is not None:
             self._watching = anyio.CancelScope()
             self._start_soon(self._watch, "agentloop watch")
 
-    def _allow_the_attempt_its_time(self) -> None:
-        job = self._job
-        job.chunk_limit = None
-        job.total_counts = job.deadline <= self._end
-        self._scope.deadline = min(job.deadline, self._end)
+    def _set_deadline(self, end: float) -> None:
+        """Time the attempt out at ``end``, or when the invocation's total time is up."""
+        job, scope = self._job, self._scope
+        scope.deadline = min(job.deadline, end)
+        # An agent that yields once more, after its time was up, does not change why it was cancelled.
+        if not scope.cancel_called:
+            job.chunk_limit = None
+            job.total_counts = job.deadline <= end
 
     async def _wait_for_reader(self) -> None:
         pool, job, slot = self._pool, self._job, self._job.slot
         assert slot is not None
         began = pool.now()
         self._idle_since = math.inf
-        job.total_counts = True
-        self._scope.deadline = job.deadline
+        self._set_deadline(math.inf)
         if slot.lender is None:
             await self._channel.wait_for_room()
         else:
@@ -165,7 +165,7 @@ class _Carriage(Generic[ItemT]):
 
         self._idle_since = pool.now()
         self._end += self._idle_since - began
-        self._allow_the_attempt_its_time()
+        self._set_deadline(self._end)
 
     async def _watch(self) -> None:
         """
@@ -173,9 +173,14 @@ class _Carriage(Generic[ItemT]):
 
         A task, because a timer that is set anew for every chunk costs more than all else about a chunk.
         """
-        assert self._watching is not None and self._idle_seconds is not None
+        assert self._watching is not None
+        assert self._idle_seconds is not None
         with self._watching:
-            while (now := self._pool.now()) < self._idle_since + self._idle_seconds:
+            while True:
+                now = self._pool.now()
+                if now >= self._idle_since + self._idle_seconds:
+                    break
+
                 await anyio.sleep_until(min(self._idle_since, now) + self._idle_seconds)
 
             if not self._scope.cancel_called:
@@ -195,13 +200,10 @@ class _Carriage(Generic[ItemT]):
 
         error: Exception | None = None
         with anyio.CancelScope(deadline=self._pool.now() + CLOSE_SECONDS, shield=True) as scope:
-            for _ in range(CLOSE_TRIES):
-                try:
-                    await aclose()
-                except Exception as exc:
-                    error = error or exc
-                else:
-                    break
+            try:
+                await aclose()
+            except Exception as exc:
+                error = exc
 
         if scope.cancelled_caught:
             error = TimeoutError(f"the agent's generator took longer than {CLOSE_SECONDS:.10g}s to close")

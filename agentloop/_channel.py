@@ -10,12 +10,14 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import anyio
-from anyio.lowlevel import checkpoint_if_cancelled
+from anyio.lowlevel import current_token
 
 T = TypeVar("T")
 
 BUFFER = 16
 """How many chunks a producer may be ahead of its reader."""
+LOW = BUFFER // 4
+"""How many of them are left when the producer goes on."""
 PATIENCE_SECONDS = 5.0
 """How long a loop that is being left waits for a reader that takes nothing."""
 
@@ -33,6 +35,7 @@ class Channel(Generic[T]):
         # The bound is kept by waiting after an item was put, so that what was produced is never in nobody's
         # hands.
         self._send, self._receive = anyio.create_memory_object_stream[T](math.inf)
+        self._backend = current_token().backend_class
         self._size = 0
         self._arrived: anyio.Event | None = None
         self._room: anyio.Event | None = None
@@ -55,10 +58,10 @@ class Channel(Generic[T]):
 
     async def wait_for_room(self) -> None:
         """
-        Wait until the reader has taken half of what is there: waking the producer for every single item would
-        cost a switch of tasks each.
+        Wait until the reader has taken most of what is there. To wake the producer for every single item
+        would cost a switch of tasks each; to wake it when nothing is left would let the reader wait.
         """
-        while self._size > BUFFER // 2:
+        while self._size > LOW:
             if self._room is None:
                 self._room = anyio.Event()
 
@@ -90,19 +93,19 @@ class Channel(Generic[T]):
 
         :raises EndOfStream: when all were taken and no more will come
         """
-        await checkpoint_if_cancelled()
+        await self._backend.checkpoint_if_cancelled()
         while not self._size:
             if self._ended:
                 raise anyio.EndOfStream
 
             if self._arrived is None:
-                self._arrived = anyio.Event()
+                self._arrived = self._backend.create_event()
 
             await self._arrived.wait()
 
         # Nothing waits from here on, so what was taken is also returned.
         self._size -= 1
-        if self._room is not None and self._size <= BUFFER // 2:
+        if self._room is not None and self._size <= LOW:
             self._room.set()
             self._room = None
 

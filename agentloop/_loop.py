@@ -296,7 +296,7 @@ class AgentLoop:
         check_inputs(invocations)
         return Completed(
             "stream_all",
-            lambda: Fanning(cast("Inputs[None]", invocations), self._limiter, self._config, self._record),
+            lambda: Fanning[T](cast("Inputs[None]", invocations), self._limiter, self._config, self._record),
             self._lifetime,
         )
 

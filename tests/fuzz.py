@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import sys
 import warnings
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -23,6 +24,9 @@ from agentloop import (
     AgentLoopError,
     Backoff,
     BatchStopped,
+    ChunkEvent,
+    FirstChunkTimeout,
+    IdleTimeout,
     Invocation,
     InvocationCancelled,
     InvocationResult,
@@ -72,6 +76,7 @@ class Call:
         self.whole = False
         self.fatal = False
         self.input_failed = False
+        self.left = False
 
     def check_may_start(self) -> None:
         assert not self.fatal, "an agent was started after a fatal verdict"
@@ -85,6 +90,8 @@ class Program:
     def __init__(self, seed: int, backend: str) -> None:
         self.random = random.Random(seed)
         self.backend = backend
+        self.streams = seed % 2 == 1
+        self.produced: dict[str, list[int]] = {}
         self.limiter = Limiter(self.random.randint(1, 4))
         self.ceiling = self.limiter.max_concurrency
         self.metrics = Recorder()
@@ -106,6 +113,8 @@ class Program:
             max_retries=choose([0, 1, 2]),
             backoff=Backoff(initial_seconds=choose([0.05, 0.2, 1.0]), jitter=choose(["equal", "none"])),
             overload_timeout_seconds=choose([2.0, 5.0]),
+            first_chunk_timeout_seconds=choose([None, 0.9]) if self.streams else None,
+            idle_timeout_seconds=choose([None, 0.4, 1.1]) if self.streams else None,
         )
         self.loop = AgentLoop(self.config, limiter=self.limiter, metrics=self.metrics)
 
@@ -293,6 +302,64 @@ class Program:
         for _ in range(self.random.randint(1, 9)):
             await checkpoint()
 
+    def stream_agent(self, call: Call, name: str, depth: int) -> Any:
+        """Make an agent that yields, and in each attempt ends in another way."""
+        choose = self.random.choice
+        scripts = [
+            (
+                choose([0, 0, 1, 3, 20, 40]),
+                choose([0, 0, 0.05, 0.3]),
+                choose(["end", "end", "end", *self.actions(depth)]),
+                choose(["nothing", "nothing", "shielded", "unshielded", "yield", "raise"]),
+            )
+            for _ in range(3)
+        ]
+
+        async def run() -> AsyncIterator[tuple[str, int]]:
+            assert var.get() == "caller", f"a stream sees a variable that is not its caller's: {var.get()}"
+            var.set(name)
+            call.check_may_start()
+            count, gap, ending, cleanup = scripts[min(self.starts[name], 2)]
+            produced = self.produced.setdefault(name, [])
+            assert not produced, "a stream was retried after a chunk"
+            self.starts[name] += 1
+            self.attempting += 1
+            self.last[name] = (ending, False)
+            try:
+                for index in range(count):
+                    if gap or index % 7 == 3:
+                        await self.work(gap)
+
+                    assert var.get() == name
+                    produced.append(index)
+                    yield name, index
+
+                if ending != "end":
+                    await getattr(self, ending)(name, call, depth)
+
+                self.last[name] = (ending, True)
+            finally:
+                try:
+                    # The verdict comes when the agent has ended, with its cleanup.
+                    if not self.last[name][1] and ending != "unauthorized":
+                        await self.clean_up(cleanup)
+                        # A generator that answers its closing so can be closed by nobody.
+                        if cleanup == "yield" and not isinstance(sys.exception(), GeneratorExit):
+                            yield name, -1
+                finally:
+                    self.attempting -= 1
+
+        return run
+
+    async def clean_up(self, how: str) -> None:
+        if how == "shielded":
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.2)
+        elif how == "unshielded":
+            await anyio.sleep(0.2)
+        elif how == "raise":
+            raise OSError("cleanup")
+
     # -- calls
 
     def name(self, call: Call) -> str:
@@ -304,13 +371,18 @@ class Program:
         name = self.name(call)
         return Invocation(name, self.agent(call, name, depth))
 
-    def inputs(self, call: Call, depth: int) -> Any:
+    def stream_invocation(self, call: Call, depth: int) -> Invocation[Any]:
+        name = self.name(call)
+        return Invocation(name, self.stream_agent(call, name, depth))
+
+    def inputs(self, call: Call, depth: int, make: Any = None) -> Any:
+        make = make or self.invocation
         count = self.random.choice([0, 1, 3, 6] if depth == 0 else [1, 2, 3])
         fails = self.random.random() < 0.08
 
         def sync() -> Iterator[Any]:
             for _ in range(count):
-                yield self.invocation(call, depth)
+                yield make(call, depth)
 
             if fails:
                 call.input_failed = True
@@ -329,7 +401,11 @@ class Program:
 
     async def make_call(self, parent: Call | None, depth: int) -> None:
         call = Call(parent)
-        verb = self.random.choice([self.single, self.gather, self.gather, self.read, self.read_some])
+        verbs = [self.single, self.gather, self.gather, self.read, self.read_some]
+        if self.streams:
+            verbs += [self.stream, self.stream, self.stream_some, self.fan, self.fan_some]
+
+        verb = self.random.choice(verbs)
         cancel_after = self.random.choice([None, None, None, 0.0, 0.25, 1.0, 2.1])
         if cancel_after is None:
             await self.guarded(verb, call, depth)
@@ -396,7 +472,92 @@ class Program:
                 if count <= 0:
                     break
 
+    async def stream(self, call: Call, depth: int, leave_after: int | None = None) -> None:
+        invocation = self.stream_invocation(call, depth)
+        name, got = invocation.agent_id, []
+        error: Exception | None = None
+        stream = self.loop.run_streaming(name, invocation.fn)
+        try:
+            async with stream:
+                async for who, index in stream:
+                    assert who == name
+                    got.append(index)
+                    if len(got) == leave_after:
+                        call.left = True
+                        if self.random.random() < 0.5:
+                            raise KeyError(name)
+
+                        break
+
+                    await self.use_chunk(call, depth)
+        except KeyError:
+            assert call.left
+        except Exception as exc:
+            error = exc
+            if isinstance(exc, AssertionError):
+                raise
+        else:
+            assert call.left or stream.result.success, "a truncated stream looks complete"
+
+        if error is not None:
+            assert error is stream.result.exception, "an error of the agent is not the object that it was"
+            assert not call.left
+
+        call.results.append(stream.result)
+        self.check_chunks(call, stream.result, got)
+
+    async def stream_some(self, call: Call, depth: int) -> None:
+        await self.stream(call, depth, self.random.choice([1, 2, 17]))
+
+    async def fan(self, call: Call, depth: int, leave_after: int | None = None) -> None:
+        got: dict[int, list[int]] = {}
+        results: list[InvocationResult[Any]] = []
+        inputs = self.inputs(call, depth, self.stream_invocation)
+        async with self.loop.stream_all(inputs) as events:
+            async for event in events:
+                if isinstance(event, ChunkEvent):
+                    who, index = event.chunk
+                    assert who == event.invocation.agent_id == call.made[event.index]
+                    assert all(result.index != event.index for result in results), "a chunk after the end"
+                    got.setdefault(event.index, []).append(index)
+                else:
+                    results.append(event.result)
+                    call.results.append(event.result)
+                    assert event.invocation.agent_id == event.result.agent_id
+                    self.check_chunks(call, event.result, got.get(event.result.index, []))
+
+                await self.use_chunk(call, depth)
+                if leave_after is not None:
+                    leave_after -= 1
+                    if not leave_after:
+                        return
+
+        if not call.fatal:
+            assert len(results) == len(call.made), "a result was lost"
+
+    async def fan_some(self, call: Call, depth: int) -> None:
+        await self.fan(call, depth, self.random.choice([1, 5, 30]))
+
+    async def use_chunk(self, call: Call, depth: int) -> None:
+        action = self.random.random()
+        if action < 0.1:
+            await anyio.sleep(self.random.choice([0, 0.2, 1.5]))
+        elif action < 0.13 and depth < 2 and call.parent is not None:
+            # A reader that is itself an agent may run others meanwhile: it is lent back its slot.
+            await self.make_call(call, depth + 1)
+
     # -- what must hold
+
+    def check_chunks(self, call: Call, result: InvocationResult[Any], got: list[int]) -> None:
+        produced = self.produced.get(result.agent_id, [])
+        extra = [index for index in got if index < 0]
+        assert got == [*range(len(got) - len(extra)), *extra], f"out of order: {got}"
+        assert len(extra) <= 1
+        if not call.left:
+            assert len(got) - len(extra) == len(produced), "a chunk was lost"
+
+        assert result.chunks >= len(got)
+        assert (result.first_chunk_ms is None) == (not result.chunks)
 
     def check(self, call: Call) -> None:
         names = [result.agent_id for result in call.results]
@@ -418,7 +579,7 @@ class Program:
         assert result.queue_ms >= 0
         assert returned == (status is Status.SUCCESS), "what the agent returned was thrown away"
         if status is Status.SUCCESS:
-            assert result.output == result.agent_id
+            assert result.output == (None if result.agent_id in self.produced else result.agent_id)
             assert error is None
             assert len(result.failures) == result.retries
         elif status is Status.SKIPPED:
@@ -427,10 +588,20 @@ class Program:
         elif status is Status.TIMEOUT:
             assert isinstance(error, InvocationTimeout)
             limit = self.config.total_timeout_seconds if error.total else self.config.timeout_seconds
-            assert error.seconds == limit
+            if isinstance(error, FirstChunkTimeout):
+                limit = self.config.first_chunk_timeout_seconds
+                # Only an agent that yields although its time is up has a chunk then.
+                assert not self.produced.get(result.agent_id)
+            elif isinstance(error, IdleTimeout):
+                limit = self.config.idle_timeout_seconds
+                assert result.chunks
+
+            assert error.seconds == limit, (result, self.config)
             # Cleanup that is shielded may take another moment.
             assert not error.total or result.latency_ms <= (error.seconds + 0.21) * 1000
-            assert result.latency_ms >= error.seconds * 999.9
+            assert result.latency_ms >= error.seconds * 999.9, (result, self.config)
+        elif status is Status.CANCELLED and call.left:
+            assert isinstance(error, InvocationCancelled)
         elif status is Status.CANCELLED:
             assert isinstance(error, InvocationCancelled)
             assert action in ("stray", "cancel_self", "nest", "nest_at_once"), f"{action} was cancelled"
@@ -462,7 +633,12 @@ class Program:
         async with anyio.create_task_group() as group:
             group.start_soon(self.watch)
             with anyio.move_on_after(5000) as scope:
-                await self.make_calls()
+                # In an entered loop what streams belongs to the loop.
+                if self.streams and self.random.random() < 0.3:
+                    async with self.loop:
+                        await self.make_calls()
+                else:
+                    await self.make_calls()
 
             assert not scope.cancelled_caught, "it never ended"
             group.cancel_scope.cancel()
