@@ -111,12 +111,15 @@ class Background:
             self._group.start_soon(task, name=name)
 
     async def _run(self) -> None:
+        host = current_host()
         try:
             await self._producer.produce(self._start_soon)
+            if host.cancellations():
+                await host.forget_cancellations(0)
         except anyio.get_cancelled_exc_class():
             # One that an agent asked for, from a callback that came late, ends this task and nothing else.
             await checkpoint_if_cancelled()
-            await current_host().forget_cancellations(0)
+            await host.forget_cancellations(0)
         except BaseException as exc:
             self._failure = exc
             if self._group is not None:

@@ -62,7 +62,7 @@ class Single(Generic[T]):
         """
         try:
             await self._run()
-            if not self._waited:
+            if not self._waited and not self._own_task:
                 await cancel_shielded_checkpoint()
         except BaseException:
             self._job.cancel(self.reason)
@@ -108,9 +108,6 @@ class Single(Generic[T]):
                 return
 
             await run_attempt(job, config, slot, context, host, self._own_task, self._on_wait, self.act)
-            if self._own_task and host.cancellations():
-                await host.forget_cancellations(0)
-
             if job.verdict is None:
                 return
 
@@ -121,6 +118,9 @@ class Single(Generic[T]):
             self._waited = True
             pool.asleep += 1
             try:
+                if self._own_task and host.cancellations():
+                    await host.forget_cancellations(0)
+
                 await anyio.sleep_until(wake_at)
             finally:
                 pool.asleep -= 1
