@@ -86,13 +86,14 @@ class _Carriage(Generic[ItemT]):
     async def run(self) -> None:
         iterator = self._open()
         try:
-            await self._pull(iterator)
+            try:
+                await self._pull(iterator)
+            finally:
+                if self._watching is not None:
+                    self._watching.cancel()
         except BaseException:
             self._job.made_of_cancellation = await self._close(iterator)
             raise
-        finally:
-            if self._watching is not None:
-                self._watching.cancel()
 
         error = await self._close(iterator)
         if error is not None:

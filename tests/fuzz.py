@@ -86,13 +86,38 @@ class Call:
             call = call.parent
 
 
+class Times:
+    """When a stream's agent was at work, and when it waited for its reader."""
+
+    def __init__(self, now: float) -> None:
+        self.began = self.attempt_began = self.resumed = now
+        self.away = 0.0
+        self.at_yield = False
+
+    def retry(self, now: float) -> None:
+        self.attempt_began = self.resumed = now
+        self.away = 0.0
+
+    def leave(self, now: float) -> None:
+        self.at_yield = True
+        self.resumed = now
+
+    def come_back(self, now: float) -> None:
+        self.at_yield = False
+        self.away += now - self.resumed
+        self.resumed = now
+
+
 class Program:
     def __init__(self, seed: int, backend: str) -> None:
         self.random = random.Random(seed)
         self.backend = backend
         self.streams = seed % 2 == 1
         self.produced: dict[str, list[int]] = {}
-        self.limiter = Limiter(self.random.randint(1, 4))
+        self.times: dict[str, Times] = {}
+        self.limiter = Limiter(
+            self.random.choice([1, 1, 2, 3]) if self.streams else self.random.randint(1, 4)
+        )
         self.ceiling = self.limiter.max_concurrency
         self.metrics = Recorder()
         self.names = 0
@@ -100,6 +125,7 @@ class Program:
         self.attempting = 0
         self.calls = 0
         self.checked = 0
+        self.uses = 0
         self.natively_cancelled = 0
         # What each agent did last, and whether it returned.
         self.last: dict[str, tuple[str, bool]] = {}
@@ -171,6 +197,8 @@ class Program:
 
         if depth < 2:
             actions += ["nest", "nest_at_once", "nest_in_background"]
+            if self.streams:
+                actions += ["nest"] * 4
 
         if self.backend == "asyncio":
             actions += ["cancel_self", "leak_count"]
@@ -307,7 +335,7 @@ class Program:
         choose = self.random.choice
         scripts = [
             (
-                choose([0, 0, 1, 3, 20, 40]),
+                choose([0, 1, 3, 20, 20, 40]),
                 choose([0, 0, 0.05, 0.3]),
                 choose(["end", "end", "end", *self.actions(depth)]),
                 choose(["nothing", "nothing", "shielded", "unshielded", "yield", "raise"]),
@@ -325,6 +353,9 @@ class Program:
             self.starts[name] += 1
             self.attempting += 1
             self.last[name] = (ending, False)
+            now = anyio.current_time
+            times = self.times.setdefault(name, Times(now()))
+            times.retry(now())
             try:
                 for index in range(count):
                     if gap or index % 7 == 3:
@@ -332,7 +363,9 @@ class Program:
 
                     assert var.get() == name
                     produced.append(index)
+                    times.leave(now())
                     yield name, index
+                    times.come_back(now())
 
                 if ending != "end":
                     await getattr(self, ending)(name, call, depth)
@@ -479,7 +512,8 @@ class Program:
         stream = self.loop.run_streaming(name, invocation.fn)
         try:
             async with stream:
-                async for who, index in stream:
+                while (chunk := await self.next_of(stream)) is not None:
+                    who, index = chunk
                     assert who == name
                     got.append(index)
                     if len(got) == leave_after:
@@ -514,7 +548,7 @@ class Program:
         results: list[InvocationResult[Any]] = []
         inputs = self.inputs(call, depth, self.stream_invocation)
         async with self.loop.stream_all(inputs) as events:
-            async for event in events:
+            while (event := await self.next_of(events, native=True)) is not None:
                 if isinstance(event, ChunkEvent):
                     who, index = event.chunk
                     assert who == event.invocation.agent_id == call.made[event.index]
@@ -538,11 +572,45 @@ class Program:
     async def fan_some(self, call: Call, depth: int) -> None:
         await self.fan(call, depth, self.random.choice([1, 5, 30]))
 
+    async def next_of(self, items: Any, native: bool = False) -> Any:
+        """Wait for an item, and where that is cancelled, wait again; ``None`` at the end."""
+        while True:
+            how = self.random.choice(["wait", "wait", "time out", "cancel", "native"])
+            seconds = self.random.choice([0.0, 0.05, 0.3])
+            if how == "native" and native and self.backend == "asyncio":
+                try:
+                    return await asyncio.wait_for(anext(items, None), seconds or 0.01)
+                except TimeoutError:
+                    continue
+
+            ended = anyio.Event()
+            with anyio.CancelScope() as scope:
+                if how == "time out":
+                    scope.deadline = anyio.current_time() + seconds
+                elif how == "cancel":
+                    self.background.start_soon(self.cancel_later, scope, seconds, ended)
+
+                try:
+                    return await anext(items, None)
+                finally:
+                    ended.set()
+
+    async def cancel_later(self, scope: anyio.CancelScope, seconds: float, ended: anyio.Event) -> None:
+        with anyio.move_on_after(seconds):
+            await ended.wait()
+
+        for _ in range(self.random.randint(0, 5)):
+            await checkpoint()
+
+        if not ended.is_set():
+            scope.cancel()
+
     async def use_chunk(self, call: Call, depth: int) -> None:
         action = self.random.random()
         if action < 0.1:
             await anyio.sleep(self.random.choice([0, 0.2, 1.5]))
-        elif action < 0.13 and depth < 2 and call.parent is not None:
+        elif action < 0.3 and depth < 2 and call.parent is not None and self.uses < 40:
+            self.uses += 1
             # A reader that is itself an agent may run others meanwhile: it is lent back its slot.
             await self.make_call(call, depth + 1)
 
@@ -596,11 +664,14 @@ class Program:
                 limit = self.config.idle_timeout_seconds
                 assert result.chunks
 
-            assert error.seconds == limit, (result, self.config)
+            assert error.seconds == limit
+            if result.agent_id in self.times and not error.total:
+                self.check_times(self.times[result.agent_id], result, error)
+
             # Cleanup that is shielded may take another moment.
             assert not error.total or result.latency_ms <= (error.seconds + 0.21) * 1000
-            assert result.latency_ms >= error.seconds * 999.9, (result, self.config)
-        elif status is Status.CANCELLED and call.left:
+            assert result.latency_ms >= error.seconds * 999.9
+        elif status is Status.CANCELLED and (call.left or call.cancelled):
             assert isinstance(error, InvocationCancelled)
         elif status is Status.CANCELLED:
             assert isinstance(error, InvocationCancelled)
@@ -613,6 +684,16 @@ class Program:
             assert error is result.failures[-1]
             assert not isinstance(error, InvocationTimeout)
             assert isinstance(error, (OSError, HttpError, ExceptionGroup, TimeoutError)), repr(error)
+
+    def check_times(self, times: Times, result: InvocationResult[Any], error: InvocationTimeout) -> None:
+        """The time that a reader takes is nobody's fault but its own."""
+        assert not times.at_yield, "a stream was timed out while it waited for its reader"
+        ended = times.began + result.latency_ms / 1000
+        since = times.resumed
+        if not isinstance(error, IdleTimeout):
+            since = times.attempt_began + times.away
+
+        assert ended - since >= error.seconds * 0.999, "a stream was timed out too early"
 
     async def watch(self) -> None:
         """Look at the state whenever nothing is about to happen."""

@@ -152,8 +152,8 @@ MUTANTS = [
     Mutant(
         "a result is lost",
         "_completed.py",
-        "        self._ready.append(result)\n",
-        "        if len(self._ready) < 2:\n            self._ready.append(result)\n",
+        "        self._channel.put(result)\n",
+        "        if self._channel._size < 2:\n            self._channel.put(result)\n",
     ),
     Mutant(
         "a result is delivered to the wrong input",
@@ -163,10 +163,10 @@ MUTANTS = [
     ),
     Mutant(
         "a reader that is cancelled loses a result",
-        "_completed.py",
-        "        # Nothing waits from here on, so what was taken is also returned.\n"
-        "        result = self._ready.popleft()\n",
-        "        result = self._ready.popleft()\n        if len(self._ready) == 1:\n            self._ready.clear()\n",
+        "_channel.py",
+        "        return self._rest.popleft() if self._rest else self._receive.receive_nowait()\n",
+        "        item = self._rest.popleft() if self._rest else self._receive.receive_nowait()\n"
+        "        await self._backend.checkpoint()\n        return item\n",
     ),
     Mutant(
         "the end of the input ends nothing",
@@ -191,6 +191,87 @@ MUTANTS = [
         "_batch.py",
         "                slot = pool.acquire_nowait(job.invocation, self._outer) or",
         "                slot = Slot(pool, Slot(pool, None, None), None) or",
+    ),
+    Mutant(
+        "what was not read when a stream ended is lost",
+        "_channel.py",
+        "            self._rest.append(self._receive.receive_nowait())\n",
+        "            self._receive.receive_nowait()\n            self._size -= 1\n",
+    ),
+    Mutant(
+        "a stream is retried after a chunk",
+        "_job.py",
+        "        if config.max_retries == 0 or self.chunks:\n",
+        "        if config.max_retries == 0:\n",
+    ),
+    Mutant(
+        "a stream that waits for its reader keeps the slot that it was lent",
+        "_carriage.py",
+        "        if slot.lender is None:\n",
+        "        if slot.lender is None or True:\n",
+    ),
+    Mutant(
+        "a stream goes on without the slot that it gave back",
+        "_carriage.py",
+        "            slot = pool.acquire_nowait(invocation, outer)\n"
+        "            job.slot = slot or await pool.wait(pool.enqueue(invocation, outer))\n"
+        "            current_slot.set(job.slot)\n",
+        "",
+    ),
+    Mutant(
+        "the time that a reader takes is the agent's idleness",
+        "_carriage.py",
+        "        self._idle_since = math.inf\n        self._set_deadline(math.inf)\n",
+        "        self._set_deadline(math.inf)\n",
+    ),
+    Mutant(
+        "the time that a reader takes counts for the attempt",
+        "_carriage.py",
+        "        self._set_deadline(math.inf)\n",
+        "",
+    ),
+    Mutant(
+        "idleness is measured from the first chunk",
+        "_carriage.py",
+        "                self._idle_since = now()\n",
+        "                self._idle_since = min(self._idle_since, now())\n",
+    ),
+    Mutant(
+        "an agent that yields when its time is up changes the name of its time-out",
+        "_carriage.py",
+        "        if not scope.cancel_called:\n            job.chunk_limit = None\n",
+        "        if True:\n            job.chunk_limit = None\n",
+    ),
+    Mutant(
+        "the generator of a stream that was left is not closed",
+        "_carriage.py",
+        "            self._job.made_of_cancellation = await self._close(iterator)\n            raise\n",
+        "            raise\n",
+    ),
+    Mutant(
+        "a truncated stream looks complete",
+        "_stream.py",
+        "        if error is None:\n            raise StopAsyncIteration\n",
+        "        if error is None or self.result.chunks:\n            raise StopAsyncIteration\n",
+    ),
+    Mutant(
+        "chunks of one stream pass for another's",
+        "_completed.py",
+        "    return ChunkEvent(job.invocation, chunk, job.index)\n",
+        "    return ChunkEvent(job.invocation, chunk, job.index // 2)\n",
+    ),
+    Mutant(
+        "the result of a stream overtakes its chunks",
+        "_completed.py",
+        "        self._channel.put(ResultEvent(invocation, result))\n",
+        "        self._channel._rest.append(ResultEvent(invocation, result))\n        self._channel._size += 1\n",
+    ),
+    Mutant(
+        "an agent that cancelled its own task loses what it returned",
+        "_single.py",
+        "            if not self._waited and not self._own_task:\n",
+        "            if not self._waited:\n",
+        "asyncio",
     ),
 ]
 
