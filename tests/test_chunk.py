@@ -146,7 +146,6 @@ def test_timestamp_that_is_no_time_is_refused(timestamp: Any, error: type[Except
         (StreamChunk(StreamEvent.TOOL_CALL, {"a": "é\n"}), 'event: tool_call\ndata: {"a": "\\u00e9\\n"}\n\n'),
         (StreamChunk(StreamEvent.COMPLETE, Status.SUCCESS), "event: complete\ndata: success\n\n"),
     ],
-    ids=repr,
 )
 def test_event_is_a_name_its_data_and_a_blank_line(chunk: StreamChunk, lines: str) -> None:
     assert chunk.to_sse() == lines
