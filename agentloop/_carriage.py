@@ -77,6 +77,7 @@ class _Carriage(Generic[ItemT]):
         # Since when the agent has yielded nothing, while nobody but itself is to blame.
         self._idle_since = math.inf
         self._watching: anyio.CancelScope | None = None
+        self._closing = anyio.CancelScope()
         if self._first_seconds is not None and now + self._first_seconds < scope.deadline:
             scope.deadline = now + self._first_seconds
             job.total_counts = False
@@ -84,19 +85,36 @@ class _Carriage(Generic[ItemT]):
 
     @plumbing
     async def run(self) -> None:
-        iterator = self._open()
-        try:
-            await self._pull(iterator)
-        except BaseException:
-            self._job.made_of_cancellation = await self._close(iterator)
-            raise
-        finally:
+        failure: BaseException | None = None
+        # A generator that is suspended at a yield may have scopes open, which lie within this one. A scope
+        # that was entered only in order to close it would lie within those, and they would end first.
+        with self._closing:
+            iterator = self._open()
+            try:
+                await self._pull(iterator)
+            except BaseException as exc:
+                failure = exc
+
+            # No timer of the attempt has a part in what comes now.
+            self._scope.deadline = math.inf
             if self._watching is not None:
                 self._watching.cancel()
 
-        error = await self._close(iterator)
-        if error is not None:
-            raise error
+            error = await self._close(iterator)
+
+        if self._closing.cancelled_caught:
+            error = TimeoutError(f"the agent's generator took longer than {CLOSE_SECONDS:.10g}s to close")
+
+        try:
+            if failure is not None:
+                self._job.made_of_cancellation = error
+                raise failure
+
+            if error is not None:
+                raise error
+        finally:
+            # Their tracebacks refer to this frame; the frame must not refer back.
+            del failure, error
 
     def _open(self) -> AsyncIterator[Any]:
         invocation = self._job.invocation
@@ -198,14 +216,18 @@ class _Carriage(Generic[ItemT]):
         if aclose is None or getattr(iterator, "ag_frame", iterator) is None:
             return None
 
-        error: Exception | None = None
-        with anyio.CancelScope(deadline=self._pool.now() + CLOSE_SECONDS, shield=True) as scope:
-            try:
-                await aclose()
-            except Exception as exc:
-                error = exc
+        self._closing.shield = True
+        self._closing.deadline = self._pool.now() + CLOSE_SECONDS
+        try:
+            await aclose()
+        except BaseExceptionGroup as exc:
+            # A task group that the generator yields in puts our GeneratorExit into a group.
+            rest = exc.split(GeneratorExit)[1]
+            if rest is not None and not isinstance(rest, Exception):
+                raise
 
-        if scope.cancelled_caught:
-            error = TimeoutError(f"the agent's generator took longer than {CLOSE_SECONDS:.10g}s to close")
+            return rest
+        except Exception as exc:
+            return exc
 
-        return error
+        return None
