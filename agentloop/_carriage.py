@@ -6,11 +6,13 @@ __all__ = ["StartSoon", "carry"]
 
 import inspect
 import math
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine
 from contextvars import Context
+from functools import partial
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import anyio
+from anyio.lowlevel import checkpoint_if_cancelled
 
 from ._attempt import plumbing
 from ._channel import Channel
@@ -90,8 +92,9 @@ class _Carriage(Generic[ItemT]):
         # that was entered only in order to close it would lie within those, and they would end first.
         with self._closing:
             iterator = self._open()
+            cut_short = False
             try:
-                await self._pull(iterator)
+                cut_short = await self._pull(iterator)
             except BaseException as exc:
                 failure = exc
 
@@ -109,6 +112,11 @@ class _Carriage(Generic[ItemT]):
             if failure is not None:
                 self._job.made_of_cancellation = error
                 raise failure
+
+            if cut_short:
+                # The agent yielded in a shielded scope of its own, so that it had to be closed first.
+                self._job.made_of_cancellation = error
+                await checkpoint_if_cancelled()
 
             if error is not None:
                 raise error
@@ -131,16 +139,38 @@ class _Carriage(Generic[ItemT]):
         )
 
     @plumbing
-    async def _pull(self, iterator: AsyncIterator[Any]) -> None:
+    async def _pull(self, iterator: AsyncIterator[Any]) -> bool:
+        """
+        Hand over what the agent yields.
+
+        :return: whether that was given up, since nobody will read on
+        """
         channel, job, as_item, now = self._channel, self._job, self._as_item, self._pool.now
-        async for chunk in iterator:
+        step: Callable[[], Awaitable[Any]] = iterator.__anext__
+        while True:
+            try:
+                chunk = await step()
+            except StopAsyncIteration:
+                return False
+
+            step = iterator.__anext__
             if not job.chunks:
                 self._first_chunk()
 
             job.chunks += 1
             channel.put(as_item(job, chunk))
             if channel.full:
-                await self._wait_for_reader()
+                try:
+                    await self._wait_for_reader()
+                except anyio.get_cancelled_exc_class() as exc:
+                    if not isinstance(iterator, AsyncGenerator) or not self._is_cancelled_by_agent():
+                        raise
+
+                    # It would have reached an agent that waits; one that is suspended at a yield gets it too.
+                    step = partial(iterator.athrow, exc)
+
+                if channel.abandoned:
+                    return True
             elif self._watching is not None:
                 self._idle_since = now()
 
@@ -162,28 +192,36 @@ class _Carriage(Generic[ItemT]):
             job.chunk_limit = None
             job.total_counts = job.deadline <= end
 
+    def _is_cancelled_by_agent(self) -> bool:
+        """Whether a scope that the agent yields in is cancelled, and the agent has a slot to go on."""
+        self._closing.shield = True
+        cancelled = anyio.current_effective_deadline() == -math.inf
+        self._closing.shield = False
+        return cancelled and self._job.slot is not None
+
     async def _wait_for_reader(self) -> None:
         pool, job, slot = self._pool, self._job, self._job.slot
         assert slot is not None
         began = pool.now()
         self._idle_since = math.inf
         self._set_deadline(math.inf)
-        if slot.lender is None:
-            await self._channel.wait_for_room()
-        else:
-            # The reader is itself an agent, and may run something else before it reads on: it needs back
-            # the slot that it has lent, or both would wait for each other.
-            outer, job.slot = slot.outer, None
-            slot.release()
-            await self._channel.wait_for_room()
-            invocation = job.invocation
-            slot = pool.acquire_nowait(invocation, outer)
-            job.slot = slot or await pool.wait(pool.enqueue(invocation, outer))
-            current_slot.set(job.slot)
-
-        self._idle_since = pool.now()
-        self._end += self._idle_since - began
-        self._set_deadline(self._end)
+        try:
+            if slot.lender is None:
+                await self._channel.wait_for_room()
+            else:
+                # The reader is itself an agent, and may run something else before it reads on: it needs back
+                # the slot that it has lent, or both would wait for each other.
+                outer, job.slot = slot.outer, None
+                slot.release()
+                await self._channel.wait_for_room()
+                invocation = job.invocation
+                slot = pool.acquire_nowait(invocation, outer)
+                job.slot = slot or await pool.wait(pool.enqueue(invocation, outer))
+                current_slot.set(job.slot)
+        finally:
+            self._idle_since = pool.now()
+            self._end += self._idle_since - began
+            self._set_deadline(self._end)
 
     async def _watch(self) -> None:
         """
