@@ -20,7 +20,6 @@ from ._config import LoopConfig
 from ._context import call_in_context
 from ._errors import FirstChunkTimeout, IdleTimeout
 from ._job import Job
-from ._pool import current_slot
 
 ItemT = TypeVar("ItemT")
 
@@ -211,14 +210,16 @@ class _Carriage(Generic[ItemT]):
             else:
                 # The reader is itself an agent, and may run something else before it reads on: it needs back
                 # the slot that it has lent, or both would wait for each other.
-                outer, job.slot = slot.outer, None
-                slot.release()
+                job.slot = None
+                slot.suspend()
                 await self._channel.wait_for_room()
-                invocation = job.invocation
-                slot = pool.acquire_nowait(invocation, outer)
-                job.slot = slot or await pool.wait(pool.enqueue(invocation, outer))
-                current_slot.set(job.slot)
+                granted = pool.acquire_nowait(job.invocation, slot.outer)
+                granted = granted or await pool.wait(pool.enqueue(job.invocation, slot.outer))
+                assert granted is not None
+                slot.resume(granted)
+                job.slot = slot
         finally:
+            slot.released = job.slot is None
             self._idle_since = pool.now()
             self._end += self._idle_since - began
             self._set_deadline(self._end)
