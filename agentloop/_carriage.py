@@ -28,6 +28,8 @@ StartSoon: TypeAlias = Callable[[Callable[[], Coroutine[Any, Any, None]], str], 
 
 CLOSE_SECONDS = 5.0
 """How long an agent's generator may take to close when its stream ends early."""
+ADVANCES = 3
+"""How often one is advanced that goes on to yield."""
 
 
 def carry(
@@ -105,7 +107,7 @@ class _Carriage(Generic[ItemT]):
             error = await self._close(iterator)
 
         if self._closing.cancelled_caught:
-            error = TimeoutError(f"the agent's generator took longer than {CLOSE_SECONDS:.10g}s to close")
+            error = self._job.made_of_cancellation
 
         try:
             if failure is not None:
@@ -145,14 +147,15 @@ class _Carriage(Generic[ItemT]):
         :return: whether that was given up, since nobody will read on
         """
         channel, job, as_item, now = self._channel, self._job, self._as_item, self._pool.now
-        step: Callable[[], Awaitable[Any]] = iterator.__anext__
+        next_chunk: Callable[[], Awaitable[Any]] = iterator.__anext__
+        step = next_chunk
         while True:
             try:
                 chunk = await step()
             except StopAsyncIteration:
                 return False
 
-            step = iterator.__anext__
+            step = next_chunk
             if not job.chunks:
                 self._first_chunk()
 
@@ -257,6 +260,7 @@ class _Carriage(Generic[ItemT]):
 
         self._closing.shield = True
         self._closing.deadline = self._pool.now() + CLOSE_SECONDS
+        error: Exception | None = None
         try:
             await aclose()
         except BaseExceptionGroup as exc:
@@ -265,8 +269,27 @@ class _Carriage(Generic[ItemT]):
             if rest is not None and not isinstance(rest, Exception):
                 raise
 
-            return rest
+            error = rest
         except Exception as exc:
-            return exc
+            error = exc
+        except anyio.get_cancelled_exc_class():
+            # On asyncio the scope may let it pass, in favour of one further out that is cancelled as well.
+            if self._closing.cancel_called:
+                seconds = f"{CLOSE_SECONDS:.10g}s"
+                late = TimeoutError(f"the agent's generator took longer than {seconds} to close")
+                self._job.made_of_cancellation = late
 
-        return None
+            raise
+
+        # To a generator that yields instead of closing, aclose() and athrow() do nothing any more. What is
+        # left of it runs when it is advanced.
+        for _ in range(ADVANCES):
+            if getattr(iterator, "ag_frame", None) is None:
+                break
+
+            try:
+                await anext(iterator)
+            except (Exception, GeneratorExit):
+                break
+
+        return error
