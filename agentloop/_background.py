@@ -48,7 +48,7 @@ class Background:
     def __init__(self, producer: Producer, lifetime: Lifetime) -> None:
         self._producer = producer
         self._lifetime = lifetime
-        self._nested = current_slot.get() is not None
+        self._reader_slot = current_slot.get()
         self._group: TaskGroup | None = None
         self._ended = anyio.Event()
         self._failure: BaseException | None = None
@@ -75,8 +75,16 @@ class Background:
         try:
             if self._group is None:
                 # As in a task group: also a cancelled reader waits until nothing of it is left.
+                cancelled: BaseException | None = None
                 with anyio.CancelScope(shield=True):
-                    await self._ended.wait()
+                    while not self._ended.is_set():
+                        try:
+                            await self._ended.wait()
+                        except anyio.get_cancelled_exc_class() as native:
+                            cancelled = native
+
+                if cancelled is not None:
+                    raise cancelled
 
                 await checkpoint_if_cancelled()
             elif isinstance(exc, anyio.get_cancelled_exc_class()):
@@ -97,7 +105,7 @@ class Background:
 
     def close(self) -> None:
         """Begin nothing new, since nobody might be reading; but an agent that runs is waited for anyway."""
-        if not self._nested:
+        if self._reader_slot is None or self._reader_slot.released:
             self._producer.close()
 
     def cancel(self, reason: str, cause: BaseException) -> None:

@@ -6,11 +6,13 @@ __all__ = ["StartSoon", "carry"]
 
 import inspect
 import math
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine
 from contextvars import Context
+from functools import partial
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import anyio
+from anyio.lowlevel import checkpoint_if_cancelled
 
 from ._attempt import plumbing
 from ._channel import Channel
@@ -18,7 +20,6 @@ from ._config import LoopConfig
 from ._context import call_in_context
 from ._errors import FirstChunkTimeout, IdleTimeout
 from ._job import Job
-from ._pool import current_slot
 
 ItemT = TypeVar("ItemT")
 
@@ -27,6 +28,8 @@ StartSoon: TypeAlias = Callable[[Callable[[], Coroutine[Any, Any, None]], str], 
 
 CLOSE_SECONDS = 5.0
 """How long an agent's generator may take to close when its stream ends early."""
+ADVANCES = 3
+"""How often one is advanced that goes on to yield."""
 
 
 def carry(
@@ -77,6 +80,7 @@ class _Carriage(Generic[ItemT]):
         # Since when the agent has yielded nothing, while nobody but itself is to blame.
         self._idle_since = math.inf
         self._watching: anyio.CancelScope | None = None
+        self._closing = anyio.CancelScope()
         if self._first_seconds is not None and now + self._first_seconds < scope.deadline:
             scope.deadline = now + self._first_seconds
             job.total_counts = False
@@ -84,20 +88,42 @@ class _Carriage(Generic[ItemT]):
 
     @plumbing
     async def run(self) -> None:
-        iterator = self._open()
-        try:
+        failure: BaseException | None = None
+        # A generator that is suspended at a yield may have scopes open, which lie within this one. A scope
+        # that was entered only in order to close it would lie within those, and they would end first.
+        with self._closing:
+            iterator = self._open()
+            cut_short = False
             try:
-                await self._pull(iterator)
-            finally:
-                if self._watching is not None:
-                    self._watching.cancel()
-        except BaseException:
-            self._job.made_of_cancellation = await self._close(iterator)
-            raise
+                cut_short = await self._pull(iterator)
+            except BaseException as exc:
+                failure = exc
 
-        error = await self._close(iterator)
-        if error is not None:
-            raise error
+            # No timer of the attempt has a part in what comes now.
+            self._scope.deadline = math.inf
+            if self._watching is not None:
+                self._watching.cancel()
+
+            error = await self._close(iterator)
+
+        if self._closing.cancelled_caught:
+            error = self._job.made_of_cancellation
+
+        try:
+            if failure is not None:
+                self._job.made_of_cancellation = error
+                raise failure
+
+            if cut_short:
+                # The agent yielded in a shielded scope of its own, so that it had to be closed first.
+                self._job.made_of_cancellation = error
+                await checkpoint_if_cancelled()
+
+            if error is not None:
+                raise error
+        finally:
+            # Their tracebacks refer to this frame; the frame must not refer back.
+            del failure, error
 
     def _open(self) -> AsyncIterator[Any]:
         invocation = self._job.invocation
@@ -114,16 +140,39 @@ class _Carriage(Generic[ItemT]):
         )
 
     @plumbing
-    async def _pull(self, iterator: AsyncIterator[Any]) -> None:
+    async def _pull(self, iterator: AsyncIterator[Any]) -> bool:
+        """
+        Hand over what the agent yields.
+
+        :return: whether that was given up, since nobody will read on
+        """
         channel, job, as_item, now = self._channel, self._job, self._as_item, self._pool.now
-        async for chunk in iterator:
+        next_chunk: Callable[[], Awaitable[Any]] = iterator.__anext__
+        step = next_chunk
+        while True:
+            try:
+                chunk = await step()
+            except StopAsyncIteration:
+                return False
+
+            step = next_chunk
             if not job.chunks:
                 self._first_chunk()
 
             job.chunks += 1
             channel.put(as_item(job, chunk))
             if channel.full:
-                await self._wait_for_reader()
+                try:
+                    await self._wait_for_reader()
+                except anyio.get_cancelled_exc_class() as exc:
+                    if not isinstance(iterator, AsyncGenerator) or not self._is_cancelled_by_agent():
+                        raise
+
+                    # It would have reached an agent that waits; one that is suspended at a yield gets it too.
+                    step = partial(iterator.athrow, exc)
+
+                if channel.abandoned:
+                    return True
             elif self._watching is not None:
                 self._idle_since = now()
 
@@ -145,28 +194,38 @@ class _Carriage(Generic[ItemT]):
             job.chunk_limit = None
             job.total_counts = job.deadline <= end
 
+    def _is_cancelled_by_agent(self) -> bool:
+        """Whether a scope that the agent yields in is cancelled, and the agent has a slot to go on."""
+        self._closing.shield = True
+        cancelled = anyio.current_effective_deadline() == -math.inf
+        self._closing.shield = False
+        return cancelled and self._job.slot is not None
+
     async def _wait_for_reader(self) -> None:
         pool, job, slot = self._pool, self._job, self._job.slot
         assert slot is not None
         began = pool.now()
         self._idle_since = math.inf
         self._set_deadline(math.inf)
-        if slot.lender is None:
-            await self._channel.wait_for_room()
-        else:
-            # The reader is itself an agent, and may run something else before it reads on: it needs back
-            # the slot that it has lent, or both would wait for each other.
-            outer, job.slot = slot.outer, None
-            slot.release()
-            await self._channel.wait_for_room()
-            invocation = job.invocation
-            slot = pool.acquire_nowait(invocation, outer)
-            job.slot = slot or await pool.wait(pool.enqueue(invocation, outer))
-            current_slot.set(job.slot)
-
-        self._idle_since = pool.now()
-        self._end += self._idle_since - began
-        self._set_deadline(self._end)
+        try:
+            if slot.lender is None:
+                await self._channel.wait_for_room()
+            else:
+                # The reader is itself an agent, and may run something else before it reads on: it needs back
+                # the slot that it has lent, or both would wait for each other.
+                job.slot = None
+                slot.suspend()
+                await self._channel.wait_for_room()
+                granted = pool.acquire_nowait(job.invocation, slot.outer)
+                granted = granted or await pool.wait(pool.enqueue(job.invocation, slot.outer))
+                assert granted is not None
+                slot.resume(granted)
+                job.slot = slot
+        finally:
+            slot.released = job.slot is None
+            self._idle_since = pool.now()
+            self._end += self._idle_since - began
+            self._set_deadline(self._end)
 
     async def _watch(self) -> None:
         """
@@ -199,14 +258,38 @@ class _Carriage(Generic[ItemT]):
         if aclose is None or getattr(iterator, "ag_frame", iterator) is None:
             return None
 
+        self._closing.shield = True
+        self._closing.deadline = self._pool.now() + CLOSE_SECONDS
         error: Exception | None = None
-        with anyio.CancelScope(deadline=self._pool.now() + CLOSE_SECONDS, shield=True) as scope:
-            try:
-                await aclose()
-            except Exception as exc:
-                error = exc
+        try:
+            await aclose()
+        except BaseExceptionGroup as exc:
+            # A task group that the generator yields in puts our GeneratorExit into a group.
+            rest = exc.split(GeneratorExit)[1]
+            if rest is not None and not isinstance(rest, Exception):
+                raise
 
-        if scope.cancelled_caught:
-            error = TimeoutError(f"the agent's generator took longer than {CLOSE_SECONDS:.10g}s to close")
+            error = rest
+        except Exception as exc:
+            error = exc
+        except anyio.get_cancelled_exc_class():
+            # On asyncio the scope may let it pass, in favour of one further out that is cancelled as well.
+            if self._closing.cancel_called:
+                seconds = f"{CLOSE_SECONDS:.10g}s"
+                late = TimeoutError(f"the agent's generator took longer than {seconds} to close")
+                self._job.made_of_cancellation = late
+
+            raise
+
+        # To a generator that yields instead of closing, aclose() and athrow() do nothing any more. What is
+        # left of it runs when it is advanced.
+        for _ in range(ADVANCES):
+            if getattr(iterator, "ag_frame", None) is None:
+                break
+
+            try:
+                await anext(iterator)
+            except (Exception, GeneratorExit):
+                break
 
         return error

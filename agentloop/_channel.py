@@ -41,6 +41,9 @@ class Channel(Generic[T]):
         self._room: anyio.Event | None = None
         self._rest: deque[T] = deque()
         self._ended = False
+        self._taken = 0
+        self.abandoned = False
+        """Whether nobody will take anything any more, so that waiting for room is in vain."""
         self._on_stall: Callable[[], object] | None = None
 
     @property
@@ -61,7 +64,7 @@ class Channel(Generic[T]):
         Wait until the reader has taken most of what is there. To wake the producer for every single item
         would cost a switch of tasks each; to wake it when nothing is left would let the reader wait.
         """
-        while self._size > LOW:
+        while self._size > LOW and not self.abandoned:
             if self._room is None:
                 self._room = anyio.Event()
 
@@ -69,11 +72,12 @@ class Channel(Generic[T]):
                 await self._room.wait()
                 continue
 
-            size = self._size
+            # Not the size: what one is taken, another producer may have filled up.
+            taken = self._taken
             with anyio.move_on_after(PATIENCE_SECONDS):
                 await self._room.wait()
 
-            if self._size == size:
+            if self._taken == taken:
                 self._on_stall()
 
     def hurry(self, on_stall: Callable[[], object]) -> None:
@@ -83,6 +87,14 @@ class Channel(Generic[T]):
         :param on_stall: is called then, and cancels the producers
         """
         self._on_stall = on_stall
+        self._wake_producers()
+
+    def abandon(self) -> None:
+        """Let nobody wait for room any more: the reader has left, or all is cancelled."""
+        self.abandoned = True
+        self._wake_producers()
+
+    def _wake_producers(self) -> None:
         if self._room is not None:
             self._room.set()
             self._room = None
@@ -105,9 +117,9 @@ class Channel(Generic[T]):
 
         # Nothing waits from here on, so what was taken is also returned.
         self._size -= 1
+        self._taken += 1
         if self._room is not None and self._size <= LOW:
-            self._room.set()
-            self._room = None
+            self._wake_producers()
 
         return self._rest.popleft() if self._rest else self._receive.receive_nowait()
 

@@ -77,6 +77,7 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
         """Cancel all."""
         self.closed_by = self.closed_by or "the block that reads the results was left"
         self._scope.cancel(self.closed_by)
+        self._channel.abandon()
 
     def close(self) -> None:
         """Start nothing new, and be patient with the reader for a limited time only."""
@@ -87,6 +88,7 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
         """Cancel what runs; each invocation that was started still has its result."""
         self._stop_for(reason)
         super().cancel(reason, cause)
+        self._channel.abandon()
 
     def _stop_for(self, reason: str) -> None:
         if self.closed_by is None:

@@ -43,6 +43,12 @@ def check_fn(_: object, attribute: "attrs.Attribute[Any]", value: object) -> Non
             "and its arguments apart: not fn(x) but fn, x"
         )
 
+    if inspect.isasyncgen(value):
+        raise TypeError(
+            f"{attribute.name} must be an async generator function, got the generator {value!r}; pass the "
+            "function and its arguments apart: not fn(x) but fn, x"
+        )
+
     raise TypeError(f"{attribute.name} must be an async function, got {value!r}")
 
 

@@ -30,7 +30,7 @@ class Slot:
     token, so however deep the nesting, the innermost invocation always has a slot to run in.
     """
 
-    __slots__ = ("lender", "lent", "outer", "pool", "released", "token", "waiters")
+    __slots__ = ("lender", "lent", "outer", "pool", "released", "suspended", "token", "waiters")
 
     def __init__(self, pool: Pool, lender: Slot | None, outer: Slot | None) -> None:
         self.pool = pool
@@ -40,6 +40,7 @@ class Slot:
         self.token: object | None = None
         self.lent: Slot | None = None
         self.released = False
+        self.suspended = False
         # Who would take this slot on loan; made when the first one asks.
         self.waiters: OrderedDict[Waiter, None] | None = None
 
@@ -51,6 +52,32 @@ class Slot:
         """
         del verdict  # for the limiter's overload control, which the first form does not have
         self.released = True
+        self._pass_on()
+        # What is released is skipped from now on, so that a chain of invocations, each of which starts the
+        # next one in the background, does not keep all of its past.
+        self.outer = self.pool.lender(self.outer, anyones=True)
+
+    def suspend(self) -> None:
+        """Give the slot back as in :meth:`release`, but for a while only."""
+        self.suspended = True
+        self._pass_on()
+
+    def resume(self, granted: Slot) -> None:
+        """
+        Go on after :meth:`suspend`, as the same slot, since what the invocation runs meanwhile refers to it.
+
+        :param granted: the slot that was acquired for it
+        """
+        self.suspended = False
+        self.lender, granted.lender = granted.lender, None
+        self.token, granted.token = granted.token, None
+        granted.released = True
+        if self.lender is not None:
+            self.lender.lent = self
+
+        self.pool.offer_loans_anew()
+
+    def _pass_on(self) -> None:
         waiters, self.waiters = self.waiters, None
         if waiters:
             lender = self.pool.lender(self.outer)
@@ -58,9 +85,6 @@ class Slot:
                 waiter.lender = lender
                 self.pool.offer_loan(waiter)
 
-        # What is released is skipped from now on, so that a chain of invocations, each of which starts the
-        # next one in the background, does not keep all of its past.
-        self.outer = self.pool.lender(self.outer, anyones=True)
         borrower, self.lent = self.lent, None
         lender, self.lender = self.lender, None
         if borrower is not None:
@@ -145,7 +169,9 @@ class Pool:
 
     def lender(self, slot: Slot | None, anyones: bool = False) -> Slot | None:
         """Return the innermost slot of this pool, from ``slot`` outwards, whose invocation still runs."""
-        while slot is not None and (slot.released or (slot.pool is not self and not anyones)):
+        while slot is not None and (
+            slot.released or ((slot.suspended or slot.pool is not self) and not anyones)
+        ):
             slot = slot.outer
 
         return slot
@@ -214,6 +240,17 @@ class Pool:
             lender.waiters = OrderedDict()
 
         lender.waiters[waiter] = None
+
+    def offer_loans_anew(self) -> None:
+        """Let everybody in line ask the innermost slot around it, once one of these has been resumed."""
+        for waiter in tuple(self._queue):
+            lender = self.lender(waiter.outer)
+            if lender is not waiter.lender:
+                if waiter.lender is not None and waiter.lender.waiters:
+                    waiter.lender.waiters.pop(waiter, None)
+
+                waiter.lender = lender
+                self.offer_loan(waiter)
 
     def give_back(self, slot: Slot) -> None:
         """Take a token back and pass it on."""

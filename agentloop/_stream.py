@@ -39,9 +39,10 @@ class Streaming(Generic[T]):
         config: LoopConfig,
         record: Callable[[InvocationResult[Any]], None] | None,
     ) -> None:
-        self.channel: Channel[T] = Channel()
         self.result: InvocationResult[None] | None = None
         self._single: Single[None] = Single(invocation, limiter, config, record, own_task=True)
+        # Last, since it has to be closed: a limiter that is in use elsewhere is refused above.
+        self.channel: Channel[T] = Channel()
         self._scope = anyio.CancelScope()
 
     async def produce(self, start_soon: StartSoon) -> None:
@@ -72,6 +73,7 @@ class Streaming(Generic[T]):
         if not self._scope.cancel_called:
             self._single.reason = reason
             self._scope.cancel(reason)
+            self.channel.abandon()
 
 
 class AgentStream(Generic[T]):
