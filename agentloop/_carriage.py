@@ -89,11 +89,12 @@ class _Carriage(Generic[ItemT]):
     @plumbing
     async def run(self) -> None:
         failure: BaseException | None = None
+        error: Exception | None = None
+        cut_short = False
         # A generator that is suspended at a yield may have scopes open, which lie within this one. A scope
         # that was entered only in order to close it would lie within those, and they would end first.
         with self._closing:
             iterator = self._open()
-            cut_short = False
             try:
                 cut_short = await self._pull(iterator)
             except BaseException as exc:
