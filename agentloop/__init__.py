@@ -20,6 +20,7 @@ from ._limiter import Limiter, LimiterStatistics
 from ._loop import AgentLoop, LoopStatistics
 from ._metrics import Distribution, MetricsRecorder, MetricsSnapshot
 from ._result import InvocationResult, Status
+from ._store import ContextStore
 from ._verdict import Verdict, VerdictKind, classify
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "AgentLoopError",
     "Backoff",
     "BatchStopped",
+    "ContextStore",
     "Distribution",
     "FirstChunkTimeout",
     "IdleTimeout",

@@ -1,0 +1,447 @@
+"""
+Values that are shared because nobody can change them, and copies of them that are made on first touch.
+
+What a store holds is frozen: dicts, lists and sets that refuse to be changed. What it hands out is alive:
+an ordinary dict, list or set with one level of copies, of which a child is copied when it is first looked at.
+So an edit copies what lies on the way to what it changes, and the rest is shared (path copying: Driscoll,
+Sarnak, Sleator and Tarjan, "Making data structures persistent", 1989). On commit what an edit made its own is
+frozen where it stands, as Clojure's transients are.
+
+All of them are real dicts, lists and sets, complete at any moment: C code that reads past their methods, as
+``json``, ``==`` and ``PyDict_Next`` do, reads the truth.
+"""
+
+from __future__ import annotations
+
+__all__ = ["FROZEN", "Freezer", "LiveDict", "path_of", "same", "thaw"]
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from typing import Any, NoReturn, Self, SupportsIndex, TypeAlias
+
+Owner: TypeAlias = object
+"""Who may freeze a live value where it stands: the one edit that it was made for."""
+
+# What cannot be changed, and holds nothing that can; looked up before anything else.
+_LEAVES = frozenset([str, int, float, bool, type(None), bytes, complex])
+_CONTAINERS: tuple[type, ...] = (dict, list, set, tuple)
+_MISSING = object()
+# To read and write past the methods of a live value.
+_PlainDict: type[dict[Any, Any]] = dict
+_PlainList: type[list[Any]] = list
+
+
+class _Dict(dict[Any, Any]):
+    __slots__ = ("opened", "origin", "owner")
+    # Only of a live one: the keys under which something may not be frozen; what it is a copy of, as long as
+    # it is the same; whose it is.
+    opened: set[Any]
+    origin: _Dict | None
+    owner: Owner
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+class _List(list[Any]):
+    __slots__ = ("origin", "owner")
+    origin: _List
+    owner: Owner
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return list, (list(self),)
+
+
+class _Set(set[Any]):
+    __slots__ = ("origin", "owner")
+    origin: _Set | None
+    owner: Owner
+
+    def __repr__(self) -> str:
+        return repr(set(self))
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return set, (set(self),)
+
+
+class FrozenDict(_Dict):
+    """A dict that is shared."""
+
+    __slots__ = ()
+
+
+class FrozenList(_List):
+    """A list that is shared."""
+
+    __slots__ = ()
+
+
+class FrozenSet(_Set):
+    """A set that is shared. It is no ``frozenset``, which is another type to whoever put it in."""
+
+    __slots__ = ()
+
+
+class FrozenTuple(tuple[Any, ...]):
+    """A tuple that holds frozen values; one that does not is left as it is."""
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return tuple, (tuple(self),)
+
+
+FROZEN: AbstractSet[type] = frozenset([FrozenDict, FrozenList, FrozenSet, FrozenTuple])
+
+
+class LiveDict(_Dict):
+    """A dict that is somebody's own, with shared values until they are looked at."""
+
+    __slots__ = ()
+
+    def __init__(self, origin: Mapping[Any, Any], owner: Owner) -> None:
+        # Copies the table in one piece, which holds for a frozen dict as well: it iterates as dict does.
+        super().__init__(origin)
+        self.opened = set()
+        self.origin = origin if isinstance(origin, FrozenDict) else None
+        self.owner = owner
+
+    def _open(self, key: Any, frozen: Any) -> Any:
+        value = thaw(frozen, self.owner)
+        super().__setitem__(key, value)
+        self.opened.add(key)
+        return value
+
+    def _open_all(self) -> None:
+        for key, value in [*super().items()]:
+            if type(value) in FROZEN:
+                self._open(key, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        value = super().__getitem__(key)
+        return self._open(key, value) if type(value) in FROZEN else value
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+    def __iter__(self) -> Iterator[Any]:
+        # Its own only so that dict(), ** and | ask for each item instead of copying the table.
+        return super().__iter__()
+
+    def items(self) -> Any:
+        self._open_all()
+        return super().items()
+
+    def values(self) -> Any:
+        self._open_all()
+        return super().values()
+
+    def copy(self) -> dict[Any, Any]:
+        return dict(self)
+
+    def __or__(self, other: Any) -> Any:
+        return dict(self) | other
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        self.origin = None
+        if type(value) not in _LEAVES:
+            self.opened.add(key)
+
+    def __delitem__(self, key: Any) -> None:
+        super().__delitem__(key)
+        self.origin = None
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        if key not in self:
+            self[key] = default
+
+        return self[key]
+
+    def pop(self, key: Any, default: Any = _MISSING) -> Any:
+        if key not in self and default is not _MISSING:
+            return default
+
+        value = self[key]
+        del self[key]
+        return value
+
+    def popitem(self) -> tuple[Any, Any]:
+        key, value = super().popitem()
+        self.origin = None
+        return key, thaw(value, self.owner)
+
+    def clear(self) -> None:
+        super().clear()
+        self.origin = None
+
+    def update(self, /, *args: Any, **kwargs: Any) -> None:
+        for key, value in dict(*args, **kwargs).items():
+            self[key] = value
+
+    def __ior__(self, other: Any) -> Self:
+        self.update(other)
+        return self
+
+
+class LiveList(_List):
+    """
+    A list that is somebody's own, with shared items until they are looked at.
+
+    What changes it is list's own; it is compared with its origin in the end, since C code such as ``heapq``
+    changes a list past its methods.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, origin: FrozenList, owner: Owner) -> None:
+        super().__init__(origin)
+        self.origin = origin
+        self.owner = owner
+
+    def _open_all(self) -> None:
+        for index, item in enumerate(super().__iter__()):
+            if type(item) in FROZEN:
+                super().__setitem__(index, thaw(item, self.owner))
+
+    def __getitem__(self, index: Any) -> Any:
+        if type(index) is slice:
+            self._open_all()
+
+        item = super().__getitem__(index)
+        if type(item) in FROZEN:
+            item = thaw(item, self.owner)
+            super().__setitem__(index, item)
+
+        return item
+
+    def __iter__(self) -> Iterator[Any]:
+        self._open_all()
+        return super().__iter__()
+
+    def __reversed__(self) -> Iterator[Any]:
+        self._open_all()
+        return super().__reversed__()
+
+    def pop(self, index: SupportsIndex = -1) -> Any:
+        return thaw(super().pop(index), self.owner)
+
+    def copy(self) -> list[Any]:
+        return list(self)
+
+    def __add__(self, other: Any) -> Any:
+        return list(self) + other
+
+    def __radd__(self, other: Any) -> Any:
+        # list + list looks past the methods of the second one.
+        return other + list(self)
+
+    def __mul__(self, times: SupportsIndex) -> list[Any]:
+        return list(self) * times
+
+    __rmul__ = __mul__
+
+
+class LiveSet(_Set):
+    """A set that is somebody's own. What is in a set cannot be changed, so there is nothing to copy later."""
+
+    __slots__ = ()
+
+    def __init__(self, origin: FrozenSet, owner: Owner) -> None:
+        super().__init__(origin)
+        self.origin = origin
+        self.owner = owner
+
+
+def _refuse(_self: object, *_args: object, **_kwargs: object) -> NoReturn:
+    raise TypeError(
+        "this is read-only, because it is what a ContextStore holds: change the draft that "
+        "`async with store.edit() as draft:` gives, or a copy.deepcopy() of this"
+    )
+
+
+def _noting_change(name: str) -> Callable[..., Any]:
+    change: Callable[..., Any] = getattr(set, name)
+
+    def method(self: LiveSet, *args: Any) -> Any:
+        self.origin = None
+        return change(self, *args)
+
+    return method
+
+
+_SET_CHANGES = (
+    "add clear difference_update discard intersection_update pop remove symmetric_difference_update update "
+    "__iand__ __ior__ __isub__ __ixor__"
+)
+for _kind, _names in (
+    (FrozenDict, "clear pop popitem setdefault update __delitem__ __ior__ __setitem__"),
+    (FrozenList, "append clear extend insert pop remove reverse sort "
+                 "__delitem__ __iadd__ __imul__ __setitem__"),
+    (FrozenSet, _SET_CHANGES),
+):  # fmt: skip
+    for _name in _names.split():
+        setattr(_kind, _name, _refuse)
+
+for _name in _SET_CHANGES.split():
+    setattr(LiveSet, _name, _noting_change(_name))
+
+
+def _thaw_tuple(items: FrozenTuple, owner: Owner) -> tuple[Any, ...]:
+    return tuple(thaw(item, owner) for item in items)
+
+
+_THAW: dict[type, Callable[[Any, Owner], Any]] = {
+    FrozenDict: LiveDict,
+    FrozenList: LiveList,
+    FrozenSet: LiveSet,
+    FrozenTuple: _thaw_tuple,
+}
+
+
+def thaw(value: object, owner: Owner) -> Any:
+    """Return a live copy of a frozen value, and any other value as it is."""
+    make = _THAW.get(type(value))
+    return make(value, owner) if make is not None else value
+
+
+def same(one: Any, other: Any) -> bool:
+    """Tell whether two frozen values are one, which tuples that were taken apart and frozen again are too."""
+    if one is other:
+        return True
+
+    return type(one) is type(other) is FrozenTuple and len(one) == len(other) and all(map(same, one, other))
+
+
+def path_of(steps: Iterable[Any]) -> str:
+    """Return how one would write the way to a nested value: ``plan.steps[3].when``."""
+    parts = (f".{step}" if isinstance(step, str) and step.isidentifier() else f"[{step!r}]" for step in steps)
+    return "".join(parts).removeprefix(".")
+
+
+class _Refused(Exception):
+    def __init__(self, kind: type[Exception], problem: str) -> None:
+        self.kind = kind
+        self.problem = problem
+        self.steps: list[Any] = []
+        """From the inside out."""
+
+
+class Freezer:
+    """
+    Freezes values: what is foreign is copied, what belongs to ``owner`` is frozen where it stands.
+
+    :param owner: whose live values need no copy; nobody's if absent
+    """
+
+    def __init__(self, owner: Owner | None = None) -> None:
+        self._owner = owner
+        # By identity, and with the value itself, so that its identity is not given to another one.
+        self._seen: dict[int, tuple[Any, Any]] = {}
+
+    def freeze(self, value: Any, key: str) -> Any:
+        """
+        Return the value frozen; itself where nothing in it can be changed, or where it is no container.
+
+        :param value: what is to be kept
+        :param key: where; for the message of an error
+        :raises TypeError: if a dict, list or set in it is of a subclass, or a tuple of a subclass
+            holds containers
+        :raises ValueError: if it contains itself, or is nested deeper than Python can follow
+        """
+        try:
+            return self._freeze(value)
+        except _Refused as refused:
+            path = path_of([key, *reversed(refused.steps)])
+            raise refused.kind(f"the value at {path} {refused.problem}") from None
+        except RecursionError:
+            raise ValueError(f"the value at {path_of([key])} is nested too deeply") from None
+
+    def _freeze(self, value: object) -> Any:
+        kind = type(value)
+        if kind in _LEAVES or kind in FROZEN or not isinstance(value, _CONTAINERS):
+            return value
+
+        _, known = self._seen.get(id(value), (None, None))
+        if known is _MISSING:
+            raise _Refused(ValueError, "contains itself: keep a key or an index in its place")
+
+        if known is not None:
+            return known
+
+        self._seen[id(value)] = value, _MISSING
+        frozen = self._convert(kind, value)
+        self._seen[id(value)] = value, frozen
+        return frozen
+
+    def _convert(self, kind: type, value: Any) -> Any:
+        if kind is LiveDict and value.owner is self._owner:
+            return self._settle_dict(value)
+
+        if kind is LiveList and value.owner is self._owner:
+            return self._settle_list(value)
+
+        if kind is LiveSet and value.owner is self._owner:
+            return _settle(value, FrozenSet, value.origin)
+
+        if kind is dict or kind is LiveDict:
+            return FrozenDict(self._items(_PlainDict.items(value)))
+
+        if kind is list or kind is LiveList:
+            return FrozenList(item for _, item in self._items(enumerate(_PlainList.__iter__(value))))
+
+        if kind is set or kind is LiveSet:
+            return FrozenSet(value)
+
+        if issubclass(kind, tuple):
+            members: tuple[Any, ...] = value
+            items = [item for _, item in self._items(enumerate(members))]
+            if not any(type(item) in FROZEN for item in items):
+                return value
+
+            if kind is tuple:
+                return FrozenTuple(items)
+
+        base = next(base for base in _CONTAINERS if isinstance(value, base))
+        raise _Refused(
+            TypeError,
+            f"is a {kind.__name__}, of which a store could give back only the {base.__name__}: "
+            f"convert it to a plain {base.__name__}",
+        )
+
+    def _items(self, items: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+        step = None
+        try:
+            for step, item in items:
+                yield step, self._freeze(item)
+        except _Refused as refused:
+            refused.steps.append(step)
+            raise
+
+    def _settle_dict(self, live: LiveDict) -> Any:
+        origin = live.origin
+        opened = [(key, _PlainDict.__getitem__(live, key)) for key in live.opened if key in live]
+        for key, item in self._items(opened):
+            _PlainDict.__setitem__(live, key, item)
+            if origin is not None and not same(item, origin[key]):
+                origin = None
+
+        return _settle(live, FrozenDict, origin)
+
+    def _settle_list(self, live: LiveList) -> Any:
+        items = [item for _, item in self._items(enumerate(_PlainList.__iter__(live)))]
+        _PlainList.__setitem__(live, slice(None), items)
+        origin = live.origin
+        is_same = len(items) == len(origin) and all(map(same, items, origin))
+        return _settle(live, FrozenList, origin if is_same else None)
+
+
+def _settle(live: Any, kind: Any, origin: Any) -> Any:
+    # Whoever still holds the live value finds that it can no longer be changed. What it was a copy of is
+    # dropped, since otherwise every version would keep all those before it.
+    live.__class__ = kind
+    live.origin = None
+    return live if origin is None else origin
