@@ -33,4 +33,5 @@ def check_json(value: Any, *path: Any) -> None:
     elif issubclass(kind, float) and not math.isfinite(value):
         raise ValueError(f"cannot encode {path_of(path)} as JSON, which has no {value!r}")
     elif not (value is None or issubclass(kind, (str, int, float))):
-        raise TypeError(f"cannot encode {path_of(path)} as JSON, which has no {kind.__name__}")
+        name = "set" if issubclass(kind, set) else kind.__name__
+        raise TypeError(f"cannot encode {path_of(path)} as JSON, which has no {name}")
