@@ -13,6 +13,8 @@ from typing import Any, Self
 import anyio
 from anyio.lowlevel import checkpoint
 
+from ._frozen import LiveDict
+
 
 def refuse_awaitable(name: str, result: Any, instead: str) -> None:
     """Refuse what an async function returned where a plain one was asked for."""
@@ -37,7 +39,12 @@ class _Wait:
         """Ask the predicate, in the context of the one who waits, and keep what it says."""
         is_over = True
         try:
-            self.result = self._context.run(self._predicate, MappingProxyType(state))
+            now = MappingProxyType(state)
+            self.result = self._context.run(self._predicate, now)
+            if self.result is now:
+                # This would go on changing.
+                self.result = LiveDict(state, object())
+
             refuse_awaitable("predicate", self.result, "what it awaits it would miss; look at the state only")
             is_over = bool(self.result)
         except BaseException as exc:  # it is the affair of the one who waits, and never of the one who writes
@@ -50,10 +57,12 @@ class Watch(AsyncIterator[Any]):
     """
     The newest value, each time it may have changed since it was last read; first the one that is there.
 
+    :param check: refuses a task that may not wait here
     :param read: returns the value at this moment
     """
 
-    def __init__(self, read: Callable[[], Any]) -> None:
+    def __init__(self, check: Callable[[], object], read: Callable[[], Any]) -> None:
+        self._check = check
         self._read = read
         self._is_new = True
         self._has_ended = False
@@ -63,6 +72,7 @@ class Watch(AsyncIterator[Any]):
         return self
 
     async def __anext__(self) -> Any:
+        self._check()
         await checkpoint()
         while not (self._is_new or self._has_ended):
             if self._news is None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 import json
 import math
+import pickle
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -411,6 +413,16 @@ async def test_task_inside_an_edit_cannot_use_the_store_otherwise(use: str) -> N
     assert await all_of(store) == {"a": 2}
 
 
+async def test_task_inside_an_edit_cannot_read_a_watch() -> None:
+    store = ContextStore()
+    async with store.watch("a") as values, store.edit() as draft:
+        draft["a"] = 1
+        with pytest.raises(RuntimeError, match="use the draft"):
+            await anext(values)
+
+    assert await all_of(store) == {"a": 1}
+
+
 async def test_agent_that_runs_in_the_task_of_an_edit_cannot_use_the_store_either() -> None:
     store = ContextStore({"a": 0})
     async with store.edit():
@@ -658,6 +670,10 @@ async def test_wait_for_returns_what_the_predicate_returns() -> None:
         await store.set("plan", ["a"])
 
     assert got == [["a"]]
+    everything = await store.wait_for(lambda now: now)
+    await store.set("plan", [])
+    everything["plan"].append("b")
+    assert everything == {"plan": ["a", "b"]}
 
 
 async def test_wait_for_sees_a_state_that_lasts_for_no_time() -> None:
@@ -679,6 +695,19 @@ async def test_wait_for_sees_a_state_that_lasts_for_no_time() -> None:
         group.start_soon(count)
 
     assert sorted(got) == list(range(1, 51))
+
+
+async def test_wait_for_misses_no_change_that_comes_as_it_begins() -> None:
+    for steps in range(10):
+        store = ContextStore({"n": 0})
+        with anyio.fail_after(1):
+            async with anyio.create_task_group() as group:
+                group.start_soon(store.wait_for, lambda now: now["n"])
+                for _ in range(steps):
+                    await checkpoint()
+
+                async with store.edit() as draft:
+                    draft["n"] = 1
 
 
 async def test_wait_for_looks_at_a_state_that_cannot_be_changed() -> None:
@@ -1052,6 +1081,25 @@ def test_use_in_two_event_loops_at_once_is_refused(backend: str, other: str) -> 
 
     anyio.run(main, backend=backend)
     anyio.run(store.set, "a", 2, backend=other)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [copy.copy, copy.deepcopy, lambda store: pickle.loads(pickle.dumps(store))],
+    ids=["copy", "deep", "pickle"],
+)
+async def test_copy_of_a_store_is_another_store(make: Callable[[ContextStore], ContextStore]) -> None:
+    store = ContextStore(state())
+    await store.get("n")
+    other = make(store)
+    for got in (await other.get("plan"), await other.snapshot()):
+        got.clear()
+
+    async with other.edit() as draft:
+        draft["plan"]["steps"].clear()
+
+    assert await store.snapshot() == state()
+    assert await all_of(other) == {**state(), "plan": {"steps": [], "by": {"ann"}}}
 
 
 def test_store_needs_an_event_loop_to_be_used_and_none_to_be_made() -> None:
