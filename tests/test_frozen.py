@@ -459,8 +459,6 @@ def test_value_put_into_a_draft_can_be_changed_until_the_commit_and_not_after(pu
     changes, _ = draft.changes()
     log[0]["n"] = 2
     assert "[{'n': 1}]" in repr(changes)
-    # Nor can anybody who is given it.
-    assert "2" not in repr(thaw(changes[min(changes)], object()))
 
 
 def test_alias_in_a_draft_is_one_object_until_the_commit() -> None:

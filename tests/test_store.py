@@ -471,6 +471,30 @@ async def test_time_out_of_an_edit_bounds_the_wait_and_not_the_block() -> None:
     assert await all_of(store) == {"a": 1}
 
 
+async def test_lock_that_comes_in_the_moment_of_the_time_out_is_kept() -> None:
+    class LateLock:
+        """Comes when its time is up, and still comes."""
+
+        def __init__(self, lock: anyio.Lock) -> None:
+            self.lock = lock
+            self.release = lock.release
+
+        async def acquire(self) -> None:
+            with anyio.CancelScope(shield=True):
+                await self.lock.acquire()
+                await anyio.sleep(10)
+
+    store = ContextStore()
+    run = store._state.enter_run()
+    late = LateLock(run.lock)
+    run.lock = late  # type: ignore[assignment]
+    async with store.edit(timeout_seconds=5) as draft:
+        draft["a"] = 1
+
+    run.lock = late.lock
+    assert await all_of(store) == {"a": 1}
+
+
 async def test_time_out_of_the_callers_own_while_waiting_is_the_callers() -> None:
     store = ContextStore()
     async with anyio.create_task_group() as group:
