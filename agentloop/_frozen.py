@@ -15,15 +15,15 @@ from __future__ import annotations
 
 __all__ = ["FROZEN", "Freezer", "LiveDict", "path_of", "same", "thaw"]
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from collections.abc import Set as AbstractSet
 from typing import Any, NoReturn, Self, SupportsIndex, TypeAlias
 
 Owner: TypeAlias = object
 """Who may freeze a live value where it stands: the one edit that it was made for."""
 
 # What cannot be changed, and holds nothing that can; looked up before anything else.
-_LEAVES = frozenset([str, int, float, bool, type(None), bytes, complex])
+_LEAVES: frozenset[type] = frozenset([str, int, float, bool, type(None), bytes, complex])
 _CONTAINERS: tuple[type, ...] = (dict, list, set, tuple)
 _MISSING = object()
 # To read and write past the methods of a live value.
@@ -32,30 +32,31 @@ _PlainList: type[list[Any]] = list
 
 
 class _Dict(dict[Any, Any]):
-    __slots__ = ("opened", "origin", "owner")
+    __slots__ = ("opened_", "origin_", "owner_")
     # Only of a live one: the keys under which something may not be frozen; what it is a copy of, as long as
-    # it is the same; whose it is.
-    opened: set[Any]
-    origin: _Dict | None
-    owner: Owner
+    # it is the same; whose it is. Templates look for an attribute before they look for a key, so no name here
+    # is one that somebody might use for a key.
+    opened_: set[Any]
+    origin_: _Dict | None
+    owner_: Owner
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return dict, (dict(self),)
 
 
 class _List(list[Any]):
-    __slots__ = ("origin", "owner")
-    origin: _List
-    owner: Owner
+    __slots__ = ("origin_", "owner_")
+    origin_: _List
+    owner_: Owner
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return list, (list(self),)
 
 
 class _Set(set[Any]):
-    __slots__ = ("origin", "owner")
-    origin: _Set | None
-    owner: Owner
+    __slots__ = ("origin_", "owner_")
+    origin_: _Set | None
+    owner_: Owner
 
     def __repr__(self) -> str:
         return repr(set(self))
@@ -91,7 +92,8 @@ class FrozenTuple(tuple[Any, ...]):
         return tuple, (tuple(self),)
 
 
-FROZEN: AbstractSet[type] = frozenset([FrozenDict, FrozenList, FrozenSet, FrozenTuple])
+FROZEN: frozenset[type] = frozenset([FrozenDict, FrozenList, FrozenSet, FrozenTuple])
+_SETTLED = _LEAVES | FROZEN
 
 
 class LiveDict(_Dict):
@@ -102,14 +104,14 @@ class LiveDict(_Dict):
     def __init__(self, origin: Mapping[Any, Any], owner: Owner) -> None:
         # Copies the table in one piece, which holds for a frozen dict as well: it iterates as dict does.
         super().__init__(origin)
-        self.opened = set()
-        self.origin = origin if isinstance(origin, FrozenDict) else None
-        self.owner = owner
+        self.opened_ = set()
+        self.origin_ = origin if isinstance(origin, FrozenDict) else None
+        self.owner_ = owner
 
     def _open(self, key: Any, frozen: Any) -> Any:
-        value = thaw(frozen, self.owner)
+        value = thaw(frozen, self.owner_)
         super().__setitem__(key, value)
-        self.opened.add(key)
+        self.opened_.add(key)
         return value
 
     def _open_all(self) -> None:
@@ -147,13 +149,13 @@ class LiveDict(_Dict):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         super().__setitem__(key, value)
-        self.origin = None
+        self.origin_ = None
         if type(value) not in _LEAVES:
-            self.opened.add(key)
+            self.opened_.add(key)
 
     def __delitem__(self, key: Any) -> None:
         super().__delitem__(key)
-        self.origin = None
+        self.origin_ = None
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
         if key not in self:
@@ -171,12 +173,12 @@ class LiveDict(_Dict):
 
     def popitem(self) -> tuple[Any, Any]:
         key, value = super().popitem()
-        self.origin = None
-        return key, thaw(value, self.owner)
+        self.origin_ = None
+        return key, thaw(value, self.owner_)
 
     def clear(self) -> None:
         super().clear()
-        self.origin = None
+        self.origin_ = None
 
     def update(self, /, *args: Any, **kwargs: Any) -> None:
         for key, value in dict(*args, **kwargs).items():
@@ -191,7 +193,7 @@ class LiveList(_List):
     """
     A list that is somebody's own, with shared items until they are looked at.
 
-    What changes it is list's own; it is compared with its origin in the end, since C code such as ``heapq``
+    What changes it needs no note: it is compared with its origin in the end, since C code such as ``heapq``
     changes a list past its methods.
     """
 
@@ -199,13 +201,13 @@ class LiveList(_List):
 
     def __init__(self, origin: FrozenList, owner: Owner) -> None:
         super().__init__(origin)
-        self.origin = origin
-        self.owner = owner
+        self.origin_ = origin
+        self.owner_ = owner
 
     def _open_all(self) -> None:
         for index, item in enumerate(super().__iter__()):
             if type(item) in FROZEN:
-                super().__setitem__(index, thaw(item, self.owner))
+                super().__setitem__(index, thaw(item, self.owner_))
 
     def __getitem__(self, index: Any) -> Any:
         if type(index) is slice:
@@ -213,7 +215,7 @@ class LiveList(_List):
 
         item = super().__getitem__(index)
         if type(item) in FROZEN:
-            item = thaw(item, self.owner)
+            item = thaw(item, self.owner_)
             super().__setitem__(index, item)
 
         return item
@@ -227,7 +229,7 @@ class LiveList(_List):
         return super().__reversed__()
 
     def pop(self, index: SupportsIndex = -1) -> Any:
-        return thaw(super().pop(index), self.owner)
+        return thaw(super().pop(index), self.owner_)
 
     def copy(self) -> list[Any]:
         return list(self)
@@ -244,6 +246,22 @@ class LiveList(_List):
 
     __rmul__ = __mul__
 
+    # What is then in two places of the list has to be one object.
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(index, list(self) if value is self and type(index) is slice else value)
+
+    def extend(self, items: Iterable[Any]) -> None:
+        super().extend(list(self) if items is self else items)
+
+    def __iadd__(self, items: Any) -> Self:
+        self.extend(items)
+        return self
+
+    def __imul__(self, times: SupportsIndex) -> Self:
+        self._open_all()
+        return super().__imul__(times)
+
 
 class LiveSet(_Set):
     """A set that is somebody's own. What is in a set cannot be changed, so there is nothing to copy later."""
@@ -252,8 +270,8 @@ class LiveSet(_Set):
 
     def __init__(self, origin: FrozenSet, owner: Owner) -> None:
         super().__init__(origin)
-        self.origin = origin
-        self.owner = owner
+        self.origin_ = origin
+        self.owner_ = owner
 
 
 def _refuse(_self: object, *_args: object, **_kwargs: object) -> NoReturn:
@@ -267,7 +285,7 @@ def _noting_change(name: str) -> Callable[..., Any]:
     change: Callable[..., Any] = getattr(set, name)
 
     def method(self: LiveSet, *args: Any) -> Any:
-        self.origin = None
+        self.origin_ = None
         return change(self, *args)
 
     return method
@@ -362,7 +380,7 @@ class Freezer:
 
     def _freeze(self, value: object) -> Any:
         kind = type(value)
-        if kind in _LEAVES or kind in FROZEN or not isinstance(value, _CONTAINERS):
+        if kind in _SETTLED or not isinstance(value, _CONTAINERS):
             return value
 
         _, known = self._seen.get(id(value), (None, None))
@@ -378,14 +396,14 @@ class Freezer:
         return frozen
 
     def _convert(self, kind: type, value: Any) -> Any:
-        if kind is LiveDict and value.owner is self._owner:
+        if kind is LiveDict and value.owner_ is self._owner:
             return self._settle_dict(value)
 
-        if kind is LiveList and value.owner is self._owner:
+        if kind is LiveList and value.owner_ is self._owner:
             return self._settle_list(value)
 
-        if kind is LiveSet and value.owner is self._owner:
-            return _settle(value, FrozenSet, value.origin)
+        if kind is LiveSet and value.owner_ is self._owner:
+            return _settle(value, FrozenSet, value.origin_)
 
         if kind is dict or kind is LiveDict:
             return FrozenDict(self._items(_PlainDict.items(value)))
@@ -422,20 +440,25 @@ class Freezer:
             raise
 
     def _settle_dict(self, live: LiveDict) -> Any:
-        origin = live.origin
-        opened = [(key, _PlainDict.__getitem__(live, key)) for key in live.opened if key in live]
+        origin = live.origin_
+        opened = [(key, _PlainDict.__getitem__(live, key)) for key in live.opened_ if key in live]
         for key, item in self._items(opened):
             _PlainDict.__setitem__(live, key, item)
             if origin is not None and not same(item, origin[key]):
                 origin = None
 
+        del live.opened_
         return _settle(live, FrozenDict, origin)
 
     def _settle_list(self, live: LiveList) -> Any:
-        items = [item for _, item in self._items(enumerate(_PlainList.__iter__(live)))]
-        _PlainList.__setitem__(live, slice(None), items)
-        origin = live.origin
-        is_same = len(items) == len(origin) and all(map(same, items, origin))
+        items, origin = _PlainList.__iter__, live.origin_
+        opened = [(index, item) for index, item in enumerate(items(live)) if type(item) not in _SETTLED]
+        for index, item in self._items(opened):
+            _PlainList.__setitem__(live, index, item)
+
+        is_same = len(live) == len(origin) and (
+            all(map(operator.is_, items(live), origin)) or all(map(same, items(live), origin))
+        )
         return _settle(live, FrozenList, origin if is_same else None)
 
 
@@ -443,5 +466,5 @@ def _settle(live: Any, kind: Any, origin: Any) -> Any:
     # Whoever still holds the live value finds that it can no longer be changed. What it was a copy of is
     # dropped, since otherwise every version would keep all those before it.
     live.__class__ = kind
-    live.origin = None
+    live.origin_ = None
     return live if origin is None else origin

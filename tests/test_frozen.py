@@ -174,6 +174,13 @@ def test_live_values_are_real_containers() -> None:
     assert value.get("missing", 1) == 1
 
 
+@pytest.mark.parametrize("kind", [dict, list, set])
+def test_live_value_has_no_attribute_that_a_template_could_take_for_a_key(kind: type) -> None:
+    added = {name for name in dir(live(kind())) if name not in dir(kind)}
+    assert added
+    assert all(name.startswith("_") or name.endswith("_") for name in added)
+
+
 def test_copies_of_any_kind_are_exact_containers() -> None:
     for value in (live(plan()), freeze(plan())):
         for made in (copy.deepcopy(value), pickle.loads(pickle.dumps(value))):
@@ -468,6 +475,17 @@ def test_alias_in_a_draft_is_one_object_until_the_commit() -> None:
     assert draft["b"]["x"] is draft["a"]["x"]
     changes, _ = draft.changes()
     assert changes == {"a": {"x": [1]}, "b": {"x": [1]}}
+
+
+@pytest.mark.parametrize(
+    "double", ["items += items", "items *= 2", "items.extend(items)", "items[2:] = items"]
+)
+def test_list_that_is_doubled_holds_each_object_twice(double: str) -> None:
+    draft = Draft({"a": freeze([[1], {2}])})
+    exec(double, {"items": draft["a"]})
+    draft["a"][0].append(3)
+    assert draft["a"] == [[1, 3], {2}, [1, 3], {2}]
+    assert draft["a"][0] is draft["a"][2]
 
 
 def test_value_of_somebody_else_is_copied_when_it_is_committed() -> None:
