@@ -204,7 +204,8 @@ class ContextStore:
         :raises TimeoutError: on entering, if others were not finished by then
         :raises TypeError: if ``timeout_seconds`` is no number; on leaving, if a value cannot be kept
         :raises ValueError: if ``timeout_seconds`` is not above 0; on leaving, if a value contains itself
-        :raises RuntimeError: on entering, if this task is inside another edit of the store already
+        :raises RuntimeError: on entering, if this task is inside another edit of the store already; on leaving,
+            if another task entered
         """
         must.check_number("timeout_seconds", timeout_seconds, above=0, optional=True)
         return _Edit(self._state, math.inf if timeout_seconds is None else timeout_seconds)
@@ -317,8 +318,15 @@ class _Edit(AbstractAsyncContextManager[MutableMapping[str, Any], None]):
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # Nor here: a commit cannot be cancelled halfway.
         run, draft = self._run, self._draft
+        if run.editor != anyio.get_current_task():
+            draft.end()
+            raise RuntimeError(
+                "an edit must be left by the task that entered it, which alone can release the lock: nothing "
+                "was committed"
+            )
+
+        # Nor does anything wait here: a commit cannot be cancelled halfway.
         try:
             if exc_type is None:
                 self._state.commit(run, *draft.changes())

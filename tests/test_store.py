@@ -514,6 +514,26 @@ async def test_time_out_of_the_callers_own_while_waiting_is_the_callers() -> Non
     assert await all_of(store) == {}
 
 
+async def test_edit_that_another_task_leaves_is_refused_and_not_committed() -> None:
+    store = ContextStore({"a": 1})
+    edit = store.edit()
+    draft = await edit.__aenter__()
+    draft["a"] = 2
+
+    async def leave() -> None:
+        with pytest.raises(RuntimeError, match="must be left by the task that entered it"):
+            await edit.__aexit__(None, None, None)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(leave)
+
+    with pytest.raises(RuntimeError, match="the block of this draft has ended"):
+        draft["a"] = 3
+
+    await edit.__aexit__(ValueError, ValueError(), None)
+    assert await all_of(store) == {"a": 1}
+
+
 async def test_child_task_may_write_after_the_edit_that_started_it() -> None:
     store = ContextStore()
     async with anyio.create_task_group() as group:
