@@ -7,7 +7,8 @@ __all__ = ["Draft", "check_key"]
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from typing import Any, Self
 
-from ._frozen import FROZEN, Freezer, same, thaw
+from ._freezer import Freezer, same
+from ._frozen import FROZEN, thaw
 
 
 def check_key(key: Any) -> None:

@@ -7,7 +7,7 @@ __all__ = ["check_json"]
 import math
 from typing import Any, cast
 
-from ._frozen import path_of
+from ._freezer import path_of
 
 
 def check_json(value: Any, *path: Any) -> None:

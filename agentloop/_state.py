@@ -13,7 +13,8 @@ from anyio.lowlevel import EventLoopToken, current_token
 
 from ._backend import is_running
 from ._draft import check_key
-from ._frozen import Freezer, LiveDict, thaw
+from ._freezer import Freezer
+from ._frozen import LiveDict, thaw
 from ._watch import Audience
 
 

@@ -17,7 +17,8 @@ from anyio.lowlevel import checkpoint
 
 from . import _validators as must
 from ._draft import Draft, check_key
-from ._frozen import Freezer, thaw
+from ._freezer import Freezer
+from ._frozen import thaw
 from ._json import check_json
 from ._state import State, freeze_all
 from ._watch import Watch, refuse_awaitable
@@ -204,8 +205,8 @@ class ContextStore:
         :raises TimeoutError: on entering, if others were not finished by then
         :raises TypeError: if ``timeout_seconds`` is no number; on leaving, if a value cannot be kept
         :raises ValueError: if ``timeout_seconds`` is not above 0; on leaving, if a value contains itself
-        :raises RuntimeError: on entering, if this task is inside another edit of the store already; on leaving,
-            if another task entered
+        :raises RuntimeError: on entering, if this task is inside another edit of the store already; on
+            leaving, if another task entered
         """
         must.check_number("timeout_seconds", timeout_seconds, above=0, optional=True)
         return _Edit(self._state, math.inf if timeout_seconds is None else timeout_seconds)

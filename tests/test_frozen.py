@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given
 
 from agentloop._draft import Draft
-from agentloop._frozen import Freezer, path_of, same, thaw
+from agentloop._freezer import Freezer, path_of, same
+from agentloop._frozen import thaw
 
 
 def freeze(value: Any, owner: object = None) -> Any:

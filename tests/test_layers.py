@@ -35,6 +35,7 @@ ORDER = [
     "_limiter",
     "_metrics",
     "_frozen",
+    "_freezer",
     "_draft",
     "_watch",
     "_state",
