@@ -22,6 +22,7 @@ from ._limiter import Limiter, LimiterStatistics
 from ._loop import AgentLoop, LoopStatistics
 from ._metrics import Distribution, MetricsRecorder, MetricsSnapshot
 from ._result import InvocationResult, Status
+from ._store import ContextStore
 from ._stream import AgentStream
 from ._verdict import Verdict, VerdictKind, classify
 
@@ -32,6 +33,7 @@ __all__ = [
     "Backoff",
     "BatchStopped",
     "ChunkEvent",
+    "ContextStore",
     "Distribution",
     "FirstChunkTimeout",
     "IdleTimeout",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["Host", "current_host"]
+__all__ = ["Host", "current_host", "is_running"]
 
 import asyncio
 import math
+from typing import Any
 
 import anyio
+from anyio.lowlevel import EventLoopToken
 
 
 class Host:
@@ -59,3 +61,22 @@ _TRIO_HOST = Host()
 def current_host() -> Host:
     """Return the host that the current task is."""
     return _AsyncioHost() if anyio.get_cancelled_exc_class() is asyncio.CancelledError else _TRIO_HOST
+
+
+def is_running(token: EventLoopToken) -> bool:
+    """Tell whether an event loop, this one or another, is running."""
+    native: Any = token.native_token
+    if isinstance(native, asyncio.AbstractEventLoop):
+        return native.is_running()
+
+    # What a trio token knows it tells only when it is used; trio.RunFinishedError is a RuntimeError.
+    try:
+        native.run_sync_soon(_do_nothing, idempotent=True)
+    except RuntimeError:
+        return False
+
+    return True
+
+
+def _do_nothing() -> None:
+    pass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["callable_", "check_whole", "instance", "number", "one_of", "whole"]
+__all__ = ["callable_", "check_number", "check_whole", "instance", "number", "one_of", "whole"]
 
 import math
 from collections.abc import Callable, Collection
@@ -37,32 +37,45 @@ def number(
     """Accept a real number that is no ``bool`` and no NaN, within the bounds."""
 
     def validate(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if value is None and optional:
-            return
-
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            expected = "a number or None" if optional else "a number"
-            raise TypeError(f"{attribute.name} must be {expected}, got {value!r}")
-
-        hint = " (None means no limit)" if optional else ""
-        try:
-            float(value)
-        except OverflowError:
-            raise ValueError(f"{attribute.name} must be a number that fits a float, got {value!r}") from None
-
-        if math.isnan(value):
-            raise ValueError(f"{attribute.name} must be a number, got {value!r}")
-
-        if above is not None and value <= above:
-            raise ValueError(f"{attribute.name} must be greater than {above}, got {value!r}{hint}")
-
-        if minimum is not None and value < minimum:
-            raise ValueError(f"{attribute.name} must be at least {minimum}, got {value!r}{hint}")
-
-        if finite and math.isinf(value):
-            raise ValueError(f"{attribute.name} must be finite, got {value!r}")
+        check_number(attribute.name, value, above=above, minimum=minimum, optional=optional, finite=finite)
 
     return validate
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    minimum: float | None = None,
+    optional: bool = False,
+    finite: bool = False,
+) -> None:
+    """Refuse what is no real number, a ``bool``, NaN, or out of the bounds."""
+    if value is None and optional:
+        return
+
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        expected = "a number or None" if optional else "a number"
+        raise TypeError(f"{name} must be {expected}, got {value!r}")
+
+    hint = " (None means no limit)" if optional else ""
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that fits a float, got {value!r}") from None
+
+    if math.isnan(value):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+
+    if above is not None and value <= above:
+        raise ValueError(f"{name} must be greater than {above}, got {value!r}{hint}")
+
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value!r}{hint}")
+
+    if finite and math.isinf(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
 
 
 def instance(kind: type) -> Validator:

@@ -1,5 +1,6 @@
 """
 Deliberate defects, each of which the random programs have to catch: that is how we know they test something.
+Those of the store are caught by its random histories.
 
 ``python tests/mutants.py`` applies them one by one to a copy of the package, and says what caught each.
 """
@@ -28,6 +29,7 @@ class Mutant(NamedTuple):
     old: str
     new: str
     backend: str = "either"
+    program: str = "fuzz.py"
 
 
 MUTANTS = [
@@ -273,6 +275,62 @@ MUTANTS = [
         "            if not self._waited:\n",
         "asyncio",
     ),
+    Mutant(
+        "a value is set without the lock",
+        "_store.py",
+        "        change = {key: Freezer().freeze(value, key)}\n        run = self._state.enter_run()\n        async with run.lock:\n",
+        "        change = {key: Freezer().freeze(value, key)}\n        run = self._state.enter_run()\n        if await checkpoint() is None:\n",
+        program="linearizability.py",
+    ),
+    Mutant(
+        "a transform reads before it has the lock",
+        "_store.py",
+        "        async with run.lock:\n            value = fn(thaw(self._state.values.get(key, frozen_default), owner))\n",
+        "        old = self._state.values.get(key, frozen_default)\n        async with run.lock:\n            value = fn(thaw(old, owner))\n",
+        program="linearizability.py",
+    ),
+    Mutant(
+        "a comparison is made before the lock is there",
+        "_store.py",
+        "        async with run.lock:\n            value = self._state.values.get(key)\n",
+        "        value = self._state.values.get(key)\n        async with run.lock:\n",
+        program="linearizability.py",
+    ),
+    Mutant(
+        "a cancelled edit is committed",
+        "_store.py",
+        "            if exc_type is None:\n",
+        "            if exc_type is None or not issubclass(exc_type, Exception):\n",
+        program="linearizability.py",
+    ),
+    Mutant(
+        "a draft writes into the state",
+        "_draft.py",
+        "        self._touched[key] = thaw(value, self._owner)\n",
+        "        self._touched[key] = self._state[key] = thaw(value, self._owner)\n",
+        program="linearizability.py",
+    ),
+    Mutant(
+        "an edit is committed in two steps",
+        "_store.py",
+        "                self._state.commit(run, *draft.changes())\n",
+        "                for name, new in draft.changes()[0].items():\n                    self._state.commit(run, {name: new})\n                    await checkpoint()\n",
+        program="linearizability.py",
+    ),
+    Mutant(
+        "a cancelled edit keeps the lock",
+        "_store.py",
+        "            run.lock.release()\n",
+        "            if exc_type is None:\n                run.lock.release()\n",
+        program="linearizability.py",
+    ),
+    Mutant(
+        "who waits is asked only when it runs",
+        "_watch.py",
+        "            if wait.is_over(state):\n                del",
+        "            if not wait.event.set():\n                del",
+        program="linearizability.py",
+    ),
 ]
 
 
@@ -295,7 +353,7 @@ def catch(mutant: Mutant, backend: str, programs: int = PROGRAMS) -> str | None:
         target.write_text(text)
         command = [
             sys.executable,
-            str(ROOT / "tests/fuzz.py"),
+            str(ROOT / "tests" / mutant.program),
             "--backend",
             backend,
             "--seeds",

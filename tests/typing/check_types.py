@@ -14,6 +14,8 @@ from collections.abc import (
     Callable,
     Generator,
     Iterator,
+    Mapping,
+    MutableMapping,
 )
 from functools import partial
 from typing import Any, assert_type
@@ -21,6 +23,7 @@ from typing import Any, assert_type
 from agentloop import (
     AgentLoop,
     Backoff,
+    ContextStore,
     Distribution,
     Invocation,
     InvocationResult,
@@ -314,3 +317,65 @@ def figures_are_typed(snapshot: MetricsSnapshot) -> None:
     assert_type(snapshot.latency.percentile(99.9), float)
     assert_type(snapshot.counts[Status.SUCCESS], int)
     assert_type(classify(ValueError()), Verdict)
+
+
+# --- the store
+
+
+async def store_knows_what_it_can(store: ContextStore) -> None:
+    assert_type(ContextStore({"a": 1}), ContextStore)
+    assert_type(await store.get("a"), Any)
+    assert_type(await store.delete("a"), bool)
+    assert_type(await store.snapshot(), dict[str, Any])
+    assert_type(await store.compare_and_set("a", 1, 2), bool)
+    assert_type(await store.transform("a", lambda value: int(value)), int)
+    assert_type(await store.transform("a", blocking, ""), int)
+    assert_type(await store.to_json(), str)
+    assert_type(ContextStore.from_json("{}"), ContextStore)
+    await store.set("a", object())
+    await store.update({"a": 1})
+
+
+async def edit_gives_a_draft(store: ContextStore) -> int:
+    async with store.edit() as draft:
+        assert_type(draft, MutableMapping[str, Any])
+
+    # What the block returns is returned: leaving it never swallows an exception.
+    async with store.edit(timeout_seconds=5) as draft:
+        return len(draft)
+
+
+async def wait_for_gives_what_the_predicate_returns(store: ContextStore) -> None:
+    def length(now: Mapping[str, Any]) -> int:
+        return len(now)
+
+    assert_type(await store.wait_for(length), int)
+    assert_type(await store.wait_for(lambda now: "a" in now), bool)
+
+
+async def watch_gives_values_or_snapshots(store: ContextStore) -> None:
+    async with store.watch("a") as values, store.watch("a", "gone") as others:
+        assert_type(values, AsyncIterator[Any])
+        assert_type(others, AsyncIterator[Any])
+
+    async with store.watch() as states:
+        async for state in states:
+            assert_type(state, dict[str, Any])
+
+
+async def store_checks_its_arguments(store: ContextStore) -> None:
+    await store.get(5)  # type: ignore[arg-type]
+    await store.set(5, 1)  # type: ignore[arg-type]
+    await store.update([("a", 1)])  # type: ignore[arg-type]
+    await store.transform("a", 5)  # type: ignore[arg-type]
+    await store.wait_for("a")  # type: ignore[arg-type]
+    store.edit(5)  # type: ignore[call-arg]
+    store.edit(timeout_seconds="5")  # type: ignore[arg-type]
+    store.watch(5)  # type: ignore[call-overload]
+    ContextStore([1])  # type: ignore[arg-type]
+
+
+async def edit_and_watch_need_async_with(store: ContextStore) -> None:
+    await store.edit()  # type: ignore[misc]
+    async for _ in store.watch("a"):  # type: ignore[attr-defined]
+        pass

@@ -1,0 +1,1228 @@
+"""ContextStore: each operation happens whole or not at all, and nobody can change what another one sees."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import copy
+import json
+import math
+import pickle
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+import pytest
+from anyio.lowlevel import checkpoint
+
+from agentloop import AgentLoop, ContextStore, Invocation
+from agentloop.testing import VirtualClockDeadlock, virtual_clock
+
+backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
+
+
+def state() -> dict[str, Any]:
+    return {"plan": {"steps": [{"when": "now"}], "by": {"ann"}}, "pair": (1, ["x"]), "n": 1}
+
+
+async def all_of(store: ContextStore) -> dict[str, Any]:
+    """Return the state, after a check that the lock is free."""
+    with anyio.fail_after(1):
+        async with store.edit() as draft:
+            return dict(draft)
+
+
+# -- one at a time
+
+
+async def test_values_are_set_read_and_deleted() -> None:
+    store = ContextStore({"a": 1})
+    assert await store.get("a") == 1
+    assert await store.get("b") is None
+    assert await store.get("b", 2) == 2
+    await store.set("b", None)
+    assert await store.get("b", 2) is None
+    await store.update({"c": [3], "a": 4})
+    assert await store.snapshot() == {"a": 4, "b": None, "c": [3]}
+    assert await store.delete("b") is True
+    assert await store.delete("b") is False
+    assert await store.snapshot() == {"a": 4, "c": [3]}
+
+
+async def test_repr_shows_size_and_version_and_no_value() -> None:
+    store = ContextStore({"token": "secret"})
+    assert repr(store) == "<ContextStore 1 keys, version 0>"
+    await store.set("password", "secret")
+    assert repr(store) == "<ContextStore 2 keys, version 1>"
+
+
+async def test_version_counts_changes_and_nothing_else() -> None:
+    store = ContextStore({"a": 1})
+    await store.update({})
+    await store.delete("b")
+    await store.compare_and_set("a", 2, 3)
+    async with store.edit() as draft:
+        assert draft == {"a": 1}
+
+    assert "version 0" in repr(store)
+    async with store.edit() as draft:
+        draft["a"] = draft["b"] = 5
+
+    assert "version 1" in repr(store)
+
+
+async def test_transform_replaces_a_value_by_what_a_function_makes_of_it() -> None:
+    store = ContextStore({"n": 1, "steps": [["a"]]})
+    assert await store.transform("n", lambda n: n + 1) == 2
+    assert await store.transform("m", lambda n: n + 1, 10) == 11
+    assert await store.transform("none", lambda value: value) is None
+
+    def add(steps: list[Any]) -> list[Any]:
+        steps[0].append("b")
+        return steps
+
+    got = await store.transform("steps", add)
+    got[0].append("c")
+    assert await store.snapshot() == {"n": 2, "steps": [["a", "b"]], "m": 11, "none": None}
+
+
+async def test_default_of_a_transform_stays_as_it_is() -> None:
+    store, default = ContextStore(), list[int]()
+    for _ in range(2):
+        await store.delete("log")
+        assert await store.transform("log", lambda log: [log.append(1), log][1], default) == [1]
+
+    assert default == []
+
+
+async def test_compare_and_set_sets_only_what_is_as_expected() -> None:
+    store = ContextStore({"a": {"x": [1]}})
+    assert await store.compare_and_set("a", {"x": [2]}, 0) is False
+    assert await store.compare_and_set("a", {"x": [1]}, {"x": [2]}) is True
+    assert await store.compare_and_set("new", 0, 1) is False
+    assert await store.compare_and_set("new", None, 1) is True
+    await store.set("nan", math.nan)
+    assert await store.compare_and_set("nan", math.nan, 1) is True
+    assert await store.snapshot() == {"a": {"x": [2]}, "new": 1, "nan": 1}
+
+
+async def test_edit_commits_everything_at_once() -> None:
+    store = ContextStore(state())
+    async with store.edit() as draft:
+        draft["plan"]["steps"][0]["when"] = "later"
+        draft["n"] += 1
+        del draft["pair"]
+        draft["new"] = {}
+
+    expected = {"plan": {"steps": [{"when": "later"}], "by": {"ann"}}, "n": 2, "new": {}}
+    assert await store.snapshot() == expected
+    assert list(await store.snapshot()) == list(expected)
+
+
+async def test_edit_that_raises_changes_nothing() -> None:
+    store = ContextStore(state())
+    error = KeyError("mine")
+    with pytest.raises(KeyError) as caught:
+        async with store.edit() as draft:
+            draft["plan"]["steps"].clear()
+            draft.clear()
+            raise error
+
+    assert caught.value is error
+    assert await all_of(store) == state()
+
+
+async def test_edit_that_returns_early_is_committed() -> None:
+    store = ContextStore()
+
+    async def edit() -> None:
+        async with store.edit() as draft:
+            draft["a"] = 1
+            return
+
+    await edit()
+    assert await store.get("a") == 1
+
+
+async def test_nobody_sees_an_edit_before_it_is_committed_and_readers_do_not_wait_for_it() -> None:
+    store = ContextStore(state())
+    seen = []
+
+    async def read() -> None:
+        seen.append(await store.snapshot())
+        seen.append({**state(), "plan": await store.get("plan")})
+        seen.append({**state(), **await store.wait_for(lambda now: {"n": now["n"]})})
+
+    async with anyio.create_task_group() as group, store.edit() as draft:
+        draft["plan"]["steps"].append(2)
+        draft["n"] = 5
+        group.start_soon(read)
+        await anyio.sleep(1)
+        assert len(seen) == 3
+
+    assert seen == [state()] * 3
+    assert (await store.get("plan"))["steps"] == [{"when": "now"}, 2]
+
+
+async def test_writers_take_turns_first_come_first_served() -> None:
+    store = ContextStore({"log": []})
+
+    async def write(number: int) -> None:
+        if number % 2:
+            await store.transform("log", lambda log: [*log, number])
+        else:
+            async with store.edit() as draft:
+                await anyio.sleep(1)
+                draft["log"].append(number)
+
+    async with anyio.create_task_group() as group:
+        for number in range(6):
+            group.start_soon(write, number)
+            await anyio.wait_all_tasks_blocked()
+
+    assert await store.get("log") == [0, 1, 2, 3, 4, 5]
+
+
+async def test_draft_is_of_no_use_after_its_block() -> None:
+    store = ContextStore(state())
+    async with store.edit() as draft:
+        plan = draft["plan"]
+
+    with pytest.raises(RuntimeError, match="the block of this draft has ended"):
+        draft["n"] = 2
+
+    with pytest.raises(TypeError, match="read-only"):
+        plan["steps"] = []
+
+    assert await all_of(store) == state()
+
+
+# -- nobody can change what another one sees (E5)
+
+
+HANDED_OUT: dict[str, Callable[[ContextStore], Awaitable[Any]]] = {
+    "get": lambda store: store.get("plan"),
+    "snapshot": lambda store: at(store.snapshot(), "plan"),
+    "items": lambda store: items(store.snapshot()),
+    "transform": lambda store: store.transform("plan", lambda plan: plan),
+    "wait_for": lambda store: store.wait_for(lambda now: now["plan"]),
+    "watch": lambda store: first(store.watch("plan")),
+    "watch all": lambda store: at(first(store.watch()), "plan"),
+}
+
+
+async def at(mapping: Awaitable[Any], key: str) -> Any:
+    return (await mapping)[key]
+
+
+async def items(mapping: Awaitable[Any]) -> Any:
+    return dict((await mapping).items())["plan"]
+
+
+async def first(watch: Any) -> Any:
+    async with watch as values:
+        return await anext(values)
+
+
+@pytest.mark.parametrize("way", HANDED_OUT)
+async def test_changing_what_was_handed_out_changes_nothing_else(way: str) -> None:
+    store = ContextStore(state())
+    before, other = await store.snapshot(), await HANDED_OUT[way](store)
+    plan = await HANDED_OUT[way](store)
+    plan["steps"][0]["when"] = "never"
+    plan["steps"].append(1)
+    plan["by"].add("bob")
+    assert plan == {"steps": [{"when": "never"}, 1], "by": {"ann", "bob"}}
+    assert other == state()["plan"]
+    assert await store.snapshot() == before == state()
+
+
+async def test_changing_what_was_put_in_changes_nothing() -> None:
+    mine = state()
+    store = ContextStore(mine)
+    await store.set("set", mine["plan"])
+    await store.update({"update": mine["plan"]})
+    await store.compare_and_set("cas", None, mine["plan"])
+    await store.transform("transform", lambda _: mine["plan"])
+    async with store.edit() as draft:
+        draft["edit"] = mine["plan"]
+
+    mine["plan"]["steps"][0]["when"] = "never"
+    mine["plan"]["by"].clear()
+    mine["pair"][1].clear()
+    kept = await store.snapshot()
+    assert kept == {
+        **state(),
+        **dict.fromkeys(("set", "update", "cas", "transform", "edit"), state()["plan"]),
+    }
+
+
+async def test_snapshot_put_back_is_copied() -> None:
+    store = ContextStore(state())
+    snapshot = await store.snapshot()
+    snapshot["plan"]["steps"].append(1)
+    await store.set("plan", snapshot["plan"])
+    await store.update(snapshot)
+    snapshot["plan"]["steps"].append(2)
+    assert (await store.get("plan"))["steps"] == [{"when": "now"}, 1]
+
+
+async def test_snapshot_stays_as_it_is_when_the_store_changes() -> None:
+    store = ContextStore(state())
+    snapshot = await store.snapshot()
+    async with store.edit() as draft:
+        draft["plan"]["steps"][0]["when"] = "never"
+        draft["plan"]["by"].clear()
+        draft["pair"][1].append("y")
+
+    await store.delete("n")
+    assert snapshot == state()
+    assert json.loads(json.dumps(snapshot["plan"]["steps"])) == [{"when": "now"}]
+
+
+async def test_value_is_taken_as_it_is_when_the_call_begins() -> None:
+    store, value = ContextStore(), [1]
+    async with anyio.create_task_group() as group:
+        async with store.edit():
+            group.start_soon(store.set, "a", value)
+            await anyio.wait_all_tasks_blocked()
+            value.append(2)
+
+    assert await store.get("a") == [1]
+
+
+# -- lost updates (E1), dirty reads (E2), half a change (E3)
+
+
+async def test_edits_with_waits_inside_lose_no_update() -> None:
+    store = ContextStore({"n": 0})
+
+    async def add() -> None:
+        async with store.edit() as draft:
+            n = draft["n"]
+            await anyio.sleep(0.01)
+            draft["n"] = n + 1
+
+    async with anyio.create_task_group() as group:
+        for _ in range(100):
+            group.start_soon(add)
+
+    assert await store.get("n") == 100
+
+
+async def test_ten_thousand_racing_edits_lose_nothing() -> None:
+    store = ContextStore({"n": {"total": 0}, "by": {}})
+
+    async def add(name: str) -> None:
+        for _ in range(100):
+            async with store.edit() as draft:
+                draft["n"]["total"] += 1
+                await checkpoint()
+                draft["by"][name] = draft["by"].get(name, 0) + 1
+
+    async with anyio.create_task_group() as group:
+        for number in range(100):
+            group.start_soon(add, f"t{number}")
+
+    assert await store.snapshot() == {"n": {"total": 10_000}, "by": {f"t{n}": 100 for n in range(100)}}
+
+
+async def test_edit_that_is_cancelled_was_never_there() -> None:
+    store = ContextStore({"from": 100, "to": 0})
+    seen = set()
+
+    async def transfer() -> None:
+        async with store.edit() as draft:
+            draft["from"] -= 10
+            await anyio.sleep(1)
+            draft["to"] += 10
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(transfer)
+        await anyio.wait_all_tasks_blocked()
+        seen.add((await store.get("from"), await store.get("to")))
+        group.cancel_scope.cancel()
+
+    seen.add((await store.get("from"), await store.get("to")))
+    assert seen == {(100, 0)}
+    assert await all_of(store) == {"from": 100, "to": 0}
+
+
+async def test_edit_whose_deadline_passes_was_never_there() -> None:
+    store = ContextStore({"a": [1]})
+    with anyio.move_on_after(1) as scope:
+        async with store.edit() as draft:
+            draft["a"].append(2)
+            await anyio.sleep_forever()
+
+    assert scope.cancelled_caught
+    assert await all_of(store) == {"a": [1]}
+
+
+async def test_transform_that_raises_halfway_changes_nothing() -> None:
+    store = ContextStore({"a": {"x": [1]}})
+    error = ZeroDivisionError()
+
+    def fail(value: Any) -> None:
+        value["x"].append(2)
+        raise error
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        await store.transform("a", fail)
+
+    assert caught.value is error
+    assert await all_of(store) == {"a": {"x": [1]}}
+
+
+# -- use of the store from inside an operation (E4)
+
+
+USES: dict[str, Callable[[ContextStore], Awaitable[Any]]] = {
+    "get": lambda store: store.get("a"),
+    "set": lambda store: store.set("a", 1),
+    "update": lambda store: store.update({"a": 1}),
+    "delete": lambda store: store.delete("a"),
+    "snapshot": lambda store: store.snapshot(),
+    "transform": lambda store: store.transform("a", lambda a: a),
+    "compare_and_set": lambda store: store.compare_and_set("a", 0, 1),
+    "edit": lambda store: enter(store.edit()),
+    "wait_for": lambda store: store.wait_for(lambda _: True),
+    "watch": lambda store: enter(store.watch("a")),
+    "to_json": lambda store: store.to_json(),
+}
+
+
+async def enter(block: Any) -> None:
+    async with block:
+        pass
+
+
+@pytest.mark.parametrize("use", USES)
+async def test_task_inside_an_edit_cannot_use_the_store_otherwise(use: str) -> None:
+    store = ContextStore({"a": 0})
+    async with store.edit() as draft:
+        draft["a"] = 2
+        with pytest.raises(
+            RuntimeError, match=r"inside `async with store.edit\(\) .* use the draft, or leave"
+        ):
+            await USES[use](store)
+
+    assert await all_of(store) == {"a": 2}
+
+
+async def test_task_inside_an_edit_cannot_read_a_watch() -> None:
+    store = ContextStore()
+    async with store.watch("a") as values, store.edit() as draft:
+        draft["a"] = 1
+        with pytest.raises(RuntimeError, match="use the draft"):
+            await anext(values)
+
+    assert await all_of(store) == {"a": 1}
+
+
+async def test_agent_that_runs_in_the_task_of_an_edit_cannot_use_the_store_either() -> None:
+    store = ContextStore({"a": 0})
+    async with store.edit():
+        result = await AgentLoop().run_single("nested", store.set, "a", 1)
+
+    assert "this task is inside `async with store.edit()" in (result.error or "")
+
+
+@backends
+def test_edit_that_waits_for_a_nested_writer_is_a_deadlock(backend: str) -> None:
+    async def main() -> None:
+        store = ContextStore()
+        async with store.edit(), anyio.create_task_group() as group:
+            group.start_soon(store.set, "a", 1)
+
+    name, options = virtual_clock(backend)  # type: ignore[arg-type]
+    with pytest.raises(VirtualClockDeadlock):
+        anyio.run(main, backend=name, backend_options=options)
+
+
+async def test_edit_with_a_time_out_ends_such_a_deadlock() -> None:
+    store = ContextStore()
+    start = anyio.current_time()
+
+    async def nested() -> None:
+        with pytest.raises(
+            TimeoutError, match=r"waited 5 s to edit the store, while task '.+' was writing: keep the block"
+        ):
+            async with store.edit(timeout_seconds=5):
+                raise AssertionError
+
+    async with store.edit() as draft, anyio.create_task_group() as group:
+        draft["a"] = 1
+        group.start_soon(nested)
+
+    assert anyio.current_time() - start == pytest.approx(5)
+    assert await all_of(store) == {"a": 1}
+
+
+async def test_time_out_of_an_edit_bounds_the_wait_and_not_the_block() -> None:
+    store = ContextStore()
+    async with store.edit(timeout_seconds=1) as draft:
+        await anyio.sleep(10)
+        draft["a"] = 1
+
+    assert await all_of(store) == {"a": 1}
+
+
+async def test_lock_that_comes_in_the_moment_of_the_time_out_is_kept() -> None:
+    class LateLock:
+        """Comes when its time is up, and still comes."""
+
+        def __init__(self, lock: anyio.Lock) -> None:
+            self.lock = lock
+            self.release = lock.release
+
+        async def acquire(self) -> None:
+            with anyio.CancelScope(shield=True):
+                await self.lock.acquire()
+                await anyio.sleep(10)
+
+    store = ContextStore()
+    run = store._state.enter_run()
+    late = LateLock(run.lock)
+    run.lock = late  # type: ignore[assignment]
+    async with store.edit(timeout_seconds=5) as draft:
+        draft["a"] = 1
+
+    run.lock = late.lock
+    assert await all_of(store) == {"a": 1}
+
+
+async def test_time_out_of_the_callers_own_while_waiting_is_the_callers() -> None:
+    store = ContextStore()
+    async with anyio.create_task_group() as group:
+
+        async def hold() -> None:
+            async with store.edit():
+                await anyio.sleep(10)
+
+        group.start_soon(hold)
+        await anyio.wait_all_tasks_blocked()
+        with anyio.move_on_after(1) as scope:
+            async with store.edit(timeout_seconds=5):
+                raise AssertionError
+
+        assert scope.cancelled_caught
+
+    assert await all_of(store) == {}
+
+
+async def test_edit_that_another_task_leaves_is_refused_and_not_committed() -> None:
+    store = ContextStore({"a": 1})
+    edit = store.edit()
+    draft = await edit.__aenter__()
+    draft["a"] = 2
+
+    async def leave() -> None:
+        with pytest.raises(RuntimeError, match="must be left by the task that entered it"):
+            await edit.__aexit__(None, None, None)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(leave)
+
+    with pytest.raises(RuntimeError, match="the block of this draft has ended"):
+        draft["a"] = 3
+
+    await edit.__aexit__(ValueError, ValueError(), None)
+    assert await all_of(store) == {"a": 1}
+
+
+async def test_child_task_may_write_after_the_edit_that_started_it() -> None:
+    store = ContextStore()
+    async with anyio.create_task_group() as group:
+        async with store.edit() as draft:
+            draft["a"] = 1
+            group.start_soon(store.set, "b", 2)
+            await anyio.wait_all_tasks_blocked()
+
+    assert await all_of(store) == {"a": 1, "b": 2}
+
+
+async def test_edit_that_was_opened_twice_is_two_edits() -> None:
+    store = ContextStore({"n": 0})
+    edit = store.edit()
+
+    async def add() -> None:
+        async with edit as draft:
+            n = draft["n"]
+            await anyio.sleep(1)
+            draft["n"] = n + 1
+
+    async with anyio.create_task_group() as group:
+        for _ in range(3):
+            group.start_soon(add)
+
+    assert await all_of(store) == {"n": 3}
+
+
+# -- bad input
+
+
+BAD_KEYS: dict[str, Callable[[ContextStore], Awaitable[Any]]] = {
+    "get": lambda store: store.get(5),  # type: ignore[arg-type]
+    "set": lambda store: store.set(5, 1),  # type: ignore[arg-type]
+    "update": lambda store: store.update({"a": 0, 5: 1}),  # type: ignore[dict-item]
+    "delete": lambda store: store.delete(5),  # type: ignore[arg-type]
+    "transform": lambda store: store.transform(5, lambda _: 1),  # type: ignore[arg-type]
+    "compare_and_set": lambda store: store.compare_and_set(5, None, 1),  # type: ignore[arg-type]
+    "edit": lambda store: edit_key(store),
+    "watch": lambda store: enter(store.watch(5)),  # type: ignore[call-overload]
+}
+
+
+async def edit_key(store: ContextStore) -> None:
+    async with store.edit() as draft:
+        draft["a"] = 1
+        draft[5] = 1  # type: ignore[index]
+
+
+@pytest.mark.parametrize("way", BAD_KEYS)
+async def test_key_that_is_no_string_is_refused(way: str) -> None:
+    store = ContextStore()
+    with pytest.raises(TypeError, match="a key of a ContextStore must be a str, got 5"):
+        await BAD_KEYS[way](store)
+
+    assert await all_of(store) == {}
+
+
+def test_initial_state_is_checked() -> None:
+    with pytest.raises(TypeError, match="initial must be a mapping, got list"):
+        ContextStore([("a", 1)])  # type: ignore[arg-type]
+
+    with pytest.raises(TypeError, match="a key of a ContextStore must be a str, got 1"):
+        ContextStore({1: 1})  # type: ignore[dict-item]
+
+    with pytest.raises(TypeError, match=r"the value at a\.b is a Point"):
+        ContextStore({"a": {"b": type("Point", (dict,), {})()}})
+
+
+def cycle() -> list[Any]:
+    value: list[Any] = []
+    value.append(value)
+    return value
+
+
+BAD_VALUES: dict[str, Callable[[ContextStore], Awaitable[Any]]] = {
+    "set": lambda store: store.set("a", cycle()),
+    "update": lambda store: store.update({"b": 1, "a": cycle()}),
+    "transform": lambda store: store.transform("a", lambda _: cycle()),
+    "compare_and_set": lambda store: store.compare_and_set("a", 0, cycle()),
+    "edit": lambda store: edit_value(store),
+}
+
+
+async def edit_value(store: ContextStore) -> None:
+    async with store.edit() as draft:
+        draft["b"] = 1
+        draft["a"] = cycle()
+
+
+@pytest.mark.parametrize("way", BAD_VALUES)
+async def test_value_that_cannot_be_kept_is_refused_and_changes_nothing(way: str) -> None:
+    store = ContextStore({"a": 0})
+    with pytest.raises(ValueError, match=r"the value at a\[0\] contains itself"):
+        await BAD_VALUES[way](store)
+
+    assert await all_of(store) == {"a": 0}
+
+
+async def test_update_wants_a_mapping() -> None:
+    with pytest.raises(TypeError, match="mapping must be a mapping, got list"):
+        await ContextStore().update([("a", 1)])  # type: ignore[arg-type]
+
+
+async def asynchronous(_: Any) -> bool:
+    return True
+
+
+class Asynchronous:
+    async def __call__(self, _: Any) -> bool:
+        return True
+
+
+class Awaiting:
+    def __await__(self) -> Any:
+        yield
+
+
+@pytest.mark.parametrize(
+    "fn", [asynchronous, Asynchronous(), lambda _: Awaiting()], ids=["def", "object", "other"]
+)
+async def test_async_function_is_refused(fn: Any) -> None:
+    store = ContextStore({"a": 0})
+    with pytest.raises(TypeError, match=r"fn must be a plain function, .*edit\(\) as draft"):
+        await store.transform("a", fn)
+
+    with pytest.raises(TypeError, match=r"predicate must be a plain function, .*look at the state only"):
+        await store.wait_for(fn)
+
+    assert await all_of(store) == {"a": 0}
+
+
+async def test_what_cannot_be_called_is_refused() -> None:
+    store = ContextStore()
+    with pytest.raises(TypeError, match="fn must be a function, got 5"):
+        await store.transform("a", 5)  # type: ignore[arg-type]
+
+    with pytest.raises(TypeError, match="predicate must be a function, got 'a'"):
+        await store.wait_for("a")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [(0, ValueError), (-1, ValueError), (math.nan, ValueError), (True, TypeError), ("1", TypeError)],
+)
+def test_bad_time_out_is_refused_at_once(bad: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="timeout_seconds must be"):
+        ContextStore().edit(timeout_seconds=bad)
+
+
+async def test_comparison_that_fails_changes_nothing() -> None:
+    class Odd:
+        def __eq__(self, other: object) -> bool:
+            raise ZeroDivisionError
+
+    store = ContextStore({"a": Odd()})
+    with pytest.raises(ZeroDivisionError):
+        await store.compare_and_set("a", Odd(), 1)
+
+    assert isinstance((await all_of(store))["a"], Odd)
+
+
+# -- waiting for a condition
+
+
+async def test_wait_for_returns_what_the_predicate_returns() -> None:
+    store = ContextStore({"plan": []})
+    assert await store.wait_for(lambda now: len(now)) == 1
+    got = []
+
+    async def wait() -> None:
+        got.append(await store.wait_for(lambda now: now["plan"]))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(wait)
+        await anyio.wait_all_tasks_blocked()
+        assert not got
+        await store.set("plan", ["a"])
+
+    assert got == [["a"]]
+    everything = await store.wait_for(lambda now: now)
+    await store.set("plan", [])
+    everything["plan"].append("b")
+    assert everything == {"plan": ["a", "b"]}
+
+
+async def test_wait_for_sees_a_state_that_lasts_for_no_time() -> None:
+    store = ContextStore({"n": 0})
+    got = []
+
+    async def wait(number: int) -> None:
+        got.append(await store.wait_for(lambda now: now["n"] == number and now["n"]))
+
+    async def count() -> None:
+        for _ in range(50):
+            await store.transform("n", lambda n: n + 1)
+
+    async with anyio.create_task_group() as group:
+        for number in range(1, 51):
+            group.start_soon(wait, number)
+
+        await anyio.wait_all_tasks_blocked()
+        group.start_soon(count)
+
+    assert sorted(got) == list(range(1, 51))
+
+
+async def test_wait_for_misses_no_change_that_comes_as_it_begins() -> None:
+    for steps in range(10):
+        store = ContextStore({"n": 0})
+        with anyio.fail_after(1):
+            async with anyio.create_task_group() as group:
+                group.start_soon(store.wait_for, lambda now: now["n"])
+                for _ in range(steps):
+                    await checkpoint()
+
+                async with store.edit() as draft:
+                    draft["n"] = 1
+
+
+async def test_wait_for_looks_at_a_state_that_cannot_be_changed() -> None:
+    store = ContextStore(state())
+
+    def change(now: Any) -> bool:
+        with pytest.raises(TypeError, match="does not support item assignment"):
+            now["a"] = 1
+
+        now["plan"]["steps"].append(1)
+        return True
+
+    with pytest.raises(TypeError, match="read-only"):
+        await store.wait_for(change)
+
+    assert await all_of(store) == state()
+
+
+async def test_predicate_that_raises_fails_the_one_who_waits_and_not_the_one_who_writes() -> None:
+    store = ContextStore({"n": 0})
+    error = KeyError("mine")
+    raised = []
+
+    def look(now: Any) -> bool:
+        if now["n"]:
+            raise error
+
+        return False
+
+    async def wait() -> None:
+        with pytest.raises(KeyError) as caught:
+            await store.wait_for(look)
+
+        raised.append(caught.value)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(wait)
+        group.start_soon(wait)
+        await anyio.wait_all_tasks_blocked()
+        await store.set("n", 1)
+
+    assert raised == [error, error]
+    with pytest.raises(KeyError):
+        await store.wait_for(look)
+
+
+async def test_predicate_sees_the_context_of_the_one_who_waits() -> None:
+    var = contextvars.ContextVar("var", default="nobody")
+    store = ContextStore()
+    seen = []
+
+    async def wait() -> None:
+        var.set("waiter")
+        await store.wait_for(lambda now: seen.append(var.get()) or "a" in now)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(wait)
+        await anyio.wait_all_tasks_blocked()
+        var.set("writer")
+        await store.set("a", 1)
+
+    assert seen == ["waiter", "waiter"]
+
+
+async def test_wait_that_is_cancelled_leaves_nothing() -> None:
+    store = ContextStore()
+    asked = []
+    with anyio.move_on_after(1):
+        await store.wait_for(lambda now: asked.append(now))  # type: ignore[func-returns-value]
+
+    await store.set("a", 1)
+    assert len(asked) == 1
+
+
+# -- watching
+
+
+async def test_watch_gives_what_is_there_and_then_the_newest() -> None:
+    store = ContextStore({"a": 0})
+    async with store.watch("a") as values:
+        assert await anext(values) == 0
+        for number in range(5):
+            await store.set("a", number)
+
+        assert await anext(values) == 4
+        with anyio.move_on_after(1) as scope:
+            await anext(values)
+
+        assert scope.cancelled_caught
+        await store.delete("a")
+        assert await anext(values) is None
+        await store.set("a", 5)
+        await store.delete("a")
+        assert await anext(values) is None
+
+    async with store.watch("a", "gone") as values:
+        assert await anext(values) == "gone"
+
+
+async def test_watch_of_everything_gives_snapshots() -> None:
+    store = ContextStore()
+    seen = []
+
+    async def watch() -> None:
+        async with store.watch() as values:
+            async for value in values:
+                seen.append(value)
+                if "end" in value:
+                    return
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(watch)
+        for change in ({"a": 1}, {"b": [2]}, {"end": 3}):
+            await anyio.wait_all_tasks_blocked()
+            await store.update(change)
+
+    assert seen == [{}, {"a": 1}, {"a": 1, "b": [2]}, {"a": 1, "b": [2], "end": 3}]
+
+
+async def test_each_change_wakes_only_those_who_watch_its_keys() -> None:
+    store = ContextStore({"read": [], "same": 1})
+    woken: dict[str, list[Any]] = {}
+
+    async def watch(key: str) -> None:
+        async with store.watch(key) as values:
+            async for value in values:
+                woken.setdefault(key, []).append(value)
+
+    async with anyio.create_task_group() as group:
+        for number in range(100):
+            group.start_soon(watch, f"k{number}")
+
+        for key in ("read", "same"):
+            group.start_soon(watch, key)
+
+        await anyio.wait_all_tasks_blocked()
+        woken.clear()
+        await store.set("k7", 1)
+        await anyio.wait_all_tasks_blocked()
+        assert woken == {"k7": [1]}
+        woken.clear()
+        async with store.edit() as draft:
+            assert draft["read"] == []
+            draft["same"] = draft["same"]
+            draft["k8"] = draft["k9"] = 2
+            del draft["k7"]
+
+        await anyio.wait_all_tasks_blocked()
+        assert woken == {"k7": [None], "k8": [2], "k9": [2]}
+        group.cancel_scope.cancel()
+
+
+async def test_watcher_that_never_reads_costs_a_writer_nothing() -> None:
+    store = ContextStore()
+    start = anyio.current_time()
+    async with store.watch("a"), store.watch() as values:
+        for number in range(1000):
+            await store.set("a", number)
+
+        assert anyio.current_time() == start
+        assert await anext(values) == {"a": 999}
+
+
+async def test_leaving_the_block_ends_the_watch() -> None:
+    store = ContextStore({"a": 1})
+    seen = []
+
+    async def read(values: Any) -> None:
+        async for value in values:
+            seen.append(value)
+
+    async with anyio.create_task_group() as group:
+        async with store.watch("a") as values, store.watch("a") as others:
+            group.start_soon(read, values)
+            await anyio.wait_all_tasks_blocked()
+
+        await store.set("a", 2)
+        for ended in (values, others):
+            with pytest.raises(StopAsyncIteration):
+                await anext(ended)
+
+    assert seen == [1]
+
+
+async def test_two_readers_of_one_watch_share_its_values() -> None:
+    store = ContextStore({"a": 0})
+    seen = []
+
+    async def read(values: Any) -> None:
+        seen.append(await anext(values))
+
+    async with store.watch("a") as values:
+        assert await anext(values) == 0
+        async with anyio.create_task_group() as group:
+            for _ in range(2):
+                group.start_soon(read, values)
+
+            for number in (1, 2):
+                await anyio.wait_all_tasks_blocked()
+                await store.set("a", number)
+
+    assert seen == [1, 2]
+
+
+async def test_watch_without_a_block_says_so() -> None:
+    with pytest.raises(TypeError, match="async for"):
+        async for _ in ContextStore().watch("a"):  # type: ignore[attr-defined]
+            pass
+
+
+async def test_value_that_arrives_with_the_cancellation_of_its_reader_is_not_lost() -> None:
+    for steps in range(8):
+        store = ContextStore()
+        async with store.watch("a") as values:
+            assert await anext(values) is None
+            seen = []
+
+            async def read(values: Any = values, seen: list[Any] = seen) -> None:
+                seen.append(await anext(values))
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(read)
+                await anyio.wait_all_tasks_blocked()
+                await store.set("a", 1)
+                for _ in range(steps):
+                    await checkpoint()
+
+                group.cancel_scope.cancel()
+
+            if not seen:
+                with anyio.fail_after(1):
+                    await read()
+
+            assert seen == [1]
+
+
+def test_native_cancellation_of_a_reader_loses_no_value() -> None:
+    async def main() -> None:
+        store = ContextStore()
+        seen = []
+        async with store.watch("n") as values:
+
+            async def write() -> None:
+                for number in range(300):
+                    await asyncio.sleep(0.01)
+                    await store.set("n", number)
+
+            async with asyncio.TaskGroup() as group:
+                group.create_task(write())
+                while 299 not in seen:
+                    try:
+                        seen.append(await asyncio.wait_for(anext(values), 0.01))
+                    except TimeoutError:
+                        pass
+
+        numbers = [number for number in seen if number is not None]
+        # The reader is as fast as the writer, so it sees each of them, whatever was cancelled in between.
+        assert numbers == sorted(set(numbers))
+        assert len(numbers) > 250
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(store.wait_for(lambda now: now["n"] > 300), 1)
+
+    backend, options = virtual_clock("asyncio", seed=1)
+    anyio.run(main, backend=backend, backend_options=options)
+
+
+def test_native_cancellation_of_writers_leaves_the_lock_free() -> None:
+    async def main() -> None:
+        store = ContextStore({"n": 0})
+        done = 0
+
+        async def add() -> None:
+            nonlocal done
+            async with store.edit() as draft:
+                n = draft["n"]
+                await asyncio.sleep(0.01)
+                draft["n"] = n + 1
+
+            done += 1
+
+        async def impatient(number: int) -> None:
+            try:
+                await asyncio.wait_for(add(), 0.005 * number)
+            except TimeoutError:
+                pass
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(200):
+                group.create_task(impatient(number))
+
+        assert 0 < done < 200
+        assert await all_of(store) == {"n": done}
+
+    for seed in range(5):
+        backend, options = virtual_clock("asyncio", seed=seed)
+        anyio.run(main, backend=backend, backend_options=options)
+
+
+# -- event loops
+
+
+@backends
+def test_one_store_serves_several_runs_on_either_backend(backend: str) -> None:
+    store = ContextStore({"n": 0})
+    watches = []
+
+    async def main() -> None:
+        async def add() -> None:
+            async with store.edit() as draft:
+                await anyio.sleep(1)
+                draft["n"] += 1
+
+        async with anyio.create_task_group() as group:
+            for _ in range(5):
+                group.start_soon(add)
+
+            await store.wait_for(lambda now: now["n"] % 5 == 0)
+            async with store.watch("n") as values:
+                watches.append(await anext(values))
+
+    for name in (backend, "asyncio", "trio"):
+        backend_name, options = virtual_clock(name)  # type: ignore[arg-type]
+        anyio.run(main, backend=backend_name, backend_options=options)
+
+    assert len(watches) == 3
+    assert repr(store) == "<ContextStore 1 keys, version 15>"
+
+
+@backends
+def test_run_that_died_inside_an_edit_leaves_a_store_that_works(backend: str) -> None:
+    store = ContextStore({"n": 0})
+
+    async def die() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(store.wait_for, lambda now: now["n"])
+            async with store.edit() as draft:
+                draft["n"] = 1
+                await anyio.sleep(1)
+                raise KeyboardInterrupt
+
+    name, options = virtual_clock(backend)  # type: ignore[arg-type]
+    with pytest.raises(BaseExceptionGroup) as caught:
+        anyio.run(die, backend=name, backend_options=options)
+
+    assert caught.group_contains(KeyboardInterrupt)
+    name, options = virtual_clock(backend)  # type: ignore[arg-type]
+    assert anyio.run(all_of, store, backend=name, backend_options=options) == {"n": 0}
+
+
+@backends
+@pytest.mark.parametrize("other", ["asyncio", "trio"])
+def test_use_in_two_event_loops_at_once_is_refused(backend: str, other: str) -> None:
+    store = ContextStore({"a": 1})
+
+    async def main() -> None:
+        await store.get("a")
+
+        def elsewhere() -> None:
+            for use in USES.values():
+                with pytest.raises(
+                    RuntimeError,
+                    match="in use in another event loop, in thread 'MainThread': use one store per",
+                ):
+                    anyio.run(use, store, backend=other)
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        await anyio.to_thread.run_sync(thread.join)
+        # From another thread, this is the way.
+        assert await anyio.to_thread.run_sync(anyio.from_thread.run, store.get, "a") == 1
+
+    anyio.run(main, backend=backend)
+    anyio.run(store.set, "a", 2, backend=other)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [copy.copy, copy.deepcopy, lambda store: pickle.loads(pickle.dumps(store))],
+    ids=["copy", "deep", "pickle"],
+)
+async def test_copy_of_a_store_is_another_store(make: Callable[[ContextStore], ContextStore]) -> None:
+    store = ContextStore(state())
+    await store.get("n")
+    other = make(store)
+    for got in (await other.get("plan"), await other.snapshot()):
+        got.clear()
+
+    async with other.edit() as draft:
+        draft["plan"]["steps"].clear()
+
+    assert await store.snapshot() == state()
+    assert await all_of(other) == {**state(), "plan": {"steps": [], "by": {"ann"}}}
+
+
+def test_store_needs_an_event_loop_to_be_used_and_none_to_be_made() -> None:
+    coroutine = ContextStore({"a": 1}).get("a")
+    with pytest.raises(anyio.NoEventLoopError):
+        coroutine.send(None)
+
+
+# -- JSON
+
+
+async def test_json_brings_back_what_it_was_made_of() -> None:
+    store = ContextStore({"plan": {"steps": [{"when": None}, 1.5, "é\ud800"], "pair": (1, (2,))}, "n": True})
+    text = await store.to_json()
+    again = ContextStore.from_json(text)
+    assert await again.snapshot() == {
+        "plan": {"steps": [{"when": None}, 1.5, "é\ud800"], "pair": [1, [2]]},
+        "n": True,
+    }
+    assert await again.to_json() == text
+    assert await ContextStore.from_json(b"{}").snapshot() == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ([{"when": {1}}], TypeError, r"cannot encode plan\.steps\[0\]\.when as JSON, which has no set"),
+        ([0, (1, b"x")], TypeError, r"cannot encode plan\.steps\[1\]\[1\] as JSON, which has no bytes"),
+        (
+            {"due date": object()},
+            TypeError,
+            r"cannot encode plan\.steps\['due date'\] as JSON, which has no object",
+        ),
+        ({1: 2}, TypeError, r"cannot encode plan\.steps as JSON: its key 1 must be a str"),
+        ([math.nan], ValueError, r"cannot encode plan\.steps\[0\] as JSON, which has no nan"),
+        ([-math.inf], ValueError, r"cannot encode plan\.steps\[0\] as JSON, which has no -inf"),
+    ],
+)
+async def test_what_json_does_not_have_is_named_with_its_path(
+    value: Any, error: type[Exception], message: str
+) -> None:
+    store = ContextStore({"n": 1, "plan": {"steps": value}})
+    with pytest.raises(error, match=message):
+        await store.to_json()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[1]", "must be a JSON object, got a list"), ("null", "got a NoneType"), ("{", "line 1")],
+)
+def test_text_that_is_no_json_object_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ContextStore.from_json(text)
+
+
+# -- with agents
+
+
+async def test_agents_share_a_store_and_lose_nothing_to_time_outs_and_retries() -> None:
+    store = ContextStore({"done": [], "log": {}})
+
+    async def agent(number: int) -> int:
+        async with store.edit() as draft:
+            attempts = draft["log"].get(str(number), 0)
+
+        await store.transform("log", lambda log: {**log, str(number): attempts + 1})
+        if number % 3 == 0 and attempts == 0:
+            async with store.edit() as draft:
+                draft["done"].append("never")
+                await anyio.sleep_forever()
+
+        async with store.edit() as draft:
+            await anyio.sleep(0.1)
+            draft["done"].append(number)
+
+        return number
+
+    loop = AgentLoop().with_config(timeout_seconds=60)
+    results = await loop.run_all(Invocation.map(agent, range(12)))
+    assert all(result.success for result in results)
+    assert sorted(await store.get("done")) == list(range(12))
+    assert (await store.get("log"))["3"] == 2
