@@ -232,7 +232,7 @@ def run_seed(
 ) -> Trial:
     """Run one trial and check its history."""
     trial = Trial(seed, make_store)
-    name, options = virtual_clock(backend, seed=seed)  # type: ignore[arg-type]
+    name, options = virtual_clock(backend, seed=seed)
     anyio.run(trial.main, backend=name, backend_options=options)
     assert is_linearizable(trial.history, trial.initial), (
         f"seed {seed} on {backend} from {trial.initial}:\n" + "\n".join(map(str, trial.history))
@@ -245,7 +245,14 @@ def main() -> None:
     parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
     parser.add_argument("--seeds", default="0:1000")
     arguments = parser.parse_args()
-    trials = [run_seed(arguments.backend, seed) for seed in range(*map(int, arguments.seeds.split(":")))]
+    trials: list[Trial] = []
+    for seed in range(*map(int, arguments.seeds.split(":"))):
+        try:
+            trials.append(run_seed(arguments.backend, seed))
+        except BaseException:
+            print(f"seed {seed} on {arguments.backend} fails", flush=True)
+            raise
+
     done, cancelled = sum(len(trial.history) for trial in trials), sum(trial.cancelled for trial in trials)
     print(f"{len(trials)} histories, {done} operations, {cancelled} cancelled: all linearizable")
 
