@@ -108,9 +108,9 @@ async def as_completed_left_early(loop: AgentLoop) -> None:
             break
 
 
-async def chunks(x: int) -> AsyncGenerator[int]:
+async def chunks(x: int, upto: int = 20) -> AsyncGenerator[int]:
     try:
-        for i in range(20):
+        for i in range(upto):
             if i % 7 == x:
                 await anyio.sleep(0.1)
 
@@ -132,9 +132,10 @@ async def run_streaming(loop: AgentLoop) -> None:
 
 async def run_streaming_left_early(loop: AgentLoop) -> None:
     async with loop.run_streaming("a", chunks, 1) as stream:
-        async for _ in stream:
+        async for i in stream:
             await checkpoint()
-            break
+            if i == 10:
+                break
 
 
 async def run_streaming_retried(loop: AgentLoop) -> None:
@@ -179,7 +180,8 @@ async def streams_in_streams(loop: AgentLoop) -> None:
 
 async def streams_of_an_entered_loop(loop: AgentLoop) -> None:
     async def read(x: int) -> AsyncGenerator[int]:
-        async with loop.run_streaming("a", chunks, x) as stream:
+        # So few that the first holds its slot only for a while, though its reader pauses.
+        async with loop.run_streaming("a", chunks, x, 10) as stream:
             async for chunk in stream:
                 yield chunk
 
