@@ -620,6 +620,7 @@ async def test_events_can_be_read_in_an_async_generator_that_is_closed_by_anothe
         for generator in generators:
             await anext(generator)
 
+        await anyio.wait_all_tasks_blocked()
         async with anyio.create_task_group() as group:
             for generator in (generators[1], generators[0], generators[2]):
                 group.start_soon(generator.aclose)
