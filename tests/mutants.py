@@ -66,8 +66,8 @@ MUTANTS = [
     Mutant(
         "a nested invocation is lent no slot",
         "_pool.py",
-        "        while slot is not None and (slot.released or (slot.pool is not self and not anyones)):\n",
-        "        while slot is not None:\n",
+        "            slot.released or ((slot.suspended or slot.pool is not self) and not anyones)\n",
+        "            True\n",
     ),
     Mutant(
         "a freed token is offered to nobody",
@@ -215,9 +215,11 @@ MUTANTS = [
     Mutant(
         "a stream goes on without the slot that it gave back",
         "_carriage.py",
-        "            slot = pool.acquire_nowait(invocation, outer)\n"
-        "            job.slot = slot or await pool.wait(pool.enqueue(invocation, outer))\n"
-        "            current_slot.set(job.slot)\n",
+        "                granted = pool.acquire_nowait(job.invocation, slot.outer)\n"
+        "                granted = granted or await pool.wait(pool.enqueue(job.invocation, slot.outer))\n"
+        "                assert granted is not None\n"
+        "                slot.resume(granted)\n"
+        "                job.slot = slot\n",
         "",
     ),
     Mutant(
@@ -247,8 +249,8 @@ MUTANTS = [
     Mutant(
         "the generator of a stream that was left is not closed",
         "_carriage.py",
-        "            self._job.made_of_cancellation = await self._close(iterator)\n            raise\n",
-        "            raise\n",
+        "            error = await self._close(iterator)\n",
+        "            error = None if failure else await self._close(iterator)\n",
     ),
     Mutant(
         "a truncated stream looks complete",
