@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import anyio
 import pytest
 
-from agentloop import AgentLoop, Invocation, InvocationCancelled, LoopConfig, Status
+from agentloop import (
+    AgentLoop,
+    Backoff,
+    ChunkEvent,
+    Invocation,
+    InvocationCancelled,
+    InvocationTimeout,
+    LoopConfig,
+    Status,
+)
 from agentloop.testing import virtual_clock
 
 
@@ -197,7 +207,27 @@ async def as_completed(loop: AgentLoop, agent: Any) -> None:
             pass
 
 
-@pytest.mark.parametrize("verb", [run_single, run_all, as_completed])
+async def run_streaming(loop: AgentLoop, agent: Any) -> None:
+    async with loop.run_streaming("a", chunks_of, agent) as stream:
+        async for _ in stream:
+            pass
+
+
+async def stream_all(loop: AgentLoop, agent: Any) -> None:
+    async with loop.stream_all([Invocation("a", chunks_of, (agent,))] * 5) as events:
+        async for _ in events:
+            pass
+
+
+async def chunks_of(agent: Any) -> AsyncGenerator[int]:
+    yield 1
+    await agent()
+
+
+VERBS = [run_single, run_all, as_completed, run_streaming, stream_all]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("entered", [False, True])
 async def test_native_cancellation_of_the_caller_cancels_the_agents_and_propagates(
     verb: Any, entered: bool
@@ -226,13 +256,13 @@ async def test_native_cancellation_of_the_caller_cancels_the_agents_and_propagat
         await task
 
     assert task.cancelled()
-    assert cleaned == started == (1 if verb is run_single else 3)
+    assert cleaned == started == (1 if verb in (run_single, run_streaming) else 3)
     assert loop.metrics.snapshot().counts[Status.CANCELLED] == started
     if entered:
         await loop.__aexit__(None, None, None)
 
 
-@pytest.mark.parametrize("verb", [run_single, run_all, as_completed])
+@pytest.mark.parametrize("verb", VERBS)
 async def test_native_time_limits_of_the_caller_work(verb: Any) -> None:
     loop = AgentLoop(LoopConfig(max_concurrency=2))
     with pytest.raises(TimeoutError):
@@ -321,3 +351,185 @@ async def test_callers_cancellation_is_not_taken_for_a_mark_that_the_agent_left(
 
     assert scope.cancelled_caught
     assert current_task().cancelling() == 0
+
+
+# -- streams
+
+
+async def slowly(upto: int) -> AsyncGenerator[int]:
+    for i in range(upto):
+        await asyncio.sleep(i % 7 / 10)
+        yield i
+
+
+def test_native_cancellation_while_waiting_for_a_chunk_loses_none() -> None:
+    # A chunk every 0.3 s on average, under a time limit of 0.1 s, which again and again ends in the very
+    # moment in which a chunk comes.
+    async def main() -> None:
+        for entered in (False, True):
+            loop = AgentLoop(LoopConfig(max_concurrency=1))
+            if entered:
+                await loop.__aenter__()
+
+            seen = []
+            waits = 0
+            async with loop.run_streaming("a", slowly, 150) as stream:
+                while True:
+                    try:
+                        seen.append(await asyncio.wait_for(anext(stream), 0.1))
+                    except TimeoutError:
+                        waits += 1
+                    except StopAsyncIteration:
+                        break
+
+            assert seen == list(range(150))
+            assert waits > 100
+            assert current_task().cancelling() == 0
+            if entered:
+                await loop.__aexit__(None, None, None)
+
+    for seed in range(20):
+        name, options = virtual_clock("asyncio", seed=seed)
+        anyio.run(main, backend=name, backend_options=options)
+
+
+async def test_native_cancellation_while_waiting_for_an_event_loses_none() -> None:
+    seen = []
+    async with AgentLoop(LoopConfig(max_concurrency=3)).stream_all(
+        Invocation.map(slowly, [30] * 5)
+    ) as events:
+        while True:
+            try:
+                event = await asyncio.wait_for(anext(events), 0.1)
+            except TimeoutError:
+                continue
+            except StopAsyncIteration:
+                break
+
+            if isinstance(event, ChunkEvent):
+                seen.append((event.index, event.chunk))
+
+    assert sorted(seen) == [(index, i) for index in range(5) for i in range(30)]
+
+
+@pytest.mark.parametrize("entered", [False, True])
+@pytest.mark.parametrize("times", [1, 3])
+async def test_reader_that_is_cancelled_natively_while_it_leaves_waits_for_the_agent(
+    times: int, entered: bool
+) -> None:
+    cleaned = False
+
+    async def agent() -> AsyncGenerator[int]:
+        nonlocal cleaned
+        try:
+            yield 1
+            await asyncio.sleep(100)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(5)
+
+            cleaned = True
+
+    async def read() -> None:
+        async with loop.run_streaming("a", agent):
+            await asyncio.sleep(1)
+
+    loop = AgentLoop()
+    if entered:
+        await loop.__aenter__()
+
+    task = asyncio.ensure_future(read())
+    await asyncio.sleep(2)
+    for _ in range(times):
+        task.cancel()
+        await asyncio.sleep(0.5)
+
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert cleaned
+    assert loop.metrics.snapshot().counts[Status.CANCELLED] == 1
+    if entered:
+        await loop.__aexit__(None, None, None)
+
+
+@pytest.mark.parametrize("entered", [False, True])
+@pytest.mark.parametrize(("agent", "status"), OUTCOMES)
+async def test_what_a_streaming_agent_does_to_its_task_is_its_own_affair(
+    agent: Any, status: Status, entered: bool
+) -> None:
+    async def chunks() -> AsyncGenerator[Any]:
+        yield 1
+        yield await agent()
+
+    async def first() -> AsyncGenerator[Any]:
+        yield await agent()
+
+    loop = AgentLoop(LoopConfig(max_retries=0, timeout_seconds=5))
+    if entered:
+        await loop.__aenter__()
+
+    for stream_fn in (chunks, first):
+        async with loop.run_streaming("a", stream_fn) as stream:
+            seen = []
+            if status is Status.SUCCESS:
+                seen = [chunk async for chunk in stream]
+            else:
+                with pytest.raises(ValueError if status is Status.ERROR else InvocationCancelled):
+                    async for chunk in stream:
+                        seen.append(chunk)
+
+        assert stream.result.status is status
+        assert len(seen) == stream.result.chunks
+        assert current_task().cancelling() == 0
+
+    if entered:
+        await loop.__aexit__(None, None, None)
+
+
+async def test_time_out_of_a_stream_is_not_hidden_by_a_leaked_cancellation() -> None:
+    async def agent() -> AsyncGenerator[int]:
+        await lets_a_task_group_fail()
+        yield 1
+        await swallows_its_own_cancellation()
+        await asyncio.sleep(100)
+
+    for settings in ({"timeout_seconds": 5}, {"idle_timeout_seconds": 5}, {"total_timeout_seconds": 5}):
+        async with AgentLoop(LoopConfig(max_retries=0, **settings)).run_streaming("a", agent) as stream:
+            assert await anext(stream) == 1
+            with pytest.raises(InvocationTimeout):
+                await anext(stream)
+
+        assert stream.result.status is Status.TIMEOUT
+
+
+async def test_cancellation_that_a_streaming_agent_asked_for_does_not_reach_its_next_attempt() -> None:
+    calls = 0
+
+    async def agent() -> AsyncGenerator[int]:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            current_task().cancel()
+            raise OSError
+
+        await asyncio.sleep(1)
+        yield calls
+
+    async with AgentLoop(LoopConfig(max_retries=2)).run_streaming("a", agent) as stream:
+        assert [chunk async for chunk in stream] == [2]
+
+
+async def test_cancellation_that_an_agent_ordered_for_later_ends_its_stream_only() -> None:
+    async def agent() -> AsyncGenerator[int]:
+        asyncio.get_running_loop().call_later(1, current_task().cancel)
+        raise OSError
+        yield
+
+    async with AgentLoop(LoopConfig(backoff=Backoff(initial_seconds=5, jitter="none"))) as loop:
+        async with loop.run_streaming("a", agent) as stream:
+            with pytest.raises(InvocationCancelled):
+                await anext(stream)
+
+        assert stream.result.status is Status.CANCELLED
+        assert (await loop.run_single("b", ok, 3)).output == 3

@@ -10,6 +10,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from agentloop import AgentLoop, Backoff, Invocation, Limiter, LoopConfig, Status
+from agentloop._limiter import pool_of
 from agentloop._pool import Slot
 
 
@@ -275,3 +276,33 @@ async def test_recursion_through_fifty_levels_works() -> None:
         return n if n == 0 else (await loop.run_single("a", agent, n - 1)).unwrap()
 
     assert (await loop.run_single("a", agent, 50)).output == 0
+
+
+async def test_who_waits_for_the_slot_further_out_is_lent_the_one_that_is_resumed() -> None:
+    # A stream comes back for its slot after its own reader has asked for it, and before that one has it: it
+    # would wait for what its reader holds, while its reader waits for it.
+    pool = pool_of(Limiter(1))
+    invocation = Invocation("a", checkpoint)
+    outer = pool.acquire_nowait(invocation, None)
+    middle = pool.acquire_nowait(invocation, outer)
+    inner = pool.acquire_nowait(invocation, middle)
+    assert outer is not None
+    assert middle is not None
+    assert inner is not None
+    inner.suspend()
+    middle.suspend()
+    other = pool.acquire_nowait(invocation, outer)
+    assert other is not None
+    first, second = pool.enqueue(invocation, middle.outer), pool.enqueue(invocation, inner.outer)
+    other.release()
+    assert first.slot is not None
+    assert second.slot is None
+    middle.resume(first.slot)
+    assert second.slot is not None
+    inner.resume(second.slot)
+    assert inner.lender is middle
+    assert middle.lender is outer
+    for slot in (inner, middle, outer):
+        slot.release()
+
+    assert (pool.running, pool.waiting) == (0, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import anyio
@@ -108,6 +108,94 @@ async def as_completed_left_early(loop: AgentLoop) -> None:
             break
 
 
+async def chunks(x: int, upto: int = 20) -> AsyncGenerator[int]:
+    try:
+        for i in range(upto):
+            if i % 7 == x:
+                await anyio.sleep(0.1)
+
+            yield i
+
+        if x == 2:
+            raise OSError
+    finally:
+        with anyio.CancelScope(shield=True):
+            await checkpoint()
+
+
+async def run_streaming(loop: AgentLoop) -> None:
+    async with loop.run_streaming("a", chunks, 0) as stream:
+        async for i in stream:
+            if i % 5 == 0:
+                await checkpoint()
+
+
+async def run_streaming_left_early(loop: AgentLoop) -> None:
+    async with loop.run_streaming("a", chunks, 1) as stream:
+        async for i in stream:
+            await checkpoint()
+            if i == 10:
+                break
+
+
+async def run_streaming_retried(loop: AgentLoop) -> None:
+    calls = 0
+
+    async def fails(x: int) -> AsyncGenerator[int]:
+        nonlocal calls
+        calls += 1
+        await checkpoint()
+        if calls % 2:
+            raise OSError
+
+        with anyio.fail_after(50):
+            for i in range(20):
+                await checkpoint()
+                yield i
+
+    async with loop.with_config(idle_timeout_seconds=5).run_streaming("a", fails, 1) as stream:
+        async for _ in stream:
+            pass
+
+
+async def stream_all(loop: AgentLoop) -> None:
+    async with loop.stream_all(Invocation.map(chunks, range(4))) as events:
+        async for _ in events:
+            await checkpoint()
+
+
+async def streams_in_streams(loop: AgentLoop) -> None:
+    async def outer() -> AsyncGenerator[int]:
+        async with loop.run_streaming("inner", chunks, 0) as stream:
+            async for i in stream:
+                if i % 5 == 0:
+                    await loop.run_single("b", agent, 1)
+
+                yield i
+
+    async with loop.run_streaming("outer", outer) as stream:
+        async for _ in stream:
+            pass
+
+
+async def streams_of_an_entered_loop(loop: AgentLoop) -> None:
+    async def read(x: int) -> AsyncGenerator[int]:
+        # So few that the first holds its slot only for a while, though its reader pauses.
+        async with loop.run_streaming("a", chunks, x, 10) as stream:
+            async for chunk in stream:
+                yield chunk
+
+    async with loop:
+        first, second = read(0), read(1)
+        try:
+            await anext(first)
+            await anext(second)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await first.aclose()
+                await second.aclose()
+
+
 async def nested(loop: AgentLoop) -> None:
     await loop.run_all([Invocation("parent", parent, (loop,))] * 2)
 
@@ -126,6 +214,12 @@ SCENARIOS: list[Scenario] = [
     run_all_of_an_async_input,
     as_completed,
     as_completed_left_early,
+    run_streaming,
+    run_streaming_left_early,
+    run_streaming_retried,
+    stream_all,
+    streams_in_streams,
+    streams_of_an_entered_loop,
     nested,
     entered,
 ]

@@ -28,6 +28,7 @@ from agentloop import (
     Status,
 )
 from agentloop._channel import BUFFER, LOW
+from agentloop.testing import virtual_clock
 
 PLAIN = Backoff(initial_seconds=1, jitter="none")
 
@@ -381,6 +382,37 @@ async def test_streams_nest_to_any_depth_at_limit_1() -> None:
 
     assert error is None
     assert chunks == list(range(3 * BUFFER))
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.parametrize("depth", [2, 5])
+def test_streams_in_streams_at_limit_1_come_to_their_end_in_any_schedule(backend: Any, depth: int) -> None:
+    # One that comes back for its slot while its own reader is still without one has to get it from there.
+    async def main() -> None:
+        loop = make_loop(max_concurrency=1)
+
+        async def agent(depth: int) -> AsyncGenerator[int]:
+            if depth == 0:
+                for i in range(2 * BUFFER):
+                    await checkpoint()
+                    yield i
+
+                return
+
+            async with loop.run_streaming("deeper", agent, depth - 1) as stream:
+                async for chunk in stream:
+                    await loop.run_single("b", double, chunk)
+                    yield chunk
+
+        with anyio.fail_after(100):
+            chunks, error, _ = await run(loop, agent, depth)
+
+        assert error is None
+        assert chunks == list(range(2 * BUFFER))
+
+    for seed in range(25):
+        name, options = virtual_clock(backend, seed=seed)
+        anyio.run(main, backend=name, backend_options=options)
 
 
 async def test_nested_stream_whose_reader_pauses_holds_no_slot() -> None:

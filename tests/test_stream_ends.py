@@ -19,12 +19,13 @@ from agentloop import (
     AgentStream,
     Invocation,
     InvocationCancelled,
+    InvocationTimeout,
     LoopClosed,
     LoopConfig,
     ResultEvent,
     Status,
 )
-from agentloop._carriage import CLOSE_SECONDS
+from agentloop._carriage import ADVANCES, CLOSE_SECONDS
 from agentloop._channel import BUFFER, PATIENCE_SECONDS
 from agentloop.testing import virtual_clock
 
@@ -207,6 +208,78 @@ async def test_refusal_to_close_is_told_by_its_cause() -> None:
     assert stream.result.exception is not None
     assert str(stream.result.exception) == "the block that reads the stream was left"
     assert str(stream.result.exception.__cause__) == "the agent's generator took longer than 5s to close"
+
+
+async def test_generator_that_yields_for_ever_instead_of_closing_is_given_up() -> None:
+    advanced = 0
+
+    async def agent() -> AsyncGenerator[int]:
+        nonlocal advanced
+        try:
+            for i in range(100):
+                yield i
+        finally:
+            while advanced < 50:
+                advanced += 1
+                yield -1
+
+    known = open_generators()
+    async with make_loop().run_streaming("a", agent) as stream:
+        await anyio.wait_all_tasks_blocked()
+
+    assert advanced == 1 + ADVANCES
+    assert stream.result.status is Status.CANCELLED
+    assert stream.result.exception is not None
+    assert isinstance(stream.result.exception.__cause__, RuntimeError)
+    for generator in open_generators() - known:
+        # What nobody can close is the test's own to exhaust.
+        with pytest.raises(GeneratorExit):
+            while True:
+                await anext(generator)
+
+
+async def test_stray_cancellation_while_a_generator_is_closed_is_no_refusal_to_close() -> None:
+    kept: list[BaseException] = []
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        try:
+            await checkpoint()
+        except anyio.get_cancelled_exc_class() as exc:
+            kept.append(exc)
+            raise
+
+    class Chunks:
+        def __aiter__(self) -> Any:
+            return self
+
+        async def __anext__(self) -> int:
+            raise StopAsyncIteration
+
+        async def aclose(self) -> None:
+            raise kept[0]
+
+    async with make_loop().run_streaming("a", Chunks) as stream:
+        with pytest.raises(InvocationCancelled, match="cancelled from within") as caught:
+            await anext(stream)
+
+    assert caught.value.__cause__ is kept[0]
+    assert stream.result.status is Status.CANCELLED
+
+
+async def test_idleness_after_another_time_out_changes_nothing() -> None:
+    async def agent() -> AsyncGenerator[int]:
+        yield 1
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(10)
+
+        await checkpoint()
+
+    async with make_loop(timeout_seconds=2, idle_timeout_seconds=5).run_streaming("a", agent) as stream:
+        assert await anext(stream) == 1
+        with pytest.raises(InvocationTimeout, match="Timeout after 2s"):
+            await anext(stream)
+
+    assert stream.result.status is Status.TIMEOUT
 
 
 async def test_agent_that_catches_its_cancellation_has_ended_well() -> None:

@@ -18,11 +18,13 @@ from collections.abc import (
     MutableMapping,
 )
 from functools import partial
-from typing import Any, assert_type
+from typing import Any, assert_never, assert_type
 
 from agentloop import (
     AgentLoop,
+    AgentStream,
     Backoff,
+    ChunkEvent,
     ContextStore,
     Distribution,
     Invocation,
@@ -32,6 +34,7 @@ from agentloop import (
     LoopStatistics,
     MetricsRecorder,
     MetricsSnapshot,
+    ResultEvent,
     Status,
     StreamChunk,
     StreamEvent,
@@ -225,6 +228,117 @@ async def as_completed_gives_results_one_by_one() -> None:
 async def as_completed_needs_async_with() -> None:
     async for _ in loop.as_completed([Invocation("a", count)]):  # type: ignore[attr-defined]
         pass
+
+
+# --- streams
+
+
+async def streaming_cats() -> AsyncGenerator[Cat]:
+    yield Cat()
+
+
+def returns_stream(number: int, *, upto: int = 1) -> AsyncIterator[float]:
+    raise NotImplementedError
+
+
+class Streamer:
+    async def __call__(self, text: str) -> AsyncGenerator[int]:
+        yield 1
+
+    async def tell(self, text: str) -> AsyncIterator[bytes]:
+        yield b""
+
+
+streamer = Streamer()
+
+
+async def run_streaming_gives_what_the_agent_yields() -> None:
+    assert_type(loop.run_streaming("a", streaming, "text"), AgentStream[str])
+    assert_type(loop.run_streaming("a", slow_numbers), AgentStream[int])
+    assert_type(loop.run_streaming("a", returns_stream, 1, upto=2), AgentStream[float])
+    assert_type(loop.run_streaming("a", partial(streaming, "text")), AgentStream[str])
+    assert_type(loop.run_streaming("a", streamer, "text"), AgentStream[int])
+    assert_type(loop.run_streaming("a", streamer.tell, "text"), AgentStream[bytes])
+    assert_type(loop.run_streaming("a", lambda: streaming("text")), AgentStream[str])
+    async with loop.run_streaming("a", streaming, "text") as stream:
+        assert_type(stream, AgentStream[str])
+        assert_type(await anext(stream), str)
+        async for chunk in stream:
+            assert_type(chunk, str)
+
+    assert_type(stream.result, InvocationResult[None])
+    assert_type(stream.result.chunks, int)
+    assert_type(stream.result.first_chunk_ms, float | None)
+
+
+async def run_streaming_checks_the_arguments_of_the_agent() -> None:
+    loop.run_streaming("a", streaming, 5)  # type: ignore[arg-type]
+    loop.run_streaming("a", streaming)  # type: ignore[call-arg]
+    loop.run_streaming("a", streaming, "text", 5)  # type: ignore[call-arg]
+    loop.run_streaming("a", returns_stream, 1, up=5)  # type: ignore[call-arg]
+    loop.run_streaming(5, streaming, "text")  # type: ignore[arg-type]
+
+
+async def run_streaming_wants_an_async_generator_function() -> None:
+    loop.run_streaming("a", count, "text")  # type: ignore[arg-type]
+    loop.run_streaming("a", numbers)  # type: ignore[arg-type]
+    loop.run_streaming("a", blocking, "text")  # type: ignore[arg-type]
+    loop.run_streaming("a", streaming("text"))  # type: ignore[arg-type]
+    loop.run_streaming("a", 5)  # type: ignore[arg-type]
+
+
+async def stream_is_no_coroutine_and_its_result_cannot_be_set(stream: AgentStream[int]) -> None:
+    await loop.run_streaming("a", slow_numbers)  # type: ignore[misc]
+    stream.result = stream.result  # type: ignore[misc]
+
+
+async def agent_stream_is_an_async_iterable(stream: AgentStream[Cat]) -> AsyncIterable[Animal]:
+    return stream
+
+
+async def stream_all_gives_events_of_two_kinds() -> None:
+    async with loop.stream_all([("a", streaming, ("text",), {})]) as events:
+        assert_type(events, AsyncIterator[ChunkEvent[str] | ResultEvent])
+        async for event in events:
+            match event:
+                case ChunkEvent(invocation, chunk, index):
+                    assert_type(invocation, Invocation[Any])
+                    assert_type(chunk, str)
+                    assert_type(index, int)
+                case ResultEvent(invocation, result):
+                    assert_type(invocation, Invocation[Any])
+                    assert_type(result, InvocationResult[None])
+                case _:
+                    assert_never(event)
+
+    async with loop.stream_all(Invocation.map(streaming, ["a"])) as mapped:
+        assert_type(mapped, AsyncIterator[ChunkEvent[str] | ResultEvent])
+
+    async with loop.stream_all([Invocation("a", slow_numbers)]) as counted:
+        assert_type(await anext(counted), ChunkEvent[int] | ResultEvent)
+
+
+async def match_without_one_of_the_events_is_not_exhaustive(event: ChunkEvent[int] | ResultEvent) -> None:
+    match event:
+        case ChunkEvent():
+            pass
+        case _:
+            assert_never(event)  # type: ignore[arg-type]
+
+
+async def stream_all_wants_an_iterable_of_invocations_and_async_with() -> None:
+    loop.stream_all(5)  # type: ignore[arg-type]
+    loop.stream_all(Invocation("a", slow_numbers))  # type: ignore[arg-type]
+    loop.stream_all([streaming("text")])  # type: ignore[arg-type]
+    loop.stream_all([("a", count, ("text",), {})])  # type: ignore[arg-type]
+    async for _ in loop.stream_all([Invocation("a", slow_numbers)]):  # type: ignore[attr-defined]
+        pass
+
+
+def events_are_values(chunk: ChunkEvent[Cat], result: ResultEvent) -> ChunkEvent[Animal]:
+    chunk.index = 5  # type: ignore[misc]
+    result.result = result.result  # type: ignore[misc]
+    return chunk
 
 
 # --- results
