@@ -16,11 +16,22 @@ from ._errors import (
     InvocationTimeout,
     LoopClosed,
 )
-from ._events import ChunkEvent, ResultEvent
+from ._events import (
+    ChunkEvent,
+    Event,
+    FirstChunkEvent,
+    LimitEvent,
+    QueuedEvent,
+    ResultEvent,
+    RetryEvent,
+    StartedEvent,
+    StopEvent,
+)
+from ._histogram import Distribution
 from ._invocation import Invocation
 from ._limiter import Limiter, LimiterStatistics
 from ._loop import AgentLoop, LoopStatistics
-from ._metrics import Distribution, MetricsRecorder, MetricsSnapshot
+from ._metrics import MetricsRecorder, MetricsSnapshot
 from ._result import InvocationResult, Status
 from ._store import ContextStore
 from ._stream import AgentStream
@@ -35,12 +46,15 @@ __all__ = [
     "ChunkEvent",
     "ContextStore",
     "Distribution",
+    "Event",
+    "FirstChunkEvent",
     "FirstChunkTimeout",
     "IdleTimeout",
     "Invocation",
     "InvocationCancelled",
     "InvocationResult",
     "InvocationTimeout",
+    "LimitEvent",
     "Limiter",
     "LimiterStatistics",
     "LoopClosed",
@@ -48,8 +62,12 @@ __all__ = [
     "LoopStatistics",
     "MetricsRecorder",
     "MetricsSnapshot",
+    "QueuedEvent",
     "ResultEvent",
+    "RetryEvent",
+    "StartedEvent",
     "Status",
+    "StopEvent",
     "StreamChunk",
     "StreamEvent",
     "Verdict",
@@ -62,7 +80,9 @@ __all__ = [
 def _name_their_place() -> None:
     # Tracebacks, pickles and documentation name the place where users find a thing.
     for name in __all__:
-        globals()[name].__module__ = __name__
+        # All but the one alias of types.
+        if name != "Event":
+            globals()[name].__module__ = __name__
 
 
 _name_their_place()

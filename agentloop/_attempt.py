@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Act", "call", "plumbing", "run_attempt"]
+__all__ = ["Act", "Plan", "call", "plumbing", "run_attempt"]
 
 import math
 from collections.abc import Awaitable, Callable
@@ -18,6 +18,7 @@ from ._config import LoopConfig
 from ._context import call_in_context
 from ._errors import InvocationCancelled
 from ._job import Job
+from ._observer import Observer
 from ._pool import Slot, current_slot
 from ._result import Status
 
@@ -25,12 +26,29 @@ T = TypeVar("T")
 FnT = TypeVar("FnT", bound=Callable[..., Any])
 
 Act: TypeAlias = Callable[
-    [Job[Any], LoopConfig, Context, anyio.CancelScope, Callable[[], object]], Awaitable[Any]
+    [Job[Any], "Plan", Context, anyio.CancelScope, Callable[[], object]], Awaitable[Any]
 ]
 """
-What an attempt consists of: given the job, whose slot it may use, the settings, the context to run the agent
-in, the scope that times it out, and what to call when it waits.
+What an attempt consists of: given the job, whose slot it may use, the plan, the context to run the agent in,
+the scope that times it out, and what to call when it waits.
 """
+
+
+class Plan:
+    """
+    What holds for every invocation of a call.
+
+    :param config: the settings
+    :param observer: is told what happens
+    :param act: what is done with the agent; by default it is called, and what it returns awaited
+    """
+
+    __slots__ = ("act", "config", "observer")
+
+    def __init__(self, config: LoopConfig, observer: Observer, act: Act | None = None) -> None:
+        self.config = config
+        self.observer = observer
+        self.act = act or call
 
 
 _PLUMBING: set[CodeType] = {call_in_context.__code__}
@@ -43,10 +61,10 @@ def plumbing(fn: FnT) -> FnT:
 
 
 def call(
-    job: Job[T], config: LoopConfig, context: Context, scope: anyio.CancelScope, on_wait: Callable[[], object]
+    job: Job[T], plan: Plan, context: Context, scope: anyio.CancelScope, on_wait: Callable[[], object]
 ) -> Awaitable[T]:
     """Call the agent and await what it returns."""
-    del config, scope  # for streams, which have more time-outs
+    del plan, scope  # for streams, which have more time-outs
     invocation = job.invocation
     fn = cast("Callable[..., Awaitable[T]]", invocation.fn)
     return call_in_context(context, fn, invocation.args, invocation.kwargs, on_wait)
@@ -55,13 +73,12 @@ def call(
 @plumbing
 async def run_attempt(
     job: Job[Any],
-    config: LoopConfig,
+    plan: Plan,
     slot: Slot,
     context: Context,
     host: Host,
     own_task: bool,
     on_wait: Callable[[], object],
-    act: Act,
 ) -> None:
     """
     Run one attempt and tell the job how it ended. The slot is given back in any case.
@@ -71,10 +88,10 @@ async def run_attempt(
     :param own_task: whether that task is ours, so that a native cancellation of it can only be the agent's
         doing; in the caller's task it is the caller's
     :param on_wait: called when the agent waits for the first time, or oftener
-    :param act: what is done with the agent
     :raises BaseException: the cancellation of an enclosing scope or of the caller's task, and what the agent
         raises that is no ``Exception``; the attempt then has no outcome
     """
+    config = plan.config
     job.verdict = None
     job.slot = slot
     try:
@@ -88,11 +105,14 @@ async def run_attempt(
         context = context.copy()
         context.run(current_slot.set, slot)
         cancellations = host.cancellations()
-        scope = pool.backend.create_cancel_scope(deadline=job.start(pool.now(), config))
+        now = pool.now()
+        deadline = job.start(now, config)
+        plan.observer.started(job, now, context)
+        scope = pool.backend.create_cancel_scope(deadline=deadline)
         try:
             with scope:
                 try:
-                    output = await act(job, config, context, scope, on_wait)
+                    output = await plan.act(job, plan, context, scope, on_wait)
                 except anyio.get_cancelled_exc_class() as exc:
                     if scope.cancel_called:
                         # The scope is about to drop it, but trio holds on to it in a cycle: without this,

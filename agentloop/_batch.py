@@ -17,9 +17,8 @@ import anyio
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from ._attempt import Act, call, run_attempt
+from ._attempt import Plan, run_attempt
 from ._backend import Host, current_host
-from ._config import LoopConfig
 from ._errors import BatchStopped, InvocationCancelled, describe
 from ._invocation import Input, Inputs, Invocation, as_invocation
 from ._job import Job
@@ -50,7 +49,6 @@ class Batch(ABC, Generic[T]):
 
     What becomes of the results, a subclass says.
 
-    :param record: is given each result when it is final
     """
 
     _keep_rest: ClassVar[bool]
@@ -60,16 +58,13 @@ class Batch(ABC, Generic[T]):
         self,
         inputs: Inputs[T],
         limiter: Limiter,
-        config: LoopConfig,
-        record: Callable[[InvocationResult[Any]], None] | None,
+        plan: Plan,
     ) -> None:
         self._limiter = limiter
-        self._config = config
-        self._record = record
+        self._plan = plan
         self._pool = pool_of(limiter)
         self._outer: Slot | None = current_slot.get()
         self._context = copy_context()
-        self._act: Act = call
         self._deadline = math.inf
         self._tasks: TaskGroup | None = None
         self._index = itertools.count()
@@ -173,6 +168,7 @@ class Batch(ABC, Generic[T]):
             self._feeding.cancel()
 
         now = self._pool.now()
+        self._plan.observer.stopped(reason, now)
         for job in self._pop_resting():
             self._give_up(job)
             self._finish(job, now)
@@ -292,7 +288,7 @@ class Batch(ABC, Generic[T]):
             if not self._seeking:
                 self._changed()
 
-        pool, config = self._pool, self._config
+        pool, plan = self._pool, self._plan
         while not self._done:
             if pool.backend.current_effective_deadline() == -math.inf:
                 # Cancelled before it has anything, so that it holds nothing while that is on its way.
@@ -314,7 +310,7 @@ class Batch(ABC, Generic[T]):
                     self._drop_stale_alarms()
 
                 try:
-                    await run_attempt(job, config, slot, self._context, host, True, on_wait, self._act)
+                    await run_attempt(job, plan, slot, self._context, host, True, on_wait)
                 except BaseException:
                     self._seeking += 1
                     job.cancel(self._reason)
@@ -368,6 +364,7 @@ class Batch(ABC, Generic[T]):
     def _make_job(self, item: Input[T]) -> Job[T]:
         now = self._pool.now() if self._began is None else self._began
         job = Job(as_invocation(item), next(self._index), now)
+        self._plan.observer.queued(job)
         if self._to_come:
             self._to_come -= 1
             self._pool.to_come -= 1
@@ -419,8 +416,9 @@ class Batch(ABC, Generic[T]):
                 if verdict.kind is not VerdictKind.PERMANENT:
                     self._give_up(job)
             else:
-                wake_at = job.next_start(now, self._deadline, self._config)
+                wake_at = job.next_start(now, self._deadline, self._plan.config)
                 if wake_at is not None:
+                    self._plan.observer.retrying(job, now)
                     self._live -= 1
                     self._resting += 1
                     self._pool.asleep += 1
@@ -451,9 +449,7 @@ class Batch(ABC, Generic[T]):
 
     def _finish(self, job: Job[T], now: float) -> None:
         result = job.result(now)
-        if self._record is not None:
-            self._record(result)
-
+        self._plan.observer.finished(job, result, now)
         self._pending -= 1
         self._deliver(job.invocation, result)
         self._check_done()

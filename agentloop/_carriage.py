@@ -14,11 +14,11 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from ._attempt import plumbing
+from ._attempt import Plan, plumbing
 from ._channel import Channel
-from ._config import LoopConfig
 from ._context import call_in_context
 from ._errors import FirstChunkTimeout, IdleTimeout
+from ._histogram import Histogram
 from ._job import Job
 
 ItemT = TypeVar("ItemT")
@@ -37,7 +37,7 @@ def carry(
     as_item: Callable[[Job[Any], Any], ItemT],
     start_soon: StartSoon,
     job: Job[Any],
-    config: LoopConfig,
+    plan: Plan,
     context: Context,
     scope: anyio.CancelScope,
     on_wait: Callable[[], object],
@@ -51,7 +51,7 @@ def carry(
     :param scope: the attempt's scope
     :param on_wait: called when the agent waits for the first time
     """
-    carriage = _Carriage(channel, as_item, start_soon, job, config, scope)
+    carriage = _Carriage(channel, as_item, start_soon, job, plan, scope)
     return call_in_context(context, carriage.run, (), {}, on_wait)
 
 
@@ -62,7 +62,7 @@ class _Carriage(Generic[ItemT]):
         as_item: Callable[[Job[Any], Any], ItemT],
         start_soon: StartSoon,
         job: Job[Any],
-        config: LoopConfig,
+        plan: Plan,
         scope: anyio.CancelScope,
     ) -> None:
         assert job.slot is not None
@@ -71,6 +71,8 @@ class _Carriage(Generic[ItemT]):
         self._as_item = as_item
         self._start_soon = start_soon
         self._job = job
+        self._observer = plan.observer
+        config = plan.config
         self._first_seconds = config.first_chunk_timeout_seconds
         self._idle_seconds = config.idle_timeout_seconds
         self._scope = scope
@@ -79,6 +81,7 @@ class _Carriage(Generic[ItemT]):
         self._end = math.inf if config.timeout_seconds is None else now + config.timeout_seconds
         # Since when the agent has yielded nothing, while nobody but itself is to blame.
         self._idle_since = math.inf
+        self._gaps: Histogram | None = None
         self._watching: anyio.CancelScope | None = None
         self._closing = anyio.CancelScope()
         if self._first_seconds is not None and now + self._first_seconds < scope.deadline:
@@ -104,6 +107,9 @@ class _Carriage(Generic[ItemT]):
             self._scope.deadline = math.inf
             if self._watching is not None:
                 self._watching.cancel()
+
+            if self._gaps is not None:
+                self._observer.streamed(self._gaps)
 
             error = await self._close(iterator)
 
@@ -159,6 +165,12 @@ class _Carriage(Generic[ItemT]):
             step = next_chunk
             if not job.chunks:
                 self._first_chunk()
+            else:
+                at = now()
+                if self._gaps is not None:
+                    self._gaps.add((at - self._idle_since) * 1000)
+
+                self._idle_since = at
 
             job.chunks += 1
             channel.put(as_item(job, chunk))
@@ -174,11 +186,10 @@ class _Carriage(Generic[ItemT]):
 
                 if channel.abandoned:
                     return True
-            elif self._watching is not None:
-                self._idle_since = now()
 
     def _first_chunk(self) -> None:
-        self._job.first_chunk_at = self._pool.now()
+        self._idle_since = self._job.first_chunk_at = self._pool.now()
+        self._gaps = self._observer.first_chunk(self._job, self._idle_since)
         if self._job.chunk_limit is not None:
             self._set_deadline(self._end)
 

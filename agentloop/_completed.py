@@ -11,11 +11,11 @@ from typing import Any, Generic, Self, TypeVar, cast
 
 import anyio
 
+from ._attempt import Plan
 from ._background import Background
 from ._batch import Batch
 from ._carriage import StartSoon, carry
 from ._channel import Channel
-from ._config import LoopConfig
 from ._errors import LoopClosed
 from ._events import ChunkEvent, ResultEvent
 from ._invocation import Inputs, Invocation
@@ -37,10 +37,9 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
         self,
         inputs: Inputs[T],
         limiter: Limiter,
-        config: LoopConfig,
-        record: Callable[[InvocationResult[Any]], None] | None,
+        plan: Plan,
     ) -> None:
-        super().__init__(inputs, limiter, config, record)
+        super().__init__(inputs, limiter, plan)
         self._channel: Channel[ItemT] = Channel()
         self._scope = anyio.CancelScope()
         self.closed_by: str | None = None
@@ -109,7 +108,8 @@ class Fanning(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
 
     async def produce(self, start_soon: StartSoon) -> None:
         """Run the batch to its end, or until its reader leaves."""
-        self._act = partial(carry, self._channel, _chunk_event, start_soon)
+        act = partial(carry, self._channel, _chunk_event, start_soon)
+        self._plan = Plan(self._plan.config, self._plan.observer, act)
         await super().produce(start_soon)
 
     def _deliver(self, invocation: Invocation[None], result: InvocationResult[None]) -> None:

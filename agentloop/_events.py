@@ -1,13 +1,24 @@
 """What is told about invocations while they run."""
 
-__all__ = ["ChunkEvent", "ResultEvent"]
+__all__ = [
+    "ChunkEvent",
+    "Event",
+    "FirstChunkEvent",
+    "LimitEvent",
+    "QueuedEvent",
+    "ResultEvent",
+    "RetryEvent",
+    "StartedEvent",
+    "StopEvent",
+]
 
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import attrs
 
 from ._invocation import Invocation
 from ._result import InvocationResult
+from ._verdict import Verdict
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -15,7 +26,7 @@ T_co = TypeVar("T_co", covariant=True)
 @attrs.frozen
 class ChunkEvent(Generic[T_co]):
     """
-    One of several streams has yielded a chunk.
+    One of several streams has yielded a chunk. Only :meth:`AgentLoop.stream_all` gives this event.
 
     :param invocation: whose stream it is
     :param chunk: what it yielded
@@ -28,13 +39,120 @@ class ChunkEvent(Generic[T_co]):
 
 
 @attrs.frozen
-class ResultEvent:
+class QueuedEvent:
     """
-    One of several streams has ended; no event of it comes after this one.
+    An invocation waits for a slot.
 
-    :param invocation: whose stream it is
-    :param result: what became of it
+    :param invocation: which one
+    :param id: a number that all events of one invocation have, and those of no other in this process
+    :param at: when it was, in seconds of the event loop's clock
     """
 
     invocation: Invocation[Any]
-    result: InvocationResult[None]
+    id: int = 0
+    at: float = 0.0
+
+
+@attrs.frozen
+class StartedEvent:
+    """
+    An attempt begins. The sink is called in the context that the agent will run in: a context variable that
+    it sets is seen by the agent, and by nobody else.
+
+    :param invocation: which one
+    :param attempt: which attempt, from 1
+    :param id: a number that all events of one invocation have, and those of no other in this process
+    :param at: when it was, in seconds of the event loop's clock
+    """
+
+    invocation: Invocation[Any]
+    attempt: int = 1
+    id: int = 0
+    at: float = 0.0
+
+
+@attrs.frozen
+class RetryEvent:
+    """
+    An attempt failed, and there will be another one.
+
+    :param invocation: which one
+    :param attempt: which attempt failed, from 1
+    :param error: what it raised
+    :param verdict: what that was judged to mean
+    :param delay_seconds: how long the next attempt waits, before it stands in line for a slot
+    :param id: a number that all events of one invocation have, and those of no other in this process
+    :param at: when it was, in seconds of the event loop's clock
+    """
+
+    invocation: Invocation[Any]
+    attempt: int
+    error: BaseException
+    verdict: Verdict
+    delay_seconds: float
+    id: int = 0
+    at: float = 0.0
+
+
+@attrs.frozen
+class FirstChunkEvent:
+    """
+    A stream has yielded its first chunk.
+
+    :param invocation: whose stream it is
+    :param id: a number that all events of one invocation have, and those of no other in this process
+    :param at: when it was, in seconds of the event loop's clock
+    """
+
+    invocation: Invocation[Any]
+    id: int = 0
+    at: float = 0.0
+
+
+@attrs.frozen
+class ResultEvent:
+    """
+    An invocation has ended; no event of it comes after this one.
+
+    :param invocation: which one
+    :param result: what became of it
+    :param id: a number that all events of one invocation have, and those of no other in this process
+    :param at: when it was, in seconds of the event loop's clock
+    """
+
+    invocation: Invocation[Any]
+    result: InvocationResult[Any]
+    id: int = 0
+    at: float = 0.0
+
+
+@attrs.frozen
+class LimitEvent:
+    """
+    The number of slots has changed.
+
+    :param limit: how many there are now
+    :param at: when it was, in seconds of the event loop's clock
+    """
+
+    limit: int
+    at: float = 0.0
+
+
+@attrs.frozen
+class StopEvent:
+    """
+    A batch starts nothing new any more, because of a fatal verdict or because its loop was left.
+
+    :param reason: why, in words
+    :param at: when it was, in seconds of the event loop's clock
+    """
+
+    reason: str
+    at: float = 0.0
+
+
+Event: TypeAlias = (
+    QueuedEvent | StartedEvent | RetryEvent | FirstChunkEvent | ResultEvent | LimitEvent | StopEvent
+)
+"""What a sink is given."""

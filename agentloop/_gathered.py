@@ -4,11 +4,10 @@ from __future__ import annotations
 
 __all__ = ["Gathering"]
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
+from ._attempt import Plan
 from ._batch import Batch
-from ._config import LoopConfig
 from ._invocation import Inputs, Invocation
 from ._limiter import Limiter
 from ._result import InvocationResult
@@ -25,10 +24,9 @@ class Gathering(Batch[T]):
         self,
         inputs: Inputs[T],
         limiter: Limiter,
-        config: LoopConfig,
-        record: Callable[[InvocationResult[Any]], None] | None,
+        plan: Plan,
     ) -> None:
-        super().__init__(inputs, limiter, config, record)
+        super().__init__(inputs, limiter, plan)
         self._results: list[InvocationResult[T] | None] = []
 
     def results(self) -> list[InvocationResult[T]]:

@@ -47,6 +47,9 @@ class Job(Generic[T]):
     failures: list[Exception] | None = None
     verdict: Verdict | None = None
     slot: Slot | None = None
+    id = 0
+    attempt_at: float | None = None
+    pending_attempt_ms: float | None = None
     made_of_cancellation: Exception | None = None
     # Of a stream only.
     chunks = 0

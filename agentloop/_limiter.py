@@ -4,10 +4,14 @@ from __future__ import annotations
 
 __all__ = ["Limiter", "LimiterStatistics", "pool_of"]
 
+import weakref
+from collections.abc import Callable
+
 import attrs
 from anyio.lowlevel import current_token
 
 from . import _validators as must
+from ._events import Event, LimitEvent
 from ._pool import Pool
 
 
@@ -43,6 +47,7 @@ class Limiter:
         must.check_whole("max_concurrency", max_concurrency, 1)
         self._max_concurrency = max_concurrency
         self._pool: Pool | None = None
+        self._sinks: weakref.WeakSet[Callable[[Event], None]] = weakref.WeakSet()
 
     def __repr__(self) -> str:
         return f"<Limiter {_state(self.statistics())}>"
@@ -70,6 +75,16 @@ class Limiter:
         self._max_concurrency = value
         if pool is not None:
             pool.resize(value)
+            for sink in tuple(self._sinks):
+                sink(LimitEvent(value, pool.now()))
+
+    def tell(self, sink: Callable[[Event], None]) -> None:
+        """
+        Give a sink an event whenever the limit changes while the limiter is in use.
+
+        :param sink: must not raise; it is told as long as somebody else keeps it alive
+        """
+        self._sinks.add(sink)
 
     def statistics(self) -> LimiterStatistics:
         """Return the state at this moment."""

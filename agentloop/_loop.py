@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["AgentLoop", "LoopStatistics"]
 
+import inspect
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
@@ -11,15 +12,17 @@ from typing import Any, ParamSpec, Self, TypeVar, cast
 
 import attrs
 
+from ._attempt import Plan
 from ._completed import Completed, Completing, Fanning
 from ._config import LoopConfig
 from ._errors import LoopClosed
-from ._events import ChunkEvent, ResultEvent
+from ._events import ChunkEvent, Event, ResultEvent
 from ._gathered import Gathering
 from ._invocation import Inputs, Invocation, StreamInputs, check_inputs
 from ._lifetime import Lifetime
 from ._limiter import Limiter
 from ._metrics import MetricsRecorder
+from ._observer import Observer, Sink
 from ._result import InvocationResult
 from ._single import Single
 from ._stream import AgentStream, Streaming
@@ -57,6 +60,8 @@ class AgentLoop:
     :param config: the settings; the defaults of :class:`LoopConfig` if absent
     :param limiter: the limiter to share with other loops; one of ``config.max_concurrency`` if absent
     :param metrics: the recorder to share with other loops; a new one if absent
+    :param on_event: a plain function that is given each :data:`Event`, at once and in the task where it
+        happened, so it should be quick. What it raises harms no run; its first error is logged
     :raises TypeError: if a parameter is of the wrong type
     """
 
@@ -66,6 +71,7 @@ class AgentLoop:
         *,
         limiter: Limiter | None = None,
         metrics: MetricsRecorder | None = None,
+        on_event: Callable[[Event], object] | None = None,
     ) -> None:
         for name, value, kind in (
             ("config", config, LoopConfig),
@@ -79,6 +85,14 @@ class AgentLoop:
         self._limiter = Limiter(self._config.max_concurrency) if limiter is None else limiter
         self._metrics = MetricsRecorder() if metrics is None else metrics
         self._lifetime = Lifetime(self._limiter)
+        if on_event is not None and (not callable(on_event) or inspect.iscoroutinefunction(on_event)):
+            raise TypeError(f"on_event must be a plain function, got {on_event!r}")
+
+        self._sink = None if on_event is None else Sink(on_event)
+        if self._sink is not None:
+            self._limiter.tell(self._sink)
+
+        self._plan = self._make_plan()
 
     def __repr__(self) -> str:
         now = self.statistics()
@@ -101,7 +115,7 @@ class AgentLoop:
 
     def with_config(self, **changes: Any) -> AgentLoop:
         """
-        Return a view of this loop with changed settings. It shares limiter, metrics and lifetime.
+        Return a view of this loop with changed settings. It shares limiter, metrics, events and lifetime.
 
         :param changes: fields of :class:`LoopConfig` by name
         :raises TypeError: if there is no such field, or a value is of the wrong type
@@ -117,7 +131,13 @@ class AgentLoop:
 
         view = AgentLoop(config, limiter=self._limiter, metrics=self._metrics)
         view._lifetime = self._lifetime
+        view._sink = self._sink
+        view._plan = view._make_plan()
         return view
+
+    def _make_plan(self) -> Plan:
+        metrics = self._metrics if self._config.collect_metrics else None
+        return Plan(self._config, Observer(metrics, self._sink))
 
     def statistics(self) -> LoopStatistics:
         """Return the state at this moment."""
@@ -160,7 +180,7 @@ class AgentLoop:
         :raises LoopClosed: if the loop's ``async with`` block has been left
         """
         self._lifetime.check()
-        single = Single(Invocation(agent_id, fn, args, kwargs), self._limiter, self._config, self._record)
+        single = Single(Invocation(agent_id, fn, args, kwargs), self._limiter, self._plan)
         if not self._lifetime.is_open:
             return await single.run()
 
@@ -185,7 +205,7 @@ class AgentLoop:
         """
         check_inputs(invocations)
         self._lifetime.check()
-        batch = Gathering(invocations, self._limiter, self._config, self._record)
+        batch = Gathering(invocations, self._limiter, self._plan)
         if self._lifetime.is_open:
             with self._lifetime.call(batch):
                 await batch.run()
@@ -229,7 +249,7 @@ class AgentLoop:
         check_inputs(invocations)
         return Completed(
             "as_completed",
-            lambda: Completing(invocations, self._limiter, self._config, self._record),
+            lambda: Completing(invocations, self._limiter, self._plan),
             self._lifetime,
         )
 
@@ -264,7 +284,7 @@ class AgentLoop:
         invocation = Invocation[T](agent_id, stream_fn, args, kwargs)
         return AgentStream(
             agent_id,
-            lambda: Streaming[T](invocation, self._limiter, self._config, self._record),
+            lambda: Streaming[T](invocation, self._limiter, self._plan),
             self._lifetime,
         )
 
@@ -296,7 +316,7 @@ class AgentLoop:
         check_inputs(invocations)
         return Completed(
             "stream_all",
-            lambda: Fanning[T](cast("Inputs[None]", invocations), self._limiter, self._config, self._record),
+            lambda: Fanning[T](cast("Inputs[None]", invocations), self._limiter, self._plan),
             self._lifetime,
         )
 
@@ -308,7 +328,3 @@ class AgentLoop:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self._lifetime.leave(exc)
-
-    @property
-    def _record(self) -> Callable[[InvocationResult[Any]], None] | None:
-        return self._metrics.record if self._config.collect_metrics else None

@@ -1,6 +1,6 @@
-"""What happened so far, in constant memory."""
+"""What happened so far."""
 
-__all__ = ["Distribution", "MetricsRecorder", "MetricsSnapshot"]
+__all__ = ["MetricsRecorder", "MetricsSnapshot"]
 
 import math
 import threading
@@ -9,157 +9,239 @@ from typing import Any
 
 import attrs
 
+from . import _validators as must
+from ._histogram import DEFAULT_SCALE, Distribution, Histogram
 from ._result import InvocationResult, Status
-
-# Bucket boundaries at powers of 2 ** (2 ** -SCALE), the law of the base-2 exponential histogram in
-# OpenTelemetry's metrics data model: at scale 6 a bucket's middle is within 0.55 % of all that is in it.
-_SCALE = 6
-_PER_OCTAVE = 2.0**_SCALE
-# From a nanosecond to a century of milliseconds; what lies outside counts in the outermost bucket.
-_LOWEST, _HIGHEST = 1e-6, 3.2e12
-# The bucket of what took no time: on a virtual clock most things do.
-_NOTHING = math.floor(math.log2(_LOWEST) * _PER_OCTAVE) - 1
-
-
-@attrs.frozen
-class Distribution:
-    """
-    A distribution of durations, in milliseconds. Count, mean, minimum and maximum are exact; percentiles
-    are within 1 % of the nearest-rank value. All are 0 where nothing was recorded.
-    """
-
-    count: int = 0
-    mean_ms: float = 0.0
-    min_ms: float = 0.0
-    max_ms: float = 0.0
-    p50_ms: float = 0.0
-    p95_ms: float = 0.0
-    p99_ms: float = 0.0
-    _buckets: Mapping[int, int] = attrs.field(factory=dict[int, int], repr=False)
-
-    def percentile(self, q: float) -> float:
-        """
-        Return the nearest-rank percentile, in milliseconds.
-
-        :param q: from 0 to 100
-        :raises ValueError: if ``q`` is out of that range
-        """
-        if not 0 <= q <= 100:
-            raise ValueError(f"q must be between 0 and 100, got {q!r}")
-
-        return _percentile(self._buckets, self.count, self.min_ms, self.max_ms, q)
-
-
-class _Histogram:
-    __slots__ = ("buckets", "count", "maximum", "minimum", "total")
-
-    def __init__(self) -> None:
-        self.buckets: dict[int, int] = {}
-        self.count = 0
-        self.total = 0.0
-        self.minimum = math.inf
-        self.maximum = -math.inf
-
-    def add(self, value: float) -> None:
-        self.count += 1
-        self.total += value
-        if value < self.minimum:
-            self.minimum = value
-
-        if value > self.maximum:
-            self.maximum = value
-
-        bucket = _NOTHING
-        if value > _LOWEST:
-            bucket = math.ceil(math.log2(min(value, _HIGHEST)) * _PER_OCTAVE) - 1
-
-        self.buckets[bucket] = self.buckets.get(bucket, 0) + 1
-
-    def distribution(self) -> Distribution:
-        if not self.count:
-            return Distribution()
-
-        buckets = dict(sorted(self.buckets.items()))
-        p50, p95, p99 = (
-            _percentile(buckets, self.count, self.minimum, self.maximum, q) for q in (50.0, 95.0, 99.0)
-        )
-        mean = self.total / self.count
-        return Distribution(self.count, mean, self.minimum, self.maximum, p50, p95, p99, buckets)
-
-
-def _percentile(buckets: Mapping[int, int], count: int, minimum: float, maximum: float, q: float) -> float:
-    # 375 * 8.8 / 100 is a little more than 33 in floating point.
-    rank = max(1, math.ceil(round(count * q / 100, 6)))
-    seen = 0
-    for bucket, size in buckets.items():
-        seen += size
-        if seen >= rank:
-            if bucket == _NOTHING:
-                return minimum
-
-            # The middle of the bucket, in the sense of relative error.
-            lower, upper = math.exp2(bucket / _PER_OCTAVE), math.exp2((bucket + 1) / _PER_OCTAVE)
-            middle = 2 * lower * upper / (lower + upper)
-            return min(max(middle, minimum), maximum)
-
-    return 0.0
 
 
 @attrs.frozen
 class MetricsSnapshot:
     """
-    What was recorded until now.
+    What was recorded until now. Distributions are of durations in milliseconds.
 
     :param counts: how many results there were of each status
     :param retries: how many retries all of them made
-    :param latency: how long those took that were started, whatever came of it
+    :param overloads: how many attempts failed by an overload
+    :param in_flight: how many invocations were started and have not ended
+    :param latency: how long those took that were started, whatever came of it, with retries and waits
     :param queue: how long they waited for their first slot
+    :param first_chunk: how long streams took to their first chunk
+    :param attempt: how long each attempt took
+    :param backoff: how long each retry had to wait
+    :param chunk_gap: how long streams took from one chunk to the next, without the time that readers took
     """
 
     counts: Mapping[Status, int]
-    retries: int
-    latency: Distribution
-    queue: Distribution
+    retries: int = 0
+    overloads: int = 0
+    in_flight: int = 0
+    latency: Distribution = attrs.field(factory=Distribution)
+    queue: Distribution = attrs.field(factory=Distribution)
+    first_chunk: Distribution = attrs.field(factory=Distribution)
+    attempt: Distribution = attrs.field(factory=Distribution)
+    backoff: Distribution = attrs.field(factory=Distribution)
+    chunk_gap: Distribution = attrs.field(factory=Distribution)
+
+    @property
+    def failures(self) -> int:
+        """How many failed: errors and time-outs. What was cancelled or skipped is no failure."""
+        return self.counts[Status.ERROR] + self.counts[Status.TIMEOUT]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as plain values, for JSON."""
+        fields: dict[str, Any] = {}
+        for name in attrs.fields_dict(MetricsSnapshot):
+            value: Any = getattr(self, name)
+            fields[name] = value.to_dict() if isinstance(value, Distribution) else value
+
+        fields["counts"] = {str(status): count for status, count in self.counts.items()}
+        return fields
 
 
 class MetricsRecorder:
     """
-    Records results. Memory is constant, and any thread may record.
+    Records what happens to invocations. Memory is constant, and any thread may record.
 
-    Loops that are given the same recorder add up.
+    Loops that are given the same recorder add up, and so do the recorders of several processes: a recorder
+    pickles, and :meth:`merge` is exact in any order.
+
+    :param scale: how fine the distributions are: at 6 percentiles are within 0.55 %, and each step more
+        halves that and doubles the memory
+    :raises TypeError: if ``scale`` is no ``int``
+    :raises ValueError: if ``scale`` is not from 6 to 12
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scale: int = DEFAULT_SCALE) -> None:
+        must.check_whole("scale", scale, DEFAULT_SCALE)
+        if scale > 12:
+            raise ValueError(f"scale must be at most 12, got {scale!r}")
+
+        self._scale = scale
         self._lock = threading.Lock()
+        self._in_flight = 0
         self.reset()
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in self.snapshot().counts.items() if count)
         return f"<MetricsRecorder {counts or 'empty'}>"
 
-    def record(self, result: InvocationResult[Any]) -> None:
-        """Record one result."""
+    def __getstate__(self) -> dict[str, Any]:
         with self._lock:
-            self._counts[result.status] += 1
+            copy = MetricsRecorder(self._scale)
+            copy._add(self)
+
+        state = vars(copy)
+        del state["_lock"]
+        # What runs here does not run where this is unpickled.
+        state["_in_flight"] = 0
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def record(self, result: InvocationResult[Any]) -> None:
+        """
+        Record one result.
+
+        :raises ValueError: if a duration in it is negative, infinite or no number
+        """
+        latency, queue, first_chunk = result.latency_ms, result.queue_ms, result.first_chunk_ms
+        if not (0 <= latency < math.inf and 0 <= queue < math.inf and 0 <= (first_chunk or 0) < math.inf):
+            raise ValueError(f"durations must be finite and at least 0, got {result!r}")
+
+        status = result.status
+        with self._lock:
             self._retries += result.retries
-            if result.status is not Status.SKIPPED:
-                self._latency.add(result.latency_ms)
-                self._queue.add(result.queue_ms)
+            if status is Status.SUCCESS:
+                self._successes += 1
+            else:
+                self._others[status] = self._others.get(status, 0) + 1
+                if status is Status.SKIPPED:
+                    return
+
+            # Where there was one attempt, it took as long as all of it: most are recorded only once.
+            if result.retries:
+                self._retried.add(latency)
+            else:
+                self._latency.add(latency)
+
+            if queue:
+                self._queue.add(queue)
+            else:
+                self._unqueued += 1
+
+            if first_chunk is not None:
+                self._first_chunk.add(first_chunk)
 
     def snapshot(self) -> MetricsSnapshot:
         """Return what was recorded until now."""
         with self._lock:
+            queue = Histogram(self._scale)
+            if self._unqueued:
+                queue.zeros = queue.count = self._unqueued
+                queue.minimum = queue.maximum = 0.0
+
             return MetricsSnapshot(
-                dict(self._counts),
+                {
+                    status: self._successes if status is Status.SUCCESS else self._others.get(status, 0)
+                    for status in Status
+                },
                 self._retries,
-                self._latency.distribution(),
-                self._queue.distribution(),
+                self._overloads,
+                self._in_flight,
+                self._latency.plus(self._retried).distribution(),
+                queue.plus(self._queue).distribution(),
+                self._first_chunk.distribution(),
+                self._latency.plus(self._attempt).distribution(),
+                self._backoff.distribution(),
+                self._chunk_gap.distribution(),
             )
 
-    def reset(self) -> None:
-        """Forget everything."""
+    def merge(self, other: "MetricsRecorder") -> None:
+        """
+        Add what another recorder has recorded, except what is in flight there. The result is the same in
+        whatever order recorders are merged.
+
+        :raises TypeError: if ``other`` is no recorder
+        :raises ValueError: if it is this one
+        """
+        if not isinstance(other, MetricsRecorder):
+            raise TypeError(f"other must be of type MetricsRecorder, got {other!r}")
+
+        if other is self:
+            raise ValueError("a recorder cannot be merged with itself")
+
+        # One lock after the other: two recorders may be merged with each other at once.
+        copy = MetricsRecorder(other._scale)
+        with other._lock:
+            copy._add(other)
+
         with self._lock:
-            self._counts = dict.fromkeys(Status, 0)
+            self._add(copy)
+
+    def reset(self) -> None:
+        """Forget everything, except what is in flight."""
+        with self._lock:
+            self._successes = 0
+            self._others: dict[Status, int] = {}
             self._retries = 0
-            self._latency = _Histogram()
-            self._queue = _Histogram()
+            self._overloads = 0
+            self._unqueued = 0
+            # Of invocations with a single attempt: their latencies and their attempts.
+            self._latency = Histogram(self._scale)
+            self._retried = Histogram(self._scale)
+            # Of invocations with several.
+            self._attempt = Histogram(self._scale)
+            self._queue = Histogram(self._scale)
+            self._first_chunk = Histogram(self._scale)
+            self._backoff = Histogram(self._scale)
+            self._chunk_gap = Histogram(self._scale)
+
+    def _add(self, other: "MetricsRecorder") -> None:
+        self._successes += other._successes
+        for status, count in other._others.items():
+            self._others[status] = self._others.get(status, 0) + count
+
+        self._retries += other._retries
+        self._overloads += other._overloads
+        self._unqueued += other._unqueued
+        for name in ("_latency", "_retried", "_attempt", "_queue", "_first_chunk", "_backoff", "_chunk_gap"):
+            getattr(self, name).merge(getattr(other, name))
+
+    # -- what a loop tells besides results
+
+    def begin(self) -> None:
+        """Count an invocation as in flight."""
+        with self._lock:
+            self._in_flight += 1
+
+    def end(self) -> None:
+        """Count an invocation as no longer in flight."""
+        with self._lock:
+            self._in_flight -= 1
+
+    def add_attempt(self, attempt_ms: float) -> None:
+        """Record how long one of several attempts took. A single attempt took as long as all of it."""
+        with self._lock:
+            self._attempt.add(attempt_ms)
+
+    def add_backoff(self, backoff_ms: float, overload: bool) -> None:
+        """Record how long a retry has to wait, and whether that is because of an overload."""
+        with self._lock:
+            self._backoff.add(backoff_ms)
+            self._overloads += overload
+
+    def add_overload(self) -> None:
+        """Record that an attempt failed by an overload and is not retried."""
+        with self._lock:
+            self._overloads += 1
+
+    def add_chunk_gaps(self, gaps: Histogram) -> None:
+        """Record how long a stream took between its chunks."""
+        with self._lock:
+            self._chunk_gap.merge(gaps)
+
+    def new_histogram(self) -> Histogram:
+        """Return a histogram for :meth:`add_chunk_gaps`."""
+        return Histogram(self._scale)

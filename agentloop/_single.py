@@ -4,16 +4,14 @@ from __future__ import annotations
 
 __all__ = ["Single"]
 
-from collections.abc import Callable
 from contextvars import copy_context
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import anyio
 from anyio.lowlevel import cancel_shielded_checkpoint
 
-from ._attempt import Act, call, run_attempt
+from ._attempt import Plan, run_attempt
 from ._backend import current_host
-from ._config import LoopConfig
 from ._invocation import Invocation
 from ._job import Job
 from ._limiter import Limiter, pool_of
@@ -27,7 +25,6 @@ class Single(Generic[T]):
     """
     Runs one invocation in one task: slot, attempt, wait, and again.
 
-    :param record: is given the result, also when the task is cancelled
     :param own_task: whether the task is ours and not the caller's
     """
 
@@ -35,17 +32,13 @@ class Single(Generic[T]):
         self,
         invocation: Invocation[T],
         limiter: Limiter,
-        config: LoopConfig,
-        record: Callable[[InvocationResult[Any]], None] | None,
+        plan: Plan,
         own_task: bool = False,
     ) -> None:
         self._pool = pool_of(limiter)
-        self._config = config
-        self._record = record
+        self._plan = plan
         self._outer: Slot | None = current_slot.get()
         self._job = Job(invocation, 0, self._pool.now())
-        self.act: Act = call
-        """What is done with the agent."""
         self._own_task = own_task
         self._scope: anyio.CancelScope | None = None
         self._waited = False
@@ -91,14 +84,14 @@ class Single(Generic[T]):
         self._scope.cancel(reason)
 
     def _end(self) -> InvocationResult[T]:
-        result = self._job.result(self._pool.now())
-        if self._record is not None:
-            self._record(result)
-
+        now = self._pool.now()
+        result = self._job.result(now)
+        self._plan.observer.finished(self._job, result, now)
         return result
 
     async def _run(self) -> None:
-        job, config, pool = self._job, self._config, self._pool
+        job, plan, pool = self._job, self._plan, self._pool
+        plan.observer.queued(job)
         context = copy_context()
         host = current_host()
         while True:
@@ -107,14 +100,16 @@ class Single(Generic[T]):
                 job.expire()
                 return
 
-            await run_attempt(job, config, slot, context, host, self._own_task, self._on_wait, self.act)
+            await run_attempt(job, plan, slot, context, host, self._own_task, self._on_wait)
             if job.verdict is None:
                 return
 
-            wake_at = job.next_start(self._pool.now(), anyio.current_effective_deadline(), config)
+            now = pool.now()
+            wake_at = job.next_start(now, anyio.current_effective_deadline(), plan.config)
             if wake_at is None:
                 return
 
+            plan.observer.retrying(job, now)
             self._waited = True
             pool.asleep += 1
             try:

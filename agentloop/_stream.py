@@ -11,10 +11,10 @@ from typing import Any, Generic, Self, TypeVar
 
 import anyio
 
+from ._attempt import Plan
 from ._background import Background
 from ._carriage import StartSoon, carry
 from ._channel import Channel
-from ._config import LoopConfig
 from ._invocation import Invocation
 from ._job import Job
 from ._lifetime import Lifetime
@@ -36,17 +36,17 @@ class Streaming(Generic[T]):
         self,
         invocation: Invocation[Any],
         limiter: Limiter,
-        config: LoopConfig,
-        record: Callable[[InvocationResult[Any]], None] | None,
+        plan: Plan,
     ) -> None:
         self.result: InvocationResult[None] | None = None
-        self._single: Single[None] = Single(invocation, limiter, config, record, own_task=True)
+        self._plan = Plan(plan.config, plan.observer)
+        self._single: Single[None] = Single(invocation, limiter, self._plan, own_task=True)
         # Last, since it has to be closed: a limiter that is in use elsewhere is refused above.
         self.channel: Channel[T] = Channel()
         self._scope = anyio.CancelScope()
 
     async def produce(self, start_soon: StartSoon) -> None:
-        self._single.act = partial(carry, self.channel, _as_it_is, start_soon)
+        self._plan.act = partial(carry, self.channel, _as_it_is, start_soon)
         try:
             with self._scope:
                 self.result = await self._single.run()

@@ -107,7 +107,7 @@ def test_error_complete_and_cancelled_are_terminal_and_no_other_event_is(event: 
 def test_chunk_is_frozen_and_can_be_evolved() -> None:
     chunk = StreamChunk(StreamEvent.TEXT, "a", 5)
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
-        chunk.data = "b"  # type: ignore[misc]
+        chunk.data = "b"
 
     assert attrs.evolve(chunk, data="b") == StreamChunk(StreamEvent.TEXT, "b", 5)
 

@@ -438,7 +438,7 @@ def test_edit_that_waits_for_a_nested_writer_is_a_deadlock(backend: str) -> None
         async with store.edit(), anyio.create_task_group() as group:
             group.start_soon(store.set, "a", 1)
 
-    name, options = virtual_clock(backend)  # type: ignore[arg-type]
+    name, options = virtual_clock(backend)
     with pytest.raises(VirtualClockDeadlock):
         anyio.run(main, backend=name, backend_options=options)
 
@@ -487,7 +487,7 @@ async def test_lock_that_comes_in_the_moment_of_the_time_out_is_kept() -> None:
     store = ContextStore()
     run = store._state.enter_run()
     late = LateLock(run.lock)
-    run.lock = late  # type: ignore[assignment]
+    run.lock = late
     async with store.edit(timeout_seconds=5) as draft:
         draft["a"] = 1
 
@@ -566,21 +566,21 @@ async def test_edit_that_was_opened_twice_is_two_edits() -> None:
 
 
 BAD_KEYS: dict[str, Callable[[ContextStore], Awaitable[Any]]] = {
-    "get": lambda store: store.get(5),  # type: ignore[arg-type]
-    "set": lambda store: store.set(5, 1),  # type: ignore[arg-type]
-    "update": lambda store: store.update({"a": 0, 5: 1}),  # type: ignore[dict-item]
-    "delete": lambda store: store.delete(5),  # type: ignore[arg-type]
-    "transform": lambda store: store.transform(5, lambda _: 1),  # type: ignore[arg-type]
-    "compare_and_set": lambda store: store.compare_and_set(5, None, 1),  # type: ignore[arg-type]
+    "get": lambda store: store.get(5),
+    "set": lambda store: store.set(5, 1),
+    "update": lambda store: store.update({"a": 0, 5: 1}),
+    "delete": lambda store: store.delete(5),
+    "transform": lambda store: store.transform(5, lambda _: 1),
+    "compare_and_set": lambda store: store.compare_and_set(5, None, 1),
     "edit": lambda store: edit_key(store),
-    "watch": lambda store: enter(store.watch(5)),  # type: ignore[call-overload]
+    "watch": lambda store: enter(store.watch(5)),
 }
 
 
 async def edit_key(store: ContextStore) -> None:
     async with store.edit() as draft:
         draft["a"] = 1
-        draft[5] = 1  # type: ignore[index]
+        draft[5] = 1
 
 
 @pytest.mark.parametrize("way", BAD_KEYS)
@@ -594,10 +594,10 @@ async def test_key_that_is_no_string_is_refused(way: str) -> None:
 
 def test_initial_state_is_checked() -> None:
     with pytest.raises(TypeError, match="initial must be a mapping, got list"):
-        ContextStore([("a", 1)])  # type: ignore[arg-type]
+        ContextStore([("a", 1)])
 
     with pytest.raises(TypeError, match="a key of a ContextStore must be a str, got 1"):
-        ContextStore({1: 1})  # type: ignore[dict-item]
+        ContextStore({1: 1})
 
     with pytest.raises(TypeError, match=r"the value at a\.b is a Point"):
         ContextStore({"a": {"b": type("Point", (dict,), {})()}})
@@ -635,7 +635,7 @@ async def test_value_that_cannot_be_kept_is_refused_and_changes_nothing(way: str
 
 async def test_update_wants_a_mapping() -> None:
     with pytest.raises(TypeError, match="mapping must be a mapping, got list"):
-        await ContextStore().update([("a", 1)])  # type: ignore[arg-type]
+        await ContextStore().update([("a", 1)])
 
 
 async def asynchronous(_: Any) -> bool:
@@ -669,10 +669,10 @@ async def test_async_function_is_refused(fn: Any) -> None:
 async def test_what_cannot_be_called_is_refused() -> None:
     store = ContextStore()
     with pytest.raises(TypeError, match="fn must be a function, got 5"):
-        await store.transform("a", 5)  # type: ignore[arg-type]
+        await store.transform("a", 5)
 
     with pytest.raises(TypeError, match="predicate must be a function, got 'a'"):
-        await store.wait_for("a")  # type: ignore[arg-type]
+        await store.wait_for("a")
 
 
 @pytest.mark.parametrize(
@@ -820,7 +820,7 @@ async def test_wait_that_is_cancelled_leaves_nothing() -> None:
     store = ContextStore()
     asked = []
     with anyio.move_on_after(1):
-        await store.wait_for(lambda now: asked.append(now))  # type: ignore[func-returns-value]
+        await store.wait_for(lambda now: asked.append(now))
 
     await store.set("a", 1)
     assert len(asked) == 1
@@ -958,7 +958,7 @@ async def test_two_readers_of_one_watch_share_its_values() -> None:
 
 async def test_watch_without_a_block_says_so() -> None:
     with pytest.raises(TypeError, match="async for"):
-        async for _ in ContextStore().watch("a"):  # type: ignore[attr-defined]
+        async for _ in ContextStore().watch("a"):
             pass
 
 
@@ -1073,7 +1073,7 @@ def test_one_store_serves_several_runs_on_either_backend(backend: str) -> None:
                 watches.append(await anext(values))
 
     for name in (backend, "asyncio", "trio"):
-        backend_name, options = virtual_clock(name)  # type: ignore[arg-type]
+        backend_name, options = virtual_clock(name)
         anyio.run(main, backend=backend_name, backend_options=options)
 
     assert len(watches) == 3
@@ -1092,12 +1092,12 @@ def test_run_that_died_inside_an_edit_leaves_a_store_that_works(backend: str) ->
                 await anyio.sleep(1)
                 raise KeyboardInterrupt
 
-    name, options = virtual_clock(backend)  # type: ignore[arg-type]
+    name, options = virtual_clock(backend)
     with pytest.raises(BaseExceptionGroup) as caught:
         anyio.run(die, backend=name, backend_options=options)
 
     assert caught.group_contains(KeyboardInterrupt)
-    name, options = virtual_clock(backend)  # type: ignore[arg-type]
+    name, options = virtual_clock(backend)
     assert anyio.run(all_of, store, backend=name, backend_options=options) == {"n": 0}
 
 

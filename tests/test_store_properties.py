@@ -352,7 +352,7 @@ def test_operation_cancelled_at_any_suspension_point_was_never_there(
         return completed
 
     for step in range(1000):
-        backend_name, options = virtual_clock(backend)  # type: ignore[arg-type]
+        backend_name, options = virtual_clock(backend)
         if anyio.run(main, step, backend=backend_name, backend_options=options):
             assert step >= 1
             return

@@ -307,7 +307,7 @@ async def stream_all_gives_events_of_two_kinds() -> None:
                     assert_type(index, int)
                 case ResultEvent(invocation, result):
                     assert_type(invocation, Invocation[Any])
-                    assert_type(result, InvocationResult[None])
+                    assert_type(result, InvocationResult[Any])
                 case _:
                     assert_never(event)
 

@@ -1,0 +1,129 @@
+"""Who is told what happens: the recorder, and a sink for events."""
+
+from __future__ import annotations
+
+__all__ = ["Observer", "Sink"]
+
+import itertools
+import logging
+from collections.abc import Callable
+from contextvars import Context
+from typing import Any
+
+from ._events import Event, FirstChunkEvent, QueuedEvent, ResultEvent, RetryEvent, StartedEvent, StopEvent
+from ._histogram import Histogram
+from ._job import Job
+from ._metrics import MetricsRecorder
+from ._result import InvocationResult
+from ._verdict import VerdictKind
+
+_logger = logging.getLogger("agentloop")
+_ids = itertools.count(1)
+
+
+class Sink:
+    """Calls a function for each event. What it raises harms no run; the first error is logged."""
+
+    def __init__(self, on_event: Callable[[Event], object]) -> None:
+        self._on_event = on_event
+        self._has_failed = False
+
+    def __call__(self, event: Event) -> None:
+        try:
+            self._on_event(event)
+        except Exception:
+            if not self._has_failed:
+                self._has_failed = True
+                _logger.exception("on_event=%r failed; its further errors are not logged", self._on_event)
+
+
+class Observer:
+    """
+    Tells a recorder and a sink what happens to jobs. What is not there is told nothing, and nothing is built.
+
+    :param metrics: the recorder, or ``None``
+    :param sink: the sink, or ``None``
+    """
+
+    __slots__ = ("_metrics", "_sink")
+
+    def __init__(self, metrics: MetricsRecorder | None, sink: Sink | None) -> None:
+        self._metrics = metrics
+        self._sink = sink
+
+    def queued(self, job: Job[Any]) -> None:
+        """A job waits for its first slot."""
+        if self._sink is not None:
+            job.id = next(_ids)
+            self._sink(QueuedEvent(job.invocation, job.id, job.queued_at))
+
+    def started(self, job: Job[Any], now: float, context: Context) -> None:
+        """An attempt is about to begin, in a context."""
+        if self._metrics is not None:
+            if job.attempts == 1:
+                self._metrics.begin()
+            elif job.pending_attempt_ms is not None:
+                self._metrics.add_attempt(job.pending_attempt_ms)
+                job.pending_attempt_ms = None
+
+        job.attempt_at = now
+        if self._sink is not None:
+            context.run(self._sink, StartedEvent(job.invocation, job.attempts, job.id, now))
+
+    def first_chunk(self, job: Job[Any], now: float) -> Histogram | None:
+        """
+        A stream has yielded its first chunk.
+
+        :return: what to count the time between its chunks in, if anything
+        """
+        if self._sink is not None:
+            self._sink(FirstChunkEvent(job.invocation, job.id, now))
+
+        return None if self._metrics is None else self._metrics.new_histogram()
+
+    def streamed(self, gaps: Histogram) -> None:
+        """A stream has ended."""
+        if self._metrics is not None:
+            self._metrics.add_chunk_gaps(gaps)
+
+    def retrying(self, job: Job[Any], now: float) -> None:
+        """An attempt has failed, and there will be another one."""
+        assert job.verdict is not None
+        assert job.error is not None
+        delay = job.wake_at - now
+        if self._metrics is not None:
+            self._metrics.add_backoff(delay * 1000, job.verdict.kind is VerdictKind.OVERLOAD)
+            assert job.attempt_at is not None
+            job.pending_attempt_ms = (now - job.attempt_at) * 1000
+
+        job.attempt_at = None
+        if self._sink is not None:
+            self._sink(RetryEvent(job.invocation, job.attempts, job.error, job.verdict, delay, job.id, now))
+
+    def finished(self, job: Job[Any], result: InvocationResult[Any], now: float) -> None:
+        """A job has its result."""
+        metrics = self._metrics
+        if metrics is not None:
+            if job.attempts:
+                metrics.end()
+                if job.attempts > 1:
+                    attempt_ms = job.pending_attempt_ms
+                    if job.attempt_at is not None:
+                        attempt_ms = (now - job.attempt_at) * 1000
+
+                    if attempt_ms is not None:
+                        metrics.add_attempt(attempt_ms)
+
+                overloaded = job.verdict is not None and job.verdict.kind is VerdictKind.OVERLOAD
+                if overloaded and job.attempt_at is not None:
+                    metrics.add_overload()
+
+            metrics.record(result)
+
+        if self._sink is not None:
+            self._sink(ResultEvent(job.invocation, result, job.id, now))
+
+    def stopped(self, reason: str, now: float) -> None:
+        """A batch starts nothing new any more."""
+        if self._sink is not None:
+            self._sink(StopEvent(reason, now))
