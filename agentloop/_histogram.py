@@ -13,8 +13,8 @@ DEFAULT_SCALE = 6
 # From a nanosecond to a century, in milliseconds; what lies outside counts in the outermost bucket. At the
 # default scale that is 3,911 buckets at the very most.
 _LOWEST, _HIGHEST = 1e-6, 3.2e12
-# Sums are integers in units of 2 ** -80 ms: exact for every duration above a few femtoseconds, and so the same
-# in whatever order durations are added.
+# Sums are integers in units of 2 ** -80 ms: exact for every duration above a few femtoseconds, and so the
+# same in whatever order durations are added.
 _UNIT = 2.0**80
 
 
