@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import re
 import sys
 import warnings
 from collections import Counter
@@ -25,6 +26,7 @@ from agentloop import (
     Backoff,
     BatchStopped,
     ChunkEvent,
+    Event,
     FirstChunkTimeout,
     IdleTimeout,
     Invocation,
@@ -32,9 +34,11 @@ from agentloop import (
     InvocationResult,
     InvocationTimeout,
     Limiter,
+    LimitEvent,
     LoopConfig,
     MetricsRecorder,
     Status,
+    StopEvent,
 )
 from agentloop.testing import virtual_clock
 
@@ -77,13 +81,6 @@ class Call:
         self.fatal = False
         self.input_failed = False
         self.left = False
-
-    def check_may_start(self) -> None:
-        assert not self.fatal, "an agent was started after a fatal verdict"
-        call: Call | None = self
-        while call is not None:
-            assert not call.cancelled, "an agent was started although its caller had been cancelled"
-            call = call.parent
 
 
 class Times:
@@ -142,7 +139,30 @@ class Program:
             first_chunk_timeout_seconds=choose([None, 0.9]) if self.streams else None,
             idle_timeout_seconds=choose([None, 0.4, 1.1]) if self.streams else None,
         )
-        self.loop = AgentLoop(self.config, limiter=self.limiter, metrics=self.metrics)
+        self.entered = False
+        self.violations: list[str] = []
+        self.stories: dict[int, list[str]] = {}
+        self.loop = AgentLoop(self.config, limiter=self.limiter, metrics=self.metrics, on_event=self.on_event)
+
+    def check_may_start(self, call: Call) -> None:
+        wrong = "after a fatal verdict" if call.fatal else None
+        caller: Call | None = call
+        # In an entered loop what is read belongs to the loop: there a cancelled reader has to leave first.
+        while caller is not None and not self.entered:
+            if caller.cancelled:
+                wrong = "although its caller had been cancelled"
+
+            caller = caller.parent
+
+        if wrong:
+            # The result may be one that nobody looks at.
+            self.violations.append(f"an agent was started {wrong}")
+
+        assert not self.violations
+
+    def on_event(self, event: Event) -> None:
+        if not isinstance(event, LimitEvent | StopEvent):
+            self.stories.setdefault(event.id, []).append(type(event).__name__[0])
 
     # -- what agents do
 
@@ -165,7 +185,7 @@ class Program:
         async def run() -> str:
             assert var.get() == "caller", f"an agent sees a variable that is not its caller's: {var.get()}"
             var.set(name)
-            call.check_may_start()
+            self.check_may_start(call)
             action = actions[min(self.starts[name], 2)]
             self.starts[name] += 1
             self.attempting += 1
@@ -346,7 +366,7 @@ class Program:
         async def run() -> AsyncIterator[tuple[str, int]]:
             assert var.get() == "caller", f"a stream sees a variable that is not its caller's: {var.get()}"
             var.set(name)
-            call.check_may_start()
+            self.check_may_start(call)
             count, gap, ending, cleanup = scripts[min(self.starts[name], 2)]
             produced = self.produced.setdefault(name, [])
             assert not produced, "a stream was retried after a chunk"
@@ -716,6 +736,7 @@ class Program:
             with anyio.move_on_after(5000) as scope:
                 # In an entered loop what streams belongs to the loop.
                 if self.streams and self.random.random() < 0.3:
+                    self.entered = True
                     async with self.loop:
                         await self.make_calls()
                 else:
@@ -747,6 +768,7 @@ class Program:
         assert var.get() == "caller"
 
     def check_end(self) -> None:
+        assert not self.violations
         pool = self.limiter._enter_run()
         assert pool.running == 0, "a slot was not given back"
         assert pool.waiting == 0, "somebody still waits"
@@ -756,6 +778,17 @@ class Program:
             assert results[0].retries == max(0, self.starts[name] - 1)
 
         assert all(name in self.metrics.results for name in self.starts), "an invocation was not recorded"
+        for story in self.stories.values():
+            # Queued, then Started and Retry by turns with at most one First chunk, then the Result.
+            assert re.fullmatch("Q(S(RS)*F?R?)?R", "".join(story)), story
+
+        now = self.metrics.snapshot()
+        starts = sum(self.starts.values())
+        assert now.in_flight == 0
+        assert sum(now.counts.values()) == len(self.metrics.results) == len(self.stories)
+        assert now.attempt.count == starts, "an attempt was not recorded, or twice"
+        assert now.latency.count == now.queue.count == len(self.starts)
+        assert now.retries == sum(count - 1 for count in self.starts.values())
 
 
 def run_seed(backend: str, seed: int) -> None:

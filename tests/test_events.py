@@ -1,0 +1,312 @@
+"""What a sink is told, and what the recorder makes of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextvars import ContextVar
+from typing import Any
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+
+from agentloop import (
+    AgentLoop,
+    Backoff,
+    Event,
+    FirstChunkEvent,
+    Invocation,
+    Limiter,
+    LimitEvent,
+    LoopConfig,
+    QueuedEvent,
+    ResultEvent,
+    RetryEvent,
+    StartedEvent,
+    Status,
+    StopEvent,
+    VerdictKind,
+    _observer,
+)
+
+var: ContextVar[str] = ContextVar("var", default="nobody's")
+
+
+class HttpError(Exception):
+    def __init__(self, status_code: int) -> None:
+        super().__init__(status_code)
+        self.status_code = status_code
+
+
+class Agent:
+    """Takes a second, and fails as often as it is told to."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+
+    async def __call__(self) -> str:
+        await anyio.sleep(1)
+        if self.errors:
+            raise self.errors.pop(0)
+
+        return "done"
+
+
+async def words(*gaps: float) -> AsyncIterator[str]:
+    for gap in gaps:
+        await anyio.sleep(gap)
+        yield "word"
+
+
+@pytest.fixture
+def events() -> list[Event]:
+    return []
+
+
+@pytest.fixture
+def loop(events: list[Event]) -> AgentLoop:
+    config = LoopConfig(max_concurrency=1, backoff=Backoff(initial_seconds=0.5, jitter="none"))
+    return AgentLoop(config, on_event=events.append)
+
+
+def kinds(events: list[Event]) -> list[str]:
+    return [type(event).__name__.removesuffix("Event") for event in events]
+
+
+# --- which events there are
+
+
+async def test_invocation_is_queued_started_and_finished(loop: AgentLoop, events: list[Event]) -> None:
+    start = anyio.current_time()
+    result = await loop.run_single("a", Agent())
+    queued, started, finished = events
+    assert isinstance(queued, QueuedEvent)
+    assert isinstance(started, StartedEvent)
+    assert isinstance(finished, ResultEvent)
+    assert queued.id == started.id == finished.id > 0
+    assert queued.invocation is started.invocation is finished.invocation
+    assert finished.result is result
+    assert started.attempt == 1
+    assert [event.at - start for event in (queued, started, finished)] == [0, 0, pytest.approx(1)]
+
+
+async def test_retry_says_why_and_how_long_it_waits(loop: AgentLoop, events: list[Event]) -> None:
+    error = HttpError(503)
+    await loop.run_single("a", Agent(error))
+    assert kinds(events) == ["Queued", "Started", "Retry", "Started", "Result"]
+    retry, again = events[2:4]
+    assert isinstance(retry, RetryEvent)
+    assert isinstance(again, StartedEvent)
+    assert (retry.attempt, again.attempt) == (1, 2)
+    assert retry.error is error
+    assert retry.verdict.kind is VerdictKind.TRANSIENT
+    assert retry.delay_seconds == pytest.approx(0.5)
+    assert again.at - retry.at == pytest.approx(0.5)
+
+
+async def test_batch_tells_the_same_of_each_invocation(loop: AgentLoop, events: list[Event]) -> None:
+    results = await loop.run_all([("a", Agent(OSError()), (), {}), ("b", Agent(), (), {})])
+    by_id: dict[int, list[Event]] = {}
+    for event in events:
+        assert not isinstance(event, LimitEvent | StopEvent)
+        by_id.setdefault(event.id, []).append(event)
+
+    a, b = by_id.values()
+    assert kinds(a) == ["Queued", "Started", "Retry", "Started", "Result"]
+    assert kinds(b) == ["Queued", "Started", "Result"]
+    assert [story[-1].result for story in (a, b)] == results
+
+
+async def test_stream_has_one_first_chunk(loop: AgentLoop, events: list[Event]) -> None:
+    start = anyio.current_time()
+    async with loop.run_streaming("a", words, 2, 1, 1) as stream:
+        assert [chunk async for chunk in stream] == ["word"] * 3
+
+    assert kinds(events) == ["Queued", "Started", "FirstChunk", "Result"]
+    assert isinstance(events[2], FirstChunkEvent)
+    assert events[2].at - start == pytest.approx(2)
+    assert events[3].result is stream.result
+
+
+async def test_fatal_verdict_stops_a_batch_and_says_why(loop: AgentLoop, events: list[Event]) -> None:
+    results = await loop.run_all([Invocation("a", Agent(HttpError(401))), Invocation("b", Agent())])
+    assert [result.status for result in results] == [Status.ERROR, Status.SKIPPED]
+    assert kinds(events) == ["Queued", "Started", "Stop", "Result", "Queued", "Result"]
+    assert events[2].reason == "'a' failed with HttpError: 401"
+
+
+async def test_change_of_the_limit_is_told_while_the_limiter_is_in_use(events: list[Event]) -> None:
+    limiter = Limiter(3)
+    loop = AgentLoop(limiter=limiter, on_event=events.append)
+    limiter.max_concurrency = 4
+    assert not events
+    async with anyio.create_task_group() as group:
+        group.start_soon(loop.run_single, "a", anyio.sleep, 2)
+        await anyio.sleep(1)
+        limiter.max_concurrency = 2
+
+    limits = [event for event in events if isinstance(event, LimitEvent)]
+    assert [event.limit for event in limits] == [2]
+    assert limits[0].at == pytest.approx(anyio.current_time() - 1)
+
+
+async def test_limiter_does_not_keep_a_loop_alive_for_its_sink(events: list[Event]) -> None:
+    limiter = Limiter(3)
+    await AgentLoop(limiter=limiter, on_event=lambda event: events.append(event)).run_single("a", checkpoint)
+    del events[:]
+    limiter.max_concurrency = 2
+    assert not events
+
+
+async def test_cancelled_caller_makes_a_last_event(loop: AgentLoop, events: list[Event]) -> None:
+    with anyio.move_on_after(0.5):
+        await loop.run_single("a", Agent())
+
+    assert kinds(events) == ["Queued", "Started", "Result"]
+    assert events[-1].result.status is Status.CANCELLED
+
+
+async def test_view_shares_the_sink(loop: AgentLoop, events: list[Event]) -> None:
+    await loop.with_config(timeout_seconds=1, max_retries=0).run_single("a", anyio.sleep, 9)
+    assert kinds(events) == ["Queued", "Started", "Result"]
+
+
+# --- the sink
+
+
+async def test_started_event_is_told_in_the_context_of_the_agent() -> None:
+    seen: list[str] = []
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, StartedEvent):
+            seen.append(var.get())
+            var.set(f"{event.invocation.agent_id}, attempt {event.attempt}")
+
+    async def agent(*errors: Exception) -> str:
+        await checkpoint()
+        failing.append(var.get())
+        if len(failing) == 1:
+            raise OSError
+
+        return var.get()
+
+    failing: list[str] = []
+    var.set("the caller's")
+    loop = AgentLoop(on_event=on_event)
+    assert (await loop.run_single("a", agent)).output == "a, attempt 2"
+    results = await loop.run_all([Invocation(name, agent) for name in "bc"])
+    assert [result.output for result in results] == ["b, attempt 1", "c, attempt 1"]
+    assert failing[0] == "a, attempt 1"
+    assert seen == ["the caller's"] * 4
+    assert var.get() == "the caller's"
+
+
+async def test_sink_that_raises_harms_no_run_and_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    def on_event(event: Event) -> None:
+        raise ValueError("the sink")
+
+    loop = AgentLoop(on_event=on_event)
+    with caplog.at_level(logging.DEBUG, "agentloop"):
+        results = await loop.run_all([Invocation("a", checkpoint)] * 5)
+
+    assert [result.status for result in results] == [Status.SUCCESS] * 5
+    assert len(caplog.records) == 1
+    assert "on_event=<function" in caplog.text
+    assert "ValueError: the sink" in caplog.text
+
+
+async def test_nothing_is_built_without_a_sink(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError
+
+    for name in ("QueuedEvent", "StartedEvent", "RetryEvent", "FirstChunkEvent", "ResultEvent", "StopEvent"):
+        monkeypatch.setattr(_observer, name, refuse)
+
+    loop = AgentLoop(LoopConfig(backoff=Backoff(initial_seconds=0.01)))
+    assert (await loop.run_single("a", Agent(OSError()))).retries == 1
+    async with loop.run_streaming("a", words, 1) as stream:
+        assert [chunk async for chunk in stream] == ["word"]
+
+    await loop.run_all([Invocation("a", Agent(HttpError(401)))] * 2)
+
+
+@pytest.mark.parametrize("on_event", [5, "print", anyio.sleep], ids=["5", "a str", "an async function"])
+def test_what_is_no_plain_function_is_refused_as_a_sink(on_event: Any) -> None:
+    with pytest.raises(TypeError, match=r"^on_event must be a plain function, got "):
+        AgentLoop(on_event=on_event)
+
+
+# --- what the recorder is told
+
+
+async def test_attempts_waits_and_overloads_are_recorded(loop: AgentLoop) -> None:
+    await loop.run_single("a", Agent(HttpError(429), OSError()))
+    await loop.run_single("b", Agent())
+    now = loop.metrics.snapshot()
+    assert (now.retries, now.overloads, now.in_flight) == (2, 1, 0)
+    assert (now.attempt.count, now.attempt.min_ms, now.attempt.max_ms) == (
+        4,
+        pytest.approx(1000),
+        pytest.approx(1000),
+    )
+    assert (now.backoff.count, now.backoff.sum_ms) == (2, pytest.approx(1500))
+    assert (now.latency.count, now.latency.max_ms) == (2, pytest.approx(4500))
+
+
+async def test_overload_that_is_not_retried_counts_too(loop: AgentLoop) -> None:
+    await loop.with_config(max_retries=0).run_single("a", Agent(HttpError(429)))
+    assert loop.metrics.snapshot().overloads == 1
+
+
+async def test_attempts_of_what_ends_while_it_waits_to_be_retried_are_recorded(loop: AgentLoop) -> None:
+    async with anyio.create_task_group() as group:
+        group.start_soon(loop.run_single, "a", Agent(OSError(), OSError()))
+        await anyio.sleep(3)
+        group.cancel_scope.cancel()
+
+    now = loop.metrics.snapshot()
+    assert now.counts[Status.CANCELLED] == 1
+    assert (now.attempt.count, now.attempt.sum_ms) == (2, pytest.approx(2000))
+
+
+async def test_in_flight_is_what_was_started_and_has_not_ended(loop: AgentLoop) -> None:
+    async with anyio.create_task_group() as group:
+        group.start_soon(loop.run_all, [Invocation("a", Agent())] * 3)
+        await anyio.sleep(0.5)
+        assert loop.metrics.snapshot().in_flight == 1
+        loop.reset_metrics()
+        assert loop.metrics.snapshot().in_flight == 1
+
+    assert loop.metrics.snapshot().in_flight == 0
+
+
+async def test_time_to_the_first_chunk_and_between_chunks_is_recorded(loop: AgentLoop) -> None:
+    async with loop.run_streaming("a", words, 3, 1, 2) as stream:
+        assert [chunk async for chunk in stream] == ["word"] * 3
+
+    now = loop.metrics.snapshot()
+    assert (now.first_chunk.count, now.first_chunk.max_ms) == (1, pytest.approx(3000))
+    assert (now.chunk_gap.count, now.chunk_gap.min_ms, now.chunk_gap.max_ms) == (
+        2,
+        pytest.approx(1000),
+        pytest.approx(2000),
+    )
+
+
+async def test_time_that_a_reader_takes_is_in_no_gap(loop: AgentLoop) -> None:
+    async with loop.run_streaming("a", words, *[0.25] * 40) as stream:
+        async for _ in stream:
+            await anyio.sleep(1)
+
+    gaps = loop.metrics.snapshot().chunk_gap
+    assert (gaps.count, gaps.max_ms) == (39, pytest.approx(250))
+
+
+async def test_nothing_is_recorded_where_metrics_are_off(loop: AgentLoop) -> None:
+    quiet = loop.with_config(collect_metrics=False)
+    await quiet.run_single("a", Agent(HttpError(429)))
+    async with quiet.run_streaming("a", words, 1, 1) as stream:
+        assert [chunk async for chunk in stream] == ["word"] * 2
+
+    assert loop.metrics.snapshot() == AgentLoop().metrics.snapshot()
