@@ -247,7 +247,7 @@ class Pool:
             lender = self.lender(waiter.outer)
             if lender is not waiter.lender:
                 if waiter.lender is not None and waiter.lender.waiters:
-                    waiter.lender.waiters.pop(waiter, None)
+                    del waiter.lender.waiters[waiter]
 
                 waiter.lender = lender
                 self.offer_loan(waiter)

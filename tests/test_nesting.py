@@ -306,3 +306,46 @@ async def test_who_waits_for_the_slot_further_out_is_lent_the_one_that_is_resume
         slot.release()
 
     assert (pool.running, pool.waiting) == (0, 0)
+
+
+async def test_slot_that_is_resumed_with_a_token_gives_that_back() -> None:
+    pool = pool_of(Limiter(2))
+    invocation = Invocation("a", checkpoint)
+    outer = pool.acquire_nowait(invocation, None)
+    inner = pool.acquire_nowait(invocation, outer)
+    assert outer is not None
+    assert inner is not None
+    inner.suspend()
+    other, granted = pool.acquire_nowait(invocation, outer), pool.acquire_nowait(invocation, inner.outer)
+    assert other is not None
+    assert granted is not None
+    inner.resume(granted)
+    assert pool.running == 2
+    assert inner.lender is None
+    inner.release()
+    assert pool.running == 1
+    other.release()
+    outer.release()
+    assert (pool.running, pool.waiting) == (0, 0)
+
+
+async def test_slot_that_is_resumed_after_the_one_around_it_has_ended_lends_itself() -> None:
+    pool = pool_of(Limiter(1))
+    invocation = Invocation("a", checkpoint)
+    outer = pool.acquire_nowait(invocation, None)
+    inner = pool.acquire_nowait(invocation, outer)
+    assert outer is not None
+    assert inner is not None
+    inner.suspend()
+    outer.release()
+    other = pool.acquire_nowait(invocation, None)
+    assert other is not None
+    first, second = pool.enqueue(invocation, inner.outer), pool.enqueue(invocation, inner)
+    other.release()
+    assert first.slot is not None
+    inner.resume(first.slot)
+    assert second.slot is not None
+    assert second.slot.lender is inner
+    second.slot.release()
+    inner.release()
+    assert (pool.running, pool.waiting) == (0, 0)
