@@ -1,5 +1,6 @@
 """What happened so far, in constant memory. Nothing in here needs an event loop."""
 
+import json
 import math
 import pickle
 import random
@@ -249,3 +250,164 @@ def test_threads_record_at_once_without_losing_any() -> None:
     snapshot = recorder.snapshot()
     assert snapshot.counts[Status.SUCCESS] == snapshot.retries == snapshot.latency.count == 8000
     assert snapshot.latency.mean_ms == 999.5
+
+
+# --- many recorders
+
+
+results = st.builds(
+    InvocationResult,
+    st.just("agent"),
+    st.sampled_from(Status),
+    latency_ms=durations | st.floats(0, 1e300),
+    queue_ms=durations,
+    retries=st.integers(0, 3),
+    first_chunk_ms=st.none() | durations,
+)
+recorders = st.tuples(st.lists(results, max_size=12), st.sampled_from([6, 7, 9]))
+
+
+def recorder_of(found: list[InvocationResult[Any]], scale: int = 6) -> MetricsRecorder:
+    recorder = MetricsRecorder(scale)
+    for one in found:
+        recorder.record(one)
+        recorder.add_attempt(one.latency_ms / 3)
+        recorder.add_backoff(one.queue_ms, overload=one.retries == 1)
+
+    return recorder
+
+
+@given(st.lists(recorders, min_size=1, max_size=5), st.randoms(use_true_random=False))
+def test_merging_in_any_order_and_grouping_gives_the_same(
+    parts: list[tuple[list[InvocationResult[Any]], int]], rng: random.Random
+) -> None:
+    whole = recorder_of([one for found, _ in parts for one in found])
+    pool = [recorder_of(found, scale) for found, scale in parts] + [MetricsRecorder()]
+    while len(pool) > 1:
+        rng.shuffle(pool)
+        pool[0].merge(pool.pop())
+
+    assert pool[0].snapshot() == whole.snapshot()
+
+
+def test_merged_recorders_of_two_scales_have_the_coarser_one() -> None:
+    fine, coarse = recorder_of([result(5.0)], 9), recorder_of([result(7.0)], 6)
+    fine.merge(coarse)
+    assert fine.snapshot().latency.scale == 6
+    assert fine.snapshot() == recorder_of([result(5.0), result(7.0)], 6).snapshot()
+
+
+def test_what_is_in_flight_elsewhere_is_not_in_flight_here() -> None:
+    one, other = MetricsRecorder(), MetricsRecorder()
+    one.begin()
+    other.begin()
+    one.merge(other)
+    assert one.snapshot().in_flight == 1
+    assert pickle.loads(pickle.dumps(other)).snapshot().in_flight == 0
+    one.end()
+    assert one.snapshot().in_flight == 0
+
+
+@given(st.lists(results, max_size=12))
+def test_recorder_comes_out_of_a_pickle_as_it_went_in(found: list[InvocationResult[Any]]) -> None:
+    recorder = recorder_of(found, 8)
+    copy = pickle.loads(pickle.dumps(recorder))
+    assert copy.snapshot() == recorder.snapshot()
+    copy.record(result(1.0))
+    assert copy.snapshot().counts[Status.SUCCESS] == recorder.snapshot().counts[Status.SUCCESS] + 1
+
+
+def test_recorders_that_are_merged_with_each_other_at_once_come_to_an_end() -> None:
+    one, other = recorder_of([result(1.0)]), recorder_of([result(2.0)])
+    threads = [
+        threading.Thread(target=lambda a=a, b=b: [a.merge(b) for _ in range(8)])
+        for a, b in ((one, other), (other, one))
+    ]
+    for thread in threads:
+        thread.start()
+
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_only_another_recorder_can_be_merged() -> None:
+    recorder = MetricsRecorder()
+    with pytest.raises(
+        TypeError, match=r"^other must be of type MetricsRecorder, got <MetricsSnapshot|Metrics"
+    ):
+        recorder.merge(recorder.snapshot())
+
+    with pytest.raises(ValueError, match=r"^a recorder cannot be merged with itself$"):
+        recorder.merge(recorder)
+
+
+@pytest.mark.parametrize("scale", [5, 13, 0])
+def test_scale_out_of_its_range_is_refused(scale: int) -> None:
+    with pytest.raises(ValueError, match=rf"^scale must be at (least 6|most 12), got {scale}$"):
+        MetricsRecorder(scale)
+
+
+@pytest.mark.parametrize("field", ["latency_ms", "queue_ms", "first_chunk_ms"])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_duration_that_cannot_be_is_refused_and_leaves_nothing(field: str, value: float) -> None:
+    recorder = MetricsRecorder()
+    with pytest.raises(ValueError, match=r"^durations must be finite and at least 0, got InvocationResult"):
+        recorder.record(attrs.evolve(result(), **{field: value}))
+
+    assert recorder.snapshot() == MetricsRecorder().snapshot()
+
+
+# --- what others make of it
+
+
+@given(st.floats(NANOSECOND_MS * 2, 3e12), st.integers(6, 12))
+def test_bucket_is_that_of_the_exponential_histogram(value: float, scale: int) -> None:
+    recorder = MetricsRecorder(scale)
+    recorder.record(result(value))
+    latency = recorder.snapshot().latency
+    ((index, count),) = latency.buckets.items()
+    assert (count, latency.scale, latency.zeros) == (1, scale, 0)
+    lower, upper = 2 ** (index / 2**scale), 2 ** ((index + 1) / 2**scale)
+    assert lower * (1 - 1e-12) <= value <= upper * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [3.0] * 999,
+        [1.0] * 600 + [1000.0] * 400,
+        [1.001**n for n in range(9000)],
+        [random.Random(7).paretovariate(0.4) for _ in range(5000)],
+        [random.Random(8).lognormvariate(2, 3) for _ in range(5000)],
+        [0.0] * 40 + [5e-324] * 20 + [1e-300] * 20 + [5.0] * 20,
+        [2.0**n for n in range(-15, 41)],
+    ],
+    ids=["constant", "bimodal", "even", "heavy tail", "log-normal", "zeros and denormals", "powers"],
+)
+@pytest.mark.parametrize("scale", [6, 8])
+def test_percentiles_of_any_shape_are_within_one_percent(values: list[float], scale: int) -> None:
+    recorder = MetricsRecorder(scale)
+    for value in values:
+        recorder.record(result(value))
+
+    latency = recorder.snapshot().latency
+    for percent in (0, 1, 5, 25, 50, 75, 90, 95, 99, 100):
+        assert_close(latency.percentile(percent), nearest_rank(values, percent))
+
+
+def test_snapshot_is_plain_values_for_json() -> None:
+    recorder = recorder_of([result(5.0, retries=1), result(0.0, status=Status.TIMEOUT)])
+    snapshot = recorder.snapshot()
+    read = json.loads(json.dumps(snapshot.to_dict()))
+    assert read["counts"] == {"success": 1, "error": 0, "timeout": 1, "cancelled": 0, "skipped": 0}
+    assert (read["retries"], read["overloads"], read["in_flight"]) == (1, 1, 0)
+    latency = read["latency"]
+    assert (latency["count"], latency["sum_ms"], latency["zeros"]) == (2, 5.0, 1)
+    assert {int(index): count for index, count in latency["buckets"].items()} == snapshot.latency.buckets
+    assert latency["p99_ms"] == snapshot.latency.p99_ms
+
+
+def test_what_was_cancelled_or_skipped_is_no_failure() -> None:
+    recorder = recorder_of([result(status=status) for status in Status])
+    assert recorder.snapshot().failures == 2
