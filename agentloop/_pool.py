@@ -13,6 +13,7 @@ from typing import Any
 import anyio
 from anyio.lowlevel import EventLoopToken
 
+from ._backend import clock
 from ._invocation import Invocation
 from ._pace import Pace
 from ._verdict import Verdict
@@ -125,7 +126,7 @@ class Pool:
         self.token = token
         # Looked up once: anyio's own functions find out at each call which backend they run on.
         self.backend = token.backend_class
-        self.now = token.backend_class.current_time
+        self.now = clock()
         self.thread = threading.current_thread()
         self.pace = Pace(self.now)
         self.asleep = 0

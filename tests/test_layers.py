@@ -65,7 +65,7 @@ OUTSIDE = {"anyio", "attrs"}
 # What a few modules may import besides, and nobody else may.
 RESERVED = {
     "asyncio": {"_backend", "testing/_clock_asyncio"},
-    "trio": {"testing/_clock_trio"},
+    "trio": {"_backend", "testing/_clock_trio"},
     "outcome": {"testing/_clock_trio"},
 }
 
