@@ -105,8 +105,8 @@ class Channel(Generic[T]):
 
         :raises EndOfStream: when all were taken and no more will come
         """
-        # To look for a cancellation costs a tenth of all that a chunk does. A reader that waits finds out anyway,
-        # and one that never waits after three more at the latest.
+        # To look for a cancellation costs a tenth of all that a chunk does. A reader that waits finds out
+        # anyway, and one that never waits after three more at the latest.
         if not self._taken & 3:
             await self._backend.checkpoint_if_cancelled()
 
