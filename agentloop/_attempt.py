@@ -21,6 +21,7 @@ from ._job import Job
 from ._observer import Observer
 from ._pool import Slot, current_slot
 from ._result import Status
+from ._timer import Timer
 
 T = TypeVar("T")
 FnT = TypeVar("FnT", bound=Callable[..., Any])
@@ -79,6 +80,7 @@ async def run_attempt(
     host: Host,
     own_task: bool,
     on_wait: Callable[[], object],
+    timer: Timer,
 ) -> None:
     """
     Run one attempt and tell the job how it ended. The slot is given back in any case.
@@ -88,6 +90,7 @@ async def run_attempt(
     :param own_task: whether that task is ours, so that a native cancellation of it can only be the agent's
         doing; in the caller's task it is the caller's
     :param on_wait: called when the agent waits for the first time, or oftener
+    :param timer: times the attempt out; stays open, if the agent returned, until it is closed
     :raises BaseException: the cancellation of an enclosing scope or of the caller's task, and what the agent
         raises that is no ``Exception``; the attempt then has no outcome
     """
@@ -96,7 +99,8 @@ async def run_attempt(
     job.slot = slot
     try:
         pool = slot.pool
-        if pool.backend.current_effective_deadline() == -math.inf:
+        # While the timer is open nothing was awaited since this was looked at the last time.
+        if not timer.is_open and pool.backend.current_effective_deadline() == -math.inf:
             # Once cancelled, nothing starts, not even to its first checkpoint. It waits for the cancellation
             # and does not poll for it, as checkpoint_if_cancelled() does on asyncio: while all else in the
             # scope is shielded, anyio delivers none to a task that was just started.
@@ -108,18 +112,22 @@ async def run_attempt(
         now = pool.now()
         deadline = job.start(now, config)
         plan.observer.started(job, now, context)
-        scope = pool.backend.create_cancel_scope(deadline=deadline)
+        scope = timer.open(deadline, now)
         try:
-            with scope:
-                try:
-                    output = await plan.act(job, plan, context, scope, on_wait)
-                except anyio.get_cancelled_exc_class() as exc:
-                    if scope.cancel_called:
-                        # The scope is about to drop it, but trio holds on to it in a cycle: without this,
-                        # the frames and arguments of the agent would live until the next collection.
-                        exc.__traceback__ = None
+            try:
+                output = await plan.act(job, plan, context, scope, on_wait)
+            except BaseException as exc:
+                if scope.cancel_called and isinstance(exc, anyio.get_cancelled_exc_class()):
+                    # The scope is about to drop it, but trio holds on to it in a cycle: without this,
+                    # the frames and arguments of the agent would live until the next collection.
+                    exc.__traceback__ = None
 
+                if not timer.close(exc):
                     raise
+            else:
+                # A stream has moved the deadline itself.
+                if scope.cancel_called or plan.act is not call:
+                    timer.close()
 
                 job.succeed(output)
                 return

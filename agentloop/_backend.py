@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Host", "clock", "current_host", "is_running"]
+__all__ = ["Host", "can_postpone", "clock", "current_host", "is_running"]
 
 import asyncio
 import math
@@ -57,6 +57,34 @@ class _AsyncioHost(Host):
 
 
 _TRIO_HOST = Host()
+
+
+def can_postpone(scope: Any) -> bool:
+    """
+    Return whether the deadline of a scope can be moved to a later time by its ``_deadline`` alone.
+
+    On asyncio, AnyIO's timer of a scope looks at the deadline when it fires, and is set anew if that is still
+    to come. As long as one is under way that fires before, a new one is spared; a heap full of cancelled
+    timers costs more than all else about a short attempt. Since nobody promises that, it is tried out.
+
+    :param scope: a scope that has not been entered, for this to try it with
+    """
+    if anyio.get_cancelled_exc_class() is not asyncio.CancelledError:
+        return False
+
+    handles: list[Any] = []
+    try:
+        for _ in range(2):
+            scope._deadline = asyncio.get_running_loop().time() + 1000 * (1 + len(handles))
+            scope._timeout()
+            handles.append(scope._timeout_handle)
+
+        return handles[1] is not handles[0] and handles[1].when() == scope._deadline
+    except Exception:
+        return False
+    finally:
+        for handle in handles:
+            handle.cancel()
 
 
 def clock() -> Callable[[], float]:

@@ -25,6 +25,7 @@ from ._job import Job
 from ._limiter import Limiter, pool_of
 from ._pool import Slot, current_slot
 from ._result import InvocationResult
+from ._timer import Timer
 from ._verdict import VerdictKind
 
 T = TypeVar("T")
@@ -266,20 +267,24 @@ class Batch(ABC, Generic[T]):
 
     async def _work(self) -> None:
         host = current_host()
+        timer = Timer(self._pool.backend, self._pool.now)
         while not self._done:
             # Left by cancel(): then the worker's job has its result, and there may be more to skip. Left by
             # a cancellation that an agent asked for long ago, from a callback: no reason to end.
             with anyio.CancelScope() as scope:
                 self._workers.add(scope)
                 try:
-                    await self._take_jobs(host)
+                    try:
+                        await self._take_jobs(host, timer)
+                    finally:
+                        timer.close()
                 except anyio.get_cancelled_exc_class():
                     await checkpoint_if_cancelled()
                     await host.forget_cancellations(0)
                 finally:
                     self._workers.discard(scope)
 
-    async def _take_jobs(self, host: Host) -> None:
+    async def _take_jobs(self, host: Host, timer: Timer) -> None:
         waited = False
 
         def on_wait() -> None:
@@ -296,13 +301,17 @@ class Batch(ABC, Generic[T]):
 
             job = self._next_job()
             if job is None:
+                timer.close()
                 await self._park()
                 continue
 
             slot: Slot | None = None
             waited = False
             if self._stopped is None:
-                slot = pool.acquire_nowait(job.invocation, self._outer) or await self._wait_in_line(job)
+                slot = pool.acquire_nowait(job.invocation, self._outer)
+                if slot is None:
+                    timer.close()
+                    slot = await self._wait_in_line(job)
 
             if slot is not None and self._stopped is None:
                 self._seeking -= 1
@@ -310,7 +319,7 @@ class Batch(ABC, Generic[T]):
                     self._drop_stale_alarms()
 
                 try:
-                    await run_attempt(job, plan, slot, self._context, host, True, on_wait)
+                    await run_attempt(job, plan, slot, self._context, host, True, on_wait, timer)
                 except BaseException:
                     self._seeking += 1
                     job.cancel(self._reason)
@@ -321,6 +330,7 @@ class Batch(ABC, Generic[T]):
                 now = self._pool.now()
                 self._settle(job, now)
                 if host.cancellations():
+                    timer.close()
                     await host.forget_cancellations(0)
             else:
                 if slot is not None:
@@ -333,6 +343,7 @@ class Batch(ABC, Generic[T]):
             # Not kept while parked: the arguments of a finished invocation are the caller's alone.
             del job, slot
             if not waited and pool.pace.used_up(now):
+                timer.close()
                 await pool.pace.rest()
 
     def _next_job(self) -> Job[T] | None:

@@ -67,7 +67,8 @@ async def _wait(awaitable: Awaitable[T]) -> T:
 
 
 def _as_coroutine(fn: object, returned: object) -> Coroutine[Any, Any, Any]:
-    if isinstance(returned, Coroutine):
+    # The plain case first: to ask an abstract class takes longer.
+    if isinstance(returned, (types.CoroutineType, Coroutine)):
         return returned  # pyright: ignore[reportUnknownVariableType]  # whatever the agent's coroutine gives
 
     if inspect.isawaitable(returned):

@@ -17,6 +17,7 @@ from ._job import Job
 from ._limiter import Limiter, pool_of
 from ._pool import Slot, current_slot
 from ._result import InvocationResult
+from ._timer import Timer
 
 T = TypeVar("T")
 
@@ -94,13 +95,18 @@ class Single(Generic[T]):
         plan.observer.queued(job)
         context = copy_context()
         host = current_host()
+        timer = Timer(pool.backend, pool.now)
         while True:
             slot = await self._acquire()
             if slot is None:
                 job.expire()
                 return
 
-            await run_attempt(job, plan, slot, context, host, self._own_task, self._on_wait)
+            try:
+                await run_attempt(job, plan, slot, context, host, self._own_task, self._on_wait, timer)
+            finally:
+                timer.close()
+
             if job.verdict is None:
                 return
 

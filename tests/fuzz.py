@@ -670,6 +670,7 @@ class Program:
             assert result.output == (None if result.agent_id in self.produced else result.agent_id)
             assert error is None
             assert len(result.failures) == result.retries
+            assert action != "hang" or self.config.timeout_seconds is None, "a time-out did not come"
         elif status is Status.SKIPPED:
             assert isinstance(error, (BatchStopped, AgentLoopError))
             assert starts == 0

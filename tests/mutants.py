@@ -197,6 +197,20 @@ MUTANTS = [
         "                slot = Slot(pool, Slot(pool, None, None), None) or",
     ),
     Mutant(
+        "a time-out that is postponed never comes",
+        "_timer.py",
+        "            scope._deadline = deadline ",
+        "            scope._deadline = math.inf ",
+        "asyncio",
+    ),
+    Mutant(
+        "a timer goes on while its worker waits for something else",
+        "_batch.py",
+        "                    timer.close()\n                    slot = await",
+        "                    slot = await",
+        "asyncio",
+    ),
+    Mutant(
         "what was not read when a stream ended is lost",
         "_channel.py",
         "            self._rest.append(self._receive.receive_nowait())\n",
@@ -339,6 +353,8 @@ MUTANTS = [
 # Which program was the first to catch each one, when that was last looked at. Whether it still does is quickly
 # known; if it does not, another one has to.
 CAUGHT_BY: dict[str, dict[str, int]] = {
+    "a time-out that is postponed never comes": {"asyncio": 936},
+    "a timer goes on while its worker waits for something else": {"asyncio": 451},
     "a slot granted in the moment of a cancellation is not given back": {"asyncio": 10, "trio": 65},
     "a cancelled waiter stays in line": {"asyncio": 2, "trio": 2},
     "a loan is never returned": {"asyncio": 1, "trio": 1},

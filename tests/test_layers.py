@@ -47,6 +47,7 @@ ORDER = [
     "_store",
     "_job",
     "_observer",
+    "_timer",
     "_attempt",
     "_carriage",
     "_single",
