@@ -117,8 +117,8 @@ MUTANTS = [
     Mutant(
         "the marks that an agent left on its task are not removed",
         "_batch.py",
-        "                if host.cancellations():\n                    await host.forget_cancellations(0)\n",
-        "",
+        "                    timer.close()\n                    await host.forget_cancellations(0)\n",
+        "                    pass\n",
         "asyncio",
     ),
     Mutant(
@@ -193,8 +193,8 @@ MUTANTS = [
     Mutant(
         "a batch runs without slots",
         "_batch.py",
-        "                slot = pool.acquire_nowait(job.invocation, self._outer) or",
-        "                slot = Slot(pool, Slot(pool, None, None), None) or",
+        "                slot = pool.acquire_nowait(job.invocation, self._outer)\n",
+        "                slot = Slot(pool, Slot(pool, None, None), None)\n",
     ),
     Mutant(
         "a time-out that is postponed never comes",
