@@ -22,6 +22,7 @@ from agentloop import (
     Event,
     Invocation,
     LoopConfig,
+    QueuedEvent,
     StartedEvent,
 )
 from agentloop.contrib.opentelemetry import OpenTelemetrySink
@@ -192,6 +193,9 @@ async def test_what_the_reader_of_a_batch_traces_is_not_mixed_up_with_it(telemet
     with telemetry.tracer.start_as_current_span("caller"):
         async with loop.as_completed([Invocation(f"a{i}", agent, (telemetry,)) for i in range(6)]) as results:
             with telemetry.tracer.start_as_current_span("reader"):
+                await anyio.sleep(0.5)
+                # Calls more workers, which are tasks that begin in this context.
+                loop.limiter.max_concurrency = 4
                 async for result in results:
                     with telemetry.tracer.start_as_current_span(f"use {result.index}"):
                         await anyio.sleep(1.5)
@@ -206,6 +210,7 @@ async def test_what_the_reader_of_a_batch_traces_is_not_mixed_up_with_it(telemet
     )
     # Which is why a span begins at the start: only then the context is the caller's for certain.
     assert {span for kind, span in seen if kind is StartedEvent} == {"caller"}
+    assert {span for kind, span in seen if kind is QueuedEvent} == {"caller", "reader"}
 
 
 async def test_every_attempt_is_in_the_same_span(telemetry: Telemetry) -> None:
