@@ -148,12 +148,12 @@ def generate_latest_of(sources: Any) -> str:
 def test_second_collector_in_a_registry_is_refused() -> None:
     registry = CollectorRegistry()
     registry.register(LoopCollector({"a": AgentLoop()}))
-    with pytest.raises(ValueError, match="(?i)duplicate"):
+    with pytest.raises(ValueError, match=r"(?i)duplicate"):
         registry.register(LoopCollector({"b": AgentLoop()}))
 
 
 def test_source_of_another_type_is_refused() -> None:
-    with pytest.raises(TypeError, match="^source 'a' must be an AgentLoop or a MetricsRecorder, got 5$"):
+    with pytest.raises(TypeError, match=r"^source 'a' must be an AgentLoop or a MetricsRecorder, got 5$"):
         bad: Any = 5
         LoopCollector({"a": bad})
 
