@@ -88,6 +88,14 @@ class Telemetry:
             for metric in scope.metrics
         }
 
+    def counts(self) -> dict[tuple[Any, ...], int]:
+        """How many durations there are, by the values of their attributes."""
+        points = self.metrics()["gen_ai.invoke_agent.duration"]
+        return {
+            tuple(sorted(str(value).rpartition(".")[2] for value in point.attributes.values())): point.count
+            for point in points
+        }
+
     def values(self, name: str) -> dict[tuple[Any, ...], float]:
         """The points of a counter, by the values of their attributes."""
         return {tuple(sorted(point.attributes.values())): point.value for point in self.metrics()[name]}
@@ -100,8 +108,7 @@ def telemetry() -> Iterator[Telemetry]:
     assert made.open.count == 0, "a span was not ended"
     assert not made.sink._begun, "the sink remembers what has ended"
     metrics = made.metrics()
-    for name in ("agentloop.queued", "agentloop.active"):
-        assert not any(point.value for point in metrics.get(name, ())), f"{name} does not add up"
+    assert not any(point.value for point in metrics.get("agentloop.active", ())), "starts and ends differ"
 
     made.shutdown()
 
@@ -163,7 +170,7 @@ async def test_invocation_is_a_span_below_the_caller_s_and_above_the_agent_s_own
         "agentloop.attempts": 1,
         "agentloop.chunks": 0,
     }
-    assert events(span) == [("agentloop.attempt", {"agentloop.attempt": 1})]
+    assert events(span) == []
 
 
 async def test_invocation_without_a_caller_s_span_is_the_root_of_its_trace(telemetry: Telemetry) -> None:
@@ -237,7 +244,6 @@ async def test_every_attempt_is_in_the_same_span(telemetry: Telemetry) -> None:
         assert span.attributes is not None
         assert span.attributes["agentloop.attempts"] == 3
         assert events(span) == [
-            ("agentloop.attempt", {"agentloop.attempt": 1}),
             (
                 "agentloop.retry",
                 {
@@ -323,7 +329,7 @@ async def test_stream_is_a_span_apart_from_its_reader_s(has_lifetime: bool, tele
     ]
     for name in ("writer", "other"):
         span = telemetry.span(f"invoke_agent {name}")
-        assert [event.name for event in span.events] == ["agentloop.attempt", "agentloop.first_chunk"]
+        assert [event.name for event in span.events] == ["agentloop.first_chunk"]
         assert span.attributes is not None
         assert span.attributes["agentloop.chunks"] == 2
 
@@ -341,10 +347,10 @@ async def test_failure_is_the_status_of_the_span_and_recorded(telemetry: Telemet
         assert span.status.description == text
         assert span.attributes is not None
         assert (span.attributes["agentloop.status"], span.attributes["error.type"]) == (status, kind)
-        _, (name, exception) = events(span)
+        ((name, exception),) = events(span)
         assert (name, exception["exception.type"]) == ("exception", kind)
 
-    assert "in fails" in events(wrong)[1][1]["exception.stacktrace"]
+    assert "in fails" in events(wrong)[0][1]["exception.stacktrace"]
 
 
 async def test_cancelled_invocation_has_ended_and_not_failed(telemetry: Telemetry) -> None:
@@ -369,7 +375,8 @@ async def test_what_was_skipped_has_no_span_and_is_counted(telemetry: Telemetry)
     fatal = Invocation("fatal", fails, ([Unauthorized()], telemetry))
     await loop.run_all([fatal, *[Invocation(f"a{i}", agent, (telemetry,)) for i in range(5)]])
     assert telemetry.tree() == ["fatal", "fatal > http, 1 to come"]
-    assert telemetry.values("agentloop.results") == {("error",): 1, ("skipped",): 5}
+    assert telemetry.values("agentloop.skipped") == {(): 5}
+    assert telemetry.counts() == {("Unauthorized", "error"): 1}
     assert len(telemetry.metrics()["agentloop.queue.duration"]) == 1
 
 
@@ -396,8 +403,9 @@ async def test_duration_is_in_seconds_with_the_advised_buckets(telemetry: Teleme
     good, bad = sorted(
         telemetry.metrics()["gen_ai.invoke_agent.duration"], key=lambda point: len(point.attributes)
     )
-    assert (good.attributes, good.count, good.sum) == ({}, 2, pytest.approx(4))
-    assert (bad.attributes, bad.count, bad.sum) == ({"error.type": "ValueError"}, 1, pytest.approx(1))
+    assert (good.attributes, good.count, good.sum) == ({"agentloop.status": "success"}, 2, pytest.approx(4))
+    failure = {"agentloop.status": "error", "error.type": "ValueError"}
+    assert (bad.attributes, bad.count, bad.sum) == (failure, 1, pytest.approx(1))
     bounds = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
     assert good.explicit_bounds == bounds
 
@@ -415,21 +423,18 @@ async def test_waits_for_a_slot_and_for_the_first_chunk_are_timed(telemetry: Tel
     assert (first.count, first.sum) == (1, pytest.approx(1))
 
 
-async def test_what_waits_and_what_runs_goes_up_and_down(telemetry: Telemetry) -> None:
-    loop = AgentLoop(LoopConfig(max_concurrency=2), on_event=telemetry.sink)
+async def test_what_runs_or_waits_to_be_retried_is_active(telemetry: Telemetry) -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=2, backoff=NO_JITTER), on_event=telemetry.sink)
     seen = []
-
-    async def look() -> None:
-        await anyio.sleep(1)
-        seen.append((telemetry.values("agentloop.queued")[()], telemetry.values("agentloop.active")[()]))
-
     async with anyio.create_task_group() as group:
+        group.start_soon(loop.run_single, "retried", fails, [OSError()], telemetry)
+        group.start_soon(loop.run_all, [Invocation(f"a{i}", agent, (telemetry,)) for i in range(5)])
         for _ in range(5):
-            group.start_soon(loop.run_single, "looks", look)
+            await anyio.sleep(0.9)
+            seen.append(telemetry.values("agentloop.active")[()])
 
-    assert seen[0] == (3, 2)
-    assert seen[-1] == (0, 1)
-    assert telemetry.values("agentloop.results") == {("success",): 5}
+    # The first waits from 1 s to 2 s, while two others run.
+    assert seen == [2, 3, 2, 1, 0]
 
 
 async def test_retries_are_counted_by_their_reasons(telemetry: Telemetry) -> None:
@@ -454,11 +459,11 @@ async def test_names_of_agents_are_told_apart_in_metrics_if_there_are_few(teleme
         "invoke_agent sleeper",
         "invoke_agent fatal",
     ]
-    assert telemetry.values("agentloop.results") == {
+    assert telemetry.counts() == {
         ("sleeper", "success"): 2,
-        ("error", "fatal"): 1,
-        ("skipped", "sleeper"): 2,
+        ("Unauthorized", "error", "fatal"): 1,
     }
+    assert telemetry.values("agentloop.skipped") == {("sleeper",): 2}
     for name, points in telemetry.metrics().items():
         assert all("gen_ai.agent.name" in point.attributes for point in points), name
 

@@ -20,7 +20,6 @@ from agentloop import (
     Event,
     FirstChunkEvent,
     Invocation,
-    QueuedEvent,
     ResultEvent,
     RetryEvent,
     StartedEvent,
@@ -42,9 +41,8 @@ ERROR_TYPE = "error.type"
 # Names of our own.
 QUEUE_DURATION = "agentloop.queue.duration"
 FIRST_CHUNK_DURATION = "agentloop.first_chunk.duration"
-RESULTS = "agentloop.results"
 RETRIES = "agentloop.retries"
-QUEUED = "agentloop.queued"
+SKIPPED = "agentloop.skipped"
 ACTIVE = "agentloop.active"
 ATTEMPT_EVENT = "agentloop.attempt"
 RETRY_EVENT = "agentloop.retry"
@@ -66,7 +64,11 @@ class OpenTelemetrySink:
     A span, ``invoke_agent {agent_id}``, lasts from the first start to the end, as ``latency_ms`` does. Its
     parent is the span that is current where the invocation was asked for, and it is itself the current span
     inside the agent, so that what the agent traces, an HTTP client's spans say, becomes its child, in every
-    attempt. Attempts, retries and the first chunk are events in it. What was skipped has no span.
+    attempt. Retries, the attempts that follow them and the first chunk are events in it. What was skipped
+    has no span.
+
+    Few metrics are kept, since an SDK takes some microseconds for each value. How many invocations ended, and
+    how, is the count of the histogram of their durations.
 
     :param tracer: what makes the spans; the global provider's if absent
     :param meter: what makes the metrics; the global provider's if absent
@@ -95,11 +97,8 @@ class OpenTelemetrySink:
         self._duration = histogram(DURATION, "How long invocations took, with retries and waits.")
         self._queue_duration = histogram(QUEUE_DURATION, "How long invocations waited for their first slot.")
         self._first_chunk = histogram(FIRST_CHUNK_DURATION, "How long streams took to their first chunk.")
-        self._results = meter.create_counter(RESULTS, "{invocation}", "Invocations that have ended.")
         self._retries = meter.create_counter(RETRIES, "{retry}", "Attempts that failed and are retried.")
-        self._queued = meter.create_up_down_counter(
-            QUEUED, "{invocation}", "Invocations that wait for their first slot."
-        )
+        self._skipped = meter.create_counter(SKIPPED, "{invocation}", "Invocations that were never started.")
         self._active = meter.create_up_down_counter(
             ACTIVE, "{invocation}", "Invocations that were started and have not ended."
         )
@@ -107,8 +106,6 @@ class OpenTelemetrySink:
     def __call__(self, event: Event) -> None:
         """Take an event."""
         match event:
-            case QueuedEvent():
-                self._queued.add(1, self._attributes(event.invocation))
             case StartedEvent():
                 self._start(event)
             case RetryEvent():
@@ -118,7 +115,7 @@ class OpenTelemetrySink:
             case ResultEvent():
                 self._end(event)
             case _:
-                pass  # what happens to no invocation in particular
+                pass  # it waits for a slot, which is measured when it has one; or it is of no invocation
 
     def _attributes(self, invocation: Invocation[Any]) -> dict[str, str]:
         return {} if self._agent_name is None else {AGENT_NAME: self._agent_name(invocation)}
@@ -137,10 +134,11 @@ class OpenTelemetrySink:
                 attributes={OPERATION_NAME: OPERATION, AGENT_NAME: name},
             )
             self._begun[event.id] = span, attributes
-            self._queued.add(-1, attributes)
             self._active.add(1, attributes)
 
-        span.add_event(ATTEMPT_EVENT, {ATTEMPT: event.attempt})
+        if event.attempt > 1:
+            span.add_event(ATTEMPT_EVENT, {ATTEMPT: event.attempt})
+
         # Never detached: the context is a copy that this attempt alone runs in.
         context.attach(trace.set_span_in_context(span))
 
@@ -152,28 +150,27 @@ class OpenTelemetrySink:
         span.add_event(RETRY_EVENT, {**found, **more, ERROR: str(event.error)})
 
     def _end(self, event: ResultEvent) -> None:
-        result, status = event.result, {STATUS: event.result.status.value}
+        result = event.result
         if event.id not in self._begun:
-            attributes = self._attributes(event.invocation)
-            self._queued.add(-1, attributes)
-            self._results.add(1, {**attributes, **status})
+            self._skipped.add(1, self._attributes(event.invocation))
             return
 
         span, attributes = self._begun.pop(event.id)
         self._active.add(-1, attributes)
-        self._results.add(1, {**attributes, **status})
         # So that an SDK can link an example of a slow invocation to its span.
         around = trace.set_span_in_context(span)
         self._queue_duration.record(result.queue_ms / 1000, attributes, around)
         if result.first_chunk_ms is not None:
             self._first_chunk.record(result.first_chunk_ms / 1000, attributes, around)
 
+        status = result.status.value
+        attributes = {**attributes, STATUS: status}
         try:
-            span.set_attributes({**status, ATTEMPTS: result.retries + 1, CHUNKS: result.chunks})
+            span.set_attributes({STATUS: status, ATTEMPTS: result.retries + 1, CHUNKS: result.chunks})
             error = result.exception
             # What was cancelled did not fail.
             if error is not None and result.status in (Status.ERROR, Status.TIMEOUT):
-                attributes = {**attributes, ERROR_TYPE: _name(error)}
+                attributes[ERROR_TYPE] = _name(error)
                 span.set_attribute(ERROR_TYPE, attributes[ERROR_TYPE])
                 span.set_status(StatusCode.ERROR, result.error)
                 span.record_exception(error)
