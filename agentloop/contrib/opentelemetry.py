@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from opentelemetry import context, metrics, trace
+from opentelemetry.context import Context
 from opentelemetry.metrics import Meter
 from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 
@@ -86,8 +87,9 @@ class OpenTelemetrySink:
         self._tracer = trace.get_tracer(SCOPE) if tracer is None else tracer
         meter = metrics.get_meter(SCOPE) if meter is None else meter
         self._agent_name = agent_name
-        # What was started and has not ended, by its id: the span, and what metrics say of it.
-        self._begun: dict[int, tuple[Span, dict[str, str]]] = {}
+        # What was started and has not ended, by its id: its span, the context with that span in it, and
+        # what metrics say of it.
+        self._begun: dict[int, tuple[Span, Context, dict[str, str]]] = {}
 
         def histogram(name: str, description: str) -> metrics.Histogram:
             return meter.create_histogram(
@@ -122,7 +124,7 @@ class OpenTelemetrySink:
 
     def _start(self, event: StartedEvent) -> None:
         if event.id in self._begun:
-            span, _ = self._begun[event.id]
+            span, inside, _ = self._begun[event.id]
         else:
             # Begun here, since this is called in the caller's context; where an invocation is queued may be
             # a task of the loop's own.
@@ -133,17 +135,18 @@ class OpenTelemetrySink:
                 kind=SpanKind.INTERNAL,
                 attributes={OPERATION_NAME: OPERATION, AGENT_NAME: name},
             )
-            self._begun[event.id] = span, attributes
+            inside = trace.set_span_in_context(span)
+            self._begun[event.id] = span, inside, attributes
             self._active.add(1, attributes)
 
         if event.attempt > 1:
             span.add_event(ATTEMPT_EVENT, {ATTEMPT: event.attempt})
 
         # Never detached: the context is a copy that this attempt alone runs in.
-        context.attach(trace.set_span_in_context(span))
+        context.attach(inside)
 
     def _retry(self, event: RetryEvent) -> None:
-        span, attributes = self._begun[event.id]
+        span, _, attributes = self._begun[event.id]
         found = {ERROR_TYPE: _name(event.error), VERDICT: event.verdict.kind.value}
         self._retries.add(1, {**attributes, **found})
         more = {ATTEMPT: event.attempt, DELAY: event.delay_seconds}
@@ -155,13 +158,12 @@ class OpenTelemetrySink:
             self._skipped.add(1, self._attributes(event.invocation))
             return
 
-        span, attributes = self._begun.pop(event.id)
+        span, inside, attributes = self._begun.pop(event.id)
         self._active.add(-1, attributes)
-        # So that an SDK can link an example of a slow invocation to its span.
-        around = trace.set_span_in_context(span)
-        self._queue_duration.record(result.queue_ms / 1000, attributes, around)
+        # With its context, so that an SDK can link an example of a slow invocation to its span.
+        self._queue_duration.record(result.queue_ms / 1000, attributes, inside)
         if result.first_chunk_ms is not None:
-            self._first_chunk.record(result.first_chunk_ms / 1000, attributes, around)
+            self._first_chunk.record(result.first_chunk_ms / 1000, attributes, inside)
 
         status = result.status.value
         attributes = {**attributes, STATUS: status}
@@ -176,7 +178,7 @@ class OpenTelemetrySink:
                 span.record_exception(error)
         finally:
             # Even if that is an error which cannot say what it is.
-            self._duration.record(result.latency_ms / 1000, attributes, around)
+            self._duration.record(result.latency_ms / 1000, attributes, inside)
             span.end()
 
 
