@@ -186,14 +186,22 @@ async def test_narrow_terminal_gets_more_lines_and_no_broken_words() -> None:
     ]
 
 
-async def test_bar_gives_way_where_there_is_no_room_or_no_total() -> None:
-    narrow, unknown, loop = Screen(20, True), Screen(80, True), AgentLoop()
-    async with progress(loop, 3, console=narrow.console), progress(loop, console=unknown.console):
+async def test_bar_has_a_line_of_its_own_where_there_is_no_room_beside_it() -> None:
+    screen, loop = Screen(20, True), AgentLoop()
+    async with progress(loop, 3, console=screen.console):
         await loop.run_all(jobs(3))
 
-    assert "━" not in narrow.file.getvalue() + unknown.file.getvalue()
-    assert "3/3 (100%)  0:01" in narrow.lines
-    assert "3 done  0:01" in unknown.lines
+    lines = [line.rstrip() for line in screen.lines]
+    assert lines[lines.index("3/3 (100%)  0:01") - 1] == "━" * 20
+
+
+async def test_without_a_total_there_is_no_bar() -> None:
+    screen, loop = Screen(80, True), AgentLoop()
+    async with progress(loop, console=screen.console):
+        await loop.run_all(jobs(3))
+
+    assert "━" not in screen.file.getvalue()
+    assert "3 done  0:01" in [line.rstrip() for line in screen.lines]
 
 
 def standard_error(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> io.StringIO:

@@ -300,13 +300,16 @@ class _Frames(_Display):
         state, width = self._state, options.max_width
         heading = Text(f"{state.counts()}  {state.times()}", "bold", no_wrap=True, overflow="ellipsis")
         room = width - heading.cell_len - 2
+        grid = Table.grid(padding=(0, 2))
         if state.total and room >= 10:
-            line = Table.grid(padding=(0, 2))
-            line.add_row(ProgressBar(state.total, state.done, width=min(room, 40)), heading)
-            yield line
+            grid.add_row(ProgressBar(state.total, state.done, width=min(room, 40)), heading)
         else:
-            yield heading
+            if state.total:
+                grid.add_row(ProgressBar(state.total, state.done, width=min(width, 40)))
 
+            grid.add_row(heading)
+
+        yield grid
         yield from _packed([Text(text, style) for text, style in state.items()], width)
 
 
