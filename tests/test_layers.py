@@ -68,6 +68,9 @@ RESERVED = {
     "asyncio": {"_backend", "testing/_clock_asyncio"},
     "trio": {"_backend", "testing/_clock_trio"},
     "outcome": {"testing/_clock_trio"},
+    "rich": {"contrib/progress"},
+    "opentelemetry": {"contrib/opentelemetry"},
+    "prometheus_client": {"contrib/prometheus"},
 }
 
 # The names of the contract, as far as they are built.
@@ -176,7 +179,12 @@ def test_reserved_module_is_imported_only_where_it_may_be(module: str) -> None:
     assert importers <= RESERVED[module]
 
 
-def test_package_is_imported_without_trio_and_without_its_own_testing_tools() -> None:
+def test_adapters_use_what_is_public_and_nothing_else() -> None:
+    own = [found for found in IMPORTS if found.importer.startswith("contrib/") and found.top == "agentloop"]
+    assert {found.module for found in own} == {"agentloop"}
+
+
+def test_package_is_imported_without_trio_and_without_its_own_testing_tools_and_adapters() -> None:
     code = "import sys, agentloop; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
@@ -184,6 +192,7 @@ def test_package_is_imported_without_trio_and_without_its_own_testing_tools() ->
     loaded = set(done.stdout.split())
     assert "agentloop._loop" in loaded
     assert not loaded & {"trio", "outcome", "pytest", "agentloop.testing"}
+    assert not loaded & {"rich", "opentelemetry", "prometheus_client", "agentloop.contrib"}
 
 
 # --- what is public
