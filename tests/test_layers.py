@@ -175,6 +175,11 @@ def test_reserved_module_is_imported_only_where_it_may_be(module: str) -> None:
     assert importers <= RESERVED[module]
 
 
+def test_adapters_use_what_is_public_and_nothing_else() -> None:
+    own = [found for found in IMPORTS if found.importer.startswith("contrib/") and found.top == "agentloop"]
+    assert {found.module for found in own} == {"agentloop"}
+
+
 def test_package_is_imported_without_trio_and_without_its_own_testing_tools() -> None:
     code = "import sys, agentloop; print(*sys.modules)"
     done = subprocess.run(
@@ -182,7 +187,7 @@ def test_package_is_imported_without_trio_and_without_its_own_testing_tools() ->
     )
     loaded = set(done.stdout.split())
     assert "agentloop._loop" in loaded
-    assert not loaded & {"trio", "outcome", "pytest", "agentloop.testing"}
+    assert not loaded & {"trio", "outcome", "pytest", "agentloop.testing", "agentloop.contrib"}
 
 
 # --- what is public
