@@ -58,7 +58,7 @@ class Timeline:
     the file is written at the latest ``flush_seconds`` after each event, and is complete up to there
     if the process is killed.
 
-    Several runs, one after the other, follow each other in the file. Loops that do not share a limiter but the
+    Several runs, one after the other, follow each other in the file. Loops that share no limiter but the
     file are told apart by :meth:`named`.
 
     :param path: the file, which is overwritten
