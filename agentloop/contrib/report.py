@@ -413,7 +413,7 @@ class _Chart:
         self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{_text(text)}</text>')
 
     def y_axis(self, top: float, unit: str) -> None:
-        step = _step(top)
+        step = max(_step(top), 1.0)  # there are no halves of invocations
         self.top_value = step * math.ceil(top / step)
         for number in range(round(self.top_value / step) + 1):
             y = self.y(number * step)
@@ -593,6 +593,10 @@ tbody tr:last-child>*{border-bottom:0}
 td.example{white-space:normal;overflow-wrap:anywhere;min-width:240px;font-size:13px;color:var(--soft)}
 .example b{color:var(--ink);font-weight:600}
 .share{display:block;height:4px;border-radius:2px;background:var(--error);margin-top:3px;opacity:.55}
+@media(max-width:600px){.failures thead th:last-child{display:none}
+.failures tr{display:grid;grid-template-columns:1fr 68px 56px}
+.failures th,.failures td{border-bottom:0}.failures tbody tr{border-bottom:1px solid var(--line)}
+.failures td.example{grid-column:1/-1;padding-top:0}}
 """ + "".join(
     f".{kind}{{background:var(--{kind})}}.bar.{kind},.area.{kind}{{fill:var(--{kind});background:none}}\n"
     for kind in ("success", "error", "timeout", "cancelled", "skipped", "running", "retrying", "waiting")
