@@ -129,7 +129,7 @@ class ResultEvent:
 @attrs.frozen
 class LimitEvent:
     """
-    The number of slots has changed.
+    How many slots there are: told as a run begins to use the limiter, and whenever the number changes.
 
     :param limit: how many there are now
     :param at: when it was, in seconds of the event loop's clock

@@ -75,12 +75,11 @@ class Limiter:
         self._max_concurrency = value
         if pool is not None:
             pool.resize(value)
-            for sink in tuple(self._sinks):
-                sink(LimitEvent(value, pool.now()))
+            self._tell_limit(pool)
 
     def tell(self, sink: Callable[[Event], None]) -> None:
         """
-        Give a sink an event whenever the limit changes while the limiter is in use.
+        Give a sink an event when a run begins to use the limiter, and whenever the limit changes meanwhile.
 
         :param sink: must not raise; it is told as long as somebody else keeps it alive
         """
@@ -105,8 +104,13 @@ class Limiter:
                 "use one per event loop"
             )
 
-        self._pool = Pool(token, self._max_concurrency)
-        return self._pool
+        self._pool = pool = Pool(token, self._max_concurrency)
+        self._tell_limit(pool)
+        return pool
+
+    def _tell_limit(self, pool: Pool) -> None:
+        for sink in tuple(self._sinks):
+            sink(LimitEvent(self._max_concurrency, pool.now()))
 
 
 def pool_of(limiter: Limiter) -> Pool:

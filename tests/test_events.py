@@ -80,7 +80,8 @@ def kinds(events: list[Event]) -> list[str]:
 async def test_invocation_is_queued_started_and_finished(loop: AgentLoop, events: list[Event]) -> None:
     start = anyio.current_time()
     result = await loop.run_single("a", Agent())
-    queued, started, finished = events
+    limit, queued, started, finished = events
+    assert limit == LimitEvent(1, start)
     assert isinstance(queued, QueuedEvent)
     assert isinstance(started, StartedEvent)
     assert isinstance(finished, ResultEvent)
@@ -94,8 +95,8 @@ async def test_invocation_is_queued_started_and_finished(loop: AgentLoop, events
 async def test_retry_says_why_and_how_long_it_waits(loop: AgentLoop, events: list[Event]) -> None:
     error = HttpError(503)
     await loop.run_single("a", Agent(error))
-    assert kinds(events) == ["Queued", "Started", "Retry", "Started", "Result"]
-    retry, again = events[2:4]
+    assert kinds(events) == ["Limit", "Queued", "Started", "Retry", "Started", "Result"]
+    retry, again = events[3:5]
     assert isinstance(retry, RetryEvent)
     assert isinstance(again, StartedEvent)
     assert (retry.attempt, again.attempt) == (1, 2)
@@ -108,7 +109,7 @@ async def test_retry_says_why_and_how_long_it_waits(loop: AgentLoop, events: lis
 async def test_batch_tells_the_same_of_each_invocation(loop: AgentLoop, events: list[Event]) -> None:
     results = await loop.run_all([("a", Agent(OSError()), (), {}), ("b", Agent(), (), {})])
     by_id: dict[int, list[Event]] = {}
-    for event in events:
+    for event in events[1:]:
         assert not isinstance(event, LimitEvent | StopEvent)
         by_id.setdefault(event.id, []).append(event)
 
@@ -123,20 +124,20 @@ async def test_stream_has_one_first_chunk(loop: AgentLoop, events: list[Event]) 
     async with loop.run_streaming("a", words, 2, 1, 1) as stream:
         assert [chunk async for chunk in stream] == ["word"] * 3
 
-    assert kinds(events) == ["Queued", "Started", "FirstChunk", "Result"]
-    assert isinstance(events[2], FirstChunkEvent)
-    assert events[2].at - start == pytest.approx(2)
-    assert events[3].result is stream.result
+    assert kinds(events) == ["Limit", "Queued", "Started", "FirstChunk", "Result"]
+    assert isinstance(events[3], FirstChunkEvent)
+    assert events[3].at - start == pytest.approx(2)
+    assert events[4].result is stream.result
 
 
 async def test_fatal_verdict_stops_a_batch_and_says_why(loop: AgentLoop, events: list[Event]) -> None:
     results = await loop.run_all([Invocation("a", Agent(HttpError(401))), Invocation("b", Agent())])
     assert [result.status for result in results] == [Status.ERROR, Status.SKIPPED]
-    assert kinds(events) == ["Queued", "Started", "Stop", "Result", "Queued", "Result"]
-    assert events[2].reason == "'a' failed with HttpError: 401"
+    assert kinds(events) == ["Limit", "Queued", "Started", "Stop", "Result", "Queued", "Result"]
+    assert events[3].reason == "'a' failed with HttpError: 401"
 
 
-async def test_change_of_the_limit_is_told_while_the_limiter_is_in_use(events: list[Event]) -> None:
+async def test_limit_is_told_as_a_run_begins_and_when_it_changes(events: list[Event]) -> None:
     limiter = Limiter(3)
     loop = AgentLoop(limiter=limiter, on_event=events.append)
     limiter.max_concurrency = 4
@@ -147,8 +148,8 @@ async def test_change_of_the_limit_is_told_while_the_limiter_is_in_use(events: l
         limiter.max_concurrency = 2
 
     limits = [event for event in events if isinstance(event, LimitEvent)]
-    assert [event.limit for event in limits] == [2]
-    assert limits[0].at == pytest.approx(anyio.current_time() - 1)
+    assert [event.limit for event in limits] == [4, 2]
+    assert limits[1].at == pytest.approx(anyio.current_time() - 1)
 
 
 async def test_limiter_does_not_keep_a_loop_alive_for_its_sink(events: list[Event]) -> None:
@@ -163,13 +164,13 @@ async def test_cancelled_caller_makes_a_last_event(loop: AgentLoop, events: list
     with anyio.move_on_after(0.5):
         await loop.run_single("a", Agent())
 
-    assert kinds(events) == ["Queued", "Started", "Result"]
+    assert kinds(events) == ["Limit", "Queued", "Started", "Result"]
     assert events[-1].result.status is Status.CANCELLED
 
 
 async def test_view_shares_the_sink(loop: AgentLoop, events: list[Event]) -> None:
     await loop.with_config(timeout_seconds=1, max_retries=0).run_single("a", anyio.sleep, 9)
-    assert kinds(events) == ["Queued", "Started", "Result"]
+    assert kinds(events) == ["Limit", "Queued", "Started", "Result"]
 
 
 # --- the sink

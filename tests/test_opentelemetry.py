@@ -428,6 +428,7 @@ async def test_what_runs_or_waits_to_be_retried_is_active(telemetry: Telemetry) 
     seen = []
     async with anyio.create_task_group() as group:
         group.start_soon(loop.run_single, "retried", fails, [OSError()], telemetry)
+        await anyio.wait_all_tasks_blocked()
         group.start_soon(loop.run_all, [Invocation(f"a{i}", agent, (telemetry,)) for i in range(5)])
         for _ in range(5):
             await anyio.sleep(0.9)

@@ -1,0 +1,409 @@
+"""
+A timeline of a run, in a file that opens in Perfetto (https://ui.perfetto.dev) and in ``chrome://tracing``.
+
+The format is the JSON array of Google's "Trace Event Format" (Nat Duca and Dan Sinclair, 2016): duration
+events (``B``, ``E``) for attempts, async events (``b``, ``e``) for waits, instants (``i``), counters (``C``)
+and metadata (``M``), with times in microseconds. "The ] at the end of the array is optional", so the file
+can be opened at any time, also after the process was killed.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Timeline"]
+
+import heapq
+import io
+import itertools
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from agentloop import (
+    Event,
+    FirstChunkEvent,
+    InvocationTimeout,
+    LimitEvent,
+    QueuedEvent,
+    ResultEvent,
+    RetryEvent,
+    StartedEvent,
+    Status,
+    StopEvent,
+)
+
+_FLUSH_BYTES = 1 << 16
+# What is shorter or changes oftener is left out.
+_SHORTEST_US = 1000.0
+_MAX_TEXT = 500
+# Of the reserved colours of the trace viewer (catapult's color_scheme.html), which Perfetto leaves unused.
+_COLOURS = {Status.ERROR: "terrible", Status.TIMEOUT: "bad", Status.CANCELLED: "grey"}
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class Timeline:
+    """
+    Writes a timeline of what loops do, as it happens::
+
+        with Timeline("run.json") as timeline:
+            loop = AgentLoop(on_event=timeline)
+            ...
+
+    Each slot has a lane in which attempts follow each other, failed ones marked. Waits for a slot and
+    backoffs have tracks of their own, and so have the limit and how many run, wait, and wait to be retried.
+    An agent that runs others keeps its lane, although it lends them its slot. Memory is that of what is open:
+    the file is written at the latest ``flush_seconds`` after each event, and is complete up to there
+    if the process is killed.
+
+    Several runs, one after the other, follow each other in the file. Loops that share no limiter but the
+    file are told apart by :meth:`named`.
+
+    :param path: the file, which is overwritten
+    :param flush_seconds: how long an event may stay in memory
+    :raises OSError: if the file cannot be opened
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, flush_seconds: float = 1.0) -> None:
+        self._path = os.fspath(path)
+        self._file = io.FileIO(self._path, "w")
+        self._buffer = bytearray(b"[\n")
+        self._separator = b""
+        # The loop's thread writes, and another one flushes.
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._flush_seconds = flush_seconds
+        self._flusher = threading.Thread(target=self._flush_often, name="timeline", daemon=True)
+        self._clock = _Clock()
+        self._tids = itertools.count(1)
+        self._groups: dict[str, _Group] = {}
+        self._default = self.named("agentloop")
+        self._flusher.start()
+
+    def __repr__(self) -> str:
+        state = (
+            "closed" if self._closed.is_set() else f"{sum(g.running for g in self._groups.values())} running"
+        )
+        return f"<Timeline {self._path!r} {state}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __call__(self, event: Event) -> None:
+        """
+        Write one event.
+
+        :raises ValueError: if the timeline has been closed
+        :raises OSError: if the file cannot be written; what was not written is lost
+        """
+        self._default(event)
+
+    def named(self, name: str) -> Callable[[Event], None]:
+        """
+        Return a sink for loops that are shown apart, under a name of their own. Equal names are one sink.
+
+        :raises ValueError: if the timeline has been closed
+        """
+        with self._lock:
+            if name not in self._groups:
+                group = self._groups[name] = _Group(self, len(self._groups) + 1)
+                self.write({"name": "process_name", "ph": "M", "pid": group.pid, "args": {"name": name}})
+
+            group = self._groups[name]
+
+        def sink(event: Event) -> None:
+            with self._lock:
+                is_idle = not any(group.open for group in self._groups.values())
+                group.tell(event, self._clock.read(event, is_idle))
+
+        return sink
+
+    def flush(self) -> None:
+        """
+        Write what is still in memory.
+
+        :raises OSError: if the file cannot be written; what was not written is lost
+        """
+        with self._lock:
+            self._flush()
+
+    def close(self) -> None:
+        """
+        Write the rest, and close the file. Closing it again does nothing.
+
+        :raises OSError: if the file cannot be written
+        """
+        with self._lock:
+            if self._closed.is_set():
+                return
+
+            try:
+                for group in self._groups.values():
+                    group.count(self._clock.now)
+
+                self._buffer += b"\n]\n"
+                self._flush()
+            finally:
+                self._closed.set()
+                self._file.close()
+
+        self._flusher.join()
+
+    # -- for groups, with the lock held
+
+    def new_tid(self) -> int:
+        """Return a number for a lane that no other lane in this file has."""
+        return next(self._tids)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add a record to the file."""
+        if self._closed.is_set():
+            raise ValueError(
+                f"the timeline {self._path!r} has been closed; close it when its loops have ended"
+            )
+
+        # Separators come before a record, so that nothing but the bracket is missing at any time.
+        self._buffer += self._separator
+        self._buffer += _encode(record).encode()
+        self._separator = b",\n"
+        if len(self._buffer) >= _FLUSH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        data = memoryview(bytes(self._buffer))
+        # Also if it cannot be written: a full disk is no reason to fill the memory.
+        self._buffer.clear()
+        while data:
+            data = data[self._file.write(data) :]
+
+    def _flush_often(self) -> None:
+        while not self._closed.wait(self._flush_seconds):
+            try:
+                with self._lock:
+                    self._flush()
+            except OSError:
+                return  # the loop, or close(), meets the same error and can tell somebody
+
+
+class _Clock:
+    """Makes one time, in microseconds since the first event, of the clocks of one run after the other."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._epoch: float | None = None
+        self._began = 0.0
+
+    def read(self, event: Event, is_idle: bool) -> float:
+        # Each run may have a clock with an epoch of its own, and a run begins with its limit.
+        if self._epoch is None:
+            self._epoch, self._began = event.at, time.perf_counter()
+        elif isinstance(event, LimitEvent) and (is_idle or (event.at - self._epoch) * 1e6 < self.now):
+            elapsed = max(self.now / 1e6, time.perf_counter() - self._began)
+            self._epoch = event.at - elapsed
+
+        # An input of a sequence is queued since its batch began, which is before what was told last.
+        self.now = max(self.now, round((event.at - self._epoch) * 1e6, 1))
+        return self.now
+
+
+class _Free:
+    """Numbers from 1 on, of which the smallest free one is given."""
+
+    def __init__(self) -> None:
+        self.highest = 0
+        self._free: list[int] = []
+
+    def take(self) -> int:
+        if self._free:
+            return heapq.heappop(self._free)
+
+        self.highest += 1
+        return self.highest
+
+    def give_back(self, number: int) -> None:
+        heapq.heappush(self._free, number)
+
+
+class _Open:
+    """An invocation that has not ended."""
+
+    __slots__ = ("delay_us", "lane", "since", "status", "wait")
+
+    def __init__(self, now: float) -> None:
+        self.since = now
+        self.status = "waiting"
+        self.delay_us = 0.0
+        self.lane = self.wait = 0
+
+
+class _Group:
+    """The lanes and tracks of the loops that share a limiter."""
+
+    def __init__(self, timeline: Timeline, pid: int) -> None:
+        self.pid = pid
+        self.open: dict[int, _Open] = {}
+        self._timeline = timeline
+        self._lanes = _Free()
+        self._tids: list[int] = []
+        # As with lanes: viewers have as few tracks to draw as there were waits at once.
+        self._waits = _Free()
+        self._now = {"running": 0, "waiting": 0, "retrying": 0}
+        self._counted = dict(self._now)
+        self._counted_at = self._changed_at = 0.0
+
+    @property
+    def running(self) -> int:
+        return self._now["running"]
+
+    def tell(self, event: Event, now: float) -> None:
+        match event:
+            case LimitEvent():
+                self._write("limit", "C", now, args={"slots": event.limit})
+            case StopEvent():
+                reason = {"reason": _clip(event.reason)}
+                self._write("batch stopped", "i", now, cat="stop", s="g", cname="terrible", args=reason)
+            case QueuedEvent():
+                opened = self.open[event.id] = _Open(now)
+                opened.wait = self._waits.take()
+                self._move(opened, None, "waiting", now)
+            case StartedEvent():
+                self._start(event, self.open[event.id], now)
+            case RetryEvent():
+                opened = self.open[event.id]
+                args: dict[str, Any] = {
+                    "verdict": str(event.verdict.kind),
+                    "delay_seconds": round(event.delay_seconds, 6),
+                    "reason": _reason(event.error),
+                    "error": _clip(_describe(event.error)),
+                }
+                status = Status.TIMEOUT if isinstance(event.error, InvocationTimeout) else Status.ERROR
+                self._end(opened, status, args, now)
+                self._move(opened, "running", "retrying", now)
+                opened.delay_us = event.delay_seconds * 1e6
+                opened.wait = self._waits.take()
+            case FirstChunkEvent():
+                tid = self._tids[self.open[event.id].lane - 1]
+                self._write("first chunk", "i", now, tid=tid, cat="chunk", s="t")
+            case _:  # ResultEvent
+                self._finish(event, self.open.pop(event.id), now)
+
+    def _start(self, event: StartedEvent, opened: _Open, now: float) -> None:
+        name = _clip(event.invocation.agent_id)
+        self._write_wait(opened, name, now)
+        opened.lane = self._lanes.take()
+        if opened.lane > len(self._tids):
+            tid = self._timeline.new_tid()
+            self._tids.append(tid)
+            lane = {"ph": "M", "pid": self.pid, "tid": tid}
+            self._timeline.write({"name": "thread_name", **lane, "args": {"name": f"slot {opened.lane}"}})
+            self._timeline.write({"name": "thread_sort_index", **lane, "args": {"sort_index": opened.lane}})
+
+        category = "attempt" if event.attempt == 1 else "attempt,retry"
+        args = {"id": event.id, "attempt": event.attempt}
+        self._write(name, "B", now, tid=self._tids[opened.lane - 1], cat=category, args=args)
+        self._move(opened, opened.status, "running", now)
+
+    def _finish(self, event: ResultEvent, opened: _Open, now: float) -> None:
+        result = event.result
+        args: dict[str, Any] = {}
+        if result.exception is not None:
+            args = {"reason": _reason(result.exception), "error": _clip(_describe(result.exception))}
+
+        if result.chunks:
+            args["chunks"] = result.chunks
+
+        if opened.status == "running":
+            self._end(opened, result.status, args, now)
+        else:
+            name = _clip(result.agent_id)
+            self._write_wait(opened, name, now)
+            # What was skipped is told by the stop, once for all.
+            if result.status is not Status.SKIPPED:
+                args = {"agent": name, "status": result.status, **args}
+                colour = _COLOURS.get(result.status, "grey")
+                self._write(result.status, "i", now, cat=result.status, s="p", cname=colour, args=args)
+
+        self._move(opened, opened.status, None, now)
+
+    def _end(self, opened: _Open, status: Status, args: dict[str, Any], now: float) -> None:
+        """End an attempt, and mark it if it failed."""
+        tid = self._tids[opened.lane - 1]
+        self._lanes.give_back(opened.lane)
+        if status is not Status.SUCCESS:
+            # Before the end, so that viewers show it in the attempt.
+            title = status if status is Status.CANCELLED else f"{status}: {args.get('reason')}"
+            self._write(title, "i", now, tid=tid, cat=status, s="t", cname=_COLOURS.get(status, "grey"))
+
+        # Without a name: viewers end what is open in the lane.
+        self._write(None, "E", now, tid=tid, args={"status": status, **args})
+
+    def _write_wait(self, opened: _Open, name: str, now: float) -> None:
+        """Write how long something has waited, now that it is over: most waits are too short to be seen."""
+        due = min(opened.since + opened.delay_us, now)
+        for kind, begin, end in ("backoff", opened.since, due), ("queued", due, now):
+            if end - begin >= _SHORTEST_US:
+                wait: dict[str, Any] = {"cat": kind, "id": f"{self.pid}.{opened.wait}"}
+                self._write(kind, "b", begin, **wait, args={"agent": name})
+                self._write(kind, "e", end, **wait)
+
+        self._waits.give_back(opened.wait)
+
+    def _move(self, opened: _Open, source: str | None, target: str | None, now: float) -> None:
+        # What changes back within a millisecond is not written.
+        if now >= self._counted_at + _SHORTEST_US:
+            self.count(self._changed_at)
+
+        if source is not None:
+            self._now[source] -= 1
+
+        if target is not None:
+            self._now[target] += 1
+            opened.status, opened.since, opened.delay_us = target, now, 0.0
+
+        self._changed_at = now
+
+    def count(self, now: float) -> None:
+        """Write how many there are of what, if that has changed."""
+        if self._counted != self._now:
+            self._counted, self._counted_at = dict(self._now), now
+            self._write("invocations", "C", now, args=self._counted)
+
+    def _write(self, name: str | None, phase: str, at: float, **fields: Any) -> None:
+        record: dict[str, Any] = {} if name is None else {"name": name}
+        self._timeline.write({**record, "ph": phase, "pid": self.pid, "ts": round(at, 1), **fields})
+
+
+def _describe(exc: BaseException) -> str:
+    """Return an exception in one line, whatever its ``__str__`` does."""
+    try:
+        text = " ".join(str(exc).split())
+    except Exception:
+        text = ""
+
+    name = type(exc).__name__
+    return f"{name}: {text}" if text else name
+
+
+def _reason(exc: BaseException) -> str:
+    """Return what kind of failure it is: the type, and the HTTP status if it has one."""
+    try:
+        for holder in exc, getattr(exc, "response", None):
+            for name in "status_code", "status":
+                status = getattr(holder, name, None)
+                if isinstance(status, int):
+                    return f"{type(exc).__name__} {int(status)}"
+    except Exception:
+        pass  # an exception may do anything when it is asked for an attribute
+
+    return type(exc).__name__
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 3]}..."
