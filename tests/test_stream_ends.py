@@ -790,7 +790,7 @@ async def consume(loop: AgentLoop, rng: random.Random, entered: bool) -> Status:
 @both
 def test_ten_thousand_abandoned_streams_leave_nothing(backend: Any, entered: bool) -> None:
     # Ten thousand on both backends together; each of them has its part in an entered loop, and out of one.
-    number = 2500
+    number = 1000
     rng = random.Random(entered)
     statuses: list[Status] = []
 
