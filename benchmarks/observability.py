@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import io
+import os
 import random
 import statistics
 import time
@@ -33,6 +34,7 @@ from agentloop import AgentLoop, Event, Invocation, LoopConfig
 from agentloop.contrib.opentelemetry import OpenTelemetrySink
 from agentloop.contrib.progress import progress
 from agentloop.contrib.prometheus import LoopCollector
+from agentloop.contrib.timeline import Timeline
 
 LIMIT = 50
 
@@ -56,6 +58,11 @@ def traced(**options: Any) -> OpenTelemetrySink:
     return OpenTelemetrySink(TracerProvider(**options).get_tracer("benchmark"), meter)
 
 
+def drawn() -> Timeline:
+    """Return a timeline in a file that nobody will read."""
+    return Timeline(os.devnull)
+
+
 def alone(loop: AgentLoop) -> AbstractAsyncContextManager[object]:
     del loop  # which nobody looks at
     return nullcontext()
@@ -76,6 +83,7 @@ VARIANTS: dict[str, tuple[Callable[[], AgentLoop], Around]] = {
     "... and a sink that does nothing": (lambda: AgentLoop(MEASURED, on_event=ignore), alone),
     "... and progress": (lambda: AgentLoop(MEASURED), shown),
     "... and Prometheus": (lambda: AgentLoop(MEASURED), scraped),
+    "... and a timeline": (lambda: AgentLoop(MEASURED, on_event=drawn()), alone),
     "... and OpenTelemetry, without an SDK": (
         lambda: AgentLoop(MEASURED, on_event=OpenTelemetrySink()),
         alone,

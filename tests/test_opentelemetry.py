@@ -424,7 +424,8 @@ async def test_waits_for_a_slot_and_for_the_first_chunk_are_timed(telemetry: Tel
 
 
 async def test_what_runs_or_waits_to_be_retried_is_active(telemetry: Telemetry) -> None:
-    loop = AgentLoop(LoopConfig(max_concurrency=2, backoff=NO_JITTER), on_event=telemetry.sink)
+    backoff = Backoff(initial_seconds=0.5, jitter="none")
+    loop = AgentLoop(LoopConfig(max_concurrency=2, backoff=backoff), on_event=telemetry.sink)
     seen = []
     async with anyio.create_task_group() as group:
         group.start_soon(loop.run_single, "retried", fails, [OSError()], telemetry)
@@ -434,7 +435,7 @@ async def test_what_runs_or_waits_to_be_retried_is_active(telemetry: Telemetry) 
             await anyio.sleep(0.9)
             seen.append(telemetry.values("agentloop.active")[()])
 
-    # The first waits from 1 s to 2 s, while two others run.
+    # The first waits from 1 s to 2 s, at first for its retry and then in line, while two others run.
     assert seen == [2, 3, 2, 1, 0]
 
 
