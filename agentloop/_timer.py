@@ -58,7 +58,8 @@ class Timer:
             self._postpones = can_postpone(self._backend.create_cancel_scope())
 
         if self._postpones and now < self._armed_until <= deadline:
-            scope._deadline = deadline  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+            private: Any = scope
+            private._deadline = deadline
         else:
             scope.deadline = self._armed_until = deadline
 

@@ -199,8 +199,8 @@ MUTANTS = [
     Mutant(
         "a time-out that is postponed never comes",
         "_timer.py",
-        "            scope._deadline = deadline ",
-        "            scope._deadline = math.inf ",
+        "            private._deadline = deadline\n",
+        "            private._deadline = math.inf\n",
         "asyncio",
     ),
     Mutant(
