@@ -2,6 +2,7 @@
 
 __all__ = ["DEFAULT_SCALE", "Distribution", "Histogram"]
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -161,16 +162,13 @@ def _percentile(
 ) -> float:
     # 375 * 8.8 / 100 is a little more than 33 in floating point.
     rank = max(1, math.ceil(round(count * q / 100, 6)))
-    seen = zeros
-    if seen >= rank:
+    if zeros >= rank:
         return minimum
 
-    for bucket, size in buckets.items():
-        seen += size
-        if seen >= rank:
-            # The middle of the bucket, in the sense of relative error.
-            lower, upper = math.exp2(bucket / 2**scale), math.exp2((bucket + 1) / 2**scale)
-            middle = 2 * lower * upper / (lower + upper)
-            return min(max(middle, minimum), maximum)
-
-    return maximum
+    seen = itertools.accumulate(buckets.values(), initial=zeros)
+    next(seen)
+    bucket = next(bucket for bucket, total in zip(buckets, seen, strict=True) if total >= rank)
+    # The middle of the bucket, in the sense of relative error.
+    lower, upper = math.exp2(bucket / 2**scale), math.exp2((bucket + 1) / 2**scale)
+    middle = 2 * lower * upper / (lower + upper)
+    return min(max(middle, minimum), maximum)

@@ -49,7 +49,7 @@ class Job(Generic[T]):
     slot: Slot | None = None
     id = 0
     attempt_at: float | None = None
-    pending_attempt_ms: float | None = None
+    pending_attempt_ms = 0.0
     made_of_cancellation: Exception | None = None
     # Of a stream only.
     chunks = 0

@@ -62,9 +62,8 @@ class Observer:
         if self._metrics is not None:
             if job.attempts == 1:
                 self._metrics.begin()
-            elif job.pending_attempt_ms is not None:
+            else:
                 self._metrics.add_attempt(job.pending_attempt_ms)
-                job.pending_attempt_ms = None
 
         job.attempt_at = now
         if self._sink is not None:
@@ -83,8 +82,8 @@ class Observer:
 
     def streamed(self, gaps: Histogram) -> None:
         """A stream has ended."""
-        if self._metrics is not None:
-            self._metrics.add_chunk_gaps(gaps)
+        assert self._metrics is not None
+        self._metrics.add_chunk_gaps(gaps)
 
     def retrying(self, job: Job[Any], now: float) -> None:
         """An attempt has failed, and there will be another one."""
@@ -107,12 +106,9 @@ class Observer:
             if job.attempts:
                 metrics.end()
                 if job.attempts > 1:
-                    attempt_ms = job.pending_attempt_ms
-                    if job.attempt_at is not None:
-                        attempt_ms = (now - job.attempt_at) * 1000
-
-                    if attempt_ms is not None:
-                        metrics.add_attempt(attempt_ms)
+                    # One that waits to be retried has ended its last attempt before.
+                    began = job.attempt_at
+                    metrics.add_attempt(job.pending_attempt_ms if began is None else (now - began) * 1000)
 
                 overloaded = job.verdict is not None and job.verdict.kind is VerdictKind.OVERLOAD
                 if overloaded and job.attempt_at is not None:
