@@ -388,7 +388,7 @@ def test_native_cancellation_while_waiting_for_a_chunk_loses_none() -> None:
             if entered:
                 await loop.__aexit__(None, None, None)
 
-    for seed in range(20):
+    for seed in range(6):
         name, options = virtual_clock("asyncio", seed=seed)
         anyio.run(main, backend=name, backend_options=options)
 
