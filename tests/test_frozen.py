@@ -104,7 +104,7 @@ LIST_READERS: dict[str, Callable[[Any], Any]] = {
     "reversed": lambda items: list(reversed(items))[::-1],
     "copy": lambda items: items.copy(),
     "plus": lambda items: items + [],  # noqa: RUF005  # what is tested
-    "plus, from the left": lambda items: [] + items,  # noqa: RUF005
+    "plus, from the left": lambda items: [] + items,  # noqa: RUF005  # what is tested
     "plus itself": lambda items: (items + items)[:3],
     "times": lambda items: items * 1,
     "times, from the left": lambda items: 1 * items,
@@ -112,7 +112,7 @@ LIST_READERS: dict[str, Callable[[Any], Any]] = {
     "adding to another": lambda items: operator.iadd([], items),
     "pop": lambda items: [items.pop(0) for _ in range(3)],
     "comprehension": lambda items: [item for item in items],  # noqa: C416  # what is tested
-    "map": lambda items: list(map(lambda item: item, items)),  # noqa: C417
+    "map": lambda items: list(map(lambda item: item, items)),  # noqa: C417  # what is tested
     "copy.copy": copy.copy,
     "copy.deepcopy": copy.deepcopy,
     "pickle": lambda items: pickle.loads(pickle.dumps(items)),
