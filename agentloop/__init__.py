@@ -5,6 +5,7 @@ An agent is an async callable: a model call, a tool loop, an HTTP request. See :
 """
 
 from ._backoff import Backoff
+from ._budget import RetryBudget
 from ._chunk import StreamChunk, StreamEvent, collect_text
 from ._config import LoopConfig
 from ._errors import (
@@ -30,8 +31,10 @@ from ._events import (
 from ._histogram import Distribution
 from ._invocation import Invocation
 from ._limiter import Limiter, LimiterStatistics
+from ._limiters import Limiters
 from ._loop import AgentLoop, LoopStatistics
 from ._metrics import MetricsRecorder, MetricsSnapshot
+from ._rate import Rate
 from ._result import InvocationResult, Status
 from ._store import ContextStore
 from ._stream import AgentStream
@@ -57,13 +60,16 @@ __all__ = [
     "LimitEvent",
     "Limiter",
     "LimiterStatistics",
+    "Limiters",
     "LoopClosed",
     "LoopConfig",
     "LoopStatistics",
     "MetricsRecorder",
     "MetricsSnapshot",
     "QueuedEvent",
+    "Rate",
     "ResultEvent",
+    "RetryBudget",
     "RetryEvent",
     "StartedEvent",
     "Status",

@@ -111,6 +111,7 @@ async def run_attempt(
         cancellations = host.cancellations()
         now = pool.now()
         deadline = job.start(now, config)
+        job.charges, slot.charges = slot.charges, None
         plan.observer.started(job, now, context)
         scope = timer.open(deadline, now)
         try:
@@ -166,7 +167,8 @@ async def run_attempt(
     finally:
         # A stream may be without one while it waits for its reader.
         if job.slot is not None:
-            job.slot.release(job.verdict)
+            succeeded = job.status is Status.SUCCESS
+            job.slot.release(job.verdict, succeeded, config.backoff.max_retry_after_seconds)
             job.slot = None
 
 

@@ -177,7 +177,7 @@ class Batch(ABC, Generic[T]):
         for job in tuple(self._in_line):
             # One that has been granted a slot meanwhile finds out by itself.
             if job.waiter is not None and job.waiter.slot is None:
-                self._pool.withdraw(job.waiter)
+                job.pool.withdraw(job.waiter)
 
         self._check_done()
 
@@ -307,8 +307,8 @@ class Batch(ABC, Generic[T]):
 
             slot: Slot | None = None
             waited = False
-            if self._stopped is None:
-                slot = pool.acquire_nowait(job.invocation, self._outer)
+            if self._stopped is None and (not pool.selective or job.costs or job.enroll()):
+                slot = job.pool.acquire_nowait(job.costs, self._outer)
                 if slot is None:
                     timer.close()
                     slot = await self._wait_in_line(job)
@@ -374,7 +374,7 @@ class Batch(ABC, Generic[T]):
 
     def _make_job(self, item: Input[T]) -> Job[T]:
         now = self._pool.now() if self._began is None else self._began
-        job = Job(as_invocation(item), next(self._index), now)
+        job = Job(as_invocation(item), next(self._index), now, self._pool)
         self._plan.observer.queued(job)
         if self._to_come:
             self._to_come -= 1
@@ -385,10 +385,10 @@ class Batch(ABC, Generic[T]):
         return job
 
     async def _wait_in_line(self, job: Job[T]) -> Slot | None:
-        job.waiter = self._pool.enqueue(job.invocation, self._outer)
+        job.waiter = job.pool.enqueue(job.costs, self._outer)
         self._in_line[job] = None
         try:
-            return await self._pool.wait(job.waiter)
+            return await job.pool.wait(job.waiter)
         except BaseException:
             # Whether the batch goes on or not, nothing has happened to this job yet.
             self._fed.appendleft(job)
@@ -460,6 +460,9 @@ class Batch(ABC, Generic[T]):
 
     def _finish(self, job: Job[T], now: float) -> None:
         result = job.result(now)
+        if job.charges is not None:
+            job.pool.settle(job.charges, result)
+
         self._plan.observer.finished(job, result, now)
         self._pending -= 1
         self._deliver(job.invocation, result)
@@ -523,7 +526,7 @@ class Batch(ABC, Generic[T]):
                 self._finish(job, now)
             elif job in self._in_line and job.waiter is not None and job.waiter.slot is None:
                 job.expire()
-                self._pool.withdraw(job.waiter)
+                job.pool.withdraw(job.waiter)
 
         self._changed()
 

@@ -228,8 +228,9 @@ class _Carriage(Generic[ItemT]):
                 job.slot = None
                 slot.suspend()
                 await self._channel.wait_for_room()
-                granted = pool.acquire_nowait(job.invocation, slot.outer)
-                granted = granted or await pool.wait(pool.enqueue(job.invocation, slot.outer))
+                # Nothing is paid for it again, and neither a pause nor a cool-off holds it back.
+                granted = pool.acquire_nowait(None, slot.outer)
+                granted = granted or await pool.wait(pool.enqueue(None, slot.outer))
                 assert granted is not None
                 slot.resume(granted)
                 job.slot = slot

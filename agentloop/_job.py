@@ -11,7 +11,8 @@ from typing import Generic, TypeVar
 from ._config import LoopConfig
 from ._errors import InvocationCancelled, InvocationTimeout, describe
 from ._invocation import Invocation
-from ._pool import Slot, Waiter
+from ._pool import Pool, Slot, Waiter
+from ._rate import Charge
 from ._result import InvocationResult, Status
 from ._verdict import Verdict, VerdictKind
 
@@ -28,6 +29,7 @@ class Job(Generic[T]):
     :param invocation: what is run
     :param index: its place in the input
     :param now: the time at which it began to wait for a slot
+    :param pool: where it gets its slots from
     """
 
     # What most invocations never need stays in the class: there is one of these for each of them.
@@ -47,6 +49,9 @@ class Job(Generic[T]):
     failures: list[Exception] | None = None
     verdict: Verdict | None = None
     slot: Slot | None = None
+    # What each attempt costs, and what the last one has paid.
+    costs: tuple[float, ...] = ()
+    charges: list[Charge] | None = None
     id = 0
     attempt_at: float | None = None
     pending_attempt_ms = 0.0
@@ -56,10 +61,29 @@ class Job(Generic[T]):
     first_chunk_at: float | None = None
     chunk_limit: tuple[type[InvocationTimeout], float] | None = None
 
-    def __init__(self, invocation: Invocation[T], index: int, now: float) -> None:
+    def __init__(self, invocation: Invocation[T], index: int, now: float, pool: Pool) -> None:
         self.invocation = invocation
         self.index = index
         self.queued_at = now
+        self.pool = pool
+
+    def enroll(self) -> bool:
+        """
+        Find out where the invocation gets its slots from, and what it costs, before its first attempt.
+
+        :return: whether it can be run at all
+        """
+        try:
+            if self.pool.route is not None:
+                self.pool = self.pool.route(self.invocation)
+
+            self.costs = self.pool.price(self.invocation)
+        except Exception as exc:
+            self.status = Status.ERROR
+            self.error = exc
+            return False
+
+        return True
 
     def start(self, now: float, config: LoopConfig) -> float:
         """
@@ -177,6 +201,8 @@ class Job(Generic[T]):
             self.give_up("the caller's deadline would pass during the wait")
         elif overload and self._impatient(wake_at, config.overload_timeout_seconds):
             self.give_up(f"overload_timeout_seconds={config.overload_timeout_seconds} would pass")
+        elif self.pool.ledger is not None and not self.pool.ledger.may_retry(now):
+            self.give_up("the retry budget of the limiter is used up, since too many attempts fail")
         else:
             self.counted_retries += not overload
             self.wake_at = wake_at

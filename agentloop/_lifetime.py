@@ -56,7 +56,7 @@ class Lifetime:
 
         :raises LoopClosed: unless the work is that of an invocation which is still running
         """
-        if self._left and pool_of(self._limiter).lender(current_slot.get()) is None:
+        if self._left and not pool_of(self._limiter).encloses(current_slot.get()):
             raise LoopClosed(
                 "this loop's `async with` block has been left, so it takes no new work: "
                 "call it inside the block, or enter the loop again"

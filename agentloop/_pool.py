@@ -4,19 +4,28 @@ from __future__ import annotations
 
 __all__ = ["Pool", "Slot", "Waiter", "current_slot"]
 
+import logging
+import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
 import anyio
 from anyio.lowlevel import EventLoopToken
 
+from . import _validators as must
 from ._backend import clock
+from ._budget import RetryLedger
 from ._invocation import Invocation
+from ._overload import Governor
 from ._pace import Pace
-from ._verdict import Verdict
+from ._rate import Charge, Rate, make_meter, price
+from ._result import InvocationResult
+from ._verdict import Verdict, VerdictKind
+
+_logger = logging.getLogger("agentloop")
 
 current_slot: ContextVar[Slot | None] = ContextVar("agentloop.current_slot", default=None)
 """The slot of the invocation that the current code runs in."""
@@ -31,12 +40,26 @@ class Slot:
     token, so however deep the nesting, the innermost invocation always has a slot to run in.
     """
 
-    __slots__ = ("lender", "lent", "outer", "pool", "released", "suspended", "token", "waiters")
+    __slots__ = (
+        "charges",
+        "epoch",
+        "lender",
+        "lent",
+        "outer",
+        "pool",
+        "released",
+        "suspended",
+        "token",
+        "waiters",
+    )
 
     def __init__(self, pool: Pool, lender: Slot | None, outer: Slot | None) -> None:
         self.pool = pool
         self.lender = lender
         self.outer = outer
+        # What has been paid for the attempt, until it begins.
+        self.charges: list[Charge] | None = None
+        self.epoch: int = pool.epoch
         # The token that was borrowed from anyio's limiter, in the slot that has it to give back.
         self.token: object | None = None
         self.lent: Slot | None = None
@@ -45,14 +68,23 @@ class Slot:
         # Who would take this slot on loan; made when the first one asks.
         self.waiters: OrderedDict[Waiter, None] | None = None
 
-    def release(self, verdict: Verdict | None = None) -> None:
+    def release(
+        self, verdict: Verdict | None = None, succeeded: bool = False, longest_hold: float = math.inf
+    ) -> None:
         """
-        Give the slot back, or leave it to the one it is lent to, who then gives it back.
+        Give the slot back, or leave it to the one it is lent to, who then gives it back. What was paid for an
+        attempt that never began is given back too.
 
         :param verdict: the judgement of the attempt, where it failed
+        :param succeeded: whether it succeeded; a cancelled one did neither
+        :param longest_hold: for how many seconds others wait at most because of it
         """
-        del verdict  # for the limiter's overload control, which the first form does not have
         self.released = True
+        if self.charges is not None:
+            self.pool.refund(self.charges)
+        elif succeeded or verdict is not None:
+            self.pool.learn(self, verdict, longest_hold)
+
         self._pass_on()
         # What is released is skipped from now on, so that a chain of invocations, each of which starts the
         # next one in the background, does not keep all of its past.
@@ -104,25 +136,80 @@ class Slot:
 
 
 class Waiter:
-    """A place in the queue for a slot."""
+    """
+    A place in line for a slot.
 
-    __slots__ = ("event", "lender", "outer", "slot")
+    :param costs: what is to be paid with it; ``None`` for an attempt that has begun and goes on
+    :param number: how many came before it
+    """
 
-    def __init__(self, lender: Slot | None, outer: Slot | None) -> None:
+    __slots__ = (
+        "costs",
+        "event",
+        "lender",
+        "line",
+        "loan",
+        "number",
+        "outer",
+        "scope",
+        "slot",
+        "wake_at",
+    )
+
+    def __init__(
+        self,
+        costs: tuple[float, ...] | None,
+        number: int,
+        line: OrderedDict[Waiter, None],
+        lender: Slot | None,
+        outer: Slot | None,
+    ) -> None:
+        self.costs = costs
+        self.number = number
+        self.line = line
         self.lender = lender
         self.outer = outer
+        # A slot on loan that it may use when it is time.
+        self.loan: Slot | None = None
         self.slot: Slot | None = None
         self.event = anyio.Event()
+        # When it has to look whether it is time; only the first in line does.
+        self.wake_at = math.inf
+        self.scope: anyio.CancelScope | None = None
+
+    def set_alarm(self, at: float) -> None:
+        """Wake its task at a time."""
+        self.wake_at = at
+        if self.scope is not None:
+            self.scope.deadline = at
 
 
 class Pool:
     """
     The state that a limiter has in one event loop.
 
+    An attempt starts when there is a slot for it, the limiter's or one on loan, and when every rate can be
+    paid and no cool-off is in force: all of it at once, or nothing. Who has to wait for a time, and not for
+    a slot, is first in line, and sets itself an alarm; so nobody polls, and who comes later does not start
+    before. Loans are not held back by a pause, since whoever lends runs already.
+
     Every change of it is synchronous, so that no cancellation can tear it.
     """
 
-    def __init__(self, token: EventLoopToken, max_concurrency: int) -> None:
+    route: Callable[[Invocation[Any]], Pool] | None = None
+    """Finds the pool of an invocation, where that is another one."""
+    home: Pool | None = None
+    """The pool whose :attr:`route` leads here, if there is one."""
+
+    def __init__(
+        self,
+        token: EventLoopToken,
+        max_concurrency: int,
+        rates: Iterable[Rate] = (),
+        governor: Governor | None = None,
+        ledger: RetryLedger | None = None,
+        tell_limit: Callable[[Pool], None] | None = None,
+    ) -> None:
         self.token = token
         # Looked up once: anyio's own functions find out at each call which backend they run on.
         self.backend = token.backend_class
@@ -135,14 +222,39 @@ class Pool:
         """How many inputs of running batches are there, and were not pulled yet."""
         self.on_raise: set[Callable[[], None]] = set()
         """Called when the limit was raised, so that a batch can start more workers."""
+        self.meters = tuple(make_meter(rate) for rate in rates)
+        self.governor = governor
+        self.ledger = ledger
+        self.epoch: int = 0
+        self.paused = False
+        self._tell_limit = tell_limit
+        self._settle_failed = False
+        self._recovers = False
+        # Whether more than a slot may be needed; while a cool-off lasts, even where there are no rates.
+        self._gated = bool(self.meters)
         self._tokens = anyio.CapacityLimiter(max_concurrency)
         # Ordered, and with removal in O(1): a cancelled waiter leaves nothing behind. The limiter's own
         # queue will not do, since a waiter may stand in two queues: this one and its lender's.
         self._queue: OrderedDict[Waiter, None] = OrderedDict()
+        # Those that have begun, and go on as soon as there is a slot.
+        self._returning: OrderedDict[Waiter, None] = OrderedDict()
+        # Those that have a slot on loan, and wait for a time.
+        self._borrowing: OrderedDict[Waiter, None] = OrderedDict()
+        self._arrivals = 0
+        self._alarmed: Waiter | None = None
+
+    @property
+    def selective(self) -> bool:
+        """Whether it matters which invocation an attempt is of."""
+        return self.route is not None or bool(self.meters)
 
     @property
     def running(self) -> int:
         return int(self._tokens.borrowed_tokens)
+
+    @property
+    def limit(self) -> int:
+        return int(self._tokens.total_tokens)
 
     @property
     def waiting(self) -> int:
@@ -150,7 +262,7 @@ class Pool:
 
     @property
     def in_line(self) -> int:
-        return len(self._queue)
+        return len(self._queue) + len(self._returning) + len(self._borrowing)
 
     @property
     def busy(self) -> bool:
@@ -160,13 +272,111 @@ class Pool:
     def in_another_thread(self) -> bool:
         return self.thread is not threading.current_thread()
 
+    @property
+    def held_until(self) -> float | None:
+        """When the cool-off ends, if there is one."""
+        until = -math.inf if self.governor is None else self.governor.held_until
+        return until if until > self.now() else None
+
     def resize(self, max_concurrency: int) -> None:
-        raised = max_concurrency > self._tokens.total_tokens
-        self._tokens.total_tokens = max_concurrency
-        if raised:
-            self._grant()
-            for callback in tuple(self.on_raise):
-                callback()
+        """Change the limit, or what is the ceiling of it."""
+        if self.governor is None:
+            self._set_limit(max_concurrency)
+        else:
+            self.governor.resize(max_concurrency)
+            self._follow(self.governor)
+
+        for callback in tuple(self.on_raise):
+            callback()
+
+    def pause(self) -> None:
+        """Start nothing new but what runs on loan."""
+        self.paused = True
+
+    def resume(self) -> None:
+        """Start again."""
+        self.paused = False
+        self._grant()
+
+    # -- what attempts cost, and what they teach
+
+    def price(self, invocation: Invocation[Any]) -> tuple[float, ...]:
+        """
+        Return what an attempt of an invocation pays to each rate.
+
+        :raises Exception: if that cannot be told, or never be paid
+        """
+        return tuple(price(meter.rate, invocation) for meter in self.meters)
+
+    def settle(self, charges: list[Charge], result: InvocationResult[Any]) -> None:
+        """Correct what was paid for the last attempt of an invocation, now that it has ended."""
+        now = self.now()
+        for meter, charge in zip(self.meters, charges, strict=True):
+            settle = meter.rate.settle
+            if settle is None:
+                continue
+
+            try:
+                cost = settle(result)
+                must.check_number("what settle returns", cost, minimum=0, finite=True)
+            except Exception:
+                if not self._settle_failed:
+                    self._settle_failed = True
+                    _logger.exception("settle=%r failed; its further errors are not logged", settle)
+            else:
+                meter.correct(charge, cost, now)
+
+        self._grant()
+
+    def refund(self, charges: list[Charge]) -> None:
+        """Give back what was paid for an attempt that will not begin."""
+        now = self.now()
+        for meter, charge in zip(self.meters, charges, strict=True):
+            meter.correct(charge, 0, now)
+
+        self._grant()
+
+    def learn(self, slot: Slot, verdict: Verdict | None, longest_hold: float) -> None:
+        """
+        Take notice of how an attempt ended.
+
+        :param verdict: why it failed; ``None`` if it succeeded
+        """
+        governor = self.governor
+        if verdict is None:
+            if self.ledger is not None:
+                self.ledger.succeeded(self.now())
+
+            if governor is None or not self._recovers:
+                return
+
+            governor.complete(self.running - 1)
+        elif governor is None or verdict.kind is not VerdictKind.OVERLOAD:
+            return
+        else:
+            now = self.now()
+            if verdict.retry_after is not None:
+                governor.hold(now, min(verdict.retry_after, longest_hold))
+
+            governor.reject(slot.epoch, now)
+            self._gated = self._gated or now < governor.staggers_until
+
+        self._follow(governor)
+
+    def _follow(self, governor: Governor) -> None:
+        self.epoch = governor.epoch
+        self._recovers = governor.recovers
+        if governor.limit != self._tokens.total_tokens:
+            self._set_limit(governor.limit)
+
+    def _set_limit(self, limit: int) -> None:
+        self._tokens.total_tokens = limit
+        if self._tell_limit is not None:
+            self._tell_limit(self)
+
+        self._grant()
+
+    # -- slots
 
     def lender(self, slot: Slot | None, anyones: bool = False) -> Slot | None:
         """Return the innermost slot of this pool, from ``slot`` outwards, whose invocation still runs."""
@@ -177,27 +387,59 @@ class Pool:
 
         return slot
 
-    def acquire_nowait(self, invocation: Invocation[Any], outer: Slot | None) -> Slot | None:
+    def encloses(self, slot: Slot | None) -> bool:
+        """Tell whether an invocation that has a slot, or one around it, runs here or where this one leads."""
+        while slot is not None and (slot.released or (slot.pool is not self and slot.pool.home is not self)):
+            slot = slot.outer
+
+        return slot is not None
+
+    def acquire_nowait(self, costs: tuple[float, ...] | None, outer: Slot | None) -> Slot | None:
         """
         Return a slot if there is one for which nobody waits.
 
-        :param invocation: what the slot is for
+        :param costs: what to pay to each rate; ``None`` for an attempt that has begun and goes on
         :param outer: the slot of the invocation that asks, if one does
         """
-        del invocation  # for the limiter's rates, which take its cost and which the first form does not have
         lender = self.lender(outer)
-        if lender is not None and not lender.lent:
-            lender.lent = Slot(self, lender, outer)
-            return lender.lent
+        borrows = lender is not None and not lender.lent
+        if not borrows and (
+            self._queue
+            or self._returning
+            or self._tokens.available_tokens < 1
+            or (self.paused and costs is not None)
+        ):
+            return None
 
-        return None if self._queue else self._take(outer)
+        charges: list[Charge] | None = None
+        if self._gated and costs is not None:
+            now = self.now()
+            if self._next() is not None or self._ready_at(costs, now) > now:
+                return None
 
-    def enqueue(self, invocation: Invocation[Any], outer: Slot | None) -> Waiter:
+            charges = self._pay(costs, now)
+            self._ungate(now)
+
+        if borrows:
+            assert lender is not None
+            slot = lender.lent = Slot(self, lender, outer)
+        else:
+            slot = self._take(outer)
+
+        slot.charges = charges
+        return slot
+
+    def enqueue(self, costs: tuple[float, ...] | None, outer: Slot | None) -> Waiter:
         """Stand in line for a slot: the pool's, and the one of the invocation that asks, if one does."""
-        del invocation
-        waiter = Waiter(self.lender(outer), outer)
-        self._queue[waiter] = None
+        self._arrivals += 1
+        line = self._returning if costs is None else self._queue
+        waiter = Waiter(costs, self._arrivals, line, self.lender(outer), outer)
+        line[waiter] = None
         self.offer_loan(waiter)
+        if self._gated or self.paused:
+            # There may be a slot for it already.
+            self._grant()
+
         return waiter
 
     async def wait(self, waiter: Waiter) -> Slot | None:
@@ -207,7 +449,15 @@ class Pool:
         :return: the slot; ``None`` if the waiter was withdrawn
         """
         try:
-            await waiter.event.wait()
+            while True:
+                with anyio.CancelScope(deadline=waiter.wake_at) as waiter.scope:
+                    await waiter.event.wait()
+
+                if not waiter.event.is_set():
+                    self._grant()
+
+                if waiter.event.is_set():
+                    return waiter.slot
         except BaseException:
             if waiter.slot is None:
                 self.withdraw(waiter)
@@ -216,39 +466,49 @@ class Pool:
 
             raise
 
-        return waiter.slot
-
     def withdraw(self, waiter: Waiter) -> None:
         """Take out of the line one who has not been granted a slot, and wake it."""
-        self._queue.pop(waiter, None)
-        if waiter.lender is not None and waiter.lender.waiters:
-            waiter.lender.waiters.pop(waiter, None)
+        self._leave(waiter)
+        loan, waiter.loan = waiter.loan, None
+        if loan is not None:
+            loan.release()
 
-        waiter.event.set()
+        # Whoever stood behind it may have waited for nothing else.
+        if self._gated:
+            self._grant()
 
     def offer_loan(self, waiter: Waiter) -> None:
         """Lend the waiter its lender's slot, now if it is free, else when it will be."""
         lender = waiter.lender
-        if lender is None:
+        # Others may have been served meanwhile, and this one with them.
+        if lender is None or waiter.loan is not None or waiter.event.is_set():
             return
 
-        if not lender.lent:
-            lender.lent = Slot(self, lender, waiter.outer)
-            self._give(waiter, lender.lent)
+        if lender.lent:
+            if lender.waiters is None:
+                lender.waiters = OrderedDict()
+
+            lender.waiters[waiter] = None
             return
 
-        if lender.waiters is None:
-            lender.waiters = OrderedDict()
+        slot = lender.lent = Slot(self, lender, waiter.outer)
+        if waiter.costs is None or not self._gated:
+            self._give(waiter, slot)
+            return
 
-        lender.waiters[waiter] = None
+        self._leave_lines(waiter)
+        waiter.loan = slot
+        waiter.line = self._borrowing
+        self._borrowing[waiter] = None
+        self._grant()
 
     def offer_loans_anew(self) -> None:
         """Let everybody in line ask the innermost slot around it, once one of these has been resumed."""
-        for waiter in tuple(self._queue):
+        for waiter in (*self._returning, *self._queue):
             lender = self.lender(waiter.outer)
             if lender is not waiter.lender:
                 if waiter.lender is not None and waiter.lender.waiters:
-                    del waiter.lender.waiters[waiter]
+                    waiter.lender.waiters.pop(waiter, None)
 
                 waiter.lender = lender
                 self.offer_loan(waiter)
@@ -256,28 +516,97 @@ class Pool:
     def give_back(self, slot: Slot) -> None:
         """Take a token back and pass it on."""
         self._tokens.release_on_behalf_of(slot.token)
-        if self._queue:
+        if self._queue or self._returning:
             self._grant()
 
-    def _take(self, outer: Slot | None) -> Slot | None:
-        if self._tokens.available_tokens < 1:
-            return None
-
+    def _take(self, outer: Slot | None) -> Slot:
         # A borrower of its own for each attempt: equal or repeated borrowers collide.
         slot = Slot(self, None, outer)
         slot.token = object()
         self._tokens.acquire_on_behalf_of_nowait(slot.token)
+        if self._recovers:
+            assert self.governor is not None
+            self.governor.begin(self.running)
+
         return slot
 
+    # -- the lines
+
     def _grant(self) -> None:
-        while self._queue:
-            waiter = next(iter(self._queue))
-            slot = self._take(waiter.outer)
-            if slot is None:
+        """Serve all that can be served now, and have the next of them woken when it is time."""
+        while self._returning and self._tokens.available_tokens >= 1:
+            first = next(iter(self._returning))
+            self._give(first, self._take(first.outer))
+
+        if not self._gated:
+            while (waiter := self._next()) is not None:
+                self._give(waiter, self._take(waiter.outer))
+
+            return
+
+        now = self.now()
+        while (waiter := self._next()) is not None:
+            assert waiter.costs is not None
+            at = self._ready_at(waiter.costs, now)
+            if at > now:
+                self._set_alarm(waiter, at)
                 return
 
+            charges = self._pay(waiter.costs, now)
+            slot, waiter.loan = waiter.loan or self._take(waiter.outer), None
+            slot.charges = charges
             self._give(waiter, slot)
+
+        self._set_alarm(None, math.inf)
+        self._ungate(now)
+
+    def _ungate(self, now: float) -> None:
+        """Need no more than a slot from now on, once a cool-off is over, if nobody waits for a time."""
+        if not self.meters and self.governor is not None:
+            self._gated = now < self.governor.staggers_until
+
+    def _next(self) -> Waiter | None:
+        """Return the first in line of those for whom there is a slot."""
+        borrower = next(iter(self._borrowing)) if self._borrowing else None
+        if not self._queue or self.paused or self._tokens.available_tokens < 1:
+            return borrower
+
+        head = next(iter(self._queue))
+        return head if borrower is None or head.number < borrower.number else borrower
+
+    def _ready_at(self, costs: tuple[float, ...], now: float) -> float:
+        at = now if self.governor is None else self.governor.ready_at(now)
+        for meter, cost in zip(self.meters, costs, strict=True):
+            at = max(at, meter.ready_at(cost, now))
+
+        return at
+
+    def _pay(self, costs: tuple[float, ...], now: float) -> list[Charge] | None:
+        if self.governor is not None:
+            self.governor.start(now)
+
+        return [meter.pay(cost, now) for meter, cost in zip(self.meters, costs, strict=True)] or None
+
+    def _set_alarm(self, waiter: Waiter | None, at: float) -> None:
+        alarmed, self._alarmed = self._alarmed, waiter
+        if alarmed is not None and alarmed is not waiter:
+            alarmed.set_alarm(math.inf)
+
+        if waiter is not None:
+            waiter.set_alarm(at)
 
     def _give(self, waiter: Waiter, slot: Slot) -> None:
         waiter.slot = slot
-        self.withdraw(waiter)
+        self._leave(waiter)
+
+    def _leave(self, waiter: Waiter) -> None:
+        self._leave_lines(waiter)
+        if self._alarmed is waiter:
+            self._set_alarm(None, math.inf)
+
+        waiter.event.set()
+
+    def _leave_lines(self, waiter: Waiter) -> None:
+        waiter.line.pop(waiter, None)
+        if waiter.lender is not None and waiter.lender.waiters:
+            waiter.lender.waiters.pop(waiter, None)

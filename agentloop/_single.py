@@ -39,7 +39,7 @@ class Single(Generic[T]):
         self._pool = pool_of(limiter)
         self._plan = plan
         self._outer: Slot | None = current_slot.get()
-        self._job = Job(invocation, 0, self._pool.now())
+        self._job = Job(invocation, 0, self._pool.now(), self._pool)
         self._own_task = own_task
         self._scope: anyio.CancelScope | None = None
         self._waited = False
@@ -85,9 +85,12 @@ class Single(Generic[T]):
         self._scope.cancel(reason)
 
     def _end(self) -> InvocationResult[T]:
-        now = self._pool.now()
-        result = self._job.result(now)
-        self._plan.observer.finished(self._job, result, now)
+        job, now = self._job, self._pool.now()
+        result = job.result(now)
+        if job.charges is not None:
+            job.pool.settle(job.charges, result)
+
+        self._plan.observer.finished(job, result, now)
         return result
 
     async def _run(self) -> None:
@@ -96,6 +99,9 @@ class Single(Generic[T]):
         context = copy_context()
         host = current_host()
         timer = Timer(pool.backend, pool.now)
+        if pool.selective and not job.enroll():
+            return
+
         while True:
             slot = await self._acquire()
             if slot is None:
@@ -127,11 +133,12 @@ class Single(Generic[T]):
                 pool.asleep -= 1
 
     async def _acquire(self) -> Slot | None:
-        slot = self._pool.acquire_nowait(self._job.invocation, self._outer)
+        job, pool = self._job, self._job.pool
+        slot = pool.acquire_nowait(job.costs, self._outer)
         if slot is None:
             self._waited = True
-            with anyio.CancelScope(deadline=self._job.deadline):
-                slot = await self._pool.wait(self._pool.enqueue(self._job.invocation, self._outer))
+            with anyio.CancelScope(deadline=job.deadline):
+                slot = await pool.wait(pool.enqueue(job.costs, self._outer))
 
         return slot
 

@@ -125,7 +125,7 @@ MUTANTS = [
         "a slot is held while its invocation waits to be retried",
         "_single.py",
         "                await anyio.sleep_until(wake_at)\n",
-        "                held = self._pool.acquire_nowait(job.invocation, self._outer)\n"
+        "                held = self._pool.acquire_nowait(job.costs, self._outer)\n"
         "                await anyio.sleep_until(wake_at)\n"
         "                _ = held.release() if held else None\n",
     ),
@@ -193,7 +193,7 @@ MUTANTS = [
     Mutant(
         "a batch runs without slots",
         "_batch.py",
-        "                slot = pool.acquire_nowait(job.invocation, self._outer)\n",
+        "                slot = job.pool.acquire_nowait(job.costs, self._outer)\n",
         "                slot = Slot(pool, Slot(pool, None, None), None)\n",
     ),
     Mutant(
@@ -231,8 +231,8 @@ MUTANTS = [
     Mutant(
         "a stream goes on without the slot that it gave back",
         "_carriage.py",
-        "                granted = pool.acquire_nowait(job.invocation, slot.outer)\n"
-        "                granted = granted or await pool.wait(pool.enqueue(job.invocation, slot.outer))\n"
+        "                granted = pool.acquire_nowait(None, slot.outer)\n"
+        "                granted = granted or await pool.wait(pool.enqueue(None, slot.outer))\n"
         "                assert granted is not None\n"
         "                slot.resume(granted)\n",
         "                slot.suspended = False\n                slot.lender = pool.lender(slot.outer)\n",

@@ -32,9 +32,13 @@ ORDER = [
     "_chunk",
     "_invocation",
     "_events",
+    "_rate",
+    "_budget",
     # parts
+    "_overload",
     "_pool",
     "_limiter",
+    "_limiters",
     "_histogram",
     "_metrics",
     "_channel",

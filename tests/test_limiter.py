@@ -40,7 +40,7 @@ def test_limit_that_is_no_int_is_refused(bad: Any) -> None:
 
 def test_limiter_can_be_made_and_looked_at_outside_an_event_loop() -> None:
     limiter = Limiter(3)
-    assert limiter.statistics() == LimiterStatistics(0, 0, 3)
+    assert limiter.statistics() == LimiterStatistics(0, 0, 3, 3)
     limiter.max_concurrency = 5
     assert repr(limiter) == "<Limiter 0 running, 0 waiting, limit 5>"
     assert repr(AgentLoop(limiter=limiter)) == "<AgentLoop 0 running, 0 waiting, limit 5>"
@@ -131,7 +131,7 @@ def test_slots_that_a_run_was_torn_down_with_are_not_missed_in_the_next(
 
     async def torn_down() -> None:
         # What is left of a task that never came to its end, because its event loop was closed before.
-        assert pool_of(loop.limiter).acquire_nowait(Invocation("a", anyio.sleep), None)
+        assert pool_of(loop.limiter).acquire_nowait((), None)
 
     async def main() -> None:
         with anyio.fail_after(5):

@@ -282,18 +282,17 @@ async def test_who_waits_for_the_slot_further_out_is_lent_the_one_that_is_resume
     # A stream comes back for its slot after its own reader has asked for it, and before that one has it: it
     # would wait for what its reader holds, while its reader waits for it.
     pool = pool_of(Limiter(1))
-    invocation = Invocation("a", checkpoint)
-    outer = pool.acquire_nowait(invocation, None)
-    middle = pool.acquire_nowait(invocation, outer)
-    inner = pool.acquire_nowait(invocation, middle)
+    outer = pool.acquire_nowait((), None)
+    middle = pool.acquire_nowait((), outer)
+    inner = pool.acquire_nowait((), middle)
     assert outer is not None
     assert middle is not None
     assert inner is not None
     inner.suspend()
     middle.suspend()
-    other = pool.acquire_nowait(invocation, outer)
+    other = pool.acquire_nowait((), outer)
     assert other is not None
-    first, second = pool.enqueue(invocation, middle.outer), pool.enqueue(invocation, inner.outer)
+    first, second = pool.enqueue(None, middle.outer), pool.enqueue(None, inner.outer)
     other.release()
     assert first.slot is not None
     assert second.slot is None
@@ -310,13 +309,12 @@ async def test_who_waits_for_the_slot_further_out_is_lent_the_one_that_is_resume
 
 async def test_slot_that_is_resumed_with_a_token_gives_that_back() -> None:
     pool = pool_of(Limiter(2))
-    invocation = Invocation("a", checkpoint)
-    outer = pool.acquire_nowait(invocation, None)
-    inner = pool.acquire_nowait(invocation, outer)
+    outer = pool.acquire_nowait((), None)
+    inner = pool.acquire_nowait((), outer)
     assert outer is not None
     assert inner is not None
     inner.suspend()
-    other, granted = pool.acquire_nowait(invocation, outer), pool.acquire_nowait(invocation, inner.outer)
+    other, granted = pool.acquire_nowait((), outer), pool.acquire_nowait((), inner.outer)
     assert other is not None
     assert granted is not None
     inner.resume(granted)
@@ -331,16 +329,15 @@ async def test_slot_that_is_resumed_with_a_token_gives_that_back() -> None:
 
 async def test_slot_that_is_resumed_after_the_one_around_it_has_ended_lends_itself() -> None:
     pool = pool_of(Limiter(1))
-    invocation = Invocation("a", checkpoint)
-    outer = pool.acquire_nowait(invocation, None)
-    inner = pool.acquire_nowait(invocation, outer)
+    outer = pool.acquire_nowait((), None)
+    inner = pool.acquire_nowait((), outer)
     assert outer is not None
     assert inner is not None
     inner.suspend()
     outer.release()
-    other = pool.acquire_nowait(invocation, None)
+    other = pool.acquire_nowait((), None)
     assert other is not None
-    first, second = pool.enqueue(invocation, inner.outer), pool.enqueue(invocation, inner)
+    first, second = pool.enqueue(None, inner.outer), pool.enqueue(None, inner)
     other.release()
     assert first.slot is not None
     inner.resume(first.slot)
