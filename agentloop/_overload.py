@@ -11,6 +11,9 @@ from ._backoff import Backoff
 
 CUT = 0.8
 GROWTH = 0.05
+# After so many steps of growth in a row each is by as much larger than the one before, up to a quarter.
+STEADY_STEPS = 6
+LARGEST_GROWTH = 0.25
 IN_USE = 0.8
 STAGGER = 0.25
 
@@ -25,9 +28,10 @@ class Governor:
     Holds a working limit below a ceiling, by the rule of an epoch cut: an overload cuts it to four fifths,
     but only if the call that met it began after the last cut, so that one burst of rejections counts once,
     and no timer has to tell bursts apart. After as many clean completions in a row as the limit is, it grows
-    by a twentieth, if four fifths of it were in use meanwhile. This is additive increase and multiplicative
-    decrease (Chiu and Jain, "Analysis of the Increase and Decrease Algorithms for Congestion Avoidance",
-    1989), which counts calls instead of seconds.
+    by a twentieth, if four fifths of it were in use meanwhile; after a few such steps without a cut, by more,
+    since the capacity is far above then (the idea of Ha, Rhee and Xu, "CUBIC: A New TCP-Friendly High-Speed
+    TCP Variant", 2008). This is additive increase and multiplicative decrease (Chiu and Jain, "Analysis of
+    the Increase and Decrease Algorithms for Congestion Avoidance", 1989) that counts calls, not seconds.
 
     At a limit of 1 there is nothing to cut, so the next call waits, twice as long each time. What was an
     outage rather than a lack of capacity ends as a TCP connection starts (RFC 5681, section 3.1): one more
@@ -52,6 +56,7 @@ class Governor:
         self._gap = 0.0
         self._clean = 0
         self._most_in_use = 0
+        self._steps = 0
         self._refused_probes = 0
         # The limit before a row of cuts, and up to where it is found again fast.
         self._before = ceiling
@@ -88,7 +93,9 @@ class Governor:
         elif self._clean >= self.limit:
             self._in_row = False
             if self._most_in_use >= self.limit * IN_USE:
-                self.limit = min(self.ceiling, self.limit + max(1, int(self.limit * GROWTH)))
+                self._steps += 1
+                growth = min(GROWTH * max(1, self._steps - STEADY_STEPS + 1), LARGEST_GROWTH)
+                self.limit = min(self.ceiling, self.limit + max(1, int(self.limit * growth)))
         else:
             return
 
@@ -106,7 +113,7 @@ class Governor:
             return
 
         self.epoch += 1
-        self._known = 0
+        self._known = self._steps = 0
         if self.limit == 1:
             self.hold(now, PROBES.delay(self._refused_probes, random))
             self._refused_probes += 1
