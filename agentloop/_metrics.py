@@ -117,7 +117,9 @@ class MetricsRecorder:
                 self._successes += 1
             else:
                 self._others[status] = self._others.get(status, 0) + 1
-                if status is Status.SKIPPED:
+                # What was refused before it could start has no latency either, and no attempt that failed.
+                refused = status is Status.ERROR and not latency and not result.failures
+                if status is Status.SKIPPED or refused:
                     return
 
             # Where there was one attempt, it took as long as all of it: most are recorded only once.

@@ -292,6 +292,8 @@ class Pool:
     def pause(self) -> None:
         """Start nothing new but what runs on loan."""
         self.paused = True
+        # Who is first in line now may be another one.
+        self._grant()
 
     def resume(self) -> None:
         """Start again."""
@@ -427,6 +429,10 @@ class Pool:
             slot = self._take(outer)
 
         slot.charges = charges
+        if self._gated and costs is None:
+            # The slot may have been the one for which somebody waits for the time to come.
+            self._grant()
+
         return slot
 
     def enqueue(self, costs: tuple[float, ...] | None, outer: Slot | None) -> Waiter:

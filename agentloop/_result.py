@@ -19,7 +19,7 @@ class Status(enum.StrEnum):
     """The agent returned."""
 
     ERROR = "error"
-    """The agent raised, and was not retried any more."""
+    """The agent raised, and was not retried any more; or it was refused before it could start."""
 
     TIMEOUT = "timeout"
     """The agent was still running when its time was up."""

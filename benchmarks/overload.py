@@ -5,9 +5,9 @@ virtual time, with the real library between the simulated provider and its invoc
     python benchmarks/overload.py
     python benchmarks/overload.py --backend trio --scenarios outage --picture overload.svg
 
-A call takes two seconds in the mean (log-normal, sigma 0.5). What the provider does not take it rejects after
-50 ms with HTTP 429, and a Retry-After of one second where the scenario says so. The *share of ideal* is the time
-that a client would need who knew the capacity at every moment, divided by the time that was needed.
+A call takes two seconds in the mean (log-normal, sigma 0.5). What the provider does not take it rejects
+after 50 ms with HTTP 429, and a Retry-After of one second where the scenario says so. The *share of ideal* is
+the time that a client would need who knew the capacity at every moment, divided by the time that was needed.
 """
 
 from __future__ import annotations
@@ -313,7 +313,7 @@ def draw(panels: dict[str, dict[str, Outcome]]) -> str:
 
     legend = {"capacity": "#dfe7ec", **COLOURS}
     for place, (label, colour) in enumerate(legend.items()):
-        at = WIDTH - 340 + place * 110
+        at = WIDTH - 360 + place * 110
         parts.append(f'<rect x="{at}" y="10" width="12" height="12" fill="{colour}"/>')
         parts.append(f'<text x="{at + 17}" y="20">{label}</text>')
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
+import math
 import random
 import re
 import sys
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -37,6 +39,9 @@ from agentloop import (
     LimitEvent,
     LoopConfig,
     MetricsRecorder,
+    Rate,
+    RetryBudget,
+    StartedEvent,
     Status,
     StopEvent,
 )
@@ -48,9 +53,10 @@ call_var: ContextVar[Call | None] = ContextVar("call", default=None)
 
 
 class HttpError(Exception):
-    def __init__(self, status: int) -> None:
+    def __init__(self, status: int, retry_after: float | None = None) -> None:
         super().__init__(status)
         self.status_code = status
+        self.headers = {} if retry_after is None else {"retry-after": str(retry_after)}
 
 
 class InputError(Exception):
@@ -112,9 +118,12 @@ class Program:
         self.streams = seed % 2 == 1
         self.produced: dict[str, list[int]] = {}
         self.times: dict[str, Times] = {}
-        self.limiter = Limiter(
-            self.random.choice([1, 1, 2, 3]) if self.streams else self.random.randint(1, 4)
-        )
+        self.gated = seed % 5 in (1, 3)
+        self.rates: list[Rate] = []
+        self.costs: dict[str, list[tuple[float, float]]] = {}
+        self.attempts: list[tuple[float, str]] = []
+        size = self.random.choice([1, 1, 2, 3]) if self.streams else self.random.randint(1, 4)
+        self.limiter = self.make_gated_limiter(size) if self.gated else Limiter(size)
         self.ceiling = self.limiter.max_concurrency
         self.metrics = Recorder()
         self.names = 0
@@ -124,6 +133,7 @@ class Program:
         self.checked = 0
         self.uses = 0
         self.natively_cancelled = 0
+        self.refused = 0
         # What each agent did last, and whether it returned.
         self.last: dict[str, tuple[str, bool]] = {}
         self.starts: Counter[str] = Counter()
@@ -144,6 +154,58 @@ class Program:
         self.stories: dict[int, list[str]] = {}
         self.loop = AgentLoop(self.config, limiter=self.limiter, metrics=self.metrics, on_event=self.on_event)
 
+    def make_gated_limiter(self, size: int) -> Limiter:
+        choose = self.random.choice
+        for number in range(choose([0, 1, 1, 2])):
+            limit = self.random.randint(2, 6)
+            burst = choose([None, None, 1, 2, limit])
+            heavy = choose([True, False])
+            rate = Rate(
+                limit,
+                choose([0.5, 1.0, 3.0]),
+                burst,
+                (lambda invocation, number=number: self.cost(invocation.agent_id, number)) if heavy else None,
+                (lambda result, number=number: self.real_cost(result, number)) if heavy else None,
+            )
+            self.rates.append(rate)
+
+        budget = choose([None, None, RetryBudget(ratio=0.5, min_per_second=1, window_seconds=10)])
+        return Limiter(size, rates=self.rates, adaptive=choose([True, True, False]), retry_budget=budget)
+
+    def cost(self, name: str, number: int) -> float:
+        """Make up what an invocation costs, and what it will turn out to have cost."""
+        rate = self.rates[number]
+        most = int(rate.limit if rate.burst is None else rate.burst)
+        cost = self.random.choice([0, 1, 1, self.random.randint(1, most), most])
+        if self.random.random() < 0.02:
+            cost = most + 1
+
+        costs = self.costs.setdefault(name, [(1.0, 1.0)] * len(self.rates))
+        costs[number] = (cost, self.random.choice([0, cost, cost + 1, cost / 2]))
+        return cost
+
+    def real_cost(self, result: InvocationResult[Any], number: int) -> float:
+        assert self.starts[result.agent_id]
+        if self.random.random() < 0.1:
+            raise KeyError("settle")
+
+        return self.costs[result.agent_id][number][1]
+
+    def check_rates(self) -> None:
+        """Hold what started within each window against each rate."""
+        last = {name: index for index, (_, name) in enumerate(self.attempts)}
+        for number, rate in enumerate(self.rates):
+            most = rate.limit if rate.burst is None else rate.limit + rate.burst
+            recent: deque[tuple[float, float]] = deque()
+            for index, (at, name) in enumerate(self.attempts):
+                cost, real = self.costs.get(name, [(1.0, 1.0)] * len(self.rates))[number]
+                # What the last attempt of an invocation has given back is no longer paid.
+                recent.append((at, min(cost, real) if last[name] == index else cost))
+                while recent[0][0] + rate.per_seconds <= at:
+                    recent.popleft()
+
+                assert sum(cost for _, cost in recent) <= most + 1e-9, f"too much at {at}: {recent}, {rate}"
+
     def check_may_start(self, call: Call) -> None:
         wrong = "after a fatal verdict" if call.fatal else None
         caller: Call | None = call
@@ -161,6 +223,9 @@ class Program:
         assert not self.violations
 
     def on_event(self, event: Event) -> None:
+        if isinstance(event, StartedEvent):
+            self.attempts.append((event.at, event.invocation.agent_id))
+
         if not isinstance(event, LimitEvent | StopEvent):
             self.stories.setdefault(event.id, []).append(type(event).__name__[0])
 
@@ -240,7 +305,7 @@ class Program:
 
     async def overload(self, *_: Any) -> None:
         await self.work(0)
-        raise HttpError(429)
+        raise HttpError(429, self.random.choice([None, 0.3, 2.0]) if self.gated else None)
 
     async def reject(self, *_: Any) -> None:
         raise HttpError(400)
@@ -702,6 +767,14 @@ class Program:
             if isinstance(error, AssertionError):
                 raise error
 
+            if isinstance(error, ValueError) and not starts:
+                assert any(
+                    cost > (rate.limit if rate.burst is None else rate.burst)
+                    for (cost, _), rate in zip(self.costs[result.agent_id], self.rates, strict=True)
+                )
+                self.refused += 1
+                return
+
             assert error is result.failures[-1]
             assert not isinstance(error, InvocationTimeout)
             assert isinstance(error, (OSError, HttpError, ExceptionGroup, TimeoutError)), repr(error)
@@ -722,13 +795,23 @@ class Program:
         while True:
             await anyio.wait_all_tasks_blocked()
             now = self.limiter.statistics()
-            assert now.running <= self.attempting, "a slot is held by an invocation that does not run"
-            in_line = self.limiter._enter_run().in_line
-            assert not in_line or now.running >= now.max_concurrency, (
+            pool = self.limiter._enter_run()
+            # One that waits for a time may have inherited the slot that it was going to be lent.
+            assert now.running <= self.attempting + len(pool._borrowing), "a slot is held by nobody who runs"
+            assert now.limit <= now.max_concurrency
+            assert not pool.in_line or now.running >= now.limit or self.waits_for_a_time(pool), (
                 "a slot is free, and somebody waits for it"
             )
             # Most programs are over soon; the few that go on are looked at less often.
             await anyio.sleep(0.13 if anyio.current_time() < start + 60 else 5.3)
+
+    def waits_for_a_time(self, pool: Any) -> bool:
+        """Whether nobody may start now who could have a slot, and the first of them is going to be woken."""
+        if self.limiter.statistics().paused_until == math.inf and not pool._borrowing:
+            return not pool._returning
+
+        first = pool._next()
+        return first is not None and pool._alarmed is first and first.wake_at >= anyio.current_time()
 
     async def main(self) -> None:
         tasks = len(anyio.get_running_tasks())
@@ -764,6 +847,12 @@ class Program:
                 self.ceiling = max(self.ceiling, limit)
                 self.limiter.max_concurrency = limit
 
+            if self.gated and self.random.random() < 0.5:
+                await anyio.sleep(self.random.choice([0, 0.3, 1.1]))
+                self.limiter.pause()
+                await anyio.sleep(self.random.choice([0, 0.7, 2.1]))
+                self.limiter.resume()
+
         # A task that is cancelled natively takes its whole task group with it.
         assert self.checked == self.calls or self.natively_cancelled, "a cancellation that nobody asked for"
         assert var.get() == "caller"
@@ -774,6 +863,8 @@ class Program:
         assert pool.running == 0, "a slot was not given back"
         assert pool.waiting == 0, "somebody still waits"
         assert not pool.on_raise
+        assert pool._alarmed is None, "an alarm is set for nobody"
+        self.check_rates()
         for name, results in self.metrics.results.items():
             assert len(results) == 1, f"{name} was recorded {len(results)} times"
             assert results[0].retries == max(0, self.starts[name] - 1)
@@ -796,6 +887,7 @@ def run_seed(backend: str, seed: int) -> None:
     """Run one random program; raise if anything about it is wrong."""
     name, options = virtual_clock(backend, seed=seed)
     program = Program(seed, backend)
+    logging.getLogger("agentloop").setLevel(logging.CRITICAL)  # what settle raises is logged
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         random.seed(seed)
