@@ -446,9 +446,10 @@ def test_attempts_start_in_order_and_as_early_as_slots_and_rates_allow(
     name, options = virtual_clock(backend, seed=seed)
     anyio.run(main, backend=name, backend_options=options)
     expected = model(limit, rates, arrivals)
-    assert [int(name) for name in times] == sorted(map(int, times))
-    assert list(times.values()) == pytest.approx([one.at for one in expected], abs=1e-6)
-    assert [arrivals[int(name)] for name in times] == [one.arrival for one in expected]
+    # Those that start in the same moment do so in whatever order the scheduler wakes them.
+    in_order = sorted(times, key=int)
+    assert [times[name] for name in in_order] == pytest.approx([one.at for one in expected], abs=1e-6)
+    assert [arrivals[int(name)] for name in in_order] == [one.arrival for one in expected]
 
 
 @given(
