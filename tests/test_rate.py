@@ -380,7 +380,7 @@ def model(limit: int, rates: list[Rate], arrivals: list[Arrival]) -> list[Starte
             at = then
 
         gives_up = arrival.at + arrival.patience
-        free_from = min(at, gives_up)
+        free_from = max(free_from, min(at, gives_up))
         if at < gives_up:
             started.append(Started(at, min(at + arrival.seconds, gives_up), arrival))
 
