@@ -4,18 +4,17 @@ What it costs to run an agent, in ours and other ways, side by side in one run.
     python benchmarks/overhead.py --backend trio
     python benchmarks/overhead.py --agent checkpoint --limit 100      # ten seconds
 
-Times are those of the processor, per invocation. Every round runs each way once, and a figure is the median over
-the rounds; a ratio is the median of the ratios within each round. Memory is measured in a process of its own for
-each way. The agents return at once, reach one checkpoint, sleep for a millisecond, or fail once and are retried.
+Times are those of the processor, per invocation. Every round runs each way once, and a figure is the median
+over the rounds; a ratio is the median of the ratios within each round. Memory is measured in a process of its
+own for each way. The agents return at once, reach one checkpoint (AnyIO's own), sleep for a millisecond, or
+fail at a checkpoint and are retried once.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import platform
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 
 import anyio
@@ -23,6 +22,15 @@ import rounds
 import ways
 from ways import Agent, Way
 
+PEERS = {
+    ways.ORIGINAL: "the original (`gather`, `wait_for`)",
+    ways.TASK_GROUP: "`asyncio.TaskGroup` and `timeout`",
+    ways.AIOMETER: "aiometer",
+    ways.NAIVE: "AnyIO with a task for each",
+    ways.TENACITY: "AnyIO and tenacity",
+    ways.STAMINA: "AnyIO and stamina",
+}
+REMEMBERED = (ways.OURS, ways.AS_COMPLETED, ways.ORIGINAL, ways.AIOMETER, ways.NAIVE)
 LIMITS = (10, 100, 1000)
 SLEEP_SECONDS, SLEEP_LIMIT = 0.02, 500
 MEASURED = "checkpoint"  # what memory and the figures for the table are taken from
@@ -72,7 +80,7 @@ def ideal_seconds(count: int) -> float:
 
 
 async def grow(way: Way, count: int, limit: int) -> tuple[float, int]:
-    """Return by how much the memory of this process grows at most, in MiB, and how many tasks there are at most."""
+    """Return by how many MiB the memory of this process grows at most, and how many tasks there are then."""
     agent = ways.AGENTS[MEASURED]()
     rounds.check(await way(agent, limit, limit), limit)  # what is loaded and made once is there now
     others, tasks = len(anyio.get_running_tasks()), 0
@@ -95,10 +103,8 @@ def grow_alone(way: str, backend: str, count: int, limit: int) -> tuple[float, i
     return found
 
 
-def growths(backend: str, count: int, limit: int) -> dict[str, tuple[float, int]]:
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
-        chosen = ways.choose(ways.TOGETHER, backend, MEASURED)
+def growths(backend: str, count: int, limit: int, chosen: Iterable[str]) -> dict[str, tuple[float, int]]:
+    with rounds.fresh_processes("ways") as processes:
         return {way: processes.submit(grow_alone, way, backend, count, limit).result() for way in chosen}
 
 
@@ -114,7 +120,9 @@ def show_costs(title: str, samples: rounds.Samples, ours: str) -> None:
     print(end="", flush=True)
 
 
-async def show(backend: str, agents: list[str], limits: list[int], count: int, repeats: int, all_: bool) -> None:
+async def show(
+    backend: str, agents: list[str], limits: list[int], count: int, repeats: int, all_: bool
+) -> None:
     for limit in limits:
         for agent in agents:
             invocations = max(count, 3 * limit)
@@ -141,7 +149,8 @@ async def show(backend: str, agents: list[str], limits: list[int], count: int, r
 
 def show_growths(backend: str, count: int) -> None:
     print(f"\n{f'memory and tasks, {MEASURED}, limit 100, {count} inputs':44} {'MiB more':>8} {'tasks':>8}")
-    for way, (memory, tasks) in growths(backend, count, 100).items():
+    chosen = ways.choose(ways.TOGETHER, backend, MEASURED)
+    for way, (memory, tasks) in growths(backend, count, 100, chosen).items():
         print(f"  {way:42} {memory:8.1f} {tasks:8}")
 
 
@@ -159,32 +168,26 @@ def figures(backend: str, quick: bool) -> dict[str, str]:
     count, repeats = (100, 1) if quick else (2000, 9)
     together, in_turn, waited = rounds.run(table_costs, backend, backend, count, repeats)
     found = {
-        f"`run_all` is faster than {name} by": f"{together.ratio(way, ways.OURS):.1f}x"
-        for name, way in {
-            "the original (`gather`, `wait_for`)": ways.ORIGINAL,
-            "`asyncio.TaskGroup` and `timeout`": ways.TASK_GROUP,
-            "aiometer": ways.AIOMETER,
-            "AnyIO with a task for each": ways.NAIVE,
-            "... and tenacity": ways.TENACITY,
-            "... and stamina": ways.STAMINA,
-        }.items()
+        f"`run_all`, times as fast as {name}": f"{together.ratio(way, ways.OURS):.1f}x"
+        for way, name in PEERS.items()
         if way in together
     }
     if ways.ORIGINAL_IN_TURN in in_turn:
         ratio = in_turn.ratio(ways.OURS_IN_TURN, ways.ORIGINAL_IN_TURN)
-        found["`run_single`, of the time of the original's"] = f"{ratio:.2f}x"
+        found["`run_single`, time relative to the original's"] = f"{ratio:.2f}x"
 
-    found["`as_completed`, of the time of `run_all`"] = f"{together.ratio(ways.AS_COMPLETED, ways.OURS):.2f}x"
-    found[f"{10 * count:,} agents of 20 ms, 500 at once, of the ideal time"] = f"{waited:.2f}x"
-    memory = growths(backend, 10 * count, 100)
-    for name, way in {"`as_completed`": ways.AS_COMPLETED, "the original": ways.ORIGINAL, "AnyIO with a task for each": ways.NAIVE}.items():
-        if way in memory:
-            found[f"{name}: memory for {10 * count:,} invocations, tasks"] = f"{memory[way][0]:.0f} MiB, {memory[way][1]}"
-
-    for way in (ways.FLOOR, ways.OURS, ways.AS_COMPLETED, ways.SINGLE):
-        found[f"{way}: processor time of one invocation"] = f"{together.median(way):.1f} µs"
-
-    return found
+    ratio = together.ratio(ways.AS_COMPLETED, ways.OURS)
+    found["`as_completed`, time relative to `run_all`"] = f"{ratio:.2f}x"
+    found[f"{10 * count:,} agents of 20 ms, 500 at once: time relative to the ideal"] = f"{waited:.2f}x"
+    found |= {
+        f"One invocation: {way}": f"{together.median(way):.1f} µs"
+        for way in (ways.FLOOR, ways.OURS, ways.AS_COMPLETED, ways.SINGLE)
+    }
+    chosen = [way for way in REMEMBERED if way in together]
+    return found | {
+        f"{10 * count:,} invocations: {way}": f"{memory:.0f} MiB, {tasks:,} tasks"
+        for way, (memory, tasks) in growths(backend, 10 * count, 100, chosen).items()
+    }
 
 
 def main() -> None:
@@ -199,7 +202,9 @@ def main() -> None:
     count = options.invocations or (200 if options.quick else 2000)
     limits = options.limit or ([100] if options.quick else LIMITS)
     repeats = options.rounds or 3
-    print(f"{options.backend}, CPython {platform.python_version()}, processor time, medians of {repeats} rounds")
+    print(
+        f"{options.backend}, CPython {platform.python_version()}, processor time, medians of {repeats} rounds"
+    )
     for package in ways.MISSING:
         print(f"{package} is not installed, and left out")
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import multiprocessing
 import random
 import statistics
+import sys
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +52,11 @@ async def alternate(ways: Mapping[str, Callable[[], Awaitable[float]]], rounds: 
 
 
 def check(returned: list[Any], count: int) -> None:
-    """Refuse a way that did not return the output of every one of ``count`` agents, which return their index."""
+    """
+    Refuse a way that has not all results.
+
+    :param returned: what it returned: the outputs of the agents, each of which is its index, or our results
+    """
     outputs = [getattr(one, "output", one) for one in returned]
     if len(outputs) != count or set(outputs) != set(range(count)):
         raise AssertionError(f"{len(set(outputs))} of {count} agents have a result")
@@ -61,12 +68,26 @@ def run(main: Callable[..., Awaitable[Any]], backend: str, *args: Any) -> Any:
     return anyio.run(main, *args, backend=name, backend_options=options)
 
 
+def installed() -> list[str]:
+    """Return the backends that can be used."""
+    return [name for name in BACKENDS if name == "asyncio" or importlib.util.find_spec(name)]
+
+
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """Return a parser that knows ``--backend``."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    installed = [name for name in BACKENDS if name == "asyncio" or importlib.util.find_spec(name)]
-    parser.add_argument("--backend", choices=installed, default="asyncio", help="of those that are installed")
+    parser.add_argument("--backend", choices=installed(), default="asyncio")
     return parser
+
+
+def fresh_processes(*modules: str) -> ProcessPoolExecutor:
+    """Return what runs each call in a new process, which has loaded the modules and done nothing else."""
+    if sys.platform == "win32":
+        return ProcessPoolExecutor(1, max_tasks_per_child=1)
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*modules, *installed()])
+    return ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1)
 
 
 def memory_mib(which: str = "VmRSS") -> float:

@@ -1,8 +1,8 @@
 """
 Ways to run many agents with a limit: ours, those of others, and what one would write by hand.
 
-Each takes an agent, how many invocations and how many at once, and returns what they returned. As far as a way can,
-it has a time-out of 300 s and three retries without a pause. ``aiometer`` has neither.
+Each takes an agent, how many invocations and how many at once, and returns what they returned. Each has a
+time-out of 300 s and three retries without a pause, but for the bare workers and ``aiometer``.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ async def run_single(agent: Agent, count: int, limit: int) -> list[Any]:
 
     async def work() -> None:
         for index in indices:
-            results.append(await loop.run_single(f"agent-{index}", agent, index))
+            result = await loop.run_single(f"agent-{index}", agent, index)
+            results.append(result)
 
     async with anyio.create_task_group() as group:
         for _ in range(limit):
@@ -154,7 +155,9 @@ class Original:
         self.semaphore = asyncio.Semaphore(limit)
         self.latencies: list[float] = []
 
-    async def run_single(self, agent_id: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> OriginalResult:
+    async def run_single(
+        self, agent_id: str, fn: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> OriginalResult:
         start, error = time.perf_counter(), ""
         async with self.semaphore:
             for retries in range(MAX_RETRIES + 1):
@@ -169,9 +172,7 @@ class Original:
                     self.latencies.append(latency)
                     return OriginalResult(agent_id, True, output, None, latency, retries)
 
-        return OriginalResult(
-            agent_id, False, None, error, (time.perf_counter() - start) * 1000, MAX_RETRIES
-        )
+        return OriginalResult(agent_id, False, None, error, (time.perf_counter() - start) * 1000, MAX_RETRIES)
 
     async def run_all(
         self, invocations: Sequence[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]]
@@ -263,7 +264,9 @@ async def with_stamina(agent: Agent, count: int, limit: int) -> list[int]:
     limiter = anyio.CapacityLimiter(limit)
     set_on_retry_hooks([])  # it would write a line for each retry
 
-    @stamina.retry(on=Exception, attempts=MAX_RETRIES + 1, timeout=None, wait_initial=0, wait_max=0, wait_jitter=0)
+    @stamina.retry(
+        on=Exception, attempts=MAX_RETRIES + 1, timeout=None, wait_initial=0, wait_max=0, wait_jitter=0
+    )
     async def one(index: int) -> None:
         async with limiter:
             with anyio.fail_after(TIMEOUT_SECONDS):
