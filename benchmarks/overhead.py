@@ -104,7 +104,7 @@ def grow_alone(way: str, backend: str, count: int, limit: int) -> tuple[float, i
 
 
 def growths(backend: str, count: int, limit: int, chosen: Iterable[str]) -> dict[str, tuple[float, int]]:
-    with rounds.fresh_processes("ways") as processes:
+    with rounds.fresh_processes() as processes:
         return {way: processes.submit(grow_alone, way, backend, count, limit).result() for way in chosen}
 
 

@@ -80,13 +80,13 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def fresh_processes(*modules: str) -> ProcessPoolExecutor:
-    """Return what runs each call in a new process, which has loaded the modules and done nothing else."""
+def fresh_processes() -> ProcessPoolExecutor:
+    """Return what runs each call in a new process, which has loaded the library and done nothing else."""
     if sys.platform == "win32":
         return ProcessPoolExecutor(1, max_tasks_per_child=1)
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*modules, *installed()])
+    context.set_forkserver_preload(["agentloop", "anyio._backends._asyncio", "anyio._backends._trio"])
     return ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1)
 
 

@@ -34,7 +34,7 @@ def run(module: str, backend: str, quick: bool) -> dict[str, str]:
 def collect(backends: list[str], quick: bool) -> dict[str, dict[str, str]]:
     """Return the figures by what they are about and by backend."""
     table: dict[str, dict[str, str]] = {}
-    with rounds.fresh_processes(*MODULES) as processes:
+    with rounds.fresh_processes() as processes:
         for module in MODULES:
             for backend in backends:
                 print(f"{module} on {backend} ...", file=sys.stderr, flush=True)
