@@ -121,7 +121,7 @@ def show_costs(title: str, samples: rounds.Samples, ours: str) -> None:
 
 
 async def show(
-    backend: str, agents: list[str], limits: list[int], count: int, repeats: int, all_: bool
+    backend: str, agents: list[str], limits: list[int], count: int, repeats: int, whole: bool
 ) -> None:
     for limit in limits:
         for agent in agents:
@@ -137,7 +137,7 @@ async def show(
             samples = await costs(chosen, agent, count, 1, repeats)
             show_costs(f"{agent}, one after the other", samples, ways.OURS_IN_TURN)
 
-    if all_:
+    if whole:
         inputs = 10 * count
         ideal = ideal_seconds(inputs)
         samples = await waits(ways.choose(ways.TOGETHER, backend, "sleeping"), inputs, 2)
@@ -205,6 +205,7 @@ def main() -> None:
     print(
         f"{options.backend}, CPython {platform.python_version()}, processor time, medians of {repeats} rounds"
     )
+    print("'ours is': how many times as fast as this way run_all is, or run_single one after the other")
     for package in ways.MISSING:
         print(f"{package} is not installed, and left out")
 

@@ -60,7 +60,7 @@ async def small_and_large(small: int, large: int) -> tuple[Size, Size]:
 
 def figures(backend: str, quick: bool) -> dict[str, str]:
     """Return what the table of all benchmarks says about this."""
-    small, large = (200, 2000) if quick else (10_000, 1_000_000)
+    small, large = (200, 2000) if quick else (10_000, 100_000)
     first, last = rounds.run(small_and_large, backend, small, large)
     title = f"`as_completed` of {large:,}, relative to {small:,}"
     found = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -215,7 +215,7 @@ async def task_group(agent: Agent, count: int, limit: int) -> list[int]:
     return outputs
 
 
-async def each_in_a_task(one: Callable[[int], Awaitable[None]], count: int) -> None:
+async def each_in_a_task(one: Callable[[int], Coroutine[Any, Any, None]], count: int) -> None:
     async with anyio.create_task_group() as group:
         for index in range(count):
             group.start_soon(one, index)

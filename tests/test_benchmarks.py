@@ -140,6 +140,6 @@ def test_way_that_loses_a_result_does_not_win() -> None:
 
 def test_peers_that_are_not_installed_are_said_and_left_out() -> None:
     out = output("-c", WITHOUT_PEERS, "--agent", "checkpoint", "--limit", "10", *TINY)
-    assert out.splitlines()[1:4] == [f"{name} is not installed, and left out" for name in PEERS]
-    assert not [line for line in out.splitlines()[4:] if any(name in line for name in PEERS)]
+    assert out.splitlines()[2:5] == [f"{name} is not installed, and left out" for name in PEERS]
+    assert not [line for line in out.splitlines()[5:] if any(name in line for name in PEERS)]
     assert "anyio, a task each" in out
