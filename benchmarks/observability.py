@@ -10,8 +10,6 @@ those of the processor: nothing in here waits.
 
 from __future__ import annotations
 
-import argparse
-import gc
 import io
 import os
 import random
@@ -19,16 +17,18 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import anyio
-from anyio.lowlevel import checkpoint
+import rounds
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from prometheus_client import CollectorRegistry, generate_latest
 from rich.console import Console
+from ways import one_checkpoint
 
 from agentloop import AgentLoop, Event, Invocation, LoopConfig
 from agentloop.contrib.opentelemetry import OpenTelemetrySink
@@ -42,10 +42,6 @@ MEASURED = LoopConfig(max_concurrency=LIMIT)
 UNMEASURED = LoopConfig(max_concurrency=LIMIT, collect_metrics=False)
 
 Around = Callable[[AgentLoop], AbstractAsyncContextManager[object]]
-
-
-async def agent(_: int) -> None:
-    await checkpoint()
 
 
 def ignore(event: Event) -> None:
@@ -77,10 +73,12 @@ def scraped(loop: AgentLoop) -> AbstractAsyncContextManager[object]:
     return nullcontext()
 
 
+UNWATCHED, WATCHED = "metrics off", "metrics on (the default)"
+SINK, TRACED = "... and a sink that does nothing", "... and OpenTelemetry, all sampled"
 VARIANTS: dict[str, tuple[Callable[[], AgentLoop], Around]] = {
-    "metrics off": (lambda: AgentLoop(UNMEASURED), alone),
-    "metrics on (the default)": (lambda: AgentLoop(MEASURED), alone),
-    "... and a sink that does nothing": (lambda: AgentLoop(MEASURED, on_event=ignore), alone),
+    UNWATCHED: (lambda: AgentLoop(UNMEASURED), alone),
+    WATCHED: (lambda: AgentLoop(MEASURED), alone),
+    SINK: (lambda: AgentLoop(MEASURED, on_event=ignore), alone),
     "... and progress": (lambda: AgentLoop(MEASURED), shown),
     "... and Prometheus": (lambda: AgentLoop(MEASURED), scraped),
     "... and a timeline": (lambda: AgentLoop(MEASURED, on_event=drawn()), alone),
@@ -92,38 +90,49 @@ VARIANTS: dict[str, tuple[Callable[[], AgentLoop], Around]] = {
         lambda: AgentLoop(MEASURED, on_event=traced(sampler=ALWAYS_OFF)),
         alone,
     ),
-    "... and OpenTelemetry, all sampled": (lambda: AgentLoop(MEASURED, on_event=traced()), alone),
+    TRACED: (lambda: AgentLoop(MEASURED, on_event=traced()), alone),
 }
 
 
 async def measure(variant: str, inputs: int) -> float:
     """Return how long an invocation takes, in microseconds."""
     make, around = VARIANTS[variant]
-    loop = make()
+    loop, agent = make(), one_checkpoint()
     await loop.run_all(Invocation.map(agent, range(LIMIT)))
-    gc.collect()
     async with around(loop):
         start = time.process_time()
-        await loop.run_all(Invocation.map(agent, range(inputs)))
-        return (time.process_time() - start) / inputs * 1e6
+        results = await loop.run_all(Invocation.map(agent, range(inputs)))
+        seconds = time.process_time() - start
+
+    rounds.check(results, inputs)
+    return seconds / inputs * 1e6
 
 
-async def compare(backend: str, inputs: int, rounds: int) -> None:
-    order, shuffle = [*VARIANTS], random.Random(0).shuffle
-    times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for _ in range(rounds):
-        shuffle(order)
-        for variant in order:
-            times[variant].append(await measure(variant, inputs))
+async def compare(inputs: int, repeats: int) -> rounds.Samples:
+    return await rounds.alternate({name: partial(measure, name, inputs) for name in VARIANTS}, repeats)
 
-    # Compared within each round, where the machine was in the same mood.
-    base = times["metrics on (the default)"]
-    print(f"{backend}, {inputs} invocations, medians of {rounds} rounds")
+
+async def show(backend: str, inputs: int, repeats: int) -> None:
+    samples = await compare(inputs, repeats)
+    print(f"{backend}, {inputs} invocations, medians of {repeats} rounds")
     print(f"  {'':40} {'us each':>8} {'more':>7} {'ratio':>6}")
-    for variant, each in times.items():
-        more = statistics.median(here - there for here, there in zip(each, base, strict=True))
-        ratio = statistics.median(here / there for here, there in zip(each, base, strict=True))
-        print(f"  {variant:40} {statistics.median(each):8.1f} {more:+7.1f} {ratio:6.2f}", flush=True)
+    for name in samples:
+        pairs = zip(samples[name], samples[WATCHED], strict=True)
+        more = statistics.median(here - there for here, there in pairs)
+        print(f"  {name:40} {samples.median(name):8.1f} {more:+7.1f} {samples.ratio(name, WATCHED):6.2f}")
+
+    print(end="", flush=True)
+
+
+def figures(backend: str, quick: bool) -> dict[str, str]:
+    """Return what the table of all benchmarks says about this."""
+    samples = rounds.run(compare, backend, *((100, 1) if quick else (1000, 9)))
+    more = "... and relative to that, with"
+    return {
+        "`run_all` with metrics, time relative to without": f"{samples.ratio(WATCHED, UNWATCHED):.2f}x",
+        f"{more} an event sink that does nothing": f"{samples.ratio(SINK, WATCHED):.2f}x",
+        f"{more} OpenTelemetry, all sampled": f"{samples.ratio(TRACED, WATCHED):.2f}x",
+    }
 
 
 async def cost_of_a_look(invocations: int) -> None:
@@ -150,13 +159,14 @@ async def cost_of_a_look(invocations: int) -> None:
         print(f"  {name:40} {statistics.median(seconds) * 1e6:8.1f} us each time")
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backend", choices=["asyncio", "trio"], action="append")
+def main() -> None:
+    parser = rounds.parser(__doc__)
     parser.add_argument("--inputs", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    for backend in options.backend or ["asyncio", "trio"]:
-        anyio.run(compare, backend, options.inputs, options.rounds, backend=backend)
+    rounds.run(show, options.backend, options.backend, options.inputs, options.rounds)
+    rounds.run(cost_of_a_look, options.backend, 2 * options.inputs)
 
-    anyio.run(cost_of_a_look, 5000)
+
+if __name__ == "__main__":
+    main()

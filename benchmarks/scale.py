@@ -6,49 +6,77 @@ How a batch of any length grows: tasks and memory while ``as_completed`` runs up
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import anyio
-from anyio.lowlevel import checkpoint
+import attrs
+import rounds
+from ways import one_checkpoint
 
 from agentloop import AgentLoop, Invocation, LoopConfig
 
 
-async def agent(_: int) -> None:
-    await checkpoint()
+@attrs.frozen
+class Size:
+    inputs: int
+    tasks: int
+    mib: float
+    us_each: float
 
 
-def resident_mib() -> float:
-    """Return how much memory the process has now (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2**20
+async def measure(inputs: int, limit: int) -> Size:
+    """Run one batch, and look at it fifty times."""
+    loop, others = AgentLoop(LoopConfig(max_concurrency=limit)), len(anyio.get_running_tasks())
+    agent, every = one_checkpoint(), max(1, inputs // 50)
+    succeeded, tasks, memory, start = 0, 0, 0.0, time.process_time()
+    async with loop.as_completed(Invocation.map(agent, range(inputs))) as results:
+        async for result in results:
+            succeeded += result.output == result.index
+            if result.index % every == 0:
+                tasks = max(tasks, len(anyio.get_running_tasks()) - others)
+                memory = max(memory, rounds.memory_mib())
+
+    assert succeeded == inputs, f"{succeeded} of {inputs} agents have a result"
+    return Size(inputs, tasks, memory, (time.process_time() - start) / inputs * 1e6)
 
 
-async def main(inputs: int, limit: int) -> None:
-    loop = AgentLoop(LoopConfig(max_concurrency=limit))
-    others = len(anyio.get_running_tasks())
+async def sizes(up_to: int, limit: int) -> AsyncIterator[Size]:
+    inputs = 1000
+    while inputs <= up_to:
+        yield await measure(inputs, limit)
+        inputs *= 10
+
+
+async def show(up_to: int, limit: int) -> None:
     print(f"limit {limit}\n{'inputs':>10} {'tasks':>6} {'MiB':>7} {'us each':>8}")
-    size = 1000
-    while size <= inputs:
-        tasks, memory, start = 0, 0.0, time.perf_counter()
-        every = max(1, size // 50)
-        async with loop.as_completed(Invocation.map(agent, range(size))) as results:
-            async for result in results:
-                if result.index % every == 0:
-                    tasks = max(tasks, len(anyio.get_running_tasks()) - others)
-                    memory = max(memory, resident_mib())
-
-        seconds = time.perf_counter() - start
-        print(f"{size:>10} {tasks:>6} {memory:>7.1f} {seconds / size * 1e6:>8.1f}", flush=True)
-        size *= 10
+    async for size in sizes(up_to, limit):
+        print(f"{size.inputs:>10} {size.tasks:>6} {size.mib:>7.1f} {size.us_each:>8.1f}", flush=True)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
+async def small_and_large(small: int, large: int) -> tuple[Size, Size]:
+    return await measure(small, 100), await measure(large, 100)
+
+
+def figures(backend: str, quick: bool) -> dict[str, str]:
+    """Return what the table of all benchmarks says about this."""
+    small, large = (200, 2000) if quick else (10_000, 100_000)
+    first, last = rounds.run(small_and_large, backend, small, large)
+    title = f"`as_completed` of {large:,}, relative to {small:,}"
+    found = {
+        f"{title}: tasks": f"{last.tasks / first.tasks:.2f}x",
+        f"{title}: processor time of each": f"{last.us_each / first.us_each:.2f}x",
+    }
+    return found | {f"{title}: memory": f"{last.mib / first.mib:.2f}x"} if first.mib else found
+
+
+def main() -> None:
+    parser = rounds.parser(__doc__)
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--limit", type=int, default=100)
     options = parser.parse_args()
-    anyio.run(main, options.inputs, options.limit, backend=options.backend)
+    rounds.run(show, options.backend, options.inputs, options.limit)
+
+
+if __name__ == "__main__":
+    main()

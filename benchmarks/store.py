@@ -8,19 +8,19 @@ Microseconds, the median of many. "one dict" is the same edit where all tasks st
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import anyio
+import rounds
 
 from agentloop import ContextStore
 
 SIZES = (20, 2_000, 20_000)
 REPEATS = 200
+COLUMNS = ("get", "set", "edit", "one dict", "snapshot", "deepcopy")
 
 
 def tasks(count: int) -> dict[str, Any]:
@@ -29,9 +29,9 @@ def tasks(count: int) -> dict[str, Any]:
     }
 
 
-async def median_us(operation: Callable[[], Awaitable[Any]]) -> float:
+async def median_us(operation: Callable[[], Awaitable[Any]], repeats: int) -> float:
     times: list[float] = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         start = time.perf_counter()
         await operation()
         times.append(time.perf_counter() - start)
@@ -39,39 +39,66 @@ async def median_us(operation: Callable[[], Awaitable[Any]]) -> float:
     return statistics.median(times) * 1e6
 
 
-async def main() -> None:
-    print(f"{'keys':>7} {'get':>7} {'set':>7} {'edit':>7} {'one dict':>8} {'snapshot':>8} {'deepcopy':>9}")
-    for size in SIZES:
-        values = tasks(size)
-        store, nested = ContextStore(values), ContextStore({"tasks": values})
+async def measure(size: int, repeats: int) -> dict[str, float]:
+    """Return what each operation takes on a store of so many keys, in microseconds."""
+    values = tasks(size)
+    store, nested = ContextStore(values), ContextStore({"tasks": values})
 
-        async def edit(store: ContextStore = store) -> None:
-            async with store.edit() as draft:
-                draft["t7"]["status"]["now"] = "done"
+    async def edit() -> None:
+        async with store.edit() as draft:
+            draft["t7"]["status"]["now"] = "done"
 
-        async def edit_nested(nested: ContextStore = nested) -> None:
-            async with nested.edit() as draft:
-                draft["tasks"]["t7"]["status"]["now"] = "done"
+    async def edit_nested() -> None:
+        async with nested.edit() as draft:
+            draft["tasks"]["t7"]["status"]["now"] = "done"
 
-        columns = [
-            await median_us(lambda store=store: store.get("t7")),
-            await median_us(lambda store=store: store.set("t7", {"status": {"now": "done"}})),
-            await median_us(edit),
-            await median_us(edit_nested),
-            await median_us(store.snapshot),
-        ]
-        start = time.perf_counter()
+    async def deepcopy() -> None:
         copy.deepcopy(values)
-        columns.append((time.perf_counter() - start) * 1e6)
-        get, set_, edited, edited_nested, snapshot, deep = columns
-        print(
-            f"{size:>7} {get:>7.0f} {set_:>7.0f} {edited:>7.0f} {edited_nested:>8.0f} "
-            f"{snapshot:>8.0f} {deep:>9.0f}",
-            flush=True,
-        )
+
+    done = {
+        "get": await median_us(lambda: store.get("t7"), repeats),
+        "set": await median_us(lambda: store.set("t7", {"status": {"now": "set"}}), repeats),
+        "edit": await median_us(edit, repeats),
+        "one dict": await median_us(edit_nested, repeats),
+        "snapshot": await median_us(store.snapshot, repeats),
+        "deepcopy": await median_us(deepcopy, 1),
+    }
+    snapshots = await store.snapshot(), (await nested.snapshot())["tasks"]
+    assert all(snapshot["t7"]["status"]["now"] == "done" for snapshot in snapshots), "an edit is lost"
+    return done
+
+
+async def show(repeats: int) -> None:
+    print(f"{'keys':>7}", *(f"{column:>8}" for column in COLUMNS))
+    for size in SIZES:
+        found = await measure(size, repeats)
+        print(f"{size:>7}", *(f"{found[column]:>8.0f}" for column in COLUMNS), flush=True)
+
+
+async def small_and_large(large: int, repeats: int) -> tuple[dict[str, float], dict[str, float]]:
+    return await measure(SIZES[0], repeats), await measure(large, repeats)
+
+
+def ratio(one: float, other: float) -> str:
+    return f"{one / other:,.{0 if one > 10 * other else 1}f}x"
+
+
+def figures(backend: str, quick: bool) -> dict[str, str]:
+    """Return what the table of all benchmarks says about this."""
+    size, repeats = (SIZES[1], 3) if quick else (SIZES[-1], REPEATS)
+    small, large = rounds.run(small_and_large, backend, size, repeats)
+    return {
+        f"An edit of {size:,} keys, time relative to one of {SIZES[0]}": ratio(large["edit"], small["edit"]),
+        f"An edit of {size:,} keys, times as fast as a deep copy": ratio(large["deepcopy"], large["edit"]),
+    }
+
+
+def main() -> None:
+    parser = rounds.parser(__doc__)
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    options = parser.parse_args()
+    rounds.run(show, options.backend, options.repeats)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
-    anyio.run(main, backend=parser.parse_args().backend)
+    main()

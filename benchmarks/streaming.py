@@ -10,20 +10,20 @@ slot, metrics and a context of its own; ``idle`` has a time-out between chunks b
 
 from __future__ import annotations
 
-import argparse
 import platform
-import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import TypeAlias
 
 import anyio
+import rounds
 from anyio.lowlevel import checkpoint
 
-from agentloop import AgentLoop, Invocation, LoopConfig
+from agentloop import AgentLoop, ChunkEvent, Invocation, LoopConfig
 
 Agent: TypeAlias = Callable[[int], AsyncIterator[int]]
-Way: TypeAlias = Callable[[Agent, int], Awaitable[None]]
+Way: TypeAlias = Callable[[Agent, int], Awaitable[int]]
 
 FAN = 10
 
@@ -39,13 +39,17 @@ async def one_checkpoint(chunks: int) -> AsyncIterator[int]:
         yield index
 
 
-async def direct(agent: Agent, chunks: int) -> None:
+async def direct(agent: Agent, chunks: int) -> int:
+    count = 0
     async for _ in agent(chunks):
-        pass
+        count += 1
+
+    return count
 
 
 def plain(buffer: int) -> Way:
-    async def run(agent: Agent, chunks: int) -> None:
+    async def run(agent: Agent, chunks: int) -> int:
+        count = 0
         send, receive = anyio.create_memory_object_stream[int](buffer)
 
         async def produce() -> None:
@@ -57,55 +61,87 @@ def plain(buffer: int) -> Way:
             group.start_soon(produce)
             async with receive:
                 async for _ in receive:
-                    pass
+                    count += 1
+
+        return count
 
     return run
 
 
 def ours(config: LoopConfig) -> Way:
-    async def run(agent: Agent, chunks: int) -> None:
+    async def run(agent: Agent, chunks: int) -> int:
+        count = 0
         async with AgentLoop(config).run_streaming("agent", agent, chunks) as stream:
             async for _ in stream:
-                pass
+                count += 1
+
+        return count
 
     return run
 
 
-async def fanned(agent: Agent, chunks: int) -> None:
+async def fanned(agent: Agent, chunks: int) -> int:
+    count = 0
     invocations = Invocation.map(agent, [chunks // FAN] * FAN)
     async with AgentLoop().stream_all(invocations) as events:
-        async for _ in events:
-            pass
+        async for event in events:
+            count += isinstance(event, ChunkEvent)
+
+    return count
 
 
-async def main(chunks: int, rounds: int) -> None:
-    ways: dict[str, Way] = {
-        "direct": direct,
-        "plain, buffer 0": plain(0),
-        "plain, buffer 16": plain(16),
-        "agentloop": ours(LoopConfig()),
-        "agentloop, idle": ours(LoopConfig(first_chunk_timeout_seconds=30, idle_timeout_seconds=30)),
-        f"stream_all of {FAN}": fanned,
-    }
+DIRECT, PLAIN, OURS, FANNED = "direct", "plain, buffer 16", "agentloop", f"stream_all of {FAN}"
+WAYS: dict[str, Way] = {
+    DIRECT: direct,
+    "plain, buffer 0": plain(0),
+    PLAIN: plain(16),
+    OURS: ours(LoopConfig()),
+    "agentloop, idle": ours(LoopConfig(first_chunk_timeout_seconds=30, idle_timeout_seconds=30)),
+    FANNED: fanned,
+}
+
+
+async def measure(way: Way, agent: Agent, chunks: int) -> float:
+    """Return how long a chunk takes, in microseconds."""
+    start = time.perf_counter()
+    count = await way(agent, chunks)
+    seconds = time.perf_counter() - start
+    assert count == chunks, f"{count} of {chunks} chunks have come"
+    return seconds / chunks * 1e6
+
+
+async def compare(agent: Agent, chunks: int, repeats: int) -> rounds.Samples:
+    return await rounds.alternate(
+        {name: partial(measure, way, agent, chunks) for name, way in WAYS.items()}, repeats
+    )
+
+
+async def show(chunks: int, repeats: int) -> None:
     for agent in (at_once, one_checkpoint):
-        costs: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(rounds):
-            for name, run in ways.items():
-                start = time.perf_counter()
-                await run(agent, chunks)
-                costs[name].append((time.perf_counter() - start) / chunks * 1e6)
-
+        samples = await compare(agent, chunks, repeats)
         print(f"\n{agent.__name__:20} {'us a chunk':>10} {'plain (16) is slower by':>24}")
-        for name, samples in costs.items():
-            ratios = [theirs / mine for theirs, mine in zip(costs["plain, buffer 16"], samples, strict=True)]
-            print(f"{name:20} {statistics.median(samples):>10.1f} {statistics.median(ratios):>23.2f}x")
+        for name in samples:
+            print(f"{name:20} {samples.median(name):>10.1f} {samples.ratio(PLAIN, name):>23.2f}x", flush=True)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
+def figures(backend: str, quick: bool) -> dict[str, str]:
+    """Return what the table of all benchmarks says about this."""
+    chunks, repeats = (200, 1) if quick else (10_000, 9)
+    samples = rounds.run(compare, backend, one_checkpoint, chunks, repeats)
+    return {
+        f"{title}, times as fast a chunk as a plain memory object stream": f"{samples.ratio(PLAIN, way):.1f}x"
+        for title, way in {"`run_streaming`": OURS, f"`stream_all` of {FAN}": FANNED}.items()
+    }
+
+
+def main() -> None:
+    parser = rounds.parser(__doc__)
     parser.add_argument("--chunks", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     print(f"{options.backend}, CPython {platform.python_version()}, {options.chunks} chunks, medians")
-    anyio.run(main, options.chunks, options.rounds, backend=options.backend)
+    rounds.run(show, options.backend, options.chunks, options.rounds)
+
+
+if __name__ == "__main__":
+    main()

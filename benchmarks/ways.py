@@ -1,0 +1,331 @@
+"""
+Ways to run many agents with a limit: ours, those of others, and what one would write by hand.
+
+Each takes an agent, how many invocations and how many at once, and returns what they returned. Each has a
+time-out of 300 s and three retries without a pause, but for the bare workers and ``aiometer``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import anyio
+from anyio.lowlevel import checkpoint
+
+from agentloop import AgentLoop, Backoff, Invocation, LoopConfig
+
+Agent: TypeAlias = Callable[[int], Awaitable[int]]
+Way: TypeAlias = Callable[[Agent, int, int], Awaitable[list[Any]]]
+
+TIMEOUT_SECONDS = 300
+MAX_RETRIES = 3
+
+
+# -- agents, each of which returns its index
+
+
+def at_once() -> Agent:
+    async def agent(index: int) -> int:
+        return index
+
+    return agent
+
+
+def one_checkpoint() -> Agent:
+    async def agent(index: int) -> int:
+        await checkpoint()  # AnyIO's own, on every backend
+        return index
+
+    return agent
+
+
+def sleeping(seconds: float) -> Agent:
+    async def agent(index: int) -> int:
+        await anyio.sleep(seconds)
+        return index
+
+    return agent
+
+
+def failing_once() -> Agent:
+    failed: set[int] = set()
+
+    async def agent(index: int) -> int:
+        await checkpoint()
+        if index not in failed:
+            failed.add(index)
+            raise ConnectionError
+
+        return index
+
+    return agent
+
+
+AGENTS: dict[str, Callable[[], Agent]] = {
+    "at-once": at_once,
+    "checkpoint": one_checkpoint,
+    "1-ms": partial(sleeping, 0.001),
+    "retried": failing_once,
+}
+
+
+# -- the floor
+
+
+async def bare_workers(agent: Agent, count: int, limit: int) -> list[int]:
+    outputs: list[int] = []
+    indices = iter(range(count))
+
+    async def work() -> None:
+        for index in indices:
+            while True:
+                try:
+                    outputs.append(await agent(index))
+                    break
+                except ConnectionError:
+                    pass
+
+    async with anyio.create_task_group() as group:
+        for _ in range(limit):
+            group.start_soon(work)
+
+    return outputs
+
+
+# -- ours: with metrics, a context for each, a time-out, and retries
+
+
+def new_loop(limit: int) -> AgentLoop:
+    # The defaults, but for the pause before a retry, which most of the others do not make.
+    return AgentLoop(LoopConfig(max_concurrency=limit, backoff=Backoff(initial_seconds=0)))
+
+
+async def run_all(agent: Agent, count: int, limit: int) -> list[Any]:
+    return await new_loop(limit).run_all(Invocation.map(agent, range(count)))
+
+
+async def as_completed(agent: Agent, count: int, limit: int) -> list[Any]:
+    async with new_loop(limit).as_completed(Invocation.map(agent, range(count))) as results:
+        return [result.output async for result in results]
+
+
+async def run_single(agent: Agent, count: int, limit: int) -> list[Any]:
+    loop = new_loop(limit)
+    results: list[Any] = []
+    indices = iter(range(count))
+
+    async def work() -> None:
+        for index in indices:
+            result = await loop.run_single(f"agent-{index}", agent, index)
+            results.append(result)
+
+    async with anyio.create_task_group() as group:
+        for _ in range(limit):
+            group.start_soon(work)
+
+    return results
+
+
+async def run_single_in_turn(agent: Agent, count: int, limit: int) -> list[Any]:
+    loop = new_loop(limit)
+    return [await loop.run_single(f"agent-{index}", agent, index) for index in range(count)]
+
+
+# -- the original that this library replaces, which knows asyncio only
+
+
+@dataclass
+class OriginalResult:
+    agent_id: str
+    success: bool
+    output: Any
+    error: str | None
+    latency_ms: float
+    retries: int
+
+
+class Original:
+    def __init__(self, limit: int) -> None:
+        self.semaphore = asyncio.Semaphore(limit)
+        self.latencies: list[float] = []
+
+    async def run_single(
+        self, agent_id: str, fn: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> OriginalResult:
+        start, error = time.perf_counter(), ""
+        async with self.semaphore:
+            for retries in range(MAX_RETRIES + 1):
+                try:
+                    output = await asyncio.wait_for(fn(*args, **kwargs), TIMEOUT_SECONDS)
+                except asyncio.TimeoutError:  # noqa: UP041  # as the original has it
+                    error = f"Timeout after {TIMEOUT_SECONDS}s"
+                except Exception as exc:
+                    error = str(exc)
+                else:
+                    latency = (time.perf_counter() - start) * 1000
+                    self.latencies.append(latency)
+                    return OriginalResult(agent_id, True, output, None, latency, retries)
+
+        return OriginalResult(agent_id, False, None, error, (time.perf_counter() - start) * 1000, MAX_RETRIES)
+
+    async def run_all(
+        self, invocations: Sequence[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]]
+    ) -> list[OriginalResult]:
+        return await asyncio.gather(
+            *(self.run_single(agent_id, fn, *args, **kwargs) for agent_id, fn, args, kwargs in invocations)
+        )
+
+
+async def original(agent: Agent, count: int, limit: int) -> list[Any]:
+    return await Original(limit).run_all([(f"agent-{index}", agent, (index,), {}) for index in range(count)])
+
+
+async def original_in_turn(agent: Agent, count: int, limit: int) -> list[Any]:
+    loop = Original(limit)
+    return [await loop.run_single(f"agent-{index}", agent, index) for index in range(count)]
+
+
+# -- by hand
+
+
+async def task_group(agent: Agent, count: int, limit: int) -> list[int]:
+    outputs: list[int] = []
+    semaphore = asyncio.Semaphore(limit)
+
+    async def one(index: int) -> None:
+        for attempt in range(MAX_RETRIES + 1):
+            try:
+                async with semaphore, asyncio.timeout(TIMEOUT_SECONDS):
+                    outputs.append(await agent(index))
+                    return
+            except Exception:
+                if attempt == MAX_RETRIES:
+                    raise
+
+    async with asyncio.TaskGroup() as group:
+        for index in range(count):
+            group.create_task(one(index))
+
+    return outputs
+
+
+async def each_in_a_task(one: Callable[[int], Coroutine[Any, Any, None]], count: int) -> None:
+    async with anyio.create_task_group() as group:
+        for index in range(count):
+            group.start_soon(one, index)
+
+
+async def naive(agent: Agent, count: int, limit: int) -> list[int]:
+    outputs: list[int] = []
+    limiter = anyio.CapacityLimiter(limit)
+
+    async def one(index: int) -> None:
+        for attempt in range(MAX_RETRIES + 1):
+            try:
+                async with limiter:
+                    with anyio.fail_after(TIMEOUT_SECONDS):
+                        outputs.append(await agent(index))
+                        return
+            except Exception:
+                if attempt == MAX_RETRIES:
+                    raise
+
+    await each_in_a_task(one, count)
+    return outputs
+
+
+async def with_tenacity(agent: Agent, count: int, limit: int) -> list[int]:
+    import tenacity
+
+    outputs: list[int] = []
+    limiter = anyio.CapacityLimiter(limit)
+
+    @tenacity.retry(stop=tenacity.stop_after_attempt(MAX_RETRIES + 1), reraise=True)
+    async def one(index: int) -> None:
+        async with limiter:
+            with anyio.fail_after(TIMEOUT_SECONDS):
+                outputs.append(await agent(index))
+
+    await each_in_a_task(one, count)
+    return outputs
+
+
+async def with_stamina(agent: Agent, count: int, limit: int) -> list[int]:
+    import stamina
+    from stamina.instrumentation import set_on_retry_hooks
+
+    outputs: list[int] = []
+    limiter = anyio.CapacityLimiter(limit)
+    set_on_retry_hooks([])  # it would write a line for each retry
+
+    @stamina.retry(
+        on=Exception, attempts=MAX_RETRIES + 1, timeout=None, wait_initial=0, wait_max=0, wait_jitter=0
+    )
+    async def one(index: int) -> None:
+        async with limiter:
+            with anyio.fail_after(TIMEOUT_SECONDS):
+                outputs.append(await agent(index))
+
+    await each_in_a_task(one, count)
+    return outputs
+
+
+async def with_aiometer(agent: Agent, count: int, limit: int) -> list[int]:
+    import aiometer
+
+    return await aiometer.run_all([partial(agent, index) for index in range(count)], max_at_once=limit)
+
+
+FLOOR = "bare workers, the floor"
+OURS = "run_all"
+AS_COMPLETED = "as_completed"
+SINGLE = "run_single, by workers"
+ORIGINAL = "original: gather, wait_for"
+TASK_GROUP = "asyncio.TaskGroup, timeout"
+AIOMETER = "aiometer"
+NAIVE = "anyio, a task each"
+TENACITY = "... and tenacity"
+STAMINA = "... and stamina"
+
+TOGETHER: dict[str, Way] = {
+    FLOOR: bare_workers,
+    OURS: run_all,
+    AS_COMPLETED: as_completed,
+    SINGLE: run_single,
+    ORIGINAL: original,
+    TASK_GROUP: task_group,
+    AIOMETER: with_aiometer,
+    NAIVE: naive,
+    TENACITY: with_tenacity,
+    STAMINA: with_stamina,
+}
+
+OURS_IN_TURN = "run_single"
+ORIGINAL_IN_TURN = "original run_single"
+IN_TURN: dict[str, Way] = {
+    FLOOR: bare_workers,
+    OURS_IN_TURN: run_single_in_turn,
+    ORIGINAL_IN_TURN: original_in_turn,
+}
+
+ASYNCIO_ONLY = {ORIGINAL, TASK_GROUP, ORIGINAL_IN_TURN}
+PACKAGES = {AIOMETER: "aiometer", TENACITY: "tenacity", STAMINA: "stamina"}
+MISSING = [package for package in PACKAGES.values() if importlib.util.find_spec(package) is None]
+
+
+def choose(ways: dict[str, Way], backend: str, agent: str) -> dict[str, Way]:
+    """Return the ways that are installed, know the backend, and get such agents done."""
+    left_out = {way for way, package in PACKAGES.items() if package in MISSING}
+    if backend == "trio":
+        left_out |= ASYNCIO_ONLY
+
+    if agent == "retried":
+        left_out.add(AIOMETER)
+
+    return {name: way for name, way in ways.items() if name not in left_out}

@@ -1,0 +1,145 @@
+"""The benchmarks: that each of them runs, on both backends, and that none is won by leaving work undone."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+BACKENDS = ["asyncio", "trio"]
+PEERS = {"aiometer": "aiometer", "tenacity": "... and tenacity", "stamina": "... and stamina"}
+MODULES = ("overhead", "limiter", "scale", "streaming", "store", "observability")
+TINY = ("--invocations", "30", "--rounds", "1")
+LOSSY = """
+import overhead, ways
+
+async def lossy(agent, count, limit):
+    return (await ways.bare_workers(agent, count, limit))[1:]
+
+ways.TOGETHER[ways.OURS] = lossy
+overhead.main()
+"""
+WITHOUT_PEERS = """
+import sys
+sys.modules.update(dict.fromkeys(["aiometer", "tenacity", "stamina", "uvloop"]))
+import overhead
+overhead.main()
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, "-W", "error", *arguments],
+        env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+        check=False,
+    )
+
+
+def output(*arguments: str) -> str:
+    done = run(*arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_overhead_compares_every_way_that_is_installed(backend: str) -> None:
+    agents = ["at-once", "checkpoint", "1-ms", "retried"]
+    chosen = [word for agent in agents for word in ("--agent", agent)]
+    out = output(str(BENCHMARKS / "overhead.py"), "--backend", backend, "--limit", "10", *chosen, *TINY)
+    installed = {name for name in PEERS if find_spec(name) is not None}
+    said, *tables = out.split("\n\n")
+    assert [name for name in PEERS if f"{name} is not installed, and left out" not in said] == [
+        name for name in PEERS if name in installed
+    ]
+    for agent, table in zip(agents, tables, strict=False):
+        title, *lines = table.splitlines()
+        assert title.startswith(f"{agent}, limit 10, 30 invocations ")
+        ways = [line[2:44].strip() for line in lines]
+        assert ways == expected_ways(agent, backend, installed)
+        assert all(float(line[44:].split()[0]) > 0 for line in lines)
+
+
+def expected_ways(agent: str, backend: str, installed: set[str]) -> list[str]:
+    expected = ["bare workers, the floor", "run_all", "as_completed", "run_single, by workers"]
+    if backend == "asyncio":
+        expected += ["original: gather, wait_for", "asyncio.TaskGroup, timeout"]
+
+    if "aiometer" in installed and agent != "retried":
+        expected.append("aiometer")
+
+    expected.append("anyio, a task each")
+    return expected + [PEERS[name] for name in ("tenacity", "stamina") if name in installed]
+
+
+@pytest.mark.parametrize(
+    ("script", "backend", "arguments", "names"),
+    [
+        (
+            "limiter",
+            "trio",
+            ["--calls", "50", "--rounds", "1"],
+            ["anyio.CapacityLimiter", "Limiter with room"],
+        ),
+        ("scale", "asyncio", ["--inputs", "1000"], ["1000"]),
+        (
+            "streaming",
+            "trio",
+            ["--chunks", "50", "--rounds", "1"],
+            ["direct", "agentloop", "stream_all of 10"],
+        ),
+        ("store", "asyncio", ["--repeats", "1"], ["20", "2000", "20000"]),
+        ("observability", "trio", ["--inputs", "50", "--rounds", "1"], ["metrics off", "... and a timeline"]),
+    ],
+)
+def test_each_benchmark_prints_its_figures(
+    script: str, backend: str, arguments: list[str], names: list[str]
+) -> None:
+    out = output(str(BENCHMARKS / f"{script}.py"), "--backend", backend, *arguments)
+    for name in names:
+        rows = re.findall(rf"^ *{re.escape(name)}  +(\d.*)$", out, re.MULTILINE)
+        assert rows, name
+        assert all(float(row.split()[0]) > 0 for row in rows)
+
+
+def test_one_command_writes_a_table_of_all_on_both_backends() -> None:
+    done = run(str(BENCHMARKS / "table.py"), "--quick")
+    assert done.returncode == 0, done.stderr
+    said = {f"{name} on {backend} ..." for name in MODULES for backend in BACKENDS}
+    said |= {f"{name} is not installed, and left out" for name in PEERS if find_spec(name) is None}
+    assert {*done.stderr.splitlines()} == said
+
+    header, rule, *rows, empty, machine = done.stdout.splitlines()
+    assert (header, rule, empty) == ("|  | asyncio | trio |", "| --- | --: | --: |", "")
+    assert f"CPython {'.'.join(map(str, sys.version_info[:3]))}, anyio 4." in machine
+    cells = {what: values for what, *values in (row.strip("| ").split(" | ") for row in rows)}
+    assert len(cells) == len(rows)
+    assert cells["`as_completed`, time relative to `run_all`"] != ["-", "-"]
+    assert cells["`run_all`, times as fast as the original (`gather`, `wait_for`)"][1] == "-"
+    are_ratios = [values[0].endswith("x") for values in cells.values()]
+    assert are_ratios == sorted(are_ratios, reverse=True), "ratios come first"
+    numbers = [value for values in cells.values() for value in values if value != "-"]
+    assert all(re.fullmatch(r"[\d,]+(\.\d+)?(x| µs| MiB, [\d,]+ tasks)", value) for value in numbers)
+
+
+def test_way_that_loses_a_result_does_not_win() -> None:
+    done = run("-c", LOSSY, "--agent", "checkpoint", "--limit", "10", *TINY)
+    assert done.returncode == 1
+    assert done.stderr.endswith("AssertionError: 29 of 30 agents have a result\n")
+
+
+def test_peers_that_are_not_installed_are_said_and_left_out() -> None:
+    out = output("-c", WITHOUT_PEERS, "--agent", "checkpoint", "--limit", "10", *TINY)
+    assert out.splitlines()[2:5] == [f"{name} is not installed, and left out" for name in PEERS]
+    assert not [line for line in out.splitlines()[5:] if any(name in line for name in PEERS)]
+    assert "anyio, a task each" in out
