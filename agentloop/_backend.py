@@ -6,6 +6,7 @@ __all__ = ["Host", "can_postpone", "clock", "current_host", "is_running"]
 
 import asyncio
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,11 +23,11 @@ class Host:
     the count raised, and then a later scope in the same task does not catch its own cancellation.
     """
 
-    __slots__ = ()
+    __slots__ = ("cancellations",)
 
-    def cancellations(self) -> int:
-        """Return how many native cancellations of the task are pending."""
-        return 0
+    def __init__(self, cancellations: Callable[[], int] = int) -> None:
+        self.cancellations = cancellations
+        """Returns how many native cancellations of the task are pending."""
 
     async def forget_cancellations(self, keep: int) -> None:
         """Take back the native cancellations of the task that came after the first ``keep``."""
@@ -38,10 +39,8 @@ class _AsyncioHost(Host):
     def __init__(self) -> None:
         task = asyncio.current_task()
         assert task is not None
+        super().__init__(task.cancelling)
         self._task = task
-
-    def cancellations(self) -> int:
-        return self._task.cancelling()
 
     async def forget_cancellations(self, keep: int) -> None:
         while self._task.cancelling() > keep:
@@ -94,7 +93,9 @@ def clock() -> Callable[[], float]:
     That finds out at each call which backend and which loop it runs in, which costs more than the reading.
     """
     if anyio.get_cancelled_exc_class() is asyncio.CancelledError:
-        return asyncio.get_running_loop().time
+        loop = asyncio.get_running_loop()
+        # The method of all loops that have no clock of their own does nothing but call this.
+        return time.monotonic if type(loop).time is asyncio.BaseEventLoop.time else loop.time
 
     import trio  # it is there, since we run on it
 

@@ -130,7 +130,20 @@ class Invocation(Generic[T_co]):
             raise TypeError(f"agent_id must be a str, a function of an item or None, got {agent_id!r}")
 
         def make(index: int, item: ItemT) -> Invocation[T]:
-            return Invocation(prefix(item) if callable(prefix) else f"{prefix}-{index}", fn, (item,))
+            if callable(prefix):
+                return Invocation(prefix(item), fn, (item,))
+
+            # Nothing in it can be wrong, and to check it all again takes longer than all else about it.
+            invocation = new(cls)
+            set_agent_id(invocation, f"{prefix}-{index}")
+            set_fn(invocation, fn)
+            set_args(invocation, (item,))
+            set_kwargs(invocation, {})
+            return invocation
+
+        new = object.__new__
+        cls: type[Invocation[T]] = Invocation
+        set_agent_id, set_fn, set_args, set_kwargs = _SETTERS
 
         if isinstance(items, AsyncIterable):
             return _amap(make, items)
@@ -141,6 +154,10 @@ class Invocation(Generic[T_co]):
         # No builtin map(): it would take a StopIteration of agent_id for the end of the items.
         return (make(index, item) for index, item in enumerate(items))
 
+
+_SETTERS: list[Callable[[object, Any], None]] = [
+    vars(Invocation)[field.name].__set__ for field in attrs.fields(Invocation)
+]
 
 Input: TypeAlias = Invocation[T] | tuple[str, Callable[..., Awaitable[T]], Sequence[Any], Mapping[str, Any]]
 """An invocation, or the plain 4-tuple of its fields."""

@@ -4,14 +4,20 @@ __all__ = ["MetricsRecorder", "MetricsSnapshot"]
 
 import math
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections import deque
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import attrs
 
 from . import _validators as must
 from ._histogram import DEFAULT_SCALE, Distribution, Histogram
 from ._result import InvocationResult, Status
+
+# Of a result: its status, whether it was started, its retries, latency, queue and first chunk.
+_Record: TypeAlias = tuple[Status, bool, int, float, float, float | None]
+TOLD_AT_MOST = 1000
 
 
 @attrs.frozen
@@ -77,28 +83,34 @@ class MetricsRecorder:
             raise ValueError(f"scale must be at most 12, got {scale!r}")
 
         self._scale = scale
-        self._lock = threading.Lock()
         self._in_flight = 0
+        self._prepare()
         self.reset()
+
+    def _prepare(self) -> None:
+        self._lock = threading.Lock()
+        # What was told and not yet counted. To append is safe in any thread, and many are counted faster than
+        # one by one.
+        self._told: deque[int | _Record] = deque()
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in self.snapshot().counts.items() if count)
         return f"<MetricsRecorder {counts or 'empty'}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        with self._lock:
+        with self._counted():
             copy = MetricsRecorder(self._scale)
             copy._add(self)
 
         state = vars(copy)
-        del state["_lock"]
+        del state["_lock"], state["_told"]
         # What runs here does not run where this is unpickled.
         state["_in_flight"] = 0
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.Lock()
+        self._prepare()
 
     def record(self, result: InvocationResult[Any]) -> None:
         """
@@ -110,35 +122,57 @@ class MetricsRecorder:
         if not (0 <= latency < math.inf and 0 <= queue < math.inf and 0 <= (first_chunk or 0) < math.inf):
             raise ValueError(f"durations must be finite and at least 0, got {result!r}")
 
+        # What was refused before it could start has no latency either, and no attempt that failed.
         status = result.status
+        refused = status is Status.ERROR and not latency and not result.failures
+        started = status is not Status.SKIPPED and not refused
+        told = self._told
+        told.append((status, started, result.retries, latency, queue, first_chunk))
+        if len(told) >= TOLD_AT_MOST:
+            with self._counted():
+                pass
+
+    @contextmanager
+    def _counted(self) -> Generator[None]:
+        """Hold the lock, with all counted that was told before."""
         with self._lock:
-            self._retries += result.retries
-            if status is Status.SUCCESS:
-                self._successes += 1
-            else:
-                self._others[status] = self._others.get(status, 0) + 1
-                # What was refused before it could start has no latency either, and no attempt that failed.
-                refused = status is Status.ERROR and not latency and not result.failures
-                if status is Status.SKIPPED or refused:
-                    return
+            told = self._told
+            for _ in range(len(told)):
+                self._count(told.popleft())
 
-            # Where there was one attempt, it took as long as all of it: most are recorded only once.
-            if result.retries:
-                self._retried.add(latency)
-            else:
-                self._latency.add(latency)
+            yield
 
-            if queue:
-                self._queue.add(queue)
-            else:
-                self._unqueued += 1
+    def _count(self, told: int | _Record) -> None:
+        if isinstance(told, int):
+            self._in_flight += told
+            return
 
-            if first_chunk is not None:
-                self._first_chunk.add(first_chunk)
+        status, started, retries, latency, queue, first_chunk = told
+        self._retries += retries
+        if status is Status.SUCCESS:
+            self._successes += 1
+        else:
+            self._others[status] = self._others.get(status, 0) + 1
+            if not started:
+                return
+
+        # Where there was one attempt, it took as long as all of it: most are recorded only once.
+        if retries:
+            self._retried.add(latency)
+        else:
+            self._latency.add(latency)
+
+        if queue:
+            self._queue.add(queue)
+        else:
+            self._unqueued += 1
+
+        if first_chunk is not None:
+            self._first_chunk.add(first_chunk)
 
     def snapshot(self) -> MetricsSnapshot:
         """Return what was recorded until now."""
-        with self._lock:
+        with self._counted():
             queue = Histogram(self._scale)
             if self._unqueued:
                 queue.zeros = queue.count = self._unqueued
@@ -176,15 +210,15 @@ class MetricsRecorder:
 
         # One lock after the other: two recorders may be merged with each other at once.
         copy = MetricsRecorder(other._scale)
-        with other._lock:
+        with other._counted():
             copy._add(other)
 
-        with self._lock:
+        with self._counted():
             self._add(copy)
 
     def reset(self) -> None:
         """Forget everything, except what is in flight."""
-        with self._lock:
+        with self._counted():
             self._successes = 0
             self._others: dict[Status, int] = {}
             self._retries = 0
@@ -215,13 +249,11 @@ class MetricsRecorder:
 
     def begin(self) -> None:
         """Count an invocation as in flight."""
-        with self._lock:
-            self._in_flight += 1
+        self._told.append(1)
 
     def end(self) -> None:
         """Count an invocation as no longer in flight."""
-        with self._lock:
-            self._in_flight -= 1
+        self._told.append(-1)
 
     def add_attempt(self, attempt_ms: float) -> None:
         """Record how long one of several attempts took. A single attempt took as long as all of it."""

@@ -40,33 +40,24 @@ class Slot:
     token, so however deep the nesting, the innermost invocation always has a slot to run in.
     """
 
-    __slots__ = (
-        "charges",
-        "epoch",
-        "lender",
-        "lent",
-        "outer",
-        "pool",
-        "released",
-        "suspended",
-        "token",
-        "waiters",
-    )
+    # What most slots never need stays in the class: there is one of these for each attempt.
+    lender: Slot | None = None
+    lent: Slot | None = None
+    released = False
+    suspended = False
+    # The token that was borrowed from anyio's limiter, in the slot that has it to give back.
+    token: object | None = None
+    # What has been paid for the attempt, until it begins.
+    charges: list[Charge] | None = None
+    # Who would take this slot on loan; made when the first one asks.
+    waiters: OrderedDict[Waiter, None] | None = None
 
     def __init__(self, pool: Pool, lender: Slot | None, outer: Slot | None) -> None:
         self.pool = pool
-        self.lender = lender
         self.outer = outer
-        # What has been paid for the attempt, until it begins.
-        self.charges: list[Charge] | None = None
         self.epoch: int = pool.epoch
-        # The token that was borrowed from anyio's limiter, in the slot that has it to give back.
-        self.token: object | None = None
-        self.lent: Slot | None = None
-        self.released = False
-        self.suspended = False
-        # Who would take this slot on loan; made when the first one asks.
-        self.waiters: OrderedDict[Waiter, None] | None = None
+        if lender is not None:
+            self.lender = lender
 
     def release(
         self, verdict: Verdict | None = None, succeeded: bool = False, longest_hold: float = math.inf
@@ -80,15 +71,17 @@ class Slot:
         :param longest_hold: for how many seconds others wait at most because of it
         """
         self.released = True
+        pool = self.pool
         if self.charges is not None:
-            self.pool.refund(self.charges)
-        elif succeeded or verdict is not None:
-            self.pool.learn(self, verdict, longest_hold)
+            pool.refund(self.charges)
+        elif verdict is not None or (succeeded and pool.listens):
+            pool.learn(self, verdict, longest_hold)
 
         self._pass_on()
-        # What is released is skipped from now on, so that a chain of invocations, each of which starts the
-        # next one in the background, does not keep all of its past.
-        self.outer = self.pool.lender(self.outer, anyones=True)
+        if self.outer is not None:
+            # What is released is skipped from now on, so that a chain of invocations, each of which starts the
+            # next one in the background, does not keep all of its past.
+            self.outer = pool.lender(self.outer, anyones=True)
 
     def suspend(self) -> None:
         """Give the slot back as in :meth:`release`, but for a while only."""
@@ -111,6 +104,10 @@ class Slot:
         self.pool.offer_loans_anew()
 
     def _pass_on(self) -> None:
+        if self.lent is None and self.lender is None and self.waiters is None:
+            self.pool.give_back(self)
+            return
+
         waiters, self.waiters = self.waiters, None
         if waiters:
             lender = self.pool.lender(self.outer)
@@ -232,7 +229,14 @@ class Pool:
         self._recovers = False
         # Whether more than a slot may be needed; while a cool-off lasts, even where there are no rates.
         self._gated = bool(self.meters)
+        # Whether a success is of interest.
+        self.listens = ledger is not None
+        self.limit = max_concurrency
+        self.running = 0
         self._tokens = anyio.CapacityLimiter(max_concurrency)
+        # Tokens that were borrowed from the limiter and are in nobody's hands: to give one back and borrow
+        # another takes longer than all else about a slot.
+        self._spare: list[object] = []
         # Ordered, and with removal in O(1): a cancelled waiter leaves nothing behind. The limiter's own
         # queue will not do, since a waiter may stand in two queues: this one and its lender's.
         self._queue: OrderedDict[Waiter, None] = OrderedDict()
@@ -247,14 +251,6 @@ class Pool:
     def selective(self) -> bool:
         """Whether it matters which invocation an attempt is of."""
         return self.route is not None or bool(self.meters)
-
-    @property
-    def running(self) -> int:
-        return int(self._tokens.borrowed_tokens)
-
-    @property
-    def limit(self) -> int:
-        return int(self._tokens.total_tokens)
 
     @property
     def waiting(self) -> int:
@@ -368,11 +364,12 @@ class Pool:
     def _follow(self, governor: Governor) -> None:
         self.epoch = governor.epoch
         self._recovers = governor.recovers
-        if governor.limit != self._tokens.total_tokens:
+        self.listens = self._recovers or self.ledger is not None
+        if governor.limit != self.limit:
             self._set_limit(governor.limit)
 
     def _set_limit(self, limit: int) -> None:
-        self._tokens.total_tokens = limit
+        self.limit = self._tokens.total_tokens = limit
         if self._tell_limit is not None:
             self._tell_limit(self)
 
@@ -403,12 +400,12 @@ class Pool:
         :param costs: what to pay to each rate; ``None`` for an attempt that has begun and goes on
         :param outer: the slot of the invocation that asks, if one does
         """
-        lender = self.lender(outer)
+        lender = None if outer is None else self.lender(outer)
         borrows = lender is not None and not lender.lent
         if not borrows and (
-            self._queue
+            self.running >= self.limit
+            or self._queue
             or self._returning
-            or self._tokens.available_tokens < 1
             or (self.paused and costs is not None)
         ):
             return None
@@ -428,10 +425,11 @@ class Pool:
         else:
             slot = self._take(outer)
 
-        slot.charges = charges
-        if self._gated and costs is None:
-            # The slot may have been the one for which somebody waits for the time to come.
-            self._grant()
+        if self._gated:
+            slot.charges = charges
+            if costs is None:
+                # The slot may have been the one for which somebody waits for the time to come.
+                self._grant()
 
         return slot
 
@@ -521,15 +519,24 @@ class Pool:
 
     def give_back(self, slot: Slot) -> None:
         """Take a token back and pass it on."""
-        self._tokens.release_on_behalf_of(slot.token)
+        self.running -= 1
+        if slot.token is not None:
+            self._spare.append(slot.token)
+            slot.token = None
+
         if self._queue or self._returning:
             self._grant()
 
     def _take(self, outer: Slot | None) -> Slot:
-        # A borrower of its own for each attempt: equal or repeated borrowers collide.
         slot = Slot(self, None, outer)
-        slot.token = object()
-        self._tokens.acquire_on_behalf_of_nowait(slot.token)
+        self.running += 1
+        if self._spare:
+            slot.token = self._spare.pop()
+        else:
+            # A borrower of its own for each: equal or repeated borrowers collide.
+            slot.token = object()
+            self._tokens.acquire_on_behalf_of_nowait(slot.token)
+
         if self._recovers:
             assert self.governor is not None
             self.governor.begin(self.running)
@@ -540,7 +547,7 @@ class Pool:
 
     def _grant(self) -> None:
         """Serve all that can be served now, and have the next of them woken when it is time."""
-        while self._returning and self._tokens.available_tokens >= 1:
+        while self._returning and self.running < self.limit:
             first = next(iter(self._returning))
             self._give(first, self._take(first.outer))
 
@@ -574,7 +581,7 @@ class Pool:
     def _next(self) -> Waiter | None:
         """Return the first in line of those for whom there is a slot."""
         borrower = next(iter(self._borrowing)) if self._borrowing else None
-        if not self._queue or self.paused or self._tokens.available_tokens < 1:
+        if not self._queue or self.paused or self.running >= self.limit:
             return borrower
 
         head = next(iter(self._queue))
