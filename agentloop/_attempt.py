@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Act", "Plan", "call", "plumbing", "run_attempt"]
+__all__ = ["Act", "Plan", "plumbing", "run_attempt"]
 
 import math
 from collections.abc import Awaitable, Callable
@@ -41,7 +41,7 @@ class Plan:
 
     :param config: the settings
     :param observer: is told what happens
-    :param act: what is done with the agent; by default it is called, and what it returns awaited
+    :param act: what is done with the agent; if absent, it is called, and what it returns awaited
     """
 
     __slots__ = ("act", "config", "observer")
@@ -49,7 +49,8 @@ class Plan:
     def __init__(self, config: LoopConfig, observer: Observer, act: Act | None = None) -> None:
         self.config = config
         self.observer = observer
-        self.act = act or call
+        # To call the agent and await what it returns needs no more than a context.
+        self.act = act
 
 
 _PLUMBING: set[CodeType] = {call_in_context.__code__}
@@ -59,16 +60,6 @@ def plumbing(fn: FnT) -> FnT:
     """Mark a function as one that stands between the loop and an agent, and that tracebacks leave out."""
     _PLUMBING.add(fn.__code__)
     return fn
-
-
-def call(
-    job: Job[T], plan: Plan, context: Context, scope: anyio.CancelScope, on_wait: Callable[[], object]
-) -> Awaitable[T]:
-    """Call the agent and await what it returns."""
-    del plan, scope  # for streams, which have more time-outs
-    invocation = job.invocation
-    fn = cast("Callable[..., Awaitable[T]]", invocation.fn)
-    return call_in_context(context, fn, invocation.args, invocation.kwargs, on_wait)
 
 
 @plumbing
@@ -95,12 +86,14 @@ async def run_attempt(
         raises that is no ``Exception``; the attempt then has no outcome
     """
     config = plan.config
-    job.verdict = None
+    if job.attempts:
+        job.verdict = None
+
     job.slot = slot
     try:
         pool = slot.pool
         # While the timer is open nothing was awaited since this was looked at the last time.
-        if not timer.is_open and pool.backend.current_effective_deadline() == -math.inf:
+        if timer.scope is None and pool.backend.current_effective_deadline() == -math.inf:
             # Once cancelled, nothing starts, not even to its first checkpoint. It waits for the cancellation
             # and does not poll for it, as checkpoint_if_cancelled() does on asyncio: while all else in the
             # scope is shielded, anyio delivers none to a task that was just started.
@@ -112,11 +105,22 @@ async def run_attempt(
         now = pool.now()
         deadline = job.start(now, config)
         job.charges, slot.charges = slot.charges, None
-        plan.observer.started(job, now, context)
+        observer = plan.observer
+        if observer.is_plain and job.attempts == 1:
+            observer.tell(1)
+            job.attempt_at = now
+        else:
+            observer.started(job, now, context)
+
         scope = timer.open(deadline, now)
         try:
             try:
-                output = await plan.act(job, plan, context, scope, on_wait)
+                if plan.act is None:
+                    invocation = job.invocation
+                    fn = cast("Callable[..., Awaitable[Any]]", invocation.fn)
+                    output = await call_in_context(context, fn, invocation.args, invocation.kwargs, on_wait)
+                else:
+                    output = await plan.act(job, plan, context, scope, on_wait)
             except BaseException as exc:
                 if scope.cancel_called and isinstance(exc, anyio.get_cancelled_exc_class()):
                     # The scope is about to drop it, but trio holds on to it in a cycle: without this,
@@ -127,7 +131,7 @@ async def run_attempt(
                     raise
             else:
                 # A stream has moved the deadline itself.
-                if scope.cancel_called or plan.act is not call:
+                if scope.cancel_called or plan.act is not None:
                     timer.close()
 
                 job.succeed(output)

@@ -18,7 +18,7 @@ from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from ._attempt import Plan, run_attempt
-from ._backend import Host, current_host
+from ._backend import Host, current_host, watch_cancellation
 from ._errors import BatchStopped, InvocationCancelled, describe
 from ._invocation import Input, Inputs, Invocation, as_invocation
 from ._job import Job
@@ -26,7 +26,7 @@ from ._limiter import Limiter, pool_of
 from ._pool import Slot, current_slot
 from ._result import InvocationResult
 from ._timer import Timer
-from ._verdict import VerdictKind
+from ._verdict import Verdict, VerdictKind
 
 T = TypeVar("T")
 
@@ -150,7 +150,8 @@ class Batch(ABC, Generic[T]):
     def _taken(self) -> None:
         """Count a delivered result as no longer live."""
         self._live -= 1
-        self._changed()
+        if not self._seeking or self._room is not None:
+            self._changed()
 
     def stop(self, reason: str, cause: BaseException) -> None:
         """
@@ -290,12 +291,17 @@ class Batch(ABC, Generic[T]):
         def on_wait() -> None:
             nonlocal waited
             waited = True
-            if not self._seeking:
+            # Most often all workers are at work, and nobody can be called.
+            if not self._seeking and (self._parked or self._hired < limiter.max_concurrency):
                 self._changed()
 
+        limiter = self._limiter
         pool, plan = self._pool, self._plan
+        now_at, is_cancelled = pool.now, watch_cancellation(pool.backend)
+        selective, pace = pool.selective, pool.pace
+        cancellations = host.cancellations
         while not self._done:
-            if pool.backend.current_effective_deadline() == -math.inf:
+            if is_cancelled():
                 # Cancelled before it has anything, so that it holds nothing while that is on its way.
                 await anyio.sleep_forever()
 
@@ -307,7 +313,7 @@ class Batch(ABC, Generic[T]):
 
             slot: Slot | None = None
             waited = False
-            if self._stopped is None and (not pool.selective or job.costs or job.enroll()):
+            if self._stopped is None and (not selective or job.costs or job.enroll()):
                 slot = job.pool.acquire_nowait(job.costs, self._outer)
                 if slot is None:
                     timer.close()
@@ -327,9 +333,13 @@ class Batch(ABC, Generic[T]):
                     raise
 
                 self._seeking += 1
-                now = self._pool.now()
-                self._settle(job, now)
-                if host.cancellations():
+                now = now_at()
+                if job.verdict is None:
+                    self._finish(job, now)
+                else:
+                    self._settle(job, job.verdict, now)
+
+                if cancellations():
                     timer.close()
                     await host.forget_cancellations(0)
             else:
@@ -342,9 +352,9 @@ class Batch(ABC, Generic[T]):
 
             # Not kept while parked: the arguments of a finished invocation are the caller's alone.
             del job, slot
-            if not waited and pool.pace.used_up(now):
+            if not waited and pace.used_up(now):
                 timer.close()
-                await pool.pace.rest()
+                await pace.rest()
 
     def _next_job(self) -> Job[T] | None:
         if self._fed:
@@ -373,9 +383,13 @@ class Batch(ABC, Generic[T]):
         return None
 
     def _make_job(self, item: Input[T]) -> Job[T]:
-        now = self._pool.now() if self._began is None else self._began
-        job = Job(as_invocation(item), next(self._index), now, self._pool)
-        self._plan.observer.queued(job)
+        pool, observer = self._pool, self._plan.observer
+        now = pool.now() if self._began is None else self._began
+        invocation = item if type(item) is Invocation else as_invocation(item)
+        job: Job[T] = Job(invocation, next(self._index), now, pool)
+        if not observer.is_plain:
+            observer.queued(job)
+
         if self._to_come:
             self._to_come -= 1
             self._pool.to_come -= 1
@@ -414,27 +428,25 @@ class Batch(ABC, Generic[T]):
 
     # -- what becomes of a job
 
-    def _settle(self, job: Job[T], now: float) -> None:
-        """Retry the job later, or make its outcome final."""
-        verdict = job.verdict
-        if verdict is not None:
-            if verdict.kind is VerdictKind.FATAL:
-                assert job.error is not None
-                self.stop(f"{job.invocation.agent_id!r} failed with {describe(job.error)}", job.error)
-                # The end that the verdict asked for.
-                self.cut_short = False
-            elif self._stopped is not None:
-                if verdict.kind is not VerdictKind.PERMANENT:
-                    self._give_up(job)
-            else:
-                wake_at = job.next_start(now, self._deadline, self._plan.config)
-                if wake_at is not None:
-                    self._plan.observer.retrying(job, now)
-                    self._live -= 1
-                    self._resting += 1
-                    self._pool.asleep += 1
-                    self._set_alarm(wake_at, job)
-                    return
+    def _settle(self, job: Job[T], verdict: Verdict, now: float) -> None:
+        """Retry a job that failed later, or make its outcome final."""
+        if verdict.kind is VerdictKind.FATAL:
+            assert job.error is not None
+            self.stop(f"{job.invocation.agent_id!r} failed with {describe(job.error)}", job.error)
+            # The end that the verdict asked for.
+            self.cut_short = False
+        elif self._stopped is not None:
+            if verdict.kind is not VerdictKind.PERMANENT:
+                self._give_up(job)
+        else:
+            wake_at = job.next_start(now, self._deadline, self._plan.config)
+            if wake_at is not None:
+                self._plan.observer.retrying(job, now)
+                self._live -= 1
+                self._resting += 1
+                self._pool.asleep += 1
+                self._set_alarm(wake_at, job)
+                return
 
         self._finish(job, now)
 
@@ -459,14 +471,14 @@ class Batch(ABC, Generic[T]):
             job.skip(skipped)
 
     def _finish(self, job: Job[T], now: float) -> None:
-        result = job.result(now)
+        result = self._plan.observer.finish(job, now)
         if job.charges is not None:
             job.pool.settle(job.charges, result)
 
-        self._plan.observer.finished(job, result, now)
         self._pending -= 1
         self._deliver(job.invocation, result)
-        self._check_done()
+        if self._exhausted:
+            self._check_done()
 
     def _check_done(self) -> None:
         if self._exhausted and not self._pending and not self._done:

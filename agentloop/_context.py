@@ -8,7 +8,7 @@ import inspect
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from contextvars import Context
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -31,20 +31,25 @@ def call_in_context(
     :raises TypeError: if ``fn`` returns something that cannot be awaited
     """
     run = context.run
-    coroutine = _as_coroutine(fn, run(fn, *args, **kwargs))
+    coroutine = run(fn, *args, **kwargs)
+    # The plain case first: to ask an abstract class takes longer.
+    if type(coroutine) is not types.CoroutineType:
+        coroutine = _as_coroutine(fn, coroutine)
+
     send: Callable[[Any], Any] = coroutine.send
     throw: Callable[[BaseException], Any] = coroutine.throw
     try:
         step = run(send, None)
     except StopIteration as stop:
-        return cast("T", stop.value)
+        value: T = stop.value
+        return value
 
     on_wait()
     thrown: BaseException | None = None
-    value: Any = None
+    sent: Any = None
     while True:
         try:
-            value = yield step
+            sent = yield step
         except GeneratorExit:
             run(coroutine.close)
             raise
@@ -54,12 +59,13 @@ def call_in_context(
             thrown = exc
 
         try:
-            step = run(send, value) if thrown is None else run(throw, thrown)
+            step = run(send, sent) if thrown is None else run(throw, thrown)
         except StopIteration as stop:
-            return cast("T", stop.value)
+            value = stop.value
+            return value
         finally:
             # An exception refers to this frame, and trio sends exceptions too.
-            thrown = value = None
+            thrown = sent = None
 
 
 async def _wait(awaitable: Awaitable[T]) -> T:
@@ -67,8 +73,7 @@ async def _wait(awaitable: Awaitable[T]) -> T:
 
 
 def _as_coroutine(fn: object, returned: object) -> Coroutine[Any, Any, Any]:
-    # The plain case first: to ask an abstract class takes longer.
-    if isinstance(returned, (types.CoroutineType, Coroutine)):
+    if isinstance(returned, Coroutine):
         return returned  # pyright: ignore[reportUnknownVariableType]  # whatever the agent's coroutine gives
 
     if inspect.isawaitable(returned):

@@ -37,9 +37,9 @@ class Gathering(Batch[T]):
 
     def _deliver(self, invocation: Invocation[T], result: InvocationResult[T]) -> None:
         del invocation  # the result says whose it is
-        missing = result.index + 1 - len(self._results)
-        if missing > 0:
-            self._results.extend([None] * missing)
+        results, index = self._results, result.index
+        if index >= len(results):
+            results.extend([None] * (index + 1 - len(results)))
 
-        self._results[result.index] = result
+        results[index] = result
         self._taken()

@@ -5,7 +5,8 @@ __all__ = ["DEFAULT_SCALE", "Distribution", "Histogram"]
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import ceil, log2
 from typing import Any
 
 import attrs
@@ -101,6 +102,28 @@ class Histogram:
             self.zeros += 1
             if value:
                 self.total += int(value * _UNIT)
+
+    def add_all(self, values: Sequence[float]) -> None:
+        """Count many durations, at less than half of what each costs alone."""
+        if not values:
+            return
+
+        minimum, maximum = min(values), max(values)
+        if minimum <= _LOWEST or maximum >= _HIGHEST:
+            for value in values:
+                self.add(value)
+
+            return
+
+        self.count += len(values)
+        self.minimum = min(self.minimum, minimum)
+        self.maximum = max(self.maximum, maximum)
+        buckets, per_octave, total = self.buckets, self._per_octave, 0
+        for value in values:
+            total += int(value * _UNIT)
+            buckets[ceil(log2(value) * per_octave) - 1] += 1
+
+        self.total += total
 
     def merge(self, other: "Histogram") -> None:
         """Count what another one has counted, at the coarser scale of the two."""

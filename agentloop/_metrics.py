@@ -15,8 +15,9 @@ from . import _validators as must
 from ._histogram import DEFAULT_SCALE, Distribution, Histogram
 from ._result import InvocationResult, Status
 
-# Of a result: its status, whether it was started, its retries, latency, queue and first chunk.
-_Record: TypeAlias = tuple[Status, bool, int, float, float, float | None]
+# Of a result: its status, whether it was started, its retries, latency, queue and first chunk; or of one that
+# was in flight and has succeeded at the first attempt, as most do, no more than its latency and queue.
+_Record: TypeAlias = tuple[Status, bool, int, float, float, float | None] | tuple[float, float]
 TOLD_AT_MOST = 1000
 
 
@@ -85,13 +86,14 @@ class MetricsRecorder:
         self._scale = scale
         self._in_flight = 0
         self._prepare()
-        self.reset()
+        self._clear()
 
     def _prepare(self) -> None:
         self._lock = threading.Lock()
         # What was told and not yet counted. To append is safe in any thread, and many are counted faster than
         # one by one.
         self._told: deque[int | _Record] = deque()
+        self.tell = self._told.append
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in self.snapshot().counts.items() if count)
@@ -103,7 +105,7 @@ class MetricsRecorder:
             copy._add(self)
 
         state = vars(copy)
-        del state["_lock"], state["_told"]
+        del state["_lock"], state["_told"], state["tell"]
         # What runs here does not run where this is unpickled.
         state["_in_flight"] = 0
         return state
@@ -126,49 +128,67 @@ class MetricsRecorder:
         status = result.status
         refused = status is Status.ERROR and not latency and not result.failures
         started = status is not Status.SKIPPED and not refused
-        told = self._told
-        told.append((status, started, result.retries, latency, queue, first_chunk))
-        if len(told) >= TOLD_AT_MOST:
-            with self._counted():
-                pass
+        self.tell((status, started, result.retries, latency, queue, first_chunk))
+        if len(self._told) >= TOLD_AT_MOST:
+            self.count()
+
+    def count(self) -> None:
+        """Count what was told."""
+        with self._counted():
+            pass
 
     @contextmanager
     def _counted(self) -> Generator[None]:
         """Hold the lock, with all counted that was told before."""
         with self._lock:
-            told = self._told
-            for _ in range(len(told)):
-                self._count(told.popleft())
+            next_told = self._told.popleft
+            # Where there was one attempt, it took as long as all of it: most are recorded only once.
+            latencies: list[float] = []
+            queues: list[float] = []
+            plain = retried = 0
+            for _ in range(len(self._told)):
+                told = next_told()
+                if type(told) is int:
+                    self._in_flight += told
+                    continue
 
+                assert isinstance(told, tuple)
+                if len(told) == 2:
+                    latency, queue = told
+                    plain += 1
+                    latencies.append(latency)
+                    if queue:
+                        queues.append(queue)
+
+                    continue
+
+                status, started, retries, latency, queue, first_chunk = told
+                if status is Status.SUCCESS:
+                    self._successes += 1
+                else:
+                    self._others[status] = self._others.get(status, 0) + 1
+                    if not started:
+                        continue
+
+                if retries:
+                    retried += 1
+                    self._retries += retries
+                    self._retried.add(latency)
+                else:
+                    latencies.append(latency)
+
+                if queue:
+                    queues.append(queue)
+
+                if first_chunk is not None:
+                    self._first_chunk.add(first_chunk)
+
+            self._latency.add_all(latencies)
+            self._queue.add_all(queues)
+            self._unqueued += len(latencies) + retried - len(queues)
+            self._successes += plain
+            self._in_flight -= plain
             yield
-
-    def _count(self, told: int | _Record) -> None:
-        if isinstance(told, int):
-            self._in_flight += told
-            return
-
-        status, started, retries, latency, queue, first_chunk = told
-        self._retries += retries
-        if status is Status.SUCCESS:
-            self._successes += 1
-        else:
-            self._others[status] = self._others.get(status, 0) + 1
-            if not started:
-                return
-
-        # Where there was one attempt, it took as long as all of it: most are recorded only once.
-        if retries:
-            self._retried.add(latency)
-        else:
-            self._latency.add(latency)
-
-        if queue:
-            self._queue.add(queue)
-        else:
-            self._unqueued += 1
-
-        if first_chunk is not None:
-            self._first_chunk.add(first_chunk)
 
     def snapshot(self) -> MetricsSnapshot:
         """Return what was recorded until now."""
@@ -219,20 +239,23 @@ class MetricsRecorder:
     def reset(self) -> None:
         """Forget everything, except what is in flight."""
         with self._counted():
-            self._successes = 0
-            self._others: dict[Status, int] = {}
-            self._retries = 0
-            self._overloads = 0
-            self._unqueued = 0
-            # Of invocations with a single attempt: their latencies and their attempts.
-            self._latency = Histogram(self._scale)
-            self._retried = Histogram(self._scale)
-            # Of invocations with several.
-            self._attempt = Histogram(self._scale)
-            self._queue = Histogram(self._scale)
-            self._first_chunk = Histogram(self._scale)
-            self._backoff = Histogram(self._scale)
-            self._chunk_gap = Histogram(self._scale)
+            self._clear()
+
+    def _clear(self) -> None:
+        self._successes = 0
+        self._others: dict[Status, int] = {}
+        self._retries = 0
+        self._overloads = 0
+        self._unqueued = 0
+        # Of invocations with a single attempt: their latencies and their attempts.
+        self._latency = Histogram(self._scale)
+        self._retried = Histogram(self._scale)
+        # Of invocations with several.
+        self._attempt = Histogram(self._scale)
+        self._queue = Histogram(self._scale)
+        self._first_chunk = Histogram(self._scale)
+        self._backoff = Histogram(self._scale)
+        self._chunk_gap = Histogram(self._scale)
 
     def _add(self, other: "MetricsRecorder") -> None:
         self._successes += other._successes
@@ -249,11 +272,11 @@ class MetricsRecorder:
 
     def begin(self) -> None:
         """Count an invocation as in flight."""
-        self._told.append(1)
+        self.tell(1)
 
     def end(self) -> None:
         """Count an invocation as no longer in flight."""
-        self._told.append(-1)
+        self.tell(-1)
 
     def add_attempt(self, attempt_ms: float) -> None:
         """Record how long one of several attempts took. A single attempt took as long as all of it."""

@@ -8,14 +8,16 @@ import itertools
 import logging
 from collections.abc import Callable
 from contextvars import Context
-from typing import Any
+from typing import Any, TypeVar
 
 from ._events import Event, FirstChunkEvent, QueuedEvent, ResultEvent, RetryEvent, StartedEvent, StopEvent
 from ._histogram import Histogram
 from ._job import Job
-from ._metrics import MetricsRecorder
-from ._result import InvocationResult
+from ._metrics import TOLD_AT_MOST, MetricsRecorder
+from ._result import InvocationResult, Status
 from ._verdict import VerdictKind
+
+T = TypeVar("T")
 
 _logger = logging.getLogger("agentloop")
 _ids = itertools.count(1)
@@ -45,11 +47,16 @@ class Observer:
     :param sink: the sink, or ``None``
     """
 
-    __slots__ = ("_metrics", "_sink")
+    __slots__ = ("_metrics", "_plain", "_sink", "is_plain", "tell")
 
     def __init__(self, metrics: MetricsRecorder | None, sink: Sink | None) -> None:
         self._metrics = metrics
         self._sink = sink
+        self._plain = 0
+        # Whether nobody but a recorder is told; then of most invocations, which succeed at the first attempt,
+        # it is told 1 when they begin, and their latency and queue when they end.
+        self.is_plain = type(metrics) is MetricsRecorder and sink is None
+        self.tell: Callable[[Any], object] = id if metrics is None else metrics.tell
 
     def queued(self, job: Job[Any]) -> None:
         """A job waits for its first slot."""
@@ -59,11 +66,12 @@ class Observer:
 
     def started(self, job: Job[Any], now: float, context: Context) -> None:
         """An attempt is about to begin, in a context."""
-        if self._metrics is not None:
+        metrics = self._metrics
+        if metrics is not None:
             if job.attempts == 1:
-                self._metrics.begin()
+                self.tell(1)
             else:
-                self._metrics.add_attempt(job.pending_attempt_ms)
+                metrics.add_attempt(job.pending_attempt_ms)
 
         job.attempt_at = now
         if self._sink is not None:
@@ -99,19 +107,43 @@ class Observer:
         if self._sink is not None:
             self._sink(RetryEvent(job.invocation, job.attempts, job.error, job.verdict, delay, job.id, now))
 
-    def finished(self, job: Job[Any], result: InvocationResult[Any], now: float) -> None:
-        """A job has its result."""
+    def finish(self, job: Job[T], now: float) -> InvocationResult[T]:
+        """Return the result of a job that has ended, once everybody was told."""
+        if job.attempts != 1 or job.status is not Status.SUCCESS or job.chunks or not self.is_plain:
+            result = job.result(now)
+            self._finished(job, result, now)
+            return result
+
+        # Most invocations succeed at once, and there is nothing else to know about them.
+        assert job.started_at is not None
+        latency, queue = (now - job.started_at) * 1000, (job.started_at - job.queued_at) * 1000
+        output, job.output = job.output, None
+        self.tell((latency, queue))
+        self._plain += 1
+        if self._plain >= TOLD_AT_MOST:
+            self._plain = 0
+            assert self._metrics is not None
+            self._metrics.count()
+
+        agent_id = job.invocation.agent_id
+        return InvocationResult(agent_id, Status.SUCCESS, output, None, latency, queue, 0, (), job.index)
+
+    def _finished(self, job: Job[Any], result: InvocationResult[Any], now: float) -> None:
         metrics = self._metrics
         if metrics is not None:
             if job.attempts:
-                metrics.end()
+                self.tell(-1)
                 if job.attempts > 1:
                     # One that waits to be retried has ended its last attempt before.
                     began = job.attempt_at
                     metrics.add_attempt(job.pending_attempt_ms if began is None else (now - began) * 1000)
 
-                overloaded = job.verdict is not None and job.verdict.kind is VerdictKind.OVERLOAD
-                if overloaded and job.attempt_at is not None:
+                verdict = job.verdict
+                if (
+                    verdict is not None
+                    and verdict.kind is VerdictKind.OVERLOAD
+                    and job.attempt_at is not None
+                ):
                     metrics.add_overload()
 
             metrics.record(result)

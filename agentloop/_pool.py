@@ -77,10 +77,14 @@ class Slot:
         elif verdict is not None or (succeeded and pool.listens):
             pool.learn(self, verdict, longest_hold)
 
-        self._pass_on()
+        if self.lent is None and self.lender is None and self.waiters is None:
+            pool.give_back(self)
+        else:
+            self._pass_on()
+
         if self.outer is not None:
-            # What is released is skipped from now on, so that a chain of invocations, each of which starts the
-            # next one in the background, does not keep all of its past.
+            # What is released is skipped from now on, so that a chain of invocations, each of which starts
+            # the next one in the background, does not keep all of its past.
             self.outer = pool.lender(self.outer, anyones=True)
 
     def suspend(self) -> None:
@@ -104,10 +108,6 @@ class Slot:
         self.pool.offer_loans_anew()
 
     def _pass_on(self) -> None:
-        if self.lent is None and self.lender is None and self.waiters is None:
-            self.pool.give_back(self)
-            return
-
         waiters, self.waiters = self.waiters, None
         if waiters:
             lender = self.pool.lender(self.outer)

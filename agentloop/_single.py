@@ -86,11 +86,10 @@ class Single(Generic[T]):
 
     def _end(self) -> InvocationResult[T]:
         job, now = self._job, self._pool.now()
-        result = job.result(now)
+        result = self._plan.observer.finish(job, now)
         if job.charges is not None:
             job.pool.settle(job.charges, result)
 
-        self._plan.observer.finished(job, result, now)
         return result
 
     async def _run(self) -> None:

@@ -24,19 +24,15 @@ class Timer:
     :param now: reads the clock
     """
 
-    __slots__ = ("_armed_until", "_backend", "_now", "_postpones", "_scope")
+    __slots__ = ("_armed_until", "_backend", "_now", "_postpones", "scope")
 
     def __init__(self, backend: Any, now: Callable[[], float]) -> None:
         self._backend = backend
         self._now = now
-        self._scope: anyio.CancelScope | None = None
+        self.scope: anyio.CancelScope | None = None
+        """The scope, while it is open."""
         self._armed_until = math.inf
         self._postpones: bool | None = None
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the scope of an earlier attempt is still open."""
-        return self._scope is not None
 
     def open(self, deadline: float, now: float) -> anyio.CancelScope:
         """
@@ -45,9 +41,9 @@ class Timer:
         :param deadline: when it has to be over
         :return: the scope, which has not been cancelled
         """
-        scope = self._scope
+        scope = self.scope
         if scope is None:
-            scope = self._scope = cast(
+            scope = self.scope = cast(
                 "anyio.CancelScope", self._backend.create_cancel_scope(deadline=deadline)
             )
             scope.__enter__()
@@ -72,7 +68,7 @@ class Timer:
         :param exc: what the attempt raised
         :return: whether it was our own cancellation
         """
-        scope, self._scope = self._scope, None
+        scope, self.scope = self.scope, None
         if scope is None:
             return False
 
