@@ -255,7 +255,12 @@ def _message(key: str, model: str, asked: int, pieces: list[str]) -> _Reply:
     end = {"stop_reason": "end_turn", "stop_sequence": None}
     content = [{"type": "text", "text": "".join(pieces)}]
     usage = {"input_tokens": asked, "output_tokens": len(pieces)}
-    begun: dict[str, object] = {**head, **dict.fromkeys(end), "content": [], "usage": {**usage, "output_tokens": 0}}
+    begun: dict[str, object] = {
+        **head,
+        **dict.fromkeys(end),
+        "content": [],
+        "usage": {**usage, "output_tokens": 0},
+    }
 
     def event(kind: str, **fields: object) -> bytes:
         return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n".encode()
