@@ -21,7 +21,8 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 import anyio
-from anthropic import AnthropicError, AsyncAnthropic, DefaultAsyncHttpxClient
+import httpx2
+from anthropic import AnthropicError, AsyncAnthropic
 from model_server import Faults, serve_model
 from telling import QUESTIONS, options, tell_result, tell_retry
 
@@ -34,8 +35,8 @@ FAULTS = Faults(
 SEED = 100561  # with which each of these happens at least once
 CONFIG = LoopConfig(
     max_concurrency=4,
-    timeout_seconds=60 if MODEL else 1,
-    first_chunk_timeout_seconds=20 if MODEL else 0.5,  # in streams only
+    timeout_seconds=60 if MODEL else 2,
+    first_chunk_timeout_seconds=20 if MODEL else 1,  # in streams only
     max_retries=2,
     backoff=Backoff(initial_seconds=0.05),
 )
@@ -97,7 +98,7 @@ async def connect() -> AsyncGenerator[AsyncAnthropic]:
         async with AsyncAnthropic(max_retries=0, timeout=None) as client:
             yield client
     else:
-        http = DefaultAsyncHttpxClient(trust_env=False, timeout=None)  # past any proxy
+        http = httpx2.AsyncClient(trust_env=False, timeout=None)  # past any proxy
         async with serve_model(FAULTS, seed=SEED) as server:
             base_url = server.base_url.removesuffix("/v1")  # which this SDK adds
             async with AsyncAnthropic(

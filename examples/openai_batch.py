@@ -20,8 +20,9 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 import anyio
+import httpx2
 from model_server import Faults, serve_model
-from openai import AsyncOpenAI, DefaultAsyncHttpx2Client, OpenAIError
+from openai import AsyncOpenAI, OpenAIError
 from telling import QUESTIONS, options, tell_result, tell_retry
 
 from agentloop import AgentLoop, Backoff, ChunkEvent, Invocation, InvocationResult, LoopConfig, ResultEvent
@@ -31,8 +32,8 @@ FAULTS = Faults(rate_limited=0.15, server_error=0.15, hang=0.1, disconnect=0.1, 
 SEED = 698  # with which each of these happens at least once
 CONFIG = LoopConfig(
     max_concurrency=4,
-    timeout_seconds=60 if MODEL else 1,
-    first_chunk_timeout_seconds=20 if MODEL else 0.5,  # in streams only
+    timeout_seconds=60 if MODEL else 2,
+    first_chunk_timeout_seconds=20 if MODEL else 1,  # in streams only
     max_retries=2,
     backoff=Backoff(initial_seconds=0.05),
 )
@@ -93,7 +94,7 @@ async def connect() -> AsyncGenerator[AsyncOpenAI]:
         async with AsyncOpenAI(max_retries=0, timeout=None) as client:
             yield client
     else:
-        http = DefaultAsyncHttpx2Client(trust_env=False, timeout=None)  # past any proxy
+        http = httpx2.AsyncClient(trust_env=False, timeout=None)  # past any proxy
         async with (
             serve_model(FAULTS, seed=SEED) as server,
             AsyncOpenAI(base_url=server.base_url, api_key="none", max_retries=0, http_client=http) as client,

@@ -28,7 +28,7 @@ from agentloop import AgentLoop, Backoff, Invocation, LoopConfig
 LIMIT = 2
 SUBJECTS = ("boats", "tides", "gulls")
 CONFIG = LoopConfig(
-    max_concurrency=LIMIT, timeout_seconds=60 if MODEL else 1, backoff=Backoff(initial_seconds=0.05)
+    max_concurrency=LIMIT, timeout_seconds=60 if MODEL else 2, backoff=Backoff(initial_seconds=0.05)
 )
 
 
