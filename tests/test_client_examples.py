@@ -28,7 +28,7 @@ def environment(**variables: str) -> dict[str, str]:
 def run(script: str, *arguments: str, warnings: str = "error", **variables: str) -> tuple[int, str, str]:
     """Return the exit status, the output and the error output."""
     done = subprocess.run(
-        [sys.executable, "-W", warnings, str(EXAMPLES / script), *arguments],
+        [sys.executable, "-W", "error", "-W", warnings, str(EXAMPLES / script), *arguments],
         env=environment(**variables),
         capture_output=True,
         encoding="utf-8",
