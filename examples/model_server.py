@@ -181,9 +181,8 @@ class _HTTPError(Exception):
             kind = ANTHROPIC_ERRORS.get(self.status, "invalid_request_error")
             return {"type": "error", "error": {"type": kind, "message": self.message}}
 
-        kind = {429: "requests", 500: "server_error", 503: "server_error"}.get(
-            self.status, "invalid_request_error"
-        )
+        kinds = {429: "requests", 500: "server_error", 503: "server_error"}
+        kind = kinds.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
 
 
@@ -231,8 +230,8 @@ class _Reply:
     last: bytes
 
 
-def _chat_completion(key: str, model: str, asked: int, pieces: list[str]) -> _Reply:
-    head = {"id": f"chatcmpl-{key}", "created": int(time.time()), "model": model}
+def _chat_completion(serial: str, model: str, asked: int, pieces: list[str]) -> _Reply:
+    head = {"id": f"chatcmpl-{serial}", "created": int(time.time()), "model": model}
     message = {"role": "assistant", "content": "".join(pieces)}
     spent = {"prompt_tokens": asked, "completion_tokens": len(pieces), "total_tokens": asked + len(pieces)}
     choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
@@ -250,17 +249,12 @@ def _chat_completion(key: str, model: str, asked: int, pieces: list[str]) -> _Re
     )
 
 
-def _message(key: str, model: str, asked: int, pieces: list[str]) -> _Reply:
-    head = {"id": f"msg_{key}", "type": "message", "role": "assistant", "model": model}
+def _message(serial: str, model: str, asked: int, pieces: list[str]) -> _Reply:
+    head = {"id": f"msg_{serial}", "type": "message", "role": "assistant", "model": model}
     end = {"stop_reason": "end_turn", "stop_sequence": None}
     content = [{"type": "text", "text": "".join(pieces)}]
     usage = {"input_tokens": asked, "output_tokens": len(pieces)}
-    begun: dict[str, object] = {
-        **head,
-        **dict.fromkeys(end),
-        "content": [],
-        "usage": {**usage, "output_tokens": 0},
-    }
+    nothing: dict[str, object] = {"content": [], "usage": {**usage, "output_tokens": 0}, **dict.fromkeys(end)}
 
     def event(kind: str, **fields: object) -> bytes:
         return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n".encode()
@@ -270,7 +264,7 @@ def _message(key: str, model: str, asked: int, pieces: list[str]) -> _Reply:
 
     return _Reply(
         whole={**head, **end, "content": content, "usage": usage},
-        first=event("message_start", message=begun)
+        first=event("message_start", message={**head, **nothing})
         + block("start", content_block={"type": "text", "text": ""}),
         piece=lambda text: block("delta", delta={"type": "text_delta", "text": text}),
         last=block("stop") + event("message_delta", delta=end, usage=usage) + event("message_stop"),
