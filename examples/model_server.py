@@ -31,10 +31,19 @@ import attrs
 import h11
 from anyio.abc import SocketAttribute, SocketStream
 
-Outcome = Literal["rate_limited", "server_error", "hang", "disconnect", "overloaded", "answer"]
+Outcome = Literal[
+    "rate_limited", "server_error", "hang", "disconnect", "overloaded", "stream_error", "answer"
+]
 
 # A new one goes to the end, so that it changes no story that is told without it.
-FAULTS: tuple[Outcome, ...] = ("rate_limited", "server_error", "hang", "disconnect", "overloaded")
+FAULTS: tuple[Outcome, ...] = (
+    "rate_limited",
+    "server_error",
+    "hang",
+    "disconnect",
+    "overloaded",
+    "stream_error",
+)
 MESSAGES = "/v1/messages"
 ROUTES = {"/v1/models": "GET", "/v1/chat/completions": "POST", MESSAGES: "POST"}
 ANTHROPIC_ERRORS = {
@@ -66,6 +75,7 @@ class Faults:
     hang: float = 0.0  #: share never answered, and dropped after ``hang_seconds``
     disconnect: float = 0.0  #: share cut off in the middle of the answer
     overloaded: float = 0.0  #: share answered at once with 503 and a Retry-After, or with Anthropic's 529
+    stream_error: float = 0.0  #: share of streams that end with an error event; plain answers are 500 instead
     retry_after_seconds: float = 0.2
     hang_seconds: float = 60.0
     delay_seconds: float = 0.0  #: mean of the log-normal delay before an answer
@@ -181,9 +191,12 @@ class _HTTPError(Exception):
             kind = ANTHROPIC_ERRORS.get(self.status, "invalid_request_error")
             return {"type": "error", "error": {"type": kind, "message": self.message}}
 
-        kinds = {429: "requests", 500: "server_error", 503: "server_error"}
-        kind = kinds.get(self.status, "invalid_request_error")
+        kind = "requests" if self.status == 429 else "invalid_request_error"
+        kind = "server_error" if self.status >= 500 else kind
         return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
+
+
+STREAM_ERROR = _HTTPError(529, "overloaded", "the model is overloaded; try again later")
 
 
 def _parse(path: str, body: bytes) -> tuple[str, list[str], bool]:
@@ -228,6 +241,7 @@ class _Reply:
     first: bytes
     piece: Callable[[str], bytes]
     last: bytes
+    error: bytes
 
 
 def _chat_completion(serial: str, model: str, asked: int, pieces: list[str]) -> _Reply:
@@ -246,6 +260,7 @@ def _chat_completion(serial: str, model: str, asked: int, pieces: list[str]) -> 
         first=event({"role": "assistant", "content": ""}),
         piece=lambda text: event({"content": text}),
         last=event({}, "stop") + b"data: [DONE]\n\n",
+        error=f"data: {json.dumps(STREAM_ERROR.payload(''))}\n\n".encode(),
     )
 
 
@@ -268,6 +283,7 @@ def _message(serial: str, model: str, asked: int, pieces: list[str]) -> _Reply:
         + block("start", content_block={"type": "text", "text": ""}),
         piece=lambda text: block("delta", delta={"type": "text_delta", "text": text}),
         last=block("stop") + event("message_delta", delta=end, usage=usage) + event("message_stop"),
+        error=event("error", error=STREAM_ERROR.payload(MESSAGES)["error"]),
     )
 
 
@@ -409,7 +425,7 @@ class _Connection:
             raise _HTTPError(status, "overloaded", "the model is overloaded; try again later", headers)
 
         await anyio.sleep(delay)
-        if outcome == "server_error":
+        if outcome == "server_error" or (outcome == "stream_error" and not stream):
             raise _HTTPError(500, "server_error", "the server had an error; try again")
 
         if outcome == "hang":
@@ -417,26 +433,27 @@ class _Connection:
             return  # without an answer, which closes the connection
 
         pieces = re.findall(r"\s*\S+", reply_to(texts[-1]))
-        cut = rng.randrange(1, len(pieces)) if outcome == "disconnect" else None
+        cut = rng.randrange(1, len(pieces)) if outcome in ("disconnect", "stream_error") else None
         make = _message if path == MESSAGES else _chat_completion
         asked = sum(len(text.split()) for text in texts)
         reply = make(f"{rng.getrandbits(96):024x}", model, asked, pieces)
         if stream:
-            await self._stream(reply, pieces, cut)
+            last = {"disconnect": None, "stream_error": reply.error}.get(outcome, reply.last)
+            await self._stream(reply, pieces[:cut], last)
         else:
             await self._send_json(200, reply.whole, cut=cut is not None)
 
-    async def _stream(self, reply: _Reply, pieces: list[str], cut: int | None) -> None:
+    async def _stream(self, reply: _Reply, pieces: list[str], last: bytes | None) -> None:
         headers = [("content-type", "text/event-stream"), ("cache-control", "no-cache")]
         start = h11.Response(status_code=200, headers=headers, reason="OK")
         await self._send(start, h11.Data(data=reply.first))
-        for piece in pieces[:cut]:
+        for piece in pieces:
             await anyio.sleep(self.server.faults.gap_seconds)
             self.server.chunks += 1  # before the client can have seen it
             await self._send(h11.Data(data=reply.piece(piece)))
 
-        if cut is None:
-            await self._send(h11.Data(data=reply.last), h11.EndOfMessage())
+        if last is not None:
+            await self._send(h11.Data(data=last), h11.EndOfMessage())
 
 
 async def _run(faults: Faults, seed: int, port: int, api_key: str | None) -> None:

@@ -7,6 +7,7 @@ from contextlib import aclosing, asynccontextmanager, contextmanager
 from threading import Thread
 from typing import Any
 
+import anyio
 import attrs
 import httpx2
 import pytest
@@ -237,3 +238,20 @@ async def test_failure_of_a_client_is_judged_for_what_it_is(client: Client, case
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])  # the only one that it runs on
 async def test_failure_of_a_pydantic_ai_agent_is_judged_for_what_it_is(case: str, stream: bool) -> None:
     await check(pydantic_ai, case, stream)
+
+
+# Both SDKs leave open what they read such a stream with: a loop of its own closes it, and trio says so.
+@pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.parametrize(("client", "raised"), [(openai, "APIError"), (anthropic, "APIStatusError")])
+def test_error_event_in_a_stream_is_transient_whatever_status_the_stream_had(
+    client: Client, raised: str, backend: str
+) -> None:
+    async def main() -> tuple[int, Exception]:
+        async with server("stream_error") as base_url:
+            return await failure(Call(base_url, True, KEY, httpx2.Timeout(5), "What is 17 * 23?"), client)
+
+    received, exc = anyio.run(main, backend=backend)
+    assert received > 0
+    assert (type(exc).__name__, classify(exc)) == (raised, Verdict(TRANSIENT))
+    assert getattr(exc, "status_code", 200) == 200

@@ -417,6 +417,22 @@ async def test_overloaded_completion_is_answered_with_503_and_a_time(client: htt
     assert response.json()["error"]["code"] == "overloaded"
 
 
+@pytest.mark.parametrize("path", ["chat/completions", "messages"])
+async def test_stream_error_is_an_event_after_part_of_the_reply_and_otherwise_500(
+    client: httpx2.AsyncClient, path: str
+) -> None:
+    async with serve_model(Faults(stream_error=1)) as server:
+        plain = await ask(client, server, TIDE, path=path, max_tokens=99)
+        stream = await ask(client, server, TIDE, path=path, max_tokens=99, stream=True)
+
+    assert (plain.status_code, stream.status_code) == (500, 200)
+    assert 0 < server.chunks < len(reply_to(TIDE).split())
+    *_, last, end = stream.text.split("\n\n")
+    assert end == ""
+    assert "overloaded" in json.loads(last.partition("data: ")[2])["error"]["message"]
+    assert last.startswith("event: error\n") is (path == "messages")
+
+
 async def test_server_error_is_answered_with_500(client: httpx2.AsyncClient) -> None:
     async with serve_model(Faults(server_error=1)) as server:
         response = await ask(client, server, QUESTION)
