@@ -22,7 +22,7 @@ from functools import partial
 
 import anyio
 import httpx2
-from anthropic import AnthropicError, AsyncAnthropic
+from anthropic import AsyncAnthropic
 from model_server import Faults, serve_model
 from telling import QUESTIONS, options, tell_result, tell_retry
 
@@ -93,7 +93,7 @@ async def run_streams(loop: AgentLoop, client: AsyncAnthropic) -> int:
 
 @asynccontextmanager
 async def connect() -> AsyncGenerator[AsyncAnthropic]:
-    # No time-out of the SDK's either: those of the loop cancel a request, and its connection is closed.
+    """Give a client of a real server or of one of our own, without retries and time-outs of the SDK's."""
     if MODEL:
         async with AsyncAnthropic(max_retries=0, timeout=None) as client:
             yield client
@@ -124,11 +124,7 @@ def main() -> int:
     found = options(
         "Ask Claude many questions at once through the anthropic SDK.", ("--stream", "stream them")
     )
-    try:
-        return 0 if anyio.run(run, found.backend, found.stream, backend=found.backend) else 1
-    except AnthropicError as exc:  # without a key there is no client
-        print(f"anthropic_batch.py: error: {exc}", file=sys.stderr)
-        return 2
+    return 0 if anyio.run(run, found.backend, found.stream, backend=found.backend) else 1
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from functools import partial
 import anyio
 from mcp import Client, StdioServerParameters
 from mcp.server import MCPServer
-from mcp_types import TextContent
+from mcp.types import TextContent
 from telling import options, tell_result, tell_retry
 
 from agentloop import AgentLoop, Backoff, Invocation, LoopConfig

@@ -89,9 +89,14 @@ async def run_streams(loop: AgentLoop, client: AsyncOpenAI) -> list[InvocationRe
 
 @asynccontextmanager
 async def connect() -> AsyncGenerator[AsyncOpenAI]:
-    # No time-out of the SDK's either: those of the loop cancel a request, and its connection is closed.
+    """Give a client of a real server or of one of our own, without retries and time-outs of the SDK's."""
     if MODEL:
-        async with AsyncOpenAI(max_retries=0, timeout=None) as client:
+        try:
+            client = AsyncOpenAI(max_retries=0, timeout=None)
+        except OpenAIError as exc:  # no key
+            sys.exit(f"error: {exc}")
+
+        async with client:
             yield client
     else:
         http = httpx2.AsyncClient(trust_env=False, timeout=None)  # past any proxy
@@ -112,11 +117,7 @@ async def run(backend: str, stream: bool) -> bool:
 
 def main() -> int:
     found = options("Ask a model many questions at once through the openai SDK.", ("--stream", "stream them"))
-    try:
-        return 0 if anyio.run(run, found.backend, found.stream, backend=found.backend) else 1
-    except OpenAIError as exc:  # without a key there is no client
-        print(f"openai_batch.py: error: {exc}", file=sys.stderr)
-        return 2
+    return 0 if anyio.run(run, found.backend, found.stream, backend=found.backend) else 1
 
 
 if __name__ == "__main__":

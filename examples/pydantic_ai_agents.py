@@ -16,6 +16,7 @@ import sys
 
 import anyio
 import attrs
+import pydantic_ai
 from openai_batch import MODEL, connect
 from pydantic_ai import Agent, ModelMessage, ModelResponse, RunContext, TextPart, ToolCallPart, ToolReturnPart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
@@ -77,6 +78,7 @@ async def assign(context: RunContext[Office], subject: str) -> str:
 
 
 async def run() -> bool:
+    pydantic_ai.BANNER_ENABLED = False  # which a terminal would show in the middle
     loop = AgentLoop(CONFIG, on_event=tell_retry)
     async with connect() as client:
         model = OpenAIChatModel(MODEL or "demo", provider=OpenAIProvider(openai_client=client))
