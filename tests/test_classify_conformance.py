@@ -139,12 +139,11 @@ def server_that_resets() -> Iterator[str]:
         try:
             while True:
                 connection, _ = listener.accept()
-                received = b""
-                while not received.endswith(b"}"):  # as all of these requests do
-                    received += connection.recv(65536)
-
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                connection.close()
+                with connection:
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    received = b""
+                    while not received.endswith(b"}"):  # as all of these requests do
+                        received += connection.recv(65536) or b"}"
         except OSError:  # the listener was shut down
             pass
 
@@ -164,18 +163,17 @@ async def server(case: str) -> AsyncGenerator[str]:
     if case == "reset":
         with server_that_resets() as url:
             yield url
+    elif case == "refused":
+        with socket.socket() as nobody:  # has a port, so that nobody else gets it, and does not listen
+            nobody.bind(("127.0.0.1", 0))
+            yield f"http://127.0.0.1:{nobody.getsockname()[1]}/v1"
     else:
         faults: dict[str, float] = {case: 1} if case in attrs.asdict(Faults()) else {}
         if case == "closed":
             faults = {"hang": 1, "hang_seconds": 0}
 
         async with serve_model(Faults(**faults, retry_after_seconds=7), api_key=KEY) as model:
-            url = model.base_url
-            if case != "refused":
-                yield url
-
-        if case == "refused":  # nobody listens there any more
-            yield url
+            yield model.base_url
 
 
 # What each client raises, so that no verdict is about another failure than the one that is meant.
