@@ -1,7 +1,8 @@
 """
-A small OpenAI-compatible model server for examples and tests, with faults on request.
+A small model server for examples and tests, with faults on request.
 
-It answers ``GET /v1/models`` and ``POST /v1/chat/completions``, plain and streaming, on asyncio and on trio::
+It speaks as OpenAI does (``GET /v1/models``, ``POST /v1/chat/completions``) and as Anthropic does (``POST
+/v1/messages``), plain and streaming, on asyncio and on trio::
 
     async with serve_model(Faults(rate_limited=0.1, hang=0.01), seed=7) as server:
         ...  # talk to server.base_url, then look at server.statuses
@@ -20,7 +21,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any, Literal
@@ -30,10 +31,28 @@ import attrs
 import h11
 from anyio.abc import SocketAttribute, SocketStream
 
-Outcome = Literal["rate_limited", "server_error", "hang", "disconnect", "answer"]
+Outcome = Literal[
+    "rate_limited", "server_error", "hang", "disconnect", "overloaded", "stream_error", "answer"
+]
 
-FAULTS: tuple[Outcome, ...] = ("rate_limited", "server_error", "hang", "disconnect")
-ROUTES = {"/v1/models": "GET", "/v1/chat/completions": "POST"}
+# A new one goes to the end, so that it changes no story that is told without it.
+FAULTS: tuple[Outcome, ...] = (
+    "rate_limited",
+    "server_error",
+    "hang",
+    "disconnect",
+    "overloaded",
+    "stream_error",
+)
+MESSAGES = "/v1/messages"
+ROUTES = {"/v1/models": "GET", "/v1/chat/completions": "POST", MESSAGES: "POST"}
+ANTHROPIC_ERRORS = {
+    401: "authentication_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    529: "overloaded_error",
+}
 MAX_BODY_BYTES = 1_000_000
 ARITHMETIC = re.compile(r"what is (-?\d{1,15}) ?([-+*]) ?(-?\d{1,15})(?![\d.]*\d|\s*[-+*/^])", re.IGNORECASE)
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -55,6 +74,8 @@ class Faults:
     server_error: float = 0.0  #: share answered with 500
     hang: float = 0.0  #: share never answered, and dropped after ``hang_seconds``
     disconnect: float = 0.0  #: share cut off in the middle of the answer
+    overloaded: float = 0.0  #: share answered at once with 503 and a Retry-After, or with Anthropic's 529
+    stream_error: float = 0.0  #: share of streams that end with an error event; plain answers are 500 instead
     retry_after_seconds: float = 0.2
     hang_seconds: float = 60.0
     delay_seconds: float = 0.0  #: mean of the log-normal delay before an answer
@@ -140,7 +161,7 @@ async def serve_model(
     :param faults: what goes wrong, and how long things take
     :param seed: another seed tells another story
     :param port: 0 picks a free one
-    :param api_key: when given, requests without this bearer token are answered with 401
+    :param api_key: when given, requests without it, as bearer token or ``x-api-key``, are answered with 401
     """
     failure: Exception | None = None
     listener = await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=port)
@@ -162,12 +183,23 @@ async def serve_model(
 class _HTTPError(Exception):
     def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] = {}) -> None:
         super().__init__(message)
-        kind = {429: "requests", 500: "server_error"}.get(status, "invalid_request_error")
-        self.status, self.headers = status, headers
-        self.payload = {"error": {"message": message, "type": kind, "param": None, "code": code}}
+        self.status, self.code, self.message, self.headers = status, code, message, headers
+
+    def payload(self, path: str) -> dict[str, object]:
+        """Return the body of the answer, as the API at this path puts it."""
+        if path == MESSAGES:
+            kind = ANTHROPIC_ERRORS.get(self.status, "invalid_request_error")
+            return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+        kind = "requests" if self.status == 429 else "invalid_request_error"
+        kind = "server_error" if self.status >= 500 else kind
+        return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
 
 
-def _parse(body: bytes) -> tuple[str, list[str], bool]:
+STREAM_ERROR = _HTTPError(529, "overloaded", "the model is overloaded; try again later")
+
+
+def _parse(path: str, body: bytes) -> tuple[str, list[str], bool]:
     """Return the model, the texts of the messages, and whether to stream."""
     try:
         fields: Any = json.loads(body)
@@ -175,6 +207,8 @@ def _parse(body: bytes) -> tuple[str, list[str], bool]:
         raise _HTTPError(400, "invalid_json", f"the body must be JSON: {exc}") from exc
 
     match fields:
+        case {"model": str(), "messages": [_, *_]} if path == MESSAGES and "max_tokens" not in fields:
+            raise _HTTPError(400, "invalid_body", "the body must have 'max_tokens'")
         case {"model": str(model), "messages": [_, *_] as messages}:
             return model, [_text(message) for message in messages], fields.get("stream") is True
         case _:
@@ -197,6 +231,60 @@ def reply_to(prompt: str) -> str:
 
     topic = " ".join(prompt.split()[:6])
     return f'On "{topic}": {random.Random(ascii(prompt)).choice(ADVICE)}'
+
+
+@attrs.frozen
+class _Reply:
+    """A reply as one of the APIs puts it: whole, and as the server-sent events of a stream."""
+
+    whole: Mapping[str, object]
+    first: bytes
+    piece: Callable[[str], bytes]
+    last: bytes
+    error: bytes
+
+
+def _chat_completion(serial: str, model: str, asked: int, pieces: list[str]) -> _Reply:
+    head = {"id": f"chatcmpl-{serial}", "created": int(time.time()), "model": model}
+    message = {"role": "assistant", "content": "".join(pieces)}
+    spent = {"prompt_tokens": asked, "completion_tokens": len(pieces), "total_tokens": asked + len(pieces)}
+    choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+
+    def event(delta: Mapping[str, str], finish_reason: str | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        chunk = {**head, "object": "chat.completion.chunk", "choices": [choice]}
+        return f"data: {json.dumps(chunk)}\n\n".encode()
+
+    return _Reply(
+        whole={**head, "object": "chat.completion", "choices": choices, "usage": spent},
+        first=event({"role": "assistant", "content": ""}),
+        piece=lambda text: event({"content": text}),
+        last=event({}, "stop") + b"data: [DONE]\n\n",
+        error=f"data: {json.dumps(STREAM_ERROR.payload(''))}\n\n".encode(),
+    )
+
+
+def _message(serial: str, model: str, asked: int, pieces: list[str]) -> _Reply:
+    head = {"id": f"msg_{serial}", "type": "message", "role": "assistant", "model": model}
+    end = {"stop_reason": "end_turn", "stop_sequence": None}
+    content = [{"type": "text", "text": "".join(pieces)}]
+    usage = {"input_tokens": asked, "output_tokens": len(pieces)}
+    nothing: dict[str, object] = {"content": [], "usage": {**usage, "output_tokens": 0}, **dict.fromkeys(end)}
+
+    def event(kind: str, **fields: object) -> bytes:
+        return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n".encode()
+
+    def block(kind: str, **fields: object) -> bytes:
+        return event(f"content_block_{kind}", index=0, **fields)
+
+    return _Reply(
+        whole={**head, **end, "content": content, "usage": usage},
+        first=event("message_start", message={**head, **nothing})
+        + block("start", content_block={"type": "text", "text": ""}),
+        piece=lambda text: block("delta", delta={"type": "text_delta", "text": text}),
+        last=block("stop") + event("message_delta", delta=end, usage=usage) + event("message_stop"),
+        error=event("error", error=STREAM_ERROR.payload(MESSAGES)["error"]),
+    )
 
 
 class _Connection:
@@ -236,7 +324,9 @@ class _Connection:
                 self.head_only = False
         except h11.RemoteProtocolError as exc:
             if self.http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                await self._send_json(exc.error_status_hint, _HTTPError(400, "bad_http", str(exc)).payload)
+                await self._send_json(
+                    exc.error_status_hint, _HTTPError(400, "bad_http", str(exc)).payload("")
+                )
 
     async def _receive(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         while (event := self.http.next_event()) is h11.NEED_DATA:
@@ -263,7 +353,7 @@ class _Connection:
     ) -> None:
         body = json.dumps(payload).encode()
         fields = {"content-type": "application/json", "content-length": str(len(body)), **headers}
-        phrase = HTTPStatus(status).phrase
+        phrase = "Overloaded" if status == 529 else HTTPStatus(status).phrase
         response = h11.Response(status_code=status, headers=list(fields.items()), reason=phrase)
         if cut:
             await self._send(response, h11.Data(data=body[: len(body) // 2]))
@@ -300,13 +390,14 @@ class _Connection:
         key = self.server.api_key
         try:
             if path not in ROUTES:
-                raise _HTTPError(404, "unknown_url", f"there is no {path}, only {' and '.join(ROUTES)}")
+                raise _HTTPError(404, "unknown_url", f"there is no {path}, only {', '.join(ROUTES)}")
 
             if method != ROUTES[path]:
                 message = f"use {ROUTES[path]}, not {method}"
                 raise _HTTPError(405, "method_not_supported", message, {"allow": ROUTES[path]})
 
-            if key is not None and (b"authorization", f"Bearer {key}".encode()) not in request.headers:
+            keys = ((b"authorization", f"Bearer {key}".encode()), (b"x-api-key", f"{key}".encode()))
+            if key is not None and not any(field in request.headers for field in keys):
                 raise _HTTPError(401, "invalid_api_key", "incorrect or missing API key")
 
             if len(body) > MAX_BODY_BYTES:
@@ -316,21 +407,25 @@ class _Connection:
                 model = {"id": "demo", "object": "model", "created": 0, "owned_by": "model_server"}
                 await self._send_json(200, {"object": "list", "data": [model]})
             else:
-                await self._complete(*_parse(body))
+                await self._complete(path, *_parse(path, body))
         except _HTTPError as exc:
-            await self._send_json(exc.status, exc.payload, exc.headers)
+            await self._send_json(exc.status, exc.payload(path), exc.headers)
 
-    async def _complete(self, model: str, texts: list[str], stream: bool) -> None:
+    async def _complete(self, path: str, model: str, texts: list[str], stream: bool) -> None:
         faults = self.server.faults
         outcome, delay, rng = self.server.begin("\n".join(texts))
+        # The standard header knows whole seconds only; both companies' clients read the exact one first.
+        seconds = faults.retry_after_seconds
+        headers = {"retry-after-ms": f"{seconds * 1000:.0f}", "retry-after": str(math.ceil(seconds))}
         if outcome == "rate_limited":
-            # The standard header knows whole seconds only; clients of OpenAI read the exact one first.
-            seconds = faults.retry_after_seconds
-            headers = {"retry-after-ms": f"{seconds * 1000:.0f}", "retry-after": str(math.ceil(seconds))}
             raise _HTTPError(429, "rate_limit_exceeded", "too many requests; try again later", headers)
 
+        if outcome == "overloaded":
+            status, headers = (529, {}) if path == MESSAGES else (503, headers)
+            raise _HTTPError(status, "overloaded", "the model is overloaded; try again later", headers)
+
         await anyio.sleep(delay)
-        if outcome == "server_error":
+        if outcome == "server_error" or (outcome == "stream_error" and not stream):
             raise _HTTPError(500, "server_error", "the server had an error; try again")
 
         if outcome == "hang":
@@ -338,35 +433,27 @@ class _Connection:
             return  # without an answer, which closes the connection
 
         pieces = re.findall(r"\s*\S+", reply_to(texts[-1]))
-        cut = rng.randrange(1, len(pieces)) if outcome == "disconnect" else None
-        head = {"id": f"chatcmpl-{rng.getrandbits(96):024x}", "created": int(time.time()), "model": model}
+        cut = rng.randrange(1, len(pieces)) if outcome in ("disconnect", "stream_error") else None
+        make = _message if path == MESSAGES else _chat_completion
+        asked = sum(len(text.split()) for text in texts)
+        reply = make(f"{rng.getrandbits(96):024x}", model, asked, pieces)
         if stream:
-            await self._stream(head, pieces, cut)
-            return
+            last = {"disconnect": None, "stream_error": reply.error}.get(outcome, reply.last)
+            await self._stream(reply, pieces[:cut], last)
+        else:
+            await self._send_json(200, reply.whole, cut=cut is not None)
 
-        message = {"role": "assistant", "content": "".join(pieces)}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        spent = {"prompt_tokens": sum(len(text.split()) for text in texts), "completion_tokens": len(pieces)}
-        usage = {**spent, "total_tokens": sum(spent.values())}
-        completion = {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
-        await self._send_json(200, completion, cut=cut is not None)
-
-    async def _stream(self, head: Mapping[str, object], pieces: list[str], cut: int | None) -> None:
-        def event(delta: Mapping[str, str], finish_reason: str | None = None) -> h11.Data:
-            choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-            chunk = {**head, "object": "chat.completion.chunk", "choices": [choice]}
-            return h11.Data(data=f"data: {json.dumps(chunk)}\n\n".encode())
-
+    async def _stream(self, reply: _Reply, pieces: list[str], last: bytes | None) -> None:
         headers = [("content-type", "text/event-stream"), ("cache-control", "no-cache")]
         start = h11.Response(status_code=200, headers=headers, reason="OK")
-        await self._send(start, event({"role": "assistant", "content": ""}))
-        for piece in pieces[:cut]:
+        await self._send(start, h11.Data(data=reply.first))
+        for piece in pieces:
             await anyio.sleep(self.server.faults.gap_seconds)
             self.server.chunks += 1  # before the client can have seen it
-            await self._send(event({"content": piece}))
+            await self._send(h11.Data(data=reply.piece(piece)))
 
-        if cut is None:
-            await self._send(event({}, "stop"), h11.Data(data=b"data: [DONE]\n\n"), h11.EndOfMessage())
+        if last is not None:
+            await self._send(h11.Data(data=last), h11.EndOfMessage())
 
 
 async def _run(faults: Faults, seed: int, port: int, api_key: str | None) -> None:
@@ -379,7 +466,9 @@ async def _run(faults: Faults, seed: int, port: int, api_key: str | None) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="An OpenAI-compatible model server, with faults on request.")
+    parser = argparse.ArgumentParser(
+        description="A model server that speaks as OpenAI and as Anthropic do, with faults on request."
+    )
     parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--seed", type=int, default=0)

@@ -39,10 +39,15 @@ def chat(*texts: str, **fields: object) -> dict[str, object]:
 
 
 async def ask(
-    client: httpx2.AsyncClient, server: ModelServer, prompt: str, **fields: object
+    client: httpx2.AsyncClient,
+    server: ModelServer,
+    prompt: str,
+    *,
+    path: str = "chat/completions",
+    **fields: object,
 ) -> httpx2.Response:
     with anyio.fail_after(5):
-        return await client.post(f"{server.base_url}/chat/completions", json=chat(prompt, **fields))
+        return await client.post(f"{server.base_url}/{path}", json=chat(prompt, **fields))
 
 
 async def story(client: httpx2.AsyncClient, server: ModelServer, prompt: str) -> str:
@@ -167,6 +172,77 @@ async def test_stream_is_sent_as_it_is_made() -> None:
 
     assert first.count(b"data: ") == 1
     assert b'"delta": {"role": "assistant", "content": ""}' in first
+
+
+async def test_plain_message_has_the_anthropic_shape(client: httpx2.AsyncClient) -> None:
+    async with serve_model() as server:
+        response = await ask(client, server, QUESTION, path="messages", max_tokens=99)
+
+    message = response.json()
+    assert response.status_code == 200
+    assert message.pop("id").startswith("msg_")
+    assert message == {
+        "type": "message",
+        "role": "assistant",
+        "model": "demo",
+        "content": [{"type": "text", "text": "17 * 23 is 391."}],
+        "stop_reason": "end_turn",
+        "stop_sequence": None,
+        "usage": {"input_tokens": 5, "output_tokens": 5},
+    }
+
+
+async def test_streamed_message_is_the_plain_one_in_events_that_say_their_type(
+    client: httpx2.AsyncClient,
+) -> None:
+    async with serve_model() as server:
+        response = await ask(client, server, TIDE, path="messages", max_tokens=99, stream=True)
+
+    assert response.headers["content-type"] == "text/event-stream"
+    events = [event.split("\ndata: ") for event in response.text.split("\n\n")]
+    assert events.pop() == [""]
+    fields = [json.loads(data) for _, data in events]
+    assert [f"event: {field['type']}" for field in fields] == [name for name, _ in events]
+    start, begin, *deltas, end, usage, stop = fields
+    assert (start["message"]["content"], start["message"]["stop_reason"]) == ([], None)
+    assert begin["content_block"] == {"type": "text", "text": ""}
+    assert {delta["type"] for delta in deltas} == {"content_block_delta"}
+    assert "".join(delta["delta"]["text"] for delta in deltas) == reply_to(TIDE)
+    assert server.chunks == len(deltas)
+    assert [end["type"], usage["type"], stop["type"]] == [
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
+    ]
+    assert (usage["delta"]["stop_reason"], usage["usage"]["output_tokens"]) == ("end_turn", len(deltas))
+
+
+@pytest.mark.parametrize(
+    ("faults", "key", "fields", "status", "kind"),
+    [
+        (Faults(), "key", {}, 400, "invalid_request_error"),
+        (Faults(), "wrong", {"max_tokens": 9}, 401, "authentication_error"),
+        (Faults(rate_limited=1), "key", {"max_tokens": 9}, 429, "rate_limit_error"),
+        (Faults(server_error=1), "key", {"max_tokens": 9}, 500, "api_error"),
+        (Faults(overloaded=1), "key", {"max_tokens": 9}, 529, "overloaded_error"),
+    ],
+)
+async def test_refused_message_has_an_error_of_the_anthropic_shape(
+    client: httpx2.AsyncClient,
+    faults: Faults,
+    key: str,
+    fields: Mapping[str, object],
+    status: int,
+    kind: str,
+) -> None:
+    client.headers["x-api-key"] = key
+    async with serve_model(faults, api_key="key") as server:
+        response = await ask(client, server, QUESTION, path="messages", **fields)
+
+    error = response.json()["error"]
+    assert (response.status_code, response.json()["type"], error["type"]) == (status, "error", kind)
+    assert error["message"]
+    assert ("retry-after" in response.headers) is (status == 429)
 
 
 async def test_models_are_listed(client: httpx2.AsyncClient) -> None:
@@ -330,6 +406,31 @@ async def test_rate_limited_request_is_told_when_to_come_back(client: httpx2.Asy
     assert response.headers["retry-after-ms"] == "250"
     assert response.headers["retry-after"] == "1"
     assert response.json()["error"]["code"] == "rate_limit_exceeded"
+
+
+async def test_overloaded_completion_is_answered_with_503_and_a_time(client: httpx2.AsyncClient) -> None:
+    async with serve_model(Faults(overloaded=1, retry_after_seconds=3, delay_seconds=3600)) as server:
+        response = await ask(client, server, QUESTION)
+
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "3"
+    assert response.json()["error"]["code"] == "overloaded"
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "messages"])
+async def test_stream_error_is_an_event_after_part_of_the_reply_and_otherwise_500(
+    client: httpx2.AsyncClient, path: str
+) -> None:
+    async with serve_model(Faults(stream_error=1)) as server:
+        plain = await ask(client, server, TIDE, path=path, max_tokens=99)
+        stream = await ask(client, server, TIDE, path=path, max_tokens=99, stream=True)
+
+    assert (plain.status_code, stream.status_code) == (500, 200)
+    assert 0 < server.chunks < len(reply_to(TIDE).split())
+    *_, last, end = stream.text.split("\n\n")
+    assert end == ""
+    assert "overloaded" in json.loads(last.partition("data: ")[2])["error"]["message"]
+    assert last.startswith("event: error\n") is (path == "messages")
 
 
 async def test_server_error_is_answered_with_500(client: httpx2.AsyncClient) -> None:
