@@ -72,6 +72,7 @@ async def run_attempt(
     own_task: bool,
     on_wait: Callable[[], object],
     timer: Timer,
+    now: float,
 ) -> None:
     """
     Run one attempt and tell the job how it ended. The slot is given back in any case.
@@ -82,6 +83,7 @@ async def run_attempt(
         doing; in the caller's task it is the caller's
     :param on_wait: called when the agent waits for the first time, or oftener
     :param timer: times the attempt out; stays open, if the agent returned, until it is closed
+    :param now: the time
     :raises BaseException: the cancellation of an enclosing scope or of the caller's task, and what the agent
         raises that is no ``Exception``; the attempt then has no outcome
     """
@@ -102,7 +104,6 @@ async def run_attempt(
         context = context.copy()
         context.run(current_slot.set, slot)
         cancellations = host.cancellations()
-        now = pool.now()
         deadline = job.start(now, config)
         job.charges, slot.charges = slot.charges, None
         observer = plan.observer
@@ -134,7 +135,9 @@ async def run_attempt(
                 if scope.cancel_called or plan.act is not None:
                     timer.close()
 
-                job.succeed(output)
+                job.status = Status.SUCCESS
+                job.output = output
+                job.error = None
                 return
         except Exception as exc:
             job.made_of_cancellation = exc

@@ -299,12 +299,15 @@ class Batch(ABC, Generic[T]):
         pool, plan = self._pool, self._plan
         now_at, is_cancelled = pool.now, watch_cancellation(pool.backend)
         selective, pace = pool.selective, pool.pace
+        # Whether inputs are pulled here, and do not wait from the start.
+        pulls = self._iterator is not None and self._began is None
         cancellations = host.cancellations
         while not self._done:
             if is_cancelled():
                 # Cancelled before it has anything, so that it holds nothing while that is on its way.
                 await anyio.sleep_forever()
 
+            fresh = pulls and not self._fed
             job = self._next_job()
             if job is None:
                 timer.close()
@@ -316,6 +319,7 @@ class Batch(ABC, Generic[T]):
             if self._stopped is None and (not selective or job.costs or job.enroll()):
                 slot = job.pool.acquire_nowait(job.costs, self._outer)
                 if slot is None:
+                    fresh = False
                     timer.close()
                     slot = await self._wait_in_line(job)
 
@@ -325,7 +329,9 @@ class Batch(ABC, Generic[T]):
                     self._drop_stale_alarms()
 
                 try:
-                    await run_attempt(job, plan, slot, self._context, host, True, on_wait, timer)
+                    # For one that was just pulled no time has passed, and it has not been queued.
+                    now = job.queued_at if fresh and not job.attempts else now_at()
+                    await run_attempt(job, plan, slot, self._context, host, True, on_wait, timer, now)
                 except BaseException:
                     self._seeking += 1
                     job.cancel(self._reason)
@@ -360,12 +366,19 @@ class Batch(ABC, Generic[T]):
         if self._fed:
             return self._fed.popleft()
 
-        if self._due and self._live < self._limiter.max_concurrency:
+        limit = self._limiter.max_concurrency
+        if self._due and self._live < limit:
             job = next(iter(self._due))
             self._wake(job)
             return job
 
-        if self._iterator is not None and self._may_pull():
+        # As _may_pull() has it; a call for every input shows.
+        if (
+            self._iterator is not None
+            and not self._exhausted
+            and self._live < limit
+            and self._resting < ASLEEP_PER_SLOT * limit
+        ):
             try:
                 return self._make_job(self._input_context.run(next, self._iterator))
             except StopIteration:

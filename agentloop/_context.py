@@ -37,7 +37,6 @@ def call_in_context(
         coroutine = _as_coroutine(fn, coroutine)
 
     send: Callable[[Any], Any] = coroutine.send
-    throw: Callable[[BaseException], Any] = coroutine.throw
     try:
         step = run(send, None)
     except StopIteration as stop:
@@ -59,7 +58,7 @@ def call_in_context(
             thrown = exc
 
         try:
-            step = run(send, sent) if thrown is None else run(throw, thrown)
+            step = run(send, sent) if thrown is None else run(coroutine.throw, thrown)
         except StopIteration as stop:
             value = stop.value
             return value

@@ -130,26 +130,16 @@ class Invocation(Generic[T_co]):
             raise TypeError(f"agent_id must be a str, a function of an item or None, got {agent_id!r}")
 
         def make(index: int, item: ItemT) -> Invocation[T]:
-            if callable(prefix):
-                return Invocation(prefix(item), fn, (item,))
-
-            # Nothing in it can be wrong, and to check it all again takes longer than all else about it.
-            invocation = new(cls)
-            set_agent_id(invocation, f"{prefix}-{index}")
-            set_fn(invocation, fn)
-            set_args(invocation, (item,))
-            set_kwargs(invocation, {})
-            return invocation
-
-        new = object.__new__
-        cls: type[Invocation[T]] = Invocation
-        set_agent_id, set_fn, set_args, set_kwargs = _SETTERS
+            return Invocation(prefix(item) if callable(prefix) else f"{prefix}-{index}", fn, (item,))
 
         if isinstance(items, AsyncIterable):
             return _amap(make, items)
 
         if not isinstance(items, Iterable):
             raise TypeError(f"items must be a sync or async iterable, got {items!r}")
+
+        if isinstance(prefix, str):
+            return _numbered(prefix, fn, items)
 
         # No builtin map(): it would take a StopIteration of agent_id for the end of the items.
         return (make(index, item) for index, item in enumerate(items))
@@ -202,6 +192,22 @@ def _name(fn: Callable[..., Any]) -> str:
         fn = fn.func
 
     return getattr(fn, "__name__", type(fn).__name__)
+
+
+def _numbered(
+    prefix: str, fn: Callable[[ItemT], Awaitable[T] | AsyncIterable[T]], items: Iterable[ItemT]
+) -> Iterator[Invocation[T]]:
+    new = object.__new__
+    kind: type[Invocation[T]] = Invocation
+    set_agent_id, set_fn, set_args, set_kwargs = _SETTERS
+    for index, item in enumerate(items):
+        # Nothing in it can be wrong, and to check it all again takes longer than all else about it.
+        invocation = new(kind)
+        set_agent_id(invocation, f"{prefix}-{index}")
+        set_fn(invocation, fn)
+        set_args(invocation, (item,))
+        set_kwargs(invocation, {})
+        yield invocation
 
 
 async def _amap(

@@ -103,12 +103,6 @@ class Job(Generic[T]):
         self.total_counts = timeout is None or self.deadline <= now + timeout
         return self.deadline if self.total_counts or timeout is None else now + timeout
 
-    def succeed(self, output: T) -> None:
-        """End the attempt with what the agent returned."""
-        self.status = Status.SUCCESS
-        self.output = output
-        self.error = None
-
     def fail(self, status: Status, error: Exception) -> None:
         """End the attempt with an error."""
         self.status = status

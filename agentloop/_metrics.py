@@ -15,9 +15,9 @@ from . import _validators as must
 from ._histogram import DEFAULT_SCALE, Distribution, Histogram
 from ._result import InvocationResult, Status
 
-# Of a result: its status, whether it was started, its retries, latency, queue and first chunk; or of one that
-# was in flight and has succeeded at the first attempt, as most do, no more than its latency and queue.
-_Record: TypeAlias = tuple[Status, bool, int, float, float, float | None] | tuple[float, float]
+# Of a result: its status, retries, latency, queue and first chunk; or of one that was in flight and has
+# succeeded at the first attempt, as most do, no more than its latency and queue.
+_Record: TypeAlias = tuple[Status, int, float, float, float | None] | tuple[float, float]
 TOLD_AT_MOST = 1000
 
 
@@ -124,11 +124,8 @@ class MetricsRecorder:
         if not (0 <= latency < math.inf and 0 <= queue < math.inf and 0 <= (first_chunk or 0) < math.inf):
             raise ValueError(f"durations must be finite and at least 0, got {result!r}")
 
-        # What was refused before it could start has no latency either, and no attempt that failed.
         status = result.status
-        refused = status is Status.ERROR and not latency and not result.failures
-        started = status is not Status.SKIPPED and not refused
-        self.tell((status, started, result.retries, latency, queue, first_chunk))
+        self.tell((status, result.retries, latency, queue, first_chunk))
         if len(self._told) >= TOLD_AT_MOST:
             self.count()
 
@@ -162,17 +159,17 @@ class MetricsRecorder:
 
                     continue
 
-                status, started, retries, latency, queue, first_chunk = told
+                status, retries, latency, queue, first_chunk = told
+                self._retries += retries
                 if status is Status.SUCCESS:
                     self._successes += 1
                 else:
                     self._others[status] = self._others.get(status, 0) + 1
-                    if not started:
+                    if status is Status.SKIPPED:
                         continue
 
                 if retries:
                     retried += 1
-                    self._retries += retries
                     self._retried.add(latency)
                 else:
                     latencies.append(latency)

@@ -77,10 +77,10 @@ class Slot:
         elif verdict is not None or (succeeded and pool.listens):
             pool.learn(self, verdict, longest_hold)
 
-        if self.lent is None and self.lender is None and self.waiters is None:
-            pool.give_back(self)
-        else:
+        if self.lent is not None or self.lender is not None or self.waiters is not None:
             self._pass_on()
+        else:
+            pool.give_back(self)
 
         if self.outer is not None:
             # What is released is skipped from now on, so that a chain of invocations, each of which starts
@@ -520,10 +520,7 @@ class Pool:
     def give_back(self, slot: Slot) -> None:
         """Take a token back and pass it on."""
         self.running -= 1
-        if slot.token is not None:
-            self._spare.append(slot.token)
-            slot.token = None
-
+        self._spare.append(slot.token)
         if self._queue or self._returning:
             self._grant()
 

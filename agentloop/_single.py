@@ -101,14 +101,19 @@ class Single(Generic[T]):
         if pool.selective and not job.enroll():
             return
 
+        now = job.queued_at
         while True:
-            slot = await self._acquire()
+            slot = job.pool.acquire_nowait(job.costs, self._outer)
+            if slot is None:
+                slot = await self._wait_in_line()
+                now = pool.now()
+
             if slot is None:
                 job.expire()
                 return
 
             try:
-                await run_attempt(job, plan, slot, context, host, self._own_task, self._on_wait, timer)
+                await run_attempt(job, plan, slot, context, host, self._own_task, self._on_wait, timer, now)
             finally:
                 timer.close()
 
@@ -131,15 +136,15 @@ class Single(Generic[T]):
             finally:
                 pool.asleep -= 1
 
-    async def _acquire(self) -> Slot | None:
-        job, pool = self._job, self._job.pool
-        slot = pool.acquire_nowait(job.costs, self._outer)
-        if slot is None:
-            self._waited = True
-            with anyio.CancelScope(deadline=job.deadline):
-                slot = await pool.wait(pool.enqueue(job.costs, self._outer))
+            now = pool.now()
 
-        return slot
+    async def _wait_in_line(self) -> Slot | None:
+        job, pool = self._job, self._job.pool
+        self._waited = True
+        with anyio.CancelScope(deadline=job.deadline):
+            return await pool.wait(pool.enqueue(job.costs, self._outer))
+
+        return None
 
     def _on_wait(self) -> None:
         self._waited = True

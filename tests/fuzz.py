@@ -133,7 +133,6 @@ class Program:
         self.checked = 0
         self.uses = 0
         self.natively_cancelled = 0
-        self.refused = 0
         # What each agent did last, and whether it returned.
         self.last: dict[str, tuple[str, bool]] = {}
         self.starts: Counter[str] = Counter()
@@ -772,7 +771,6 @@ class Program:
                     cost > (rate.limit if rate.burst is None else rate.burst)
                     for (cost, _), rate in zip(self.costs[result.agent_id], self.rates, strict=True)
                 )
-                self.refused += 1
                 return
 
             assert error is result.failures[-1]
@@ -875,11 +873,17 @@ class Program:
             assert re.fullmatch("Q(S(RS)*F?R?)?R", "".join(story)), story
 
         now = self.metrics.snapshot()
+        skipped = now.counts[Status.SKIPPED]
         starts = sum(self.starts.values())
         assert now.in_flight == 0
         assert sum(now.counts.values()) == len(self.metrics.results) == len(self.stories)
-        assert now.attempt.count == starts, "an attempt was not recorded, or twice"
-        assert now.latency.count == now.queue.count == len(self.starts)
+        # What was refused before it could start counts as an attempt that took no time.
+        refused = sum(
+            results[0].status is Status.ERROR and not self.starts[name]
+            for name, results in self.metrics.results.items()
+        )
+        assert now.attempt.count == starts + refused, "an attempt was not recorded, or twice"
+        assert now.latency.count == now.queue.count == len(self.metrics.results) - skipped
         assert now.retries == sum(count - 1 for count in self.starts.values())
 
 

@@ -194,6 +194,7 @@ def test_durations_are_shown_in_the_unit_that_suits_them(latency_ms: float, show
 @pytest.mark.parametrize(("count", "shown"), [(7, "8<"), (3000, "3k<"), (2_000_000, "2M<")])
 def test_counts_are_shown_short(count: int, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = recorded(1.0)
+    recorder.count()
     for index in recorder._latency.buckets:
         recorder._latency.buckets[index] = count
 
