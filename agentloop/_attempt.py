@@ -108,7 +108,7 @@ async def run_attempt(
         job.charges, slot.charges = slot.charges, None
         observer = plan.observer
         if observer.is_plain and job.attempts == 1:
-            observer.tell(1)
+            observer.tell_in_flight(1)
             job.attempt_at = now
         else:
             observer.started(job, now, context)

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import attrs
 
@@ -15,10 +15,16 @@ from . import _validators as must
 from ._histogram import DEFAULT_SCALE, Distribution, Histogram
 from ._result import InvocationResult, Status
 
-# Of a result: its status, retries, latency, queue and first chunk; or of one that was in flight and has
-# succeeded at the first attempt, as most do, no more than its latency and queue.
-_Record: TypeAlias = tuple[Status, int, float, float, float | None] | tuple[float, float]
+T = TypeVar("T")
+
+# Of a result: its status, retries, latency, queue and first chunk.
+_Record: TypeAlias = tuple[Status, int, float, float, float | None]
 TOLD_AT_MOST = 1000
+
+
+def _taken(told: deque[T]) -> list[T]:
+    """Take out what is there now; another thread may add to it meanwhile."""
+    return [told.popleft() for _ in range(len(told))]
 
 
 @attrs.frozen
@@ -92,8 +98,15 @@ class MetricsRecorder:
         self._lock = threading.Lock()
         # What was told and not yet counted. To append is safe in any thread, and many are counted faster than
         # one by one.
-        self._told: deque[int | _Record] = deque()
-        self.tell = self._told.append
+        self._told: deque[_Record] = deque()
+        self._in_flight_told: deque[int] = deque()
+        self._latencies_told: deque[float] = deque()
+        self._queues_told: deque[float] = deque()
+        # 1 for an invocation that begins, -1 for one that ends; and the latency of one that succeeded at its
+        # first attempt, as most do, with the time that it was queued for after it, if that was not 0.
+        self.tell_in_flight = self._in_flight_told.append
+        self.tell_latency = self._latencies_told.append
+        self.tell_queue = self._queues_told.append
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in self.snapshot().counts.items() if count)
@@ -105,7 +118,9 @@ class MetricsRecorder:
             copy._add(self)
 
         state = vars(copy)
-        del state["_lock"], state["_told"], state["tell"]
+        for name in ("_lock", *(name for name in state if "tell_" in name or "told" in name)):
+            del state[name]
+
         # What runs here does not run where this is unpickled.
         state["_in_flight"] = 0
         return state
@@ -125,7 +140,7 @@ class MetricsRecorder:
             raise ValueError(f"durations must be finite and at least 0, got {result!r}")
 
         status = result.status
-        self.tell((status, result.retries, latency, queue, first_chunk))
+        self._told.append((status, result.retries, latency, queue, first_chunk))
         if len(self._told) >= TOLD_AT_MOST:
             self.count()
 
@@ -138,28 +153,13 @@ class MetricsRecorder:
     def _counted(self) -> Generator[None]:
         """Hold the lock, with all counted that was told before."""
         with self._lock:
-            next_told = self._told.popleft
+            self._in_flight += sum(_taken(self._in_flight_told))
             # Where there was one attempt, it took as long as all of it: most are recorded only once.
-            latencies: list[float] = []
-            queues: list[float] = []
-            plain = retried = 0
-            for _ in range(len(self._told)):
-                told = next_told()
-                if type(told) is int:
-                    self._in_flight += told
-                    continue
-
-                assert isinstance(told, tuple)
-                if len(told) == 2:
-                    latency, queue = told
-                    plain += 1
-                    latencies.append(latency)
-                    if queue:
-                        queues.append(queue)
-
-                    continue
-
-                status, retries, latency, queue, first_chunk = told
+            latencies = _taken(self._latencies_told)
+            self._successes += len(latencies)
+            self._latency.add_all(latencies)
+            self._queue.add_all(_taken(self._queues_told))
+            for status, retries, latency, queue, first_chunk in _taken(self._told):
                 self._retries += retries
                 if status is Status.SUCCESS:
                     self._successes += 1
@@ -168,31 +168,23 @@ class MetricsRecorder:
                     if status is Status.SKIPPED:
                         continue
 
-                if retries:
-                    retried += 1
-                    self._retried.add(latency)
-                else:
-                    latencies.append(latency)
-
+                (self._retried if retries else self._latency).add(latency)
                 if queue:
-                    queues.append(queue)
+                    self._queue.add(queue)
 
                 if first_chunk is not None:
                     self._first_chunk.add(first_chunk)
 
-            self._latency.add_all(latencies)
-            self._queue.add_all(queues)
-            self._unqueued += len(latencies) + retried - len(queues)
-            self._successes += plain
-            self._in_flight -= plain
             yield
 
     def snapshot(self) -> MetricsSnapshot:
         """Return what was recorded until now."""
         with self._counted():
             queue = Histogram(self._scale)
-            if self._unqueued:
-                queue.zeros = queue.count = self._unqueued
+            # Those that were not queued are not recorded as such.
+            unqueued = self._latency.count + self._retried.count - self._queue.count
+            if unqueued > 0:
+                queue.zeros = queue.count = unqueued
                 queue.minimum = queue.maximum = 0.0
 
             return MetricsSnapshot(
@@ -243,7 +235,6 @@ class MetricsRecorder:
         self._others: dict[Status, int] = {}
         self._retries = 0
         self._overloads = 0
-        self._unqueued = 0
         # Of invocations with a single attempt: their latencies and their attempts.
         self._latency = Histogram(self._scale)
         self._retried = Histogram(self._scale)
@@ -261,7 +252,6 @@ class MetricsRecorder:
 
         self._retries += other._retries
         self._overloads += other._overloads
-        self._unqueued += other._unqueued
         for name in ("_latency", "_retried", "_attempt", "_queue", "_first_chunk", "_backoff", "_chunk_gap"):
             getattr(self, name).merge(getattr(other, name))
 
@@ -269,11 +259,11 @@ class MetricsRecorder:
 
     def begin(self) -> None:
         """Count an invocation as in flight."""
-        self.tell(1)
+        self.tell_in_flight(1)
 
     def end(self) -> None:
         """Count an invocation as no longer in flight."""
-        self.tell(-1)
+        self.tell_in_flight(-1)
 
     def add_attempt(self, attempt_ms: float) -> None:
         """Record how long one of several attempts took. A single attempt took as long as all of it."""

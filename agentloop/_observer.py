@@ -8,13 +8,13 @@ import itertools
 import logging
 from collections.abc import Callable
 from contextvars import Context
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from ._events import Event, FirstChunkEvent, QueuedEvent, ResultEvent, RetryEvent, StartedEvent, StopEvent
 from ._histogram import Histogram
 from ._job import Job
 from ._metrics import TOLD_AT_MOST, MetricsRecorder
-from ._result import InvocationResult, Status
+from ._result import InvocationResult, Status, success
 from ._verdict import VerdictKind
 
 T = TypeVar("T")
@@ -47,16 +47,16 @@ class Observer:
     :param sink: the sink, or ``None``
     """
 
-    __slots__ = ("_metrics", "_plain", "_sink", "is_plain", "tell")
+    __slots__ = ("_metrics", "_plain", "_sink", "is_plain", "tell_in_flight")
 
     def __init__(self, metrics: MetricsRecorder | None, sink: Sink | None) -> None:
         self._metrics = metrics
         self._sink = sink
         self._plain = 0
-        # Whether nobody but a recorder is told; then of most invocations, which succeed at the first attempt,
-        # it is told 1 when they begin, and their latency and queue when they end.
+        # Whether nobody but a recorder is told, and of most invocations no more than that they are in flight,
+        # how long they took and how long they were queued.
         self.is_plain = type(metrics) is MetricsRecorder and sink is None
-        self.tell: Callable[[Any], object] = id if metrics is None else metrics.tell
+        self.tell_in_flight: Callable[[int], object] = id if metrics is None else metrics.tell_in_flight
 
     def queued(self, job: Job[Any]) -> None:
         """A job waits for its first slot."""
@@ -69,7 +69,7 @@ class Observer:
         metrics = self._metrics
         if metrics is not None:
             if job.attempts == 1:
-                self.tell(1)
+                self.tell_in_flight(1)
             else:
                 metrics.add_attempt(job.pending_attempt_ms)
 
@@ -118,21 +118,25 @@ class Observer:
         assert job.started_at is not None
         latency, queue = (now - job.started_at) * 1000, (job.started_at - job.queued_at) * 1000
         output, job.output = job.output, None
-        self.tell((latency, queue))
+        metrics = self._metrics
+        assert metrics is not None
+        self.tell_in_flight(-1)
+        metrics.tell_latency(latency)
+        if queue:
+            metrics.tell_queue(queue)
+
         self._plain += 1
         if self._plain >= TOLD_AT_MOST:
             self._plain = 0
-            assert self._metrics is not None
-            self._metrics.count()
+            metrics.count()
 
-        agent_id = job.invocation.agent_id
-        return InvocationResult(agent_id, Status.SUCCESS, output, None, latency, queue, 0, (), job.index)
+        return success(job.invocation.agent_id, cast("T", output), latency, queue, job.index)
 
     def _finished(self, job: Job[Any], result: InvocationResult[Any], now: float) -> None:
         metrics = self._metrics
         if metrics is not None:
             if job.attempts:
-                self.tell(-1)
+                self.tell_in_flight(-1)
                 if job.attempts > 1:
                     # One that waits to be retried has ended its last attempt before.
                     began = job.attempt_at
