@@ -14,6 +14,7 @@ from typing import Any
 import anyio
 import attrs
 import pytest
+from anyio.lowlevel import current_token
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,7 +30,9 @@ from agentloop import (
     StartedEvent,
     Status,
 )
+from agentloop._limiter import pool_of
 from agentloop._overload import Governor
+from agentloop._pool import Pool
 
 backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 ONCE = LoopConfig(max_retries=0)
@@ -539,6 +542,28 @@ async def test_longer_cool_off_replaces_one_that_runs_and_a_shorter_one_does_not
     assert starts.by_name["a"] == [22]
 
 
+async def test_who_is_woken_at_the_end_of_a_cool_off_that_became_longer_waits_on() -> None:
+    starts = Starts()
+    loop = AgentLoop(ONCE, limiter=Limiter(4), on_event=starts)
+
+    async def later() -> None:
+        await anyio.sleep(2)
+        raise Overloaded(20)
+
+    async def parent() -> None:
+        # In its own slot, so that no slot gets free when it ends.
+        await loop.run_single("longer", later)
+        await anyio.sleep(50)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(loop.run_single, "parent", parent)
+        await anyio.wait_all_tasks_blocked()
+        await loop.run_single("told", overload, 4)
+        group.start_soon(loop.run_single, "a", nothing)
+
+    assert starts.by_name["a"] == [22]
+
+
 async def test_retry_of_the_one_that_was_told_comes_after_the_cool_off_too() -> None:
     starts = Starts()
     loop = AgentLoop(limiter=Limiter(4), on_event=starts)
@@ -623,8 +648,17 @@ async def test_without_adaptation_an_overload_concerns_nobody_else(verb: str) ->
 
     assert {*starts.by_name["a"]} == {0}
     assert starts.limits == [10]
+    rated = AgentLoop(ONCE, limiter=Limiter(10, rates=[Rate(2)], adaptive=False), on_event=starts)
+    await rated.run_all([Invocation("rated", overload, (10,))] * 3)
+    assert starts.by_name["rated"] == [0, 0, 60]
+    starts.limits[1:] = []
     limiter.max_concurrency = 3
     assert starts.limits == [10, 3]
+
+
+def test_adaptive_that_is_no_bool_is_refused() -> None:
+    with pytest.raises(TypeError, match="adaptive must be of type bool, got 1"):
+        Limiter(1, adaptive=1)  # type: ignore[arg-type]  # that is the point
 
 
 # -- resizing while the limit is cut
@@ -659,6 +693,24 @@ async def test_limit_goes_on_growing_up_to_a_ceiling_that_was_raised() -> None:
     limiter.max_concurrency = 7
     await loop.run_all([Invocation("a", anyio.sleep, (1,))] * 100)
     assert starts.limits == [5, 4, 5, 6, 7]
+
+
+async def test_pool_of_nobody_can_be_resized() -> None:
+    pool = Pool(current_token(), 2)
+    pool.resize(5)
+    assert (pool.limit, pool.running) == (5, 0)
+
+
+async def test_loan_of_a_waiter_that_is_withdrawn_goes_to_the_next() -> None:
+    pool = pool_of(Limiter(1, rates=[Rate(1, per_seconds=5)]))
+    outer = pool.acquire_nowait((1,), None)
+    assert outer is not None
+    first, second = pool.enqueue((1,), outer), pool.enqueue((0,), outer)
+    assert first.slot is None
+    pool.withdraw(first)
+    assert second.slot is not None
+    second.slot.release()
+    outer.release()
 
 
 # -- pausing
