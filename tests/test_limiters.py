@@ -484,6 +484,8 @@ async def test_loop_that_is_left_lets_what_runs_under_a_key_run_others() -> None
         await anyio.sleep(1)
         assert (await loop.run_single("a", nothing)).success
         assert (await loop.run_single("b", nothing)).success
+        # Through a loop that has nothing to do with it, too.
+        assert (await AgentLoop().run_single("other", loop.run_single, "a", nothing)).unwrap().success
         async with loop.run_streaming("a", write) as stream:
             assert [chunk async for chunk in stream] == [1]
 
