@@ -105,13 +105,23 @@ class Limiters(Limiter):
         raise AttributeError(f"set max_concurrency on one limiter: limiters[key].max_concurrency = {value!r}")
 
     def pause(self) -> None:
-        """Pause all limiters, and those that are still to be made."""
+        """
+        Pause all limiters, and those that are still to be made.
+
+        :raises RuntimeError: if one of them is in use in the event loop of another thread
+        """
+        self._check_thread("limiters in use can be paused")
         self._paused = True
         for limiter in self._limiters.values():
             limiter.pause()
 
     def resume(self) -> None:
-        """Resume all limiters."""
+        """
+        Resume all limiters.
+
+        :raises RuntimeError: if one of them is in use in the event loop of another thread
+        """
+        self._check_thread("limiters in use can be resumed")
         self._paused = False
         for limiter in self._limiters.values():
             limiter.resume()
@@ -135,6 +145,11 @@ class Limiters(Limiter):
             sum(now.cuts for now in each),
             paused_until,
         )
+
+    def _check_thread(self, what: str) -> None:
+        """Refuse to change some of them and then fail at the next."""
+        for limiter in (self, *self._limiters.values()):
+            limiter._own_pool(what)
 
     def _forget_one(self) -> None:
         for key, limiter in self._limiters.items():

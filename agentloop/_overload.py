@@ -136,7 +136,7 @@ class Governor:
 
     def ready_at(self, now: float) -> float:
         """Return when the next call may start."""
-        return max(now, self._next_at) if now < self.staggers_until else now
+        return max(now, min(self._next_at, self.staggers_until))
 
     def start(self, now: float) -> None:
         """Count a start for which it is time."""

@@ -194,32 +194,35 @@ class _Bucket(Meter):
         return max(now, self._full_at + cost * self._seconds_each - self._depth)
 
     def pay(self, cost: float, now: float) -> Charge:
-        self._count += 1
-        self._note(max(0.0, self._full_at - now))
-        self._full_at = max(self._full_at, now) + cost * self._seconds_each
+        self._spend(cost * self._seconds_each, now)
         return Charge(now, cost, self._count)
 
     def correct(self, charge: Charge, cost: float, now: float) -> None:
         more = (cost - charge.cost) * self._seconds_each
         charge.cost = cost
         if more > 0:
-            self._full_at = max(self._full_at, now) + more
+            self._spend(more, now)
             return
 
         first = bisect_right(self._lows, (charge.number, math.inf))
-        low = max(0.0, self._full_at - now)
-        if first < len(self._lows):
-            low = min(low, self._lows[first][1])
-
-        back = min(-more, low)
+        later = self._lows[first:]
+        back = min(-more, max(0.0, self._full_at - now), *(missing for _, missing in later[:1]))
         self._full_at -= back
-        self._note(low - back)
+        # It was nearer to full by as much at every later charge.
+        del self._lows[first:]
+        for number, missing in later:
+            self._note(number, missing - back)
 
-    def _note(self, missing: float) -> None:
+    def _spend(self, seconds: float, now: float) -> None:
+        self._count += 1
+        self._note(self._count, max(0.0, self._full_at - now))
+        self._full_at = max(self._full_at, now) + seconds
+
+    def _note(self, number: int, missing: float) -> None:
         while self._lows and self._lows[-1][1] >= missing:
             self._lows.pop()
 
-        self._lows.append((self._count, missing))
+        self._lows.append((number, missing))
 
 
 def make_meter(rate: Rate) -> Meter:

@@ -14,7 +14,7 @@ import random
 import re
 import sys
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -40,7 +40,9 @@ from agentloop import (
     LoopConfig,
     MetricsRecorder,
     Rate,
+    ResultEvent,
     RetryBudget,
+    RetryEvent,
     StartedEvent,
     Status,
     StopEvent,
@@ -75,11 +77,71 @@ class Recorder(MetricsRecorder):
         self.results.setdefault(result.agent_id, []).append(result)
 
 
+class Payment:
+    """What one attempt has paid to one rate, as far as that is known by now."""
+
+    def __init__(self, at: float, cost: float) -> None:
+        self.at = at
+        self.cost = cost
+        self.raised_at = -math.inf
+        self.before = cost
+
+    def known(self, at: float | None) -> float:
+        """Return how much it was, without what came to it at the very time ``at``."""
+        return self.before if self.raised_at == at else self.cost
+
+
+class Account:
+    """What was paid to one rate; what follows from that is found out anew each time."""
+
+    def __init__(self, rate: Rate) -> None:
+        self.rate = rate
+        self.payments: list[Payment] = []
+
+    def ready_at(self, cost: float, now: float, without: float | None = None) -> float:
+        """Return when a cost can be paid, disregarding what was added at the time ``without``."""
+        rate = self.rate
+        paid = sorted((payment.at, payment.known(without)) for payment in self.payments)
+        if rate.burst is None:
+            paid = [(at, cost) for at, cost in paid if at + rate.per_seconds > now]
+            too_much, at = sum(cost for _, cost in paid) + cost - rate.limit, now
+            while too_much > 1e-9:
+                then, least = paid.pop(0)
+                too_much -= least
+                at = then + rate.per_seconds
+
+            return at
+
+        each, full_at = rate.per_seconds / rate.limit, -math.inf
+        for at, cost_then in paid:
+            full_at = max(full_at, at) + cost_then * each
+
+        return max(now, full_at + (cost - rate.burst) * each)
+
+    def pay(self, cost: float, now: float) -> Payment:
+        self.payments.append(Payment(now, cost))
+        return self.payments[-1]
+
+    def correct(self, payment: Payment, cost: float, now: float) -> None:
+        if self.rate.burst is None and payment.at + self.rate.per_seconds <= now:
+            return
+
+        more = cost - payment.cost
+        if more <= 0:
+            payment.cost = cost
+        elif self.rate.burst is None and payment.cost:
+            payment.before, payment.cost, payment.raised_at = payment.cost, cost, now
+        else:
+            added = self.pay(more, now)
+            added.before, added.raised_at = 0, now
+
+
 class Call:
     """One use of a verb: how it is made, and what it gave."""
 
-    def __init__(self, parent: Call | None) -> None:
+    def __init__(self, parent: Call | None, depth: int) -> None:
         self.parent = parent
+        self.depth = depth
         self.cancelled = False
         self.made: list[str] = []
         self.results: list[InvocationResult[Any]] = []
@@ -119,12 +181,26 @@ class Program:
         self.produced: dict[str, list[int]] = {}
         self.times: dict[str, Times] = {}
         self.gated = seed % 5 in (1, 3)
-        self.rates: list[Rate] = []
+        self.accounts: list[Account] = []
         self.costs: dict[str, list[tuple[float, float]]] = {}
-        self.attempts: list[tuple[float, str]] = []
+        self.paid: dict[str, list[Payment]] = {}
+        self.call_of: dict[str, Call] = {}
+        # Since when each cool-off was, and until when; since when it is paused.
+        self.cool_offs: list[tuple[float, float]] = []
+        self.paused_at = math.inf
+        # The limit, and whether it was just cut; the order of starts and cuts.
+        self.limit = 0
+        self.cut = False
+        self.order = 0
+        self.started_as: dict[int, int] = {}
+        self.cut_as = 0
+        self.failed: Counter[int] = Counter()
+        self.budget: RetryBudget | None = None
+        self.successes: Counter[int] = Counter()
+        self.retries: Counter[int] = Counter()
         size = self.random.choice([1, 1, 2, 3]) if self.streams else self.random.randint(1, 4)
         self.limiter = self.make_gated_limiter(size) if self.gated else Limiter(size)
-        self.ceiling = self.limiter.max_concurrency
+        self.ceiling = self.ceiling_now = self.limiter.max_concurrency
         self.metrics = Recorder()
         self.names = 0
         self.working = 0
@@ -166,20 +242,23 @@ class Program:
                 (lambda invocation, number=number: self.cost(invocation.agent_id, number)) if heavy else None,
                 (lambda result, number=number: self.real_cost(result, number)) if heavy else None,
             )
-            self.rates.append(rate)
+            self.accounts.append(Account(rate))
 
-        budget = choose([None, None, RetryBudget(ratio=0.5, min_per_second=1, window_seconds=10)])
-        return Limiter(size, rates=self.rates, adaptive=choose([True, True, False]), retry_budget=budget)
+        if choose([True, False, False]):
+            self.budget = RetryBudget(ratio=0.5, min_per_second=choose([0, 0.2]), window_seconds=10)
+
+        rates = [account.rate for account in self.accounts]
+        return Limiter(size, rates=rates, adaptive=choose([True, True, False]), retry_budget=self.budget)
 
     def cost(self, name: str, number: int) -> float:
         """Make up what an invocation costs, and what it will turn out to have cost."""
-        rate = self.rates[number]
+        rate = self.accounts[number].rate
         most = int(rate.limit if rate.burst is None else rate.burst)
         cost = self.random.choice([0, 1, 1, self.random.randint(1, most), most])
         if self.random.random() < 0.02:
             cost = most + 1
 
-        costs = self.costs.setdefault(name, [(1.0, 1.0)] * len(self.rates))
+        costs = self.costs.setdefault(name, [(1.0, 1.0)] * len(self.accounts))
         costs[number] = (cost, self.random.choice([0, cost, cost + 1, cost / 2]))
         return cost
 
@@ -188,22 +267,9 @@ class Program:
         if self.random.random() < 0.1:
             raise KeyError("settle")
 
-        return self.costs[result.agent_id][number][1]
-
-    def check_rates(self) -> None:
-        """Hold what started within each window against each rate."""
-        last = {name: index for index, (_, name) in enumerate(self.attempts)}
-        for number, rate in enumerate(self.rates):
-            most = rate.limit if rate.burst is None else rate.limit + rate.burst
-            recent: deque[tuple[float, float]] = deque()
-            for index, (at, name) in enumerate(self.attempts):
-                cost, real = self.costs.get(name, [(1.0, 1.0)] * len(self.rates))[number]
-                # What the last attempt of an invocation has given back is no longer paid.
-                recent.append((at, min(cost, real) if last[name] == index else cost))
-                while recent[0][0] + rate.per_seconds <= at:
-                    recent.popleft()
-
-                assert sum(cost for _, cost in recent) <= most + 1e-9, f"too much at {at}: {recent}, {rate}"
+        real = self.costs[result.agent_id][number][1]
+        self.accounts[number].correct(self.paid[result.agent_id][number], real, anyio.current_time())
+        return real
 
     def check_may_start(self, call: Call) -> None:
         wrong = "after a fatal verdict" if call.fatal else None
@@ -222,11 +288,67 @@ class Program:
         assert not self.violations
 
     def on_event(self, event: Event) -> None:
-        if isinstance(event, StartedEvent):
-            self.attempts.append((event.at, event.invocation.agent_id))
-
-        if not isinstance(event, LimitEvent | StopEvent):
+        # What is raised here would only be logged.
+        if isinstance(event, LimitEvent):
+            self.cut = event.limit < min(self.limit, self.ceiling_now)
+            self.limit = event.limit
+        elif not isinstance(event, StopEvent):
             self.stories.setdefault(event.id, []).append(type(event).__name__[0])
+            if isinstance(event, StartedEvent):
+                self.note_start(event)
+            elif isinstance(event, RetryEvent | ResultEvent):
+                self.note_end(event)
+
+    def note_start(self, event: StartedEvent) -> None:
+        name, now = event.invocation.agent_id, event.at
+        self.order += 1
+        self.started_as[event.id] = self.order
+        costs = self.costs.get(name, [(1.0, 1.0)] * len(self.accounts))
+        for account, (cost, _) in zip(self.accounts, costs, strict=True):
+            if account.ready_at(cost, now, without=now) > now + 1e-6:
+                self.violations.append(f"{name} starts at {now}, which is too much for {account.rate}")
+
+        self.paid[name] = [
+            account.pay(cost, now) for account, (cost, _) in zip(self.accounts, costs, strict=True)
+        ]
+        if any(since < now < until - 1e-6 for since, until in self.cool_offs):
+            self.violations.append(f"{name} starts at {now}, during a cool-off")
+
+        # Who runs may run others; who is not run by another waits.
+        if now > self.paused_at and not self.call_of[name].depth:
+            self.violations.append(f"{name} starts at {now}, during a pause")
+
+    def note_end(self, event: RetryEvent | ResultEvent) -> None:
+        """Look at how an attempt ended, unless it was looked at before."""
+        cut, self.cut = self.cut, False
+        if isinstance(event, RetryEvent):
+            failures, error = event.attempt, event.error
+            self.check_budget(event.at)
+        else:
+            failures, error = len(event.result.failures), event.result.exception
+
+        overloaded = False
+        if failures > self.failed[event.id]:
+            self.failed[event.id] = failures
+            overloaded = isinstance(error, HttpError) and error.status_code == 429
+            if overloaded and "retry-after" in error.headers and self.limiter._adaptive:
+                self.cool_offs.append((event.at, event.at + float(error.headers["retry-after"])))
+
+        if cut:
+            if not overloaded:
+                self.violations.append(f"the limit was cut by {error!r}")
+            elif self.started_as[event.id] < self.cut_as:
+                self.violations.append("one burst cut the limit twice")
+
+            self.cut_as = self.order
+
+    def check_budget(self, now: float) -> None:
+        if self.budget is not None:
+            self.retries[int(now)] += 1
+            recent = range(int(now) - 9, int(now) + 1)
+            allowed = self.budget.ratio * sum(self.successes[second] for second in recent)
+            if sum(self.retries[second] for second in recent) > allowed + self.budget.min_per_second * 10:
+                self.violations.append("there were more retries than the budget allows")
 
     # -- what agents do
 
@@ -260,10 +382,14 @@ class Program:
                 self.attempting -= 1
 
             assert var.get() == name
-            self.last[name] = (action, True)
+            self.return_from(name, action)
             return name
 
         return run
+
+    def return_from(self, name: str, action: str) -> None:
+        self.last[name] = (action, True)
+        self.successes[int(anyio.current_time())] += 1
 
     def actions(self, depth: int) -> list[str]:
         actions = ["succeed"] * 6 + [
@@ -454,7 +580,7 @@ class Program:
                 if ending != "end":
                     await getattr(self, ending)(name, call, depth)
 
-                self.last[name] = (ending, True)
+                self.return_from(name, ending)
             finally:
                 try:
                     # The verdict comes when the agent has ended, with its cleanup.
@@ -482,6 +608,7 @@ class Program:
     def name(self, call: Call) -> str:
         self.names += 1
         call.made.append(f"j{self.names}")
+        self.call_of[call.made[-1]] = call
         return call.made[-1]
 
     def invocation(self, call: Call, depth: int) -> Invocation[str]:
@@ -517,7 +644,7 @@ class Program:
         return sync() if kind < 0.7 or fails else list(sync())
 
     async def make_call(self, parent: Call | None, depth: int) -> None:
-        call = Call(parent)
+        call = Call(parent, depth)
         verbs = [self.single, self.gather, self.gather, self.read, self.read_some]
         if self.streams:
             verbs += [self.stream, self.stream, self.stream_some, self.fan, self.fan_some]
@@ -768,8 +895,8 @@ class Program:
 
             if isinstance(error, ValueError) and not starts:
                 assert any(
-                    cost > (rate.limit if rate.burst is None else rate.burst)
-                    for (cost, _), rate in zip(self.costs[result.agent_id], self.rates, strict=True)
+                    cost > (account.rate.limit if account.rate.burst is None else account.rate.burst)
+                    for (cost, _), account in zip(self.costs[result.agent_id], self.accounts, strict=True)
                 )
                 return
 
@@ -808,8 +935,15 @@ class Program:
         if self.limiter.statistics().paused_until == math.inf and not pool._borrowing:
             return not pool._returning
 
-        first = pool._next()
-        return first is not None and pool._alarmed is first and first.wake_at >= anyio.current_time()
+        first, now = pool._next(), anyio.current_time()
+        if first is None or pool._alarmed is not first:
+            return False
+
+        ready_at = now if pool.governor is None else pool.governor.ready_at(now)
+        for account, cost in zip(self.accounts, first.costs, strict=True):
+            ready_at = max(ready_at, account.ready_at(cost, now))
+
+        return now <= first.wake_at <= ready_at + 1e-6
 
     async def main(self) -> None:
         tasks = len(anyio.get_running_tasks())
@@ -843,12 +977,15 @@ class Program:
                 await anyio.sleep(self.random.choice([0, 0.3, 1.1]))
                 limit = self.random.randint(1, 6)
                 self.ceiling = max(self.ceiling, limit)
+                self.ceiling_now = limit
                 self.limiter.max_concurrency = limit
 
             if self.gated and self.random.random() < 0.5:
                 await anyio.sleep(self.random.choice([0, 0.3, 1.1]))
                 self.limiter.pause()
+                self.paused_at = anyio.current_time()
                 await anyio.sleep(self.random.choice([0, 0.7, 2.1]))
+                self.paused_at = math.inf
                 self.limiter.resume()
 
         # A task that is cancelled natively takes its whole task group with it.
@@ -862,7 +999,6 @@ class Program:
         assert pool.waiting == 0, "somebody still waits"
         assert not pool.on_raise
         assert pool._alarmed is None, "an alarm is set for nobody"
-        self.check_rates()
         for name, results in self.metrics.results.items():
             assert len(results) == 1, f"{name} was recorded {len(results)} times"
             assert results[0].retries == max(0, self.starts[name] - 1)

@@ -10,6 +10,7 @@ from typing import Any
 import anyio
 import attrs
 import pytest
+from fuzz import Account
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -499,6 +500,46 @@ def test_what_is_given_back_at_once_leaves_no_trace(burst: int, steps: list[tupl
             now = max(now, other.ready_at(1, now), meter.ready_at(1, now))
             other.correct(other.pay(1, now), 0, now)
             assert other.ready_at(burst, now) == pytest.approx(meter.ready_at(burst, now))
+
+
+@given(
+    st.one_of(st.none(), st.integers(3, 9)),
+    st.lists(st.tuples(st.integers(0, 8), st.integers(0, 3), st.integers(0, 9), st.integers(0, 6))),
+)
+def test_corrected_costs_count_as_if_they_had_been_known_or_were_paid_when_they_were(
+    burst: int | None, steps: list[tuple[int, int, int, int]]
+) -> None:
+    rate = Rate(5, 4.0, burst, weight)
+    meter, account, now = make_meter(rate), Account(rate), 0.0
+    open_charges: list[tuple[Any, Any]] = []
+    for wait, cost, which, real in steps:
+        now = max(now + wait / 4, meter.ready_at(cost, now))
+        open_charges.append((meter.pay(cost, now), account.pay(cost, now)))
+        if which < len(open_charges):
+            charge, payment = open_charges.pop(which)
+            meter.correct(charge, real, now)
+            account.correct(payment, real, now)
+
+        assert meter.ready_at(1, now) == pytest.approx(account.ready_at(1, now))
+        assert meter.ready_at(3, now) == pytest.approx(account.ready_at(3, now))
+
+
+def test_settling_one_charge_takes_nothing_from_the_settling_of_another() -> None:
+    meter = make_meter(Rate(1, 1.0, burst=10))
+    first = meter.pay(2, 0.0)
+    second, third = meter.pay(5, 2.0), meter.pay(3, 2.0)
+    meter.correct(first, 2, 2.0)
+    meter.correct(second, 0, 2.0)
+    meter.correct(third, 0, 2.0)
+    assert meter.ready_at(10, 2.0) == 2.0
+
+
+def test_what_has_flowed_back_is_not_given_back_from_what_was_charged_since() -> None:
+    meter = make_meter(Rate(1, 1.0, burst=10))
+    first, second = meter.pay(0, 0.0), meter.pay(5, 0.0)
+    meter.correct(first, 3, 5.0)
+    meter.correct(second, 0, 5.0)
+    assert meter.ready_at(10, 5.0) == 8.0
 
 
 def test_charge_that_is_long_past_is_corrected_no_more() -> None:
