@@ -414,6 +414,11 @@ class Batch(ABC, Generic[T]):
     async def _wait_in_line(self, job: Job[T]) -> Slot | None:
         job.waiter = job.pool.enqueue(job.costs, self._outer)
         self._in_line[job] = None
+        if self._pool.route is not None:
+            # Others may be of a key that has slots.
+            self._seeking -= 1
+            self._changed()
+
         try:
             return await job.pool.wait(job.waiter)
         except BaseException:
@@ -421,6 +426,7 @@ class Batch(ABC, Generic[T]):
             self._fed.appendleft(job)
             raise
         finally:
+            self._seeking += self._pool.route is not None
             job.waiter = None
             del self._in_line[job]
 
@@ -457,7 +463,7 @@ class Batch(ABC, Generic[T]):
                 self._plan.observer.retrying(job, now)
                 self._live -= 1
                 self._resting += 1
-                self._pool.asleep += 1
+                job.pool.asleep += 1
                 self._set_alarm(wake_at, job)
                 return
 
@@ -467,7 +473,7 @@ class Batch(ABC, Generic[T]):
         """Count a job that waited to be retried as live."""
         self._due.pop(job, None)
         self._resting -= 1
-        self._pool.asleep -= 1
+        job.pool.asleep -= 1
         self._live += 1
 
     def _give_up(self, job: Job[T]) -> None:

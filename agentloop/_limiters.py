@@ -24,9 +24,10 @@ class Limiters(Limiter):
         loop = AgentLoop(limiter=limiters)
 
     It is given to loops like a single one. Invocations with different keys do not wait for each other, and
-    an invocation lends its slot only to those that it runs under its own key. In a batch as many invocations
-    are live as all limiters together have slots, so that inputs of one key can be a bounded number ahead of
-    those of another.
+    an invocation lends its slot only to those that it runs under its own key: agents of two keys that run
+    each other can come to wait for each other, so give them a time-out, or one key. In a batch as many
+    invocations are live as all limiters together have slots, so that inputs of one key can be a bounded
+    number ahead of those of another.
 
     :param key: which limiter an invocation belongs to; what it raises is the invocation's error
     :param make: makes the limiter for a key; what it raises is the invocation's error

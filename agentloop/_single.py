@@ -127,14 +127,14 @@ class Single(Generic[T]):
 
             plan.observer.retrying(job, now)
             self._waited = True
-            pool.asleep += 1
+            job.pool.asleep += 1
             try:
                 if self._own_task and host.cancellations():
                     await host.forget_cancellations(0)
 
                 await anyio.sleep_until(wake_at)
             finally:
-                pool.asleep -= 1
+                job.pool.asleep -= 1
 
             now = pool.now()
 

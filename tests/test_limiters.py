@@ -165,7 +165,6 @@ async def test_single_invocations_and_streams_go_by_key_too() -> None:
     assert starts.by_key == {"a": [0, 3], "b": [0, 3], "c": [0]}
 
 
-@pytest.mark.xfail(strict=True, reason="a worker that waits in line passes for one that looks for work")
 async def test_those_of_a_batch_that_wait_under_one_key_do_not_hold_up_those_under_another() -> None:
     limiters = Limiters(by_id, lambda _: Limiter(5))
     limiters["b"].pause()
@@ -308,7 +307,6 @@ async def test_one_that_was_forgotten_is_heard_no_more() -> None:
     assert limiters.max_concurrency == 4
 
 
-@pytest.mark.xfail(strict=True, reason="who waits to be retried is counted where no key is")
 @pytest.mark.parametrize("verb", ["single", "batch"])
 async def test_limiter_of_an_invocation_that_waits_to_be_retried_is_in_use(verb: str) -> None:
     limiters = Limiters(by_id, lambda _: Limiter(1), max_limiters=1)
