@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Host", "can_postpone", "clock", "current_host", "is_running", "watch_cancellation"]
+__all__ = ["Host", "can_postpone", "clock", "current_host", "is_running", "runs_here", "watch_cancellation"]
 
 import asyncio
 import math
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import anyio
-from anyio.lowlevel import EventLoopToken
+from anyio.lowlevel import EventLoopToken, current_token
 
 
 class Host:
@@ -39,7 +39,7 @@ class _AsyncioHost(Host):
     def __init__(self) -> None:
         task = asyncio.current_task()
         assert task is not None
-        super().__init__(task.cancelling)
+        self.cancellations = task.cancelling
         self._task = task
 
     async def forget_cancellations(self, keep: int) -> None:
@@ -150,9 +150,26 @@ def clock() -> Callable[[], float]:
     return trio.lowlevel.current_clock().current_time
 
 
-def current_host() -> Host:
-    """Return the host that the current task is."""
-    return _AsyncioHost() if anyio.get_cancelled_exc_class() is asyncio.CancelledError else _TRIO_HOST
+def current_host(token: EventLoopToken) -> Host:
+    """
+    Return the host that the current task is.
+
+    :param token: of the event loop that it runs in
+    """
+    return _AsyncioHost() if isinstance(token.native_token, asyncio.AbstractEventLoop) else _TRIO_HOST
+
+
+def runs_here(token: EventLoopToken) -> bool:
+    """Tell whether an event loop is the one that the current task runs in."""
+    native = token.native_token
+    try:
+        # Of a trio run that is the guest of an asyncio loop, AnyIO has to find out.
+        if asyncio.get_running_loop() is native and asyncio.current_task() is not None:
+            return True
+    except RuntimeError:
+        pass
+
+    return current_token() == token
 
 
 def is_running(token: EventLoopToken) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import anyio
 from anyio.abc import TaskGroup
-from anyio.lowlevel import checkpoint_if_cancelled
+from anyio.lowlevel import checkpoint_if_cancelled, current_token
 
 from ._backend import current_host
 from ._carriage import StartSoon
@@ -119,7 +119,7 @@ class Background:
             self._group.start_soon(task, name=name)
 
     async def _run(self) -> None:
-        host = current_host()
+        host = current_host(current_token())
         try:
             await self._producer.produce(self._start_soon)
             if host.cancellations():

@@ -267,7 +267,7 @@ class Batch(ABC, Generic[T]):
     # -- workers
 
     async def _work(self) -> None:
-        host = current_host()
+        host = current_host(self._pool.token)
         timer = Timer(self._pool.backend, self._pool.now)
         while not self._done:
             # Left by cancel(): then the worker's job has its result, and there may be more to skip. Left by

@@ -1,6 +1,15 @@
 """What is to be run."""
 
-__all__ = ["Input", "Inputs", "Invocation", "StreamInputs", "as_invocation", "check_fn", "check_inputs"]
+__all__ = [
+    "Input",
+    "Inputs",
+    "Invocation",
+    "StreamInputs",
+    "as_invocation",
+    "check_fn",
+    "check_inputs",
+    "make_invocation",
+]
 
 import inspect
 import itertools
@@ -192,6 +201,26 @@ def _name(fn: Callable[..., Any]) -> str:
         fn = fn.func
 
     return getattr(fn, "__name__", type(fn).__name__)
+
+
+def make_invocation(
+    agent_id: str, fn: Callable[..., Awaitable[T]], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Invocation[T]:
+    """
+    Make an invocation from the arguments of a call, which cannot be wrong but for the first two.
+
+    :raises TypeError: as :class:`Invocation`
+    """
+    if type(agent_id) is not str or not callable(fn):
+        return Invocation(agent_id, fn, args, kwargs)
+
+    invocation: Invocation[T] = object.__new__(Invocation)
+    set_agent_id, set_fn, set_args, set_kwargs = _SETTERS
+    set_agent_id(invocation, agent_id)
+    set_fn(invocation, fn)
+    set_args(invocation, args)
+    set_kwargs(invocation, kwargs)
+    return invocation
 
 
 def _numbered(

@@ -12,6 +12,7 @@ import attrs
 from anyio.lowlevel import current_token
 
 from . import _validators as must
+from ._backend import runs_here
 from ._budget import RetryBudget, RetryLedger
 from ._events import Event, LimitEvent
 from ._overload import Governor
@@ -190,9 +191,11 @@ class Limiter:
         return pool
 
     def _enter_run(self) -> Pool:
-        pool, token = self._pool, current_token()
-        if pool is not None and pool.token == token:
+        pool = self._pool
+        if pool is not None and runs_here(pool.token):
             return pool
+
+        token = current_token()
 
         # A run that was torn down before its tasks ended leaves slots behind that nobody will give back;
         # a run that goes on in another thread is a mistake.

@@ -18,7 +18,7 @@ from ._config import LoopConfig
 from ._errors import LoopClosed
 from ._events import ChunkEvent, Event, ResultEvent
 from ._gathered import Gathering
-from ._invocation import Inputs, Invocation, StreamInputs, check_inputs
+from ._invocation import Inputs, Invocation, StreamInputs, check_inputs, make_invocation
 from ._lifetime import Lifetime
 from ._limiter import Limiter
 from ._metrics import MetricsRecorder
@@ -180,7 +180,7 @@ class AgentLoop:
         :raises LoopClosed: if the loop's ``async with`` block has been left
         """
         self._lifetime.check()
-        single = Single(Invocation(agent_id, fn, args, kwargs), self._limiter, self._plan)
+        single = Single(make_invocation(agent_id, fn, args, kwargs), self._limiter, self._plan)
         if not self._lifetime.is_open:
             return await single.run()
 

@@ -96,7 +96,7 @@ class Single(Generic[T]):
         job, plan, pool = self._job, self._plan, self._pool
         plan.observer.queued(job)
         context = copy_context()
-        host = current_host()
+        host = current_host(self._pool.token)
         timer = Timer(pool.backend, pool.now)
         if pool.selective and not job.enroll():
             return
