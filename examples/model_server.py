@@ -7,7 +7,8 @@ It answers ``GET /v1/models`` and ``POST /v1/chat/completions``, plain and strea
         ...  # talk to server.base_url, then look at server.statuses
 
 What happens to a request depends only on the seed, the prompt and how many times that prompt was sent
-before, never on the order of arrival: the same seed tells the same story again. By itself it runs as
+before, never on the order of arrival: the same seed tells the same story again. Given ``tools``, it asks for
+one wherever a value that the tool takes was mentioned. By itself it runs as
 ``python examples/model_server.py --port 8000 --backend trio --rate-limited 0.1``.
 """
 
@@ -30,10 +31,12 @@ import attrs
 import h11
 from anyio.abc import SocketAttribute, SocketStream
 
+ToolCall = dict[str, Any]
 Outcome = Literal["rate_limited", "server_error", "hang", "disconnect", "answer"]
 
 FAULTS: tuple[Outcome, ...] = ("rate_limited", "server_error", "hang", "disconnect")
 ROUTES = {"/v1/models": "GET", "/v1/chat/completions": "POST"}
+THOUGHT = "reasoning_content"  # where other servers than OpenAI's have it
 MAX_BODY_BYTES = 1_000_000
 ARITHMETIC = re.compile(r"what is (-?\d{1,15}) ?([-+*]) ?(-?\d{1,15})(?![\d.]*\d|\s*[-+*/^])", re.IGNORECASE)
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -167,8 +170,8 @@ class _HTTPError(Exception):
         self.payload = {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
-def _parse(body: bytes) -> tuple[str, list[str], bool]:
-    """Return the model, the texts of the messages, and whether to stream."""
+def _parse(body: bytes) -> tuple[str, list[str], bool, list[ToolCall] | None]:
+    """Return the model, the texts of the messages, whether to stream, and the tools to call."""
     try:
         fields: Any = json.loads(body)
     except (ValueError, RecursionError) as exc:
@@ -176,17 +179,48 @@ def _parse(body: bytes) -> tuple[str, list[str], bool]:
 
     match fields:
         case {"model": str(model), "messages": [_, *_] as messages}:
-            return model, [_text(message) for message in messages], fields.get("stream") is True
+            texts = [_text(message) for message in messages]
+            return model, texts, fields.get("stream") is True, _tools_to_call(fields.get("tools"), texts)
         case _:
             raise _HTTPError(400, "invalid_body", "the body must have 'model' and a list of 'messages'")
 
 
 def _text(message: Any) -> str:
     match message:
+        case {"role": "assistant", "tool_calls": [_, *_] as calls}:
+            return json.dumps(calls)
         case {"role": str(), "content": str(text)}:
             return text
         case _:
             raise _HTTPError(400, "invalid_body", "each message must have 'role' and 'content', both strings")
+
+
+def _tools_to_call(tools: Any, texts: list[str]) -> list[ToolCall] | None:
+    """Return a call for each value of a tool's enums that was mentioned; ``None`` if none ever was."""
+    try:
+        functions = [tool["function"] for tool in tools or ()]
+        takes = [
+            (str(function["name"]), key, str(value))
+            for function in functions
+            for key, schema in function.get("parameters", {}).get("properties", {}).items()
+            for value in schema.get("enum", ())
+        ]
+    except (TypeError, KeyError, AttributeError) as exc:
+        raise _HTTPError(400, "invalid_body", "each tool must be a function, with a JSON schema") from exc
+
+    said = "\n".join(texts)
+    mentioned = [
+        (f"call_{name}_{value}", {"name": name, "arguments": json.dumps({key: value})})
+        for name, key, value in takes
+        if re.search(rf"\b{re.escape(value)}\b", said, re.IGNORECASE)
+    ]
+    # What was asked for stands in the messages again, by its id.
+    calls = [
+        {"id": id_, "type": "function", "function": call}
+        for id_, call in mentioned
+        if json.dumps(id_) not in said
+    ]
+    return calls if mentioned else None
 
 
 def reply_to(prompt: str) -> str:
@@ -320,7 +354,9 @@ class _Connection:
         except _HTTPError as exc:
             await self._send_json(exc.status, exc.payload, exc.headers)
 
-    async def _complete(self, model: str, texts: list[str], stream: bool) -> None:
+    async def _complete(
+        self, model: str, texts: list[str], stream: bool, calls: list[ToolCall] | None
+    ) -> None:
         faults = self.server.faults
         outcome, delay, rng = self.server.begin("\n".join(texts))
         if outcome == "rate_limited":
@@ -337,22 +373,32 @@ class _Connection:
             await anyio.sleep(faults.hang_seconds)
             return  # without an answer, which closes the connection
 
-        pieces = re.findall(r"\s*\S+", reply_to(texts[-1]))
+        reply = reply_to(texts[-1]) if calls is None else f"I have no more questions. {texts[-1]}"
+        if calls:
+            topics = [value for call in calls for value in json.loads(call["function"]["arguments"]).values()]
+            reply = f"I need to know more about {' and '.join(topics)}."
+
+        pieces = re.findall(r"\s*\S+", reply)
         cut = rng.randrange(1, len(pieces)) if outcome == "disconnect" else None
         head = {"id": f"chatcmpl-{rng.getrandbits(96):024x}", "created": int(time.time()), "model": model}
         if stream:
-            await self._stream(head, pieces, cut)
+            await self._stream(head, pieces, cut, calls)
             return
 
-        message = {"role": "assistant", "content": "".join(pieces)}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        message: dict[str, object] = {"role": "assistant", "content": reply}
+        if calls:
+            message = {"role": "assistant", "content": None, THOUGHT: reply, "tool_calls": calls}
+
+        choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if calls else "stop"}
         spent = {"prompt_tokens": sum(len(text.split()) for text in texts), "completion_tokens": len(pieces)}
         usage = {**spent, "total_tokens": sum(spent.values())}
         completion = {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
         await self._send_json(200, completion, cut=cut is not None)
 
-    async def _stream(self, head: Mapping[str, object], pieces: list[str], cut: int | None) -> None:
-        def event(delta: Mapping[str, str], finish_reason: str | None = None) -> h11.Data:
+    async def _stream(
+        self, head: Mapping[str, object], pieces: list[str], cut: int | None, calls: list[ToolCall] | None
+    ) -> None:
+        def event(delta: Mapping[str, object], finish_reason: str | None = None) -> h11.Data:
             choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
             chunk = {**head, "object": "chat.completion.chunk", "choices": [choice]}
             return h11.Data(data=f"data: {json.dumps(chunk)}\n\n".encode())
@@ -363,10 +409,12 @@ class _Connection:
         for piece in pieces[:cut]:
             await anyio.sleep(self.server.faults.gap_seconds)
             self.server.chunks += 1  # before the client can have seen it
-            await self._send(event({"content": piece}))
+            await self._send(event({THOUGHT if calls else "content": piece}))
 
         if cut is None:
-            await self._send(event({}, "stop"), h11.Data(data=b"data: [DONE]\n\n"), h11.EndOfMessage())
+            asked = [event({"tool_calls": [{"index": n, **call}]}) for n, call in enumerate(calls or ())]
+            end = event({}, "tool_calls" if calls else "stop")
+            await self._send(*asked, end, h11.Data(data=b"data: [DONE]\n\n"), h11.EndOfMessage())
 
 
 async def _run(faults: Faults, seed: int, port: int, api_key: str | None) -> None:
