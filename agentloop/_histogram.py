@@ -71,14 +71,14 @@ class Histogram:
     __slots__ = ("_per_octave", "buckets", "count", "maximum", "minimum", "scale", "total", "zeros")
 
     def __init__(self, scale: int = DEFAULT_SCALE) -> None:
-        self.scale = scale
+        self.scale: int = scale
         self._per_octave = 2.0**scale
         self.buckets: defaultdict[int, int] = defaultdict(int)
-        self.zeros = 0
-        self.count = 0
-        self.total = 0
-        self.minimum = math.inf
-        self.maximum = -math.inf
+        self.zeros: int = 0
+        self.count: int = 0
+        self.total: int = 0
+        self.minimum: float = math.inf
+        self.maximum: float = -math.inf
 
     def add(self, value: float) -> None:
         """Count a duration, in milliseconds; it must be finite and not negative."""

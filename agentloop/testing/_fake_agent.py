@@ -1,7 +1,5 @@
 """An agent for tests, which does what its script says."""
 
-from __future__ import annotations
-
 __all__ = ["Chunks", "Fail", "FakeAgent", "FakeCall", "FakeHTTPError", "Reply", "Stall"]
 
 from collections.abc import AsyncGenerator, Iterable, Mapping
@@ -20,7 +18,7 @@ def _is_raisable(value: object) -> bool:
     return isinstance(value, BaseException) or (isinstance(value, type) and issubclass(value, BaseException))
 
 
-def _raisable(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+def _raisable(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
     if not _is_raisable(value):
         raise TypeError(f"{attribute.name} must be an exception or a class of one, got {value!r}")
 
@@ -122,7 +120,7 @@ def _ending(value: Fail | Stall | Raisable | None) -> Fail | Stall | None:
     return Fail(cast("Raisable", value)) if _is_raisable(value) else cast("Fail | Stall | None", value)
 
 
-def _check_ending(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+def _check_ending(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
     if not isinstance(value, (Fail, Stall, type(None))):
         raise TypeError(f"{attribute.name} must be an exception, Fail(...), Stall() or None, got {value!r}")
 
