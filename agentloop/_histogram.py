@@ -25,6 +25,14 @@ class Distribution:
     A distribution of durations, in milliseconds. Count, sum, mean, minimum and maximum are exact; percentiles
     are within 1 % of the nearest-rank value. All are 0 where nothing was recorded.
 
+    :param count: how many durations there were
+    :param mean_ms: their mean
+    :param min_ms: the shortest
+    :param max_ms: the longest
+    :param p50_ms: the median
+    :param p95_ms: what 95 % of them did not exceed
+    :param p99_ms: what 99 % of them did not exceed
+    :param sum_ms: their sum
     :param zeros: how many durations were below a nanosecond, as most are on a virtual clock
     :param scale: the width of the buckets: their bounds are the powers of ``2 ** (2 ** -scale)``
     :param buckets: how many durations there were in each bucket; the one with index ``i`` reaches from
