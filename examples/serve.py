@@ -268,3 +268,5 @@ if __name__ == "__main__":
         anyio.run(main, options.backend, options.port, backend=options.backend)
     except* KeyboardInterrupt:  # the second one, while it drains
         sys.exit(130)
+    except* BrokenPipeError:  # whoever reads what we print has had enough, as "head" has after ten lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

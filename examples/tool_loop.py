@@ -10,6 +10,7 @@ its slot, so that even ``--concurrency 1`` is enough.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
@@ -271,3 +272,5 @@ if __name__ == "__main__":
         sys.exit(0 if anyio.run(main, options.concurrency, backend=options.backend) else 1)
     except* KeyboardInterrupt:  # in an exception group, on trio
         sys.exit(130)
+    except* BrokenPipeError:  # whoever reads what we print has had enough, as "head" has after ten lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

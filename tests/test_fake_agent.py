@@ -141,6 +141,13 @@ async def test_every_step_reaches_a_checkpoint() -> None:
 
     assert scope.cancelled_caught
     assert agent.calls[0].chunks == 1
+    with anyio.CancelScope() as scope:
+        async with aclosing(FakeAgent(Chunks([1]))()) as chunks:
+            assert await anext(chunks) == 1
+            scope.cancel()
+            await anext(chunks)
+
+    assert scope.cancelled_caught
 
 
 # --- what a loop makes of it
@@ -218,6 +225,16 @@ async def test_stream_that_is_left_is_closed_and_recorded_so() -> None:
     assert stream.result.status is Status.CANCELLED
     assert (call.cancelled, call.ended_at, agent.running) == (True, anyio.current_time(), 0)
     assert 4 <= call.chunks < 1000
+
+
+async def test_stream_that_is_closed_between_two_chunks_is_recorded_so() -> None:
+    agent = FakeAgent(Chunks([1, 2]))
+    async with aclosing(agent()) as chunks:
+        assert await anext(chunks) == 1
+        assert not agent.calls[0].cancelled
+
+    assert agent.calls[0].cancelled
+    assert agent.running == 0
 
 
 async def test_agent_that_returns_is_refused_as_a_stream_and_the_other_way_round() -> None:

@@ -199,6 +199,24 @@ async def test_exactly_as_many_are_let_in_as_have_a_place() -> None:
     assert {client.headers["retry-after"] for client in refused} == {"5"}
 
 
+async def test_client_that_stops_reading_and_leaves_takes_its_invocation_with_it() -> None:
+    class StuckClient(Client):
+        async def send(self, message: Any) -> None:
+            await super().send(message)
+            if self.body:
+                await anyio.sleep_forever()
+
+    agent = FakeAgent(Chunks([TEXT], then=Stall()))
+    async with endpoint_of(agent) as endpoint:
+        client = StuckClient(endpoint)
+        async with anyio.create_task_group() as group:
+            group.start_soon(client.run)
+            await anyio.sleep(1)
+            client.left.set()
+
+        assert (endpoint.open, agent.running, endpoint.loop.statistics().running) == (0, 0, 0)
+
+
 @pytest.mark.parametrize("seconds", [0, 5, 15])
 async def test_client_that_leaves_takes_its_invocation_with_it(seconds: int) -> None:
     agent = FakeAgent(Chunks([TEXT], after_seconds=10, then=Stall()))
