@@ -385,9 +385,9 @@ class _Connection:
             await self._stream(head, pieces, cut, calls)
             return
 
-        message: dict[str, object] = {"role": "assistant", "content": reply}
+        message: dict[str, object] = {"role": "assistant", "content": "".join(pieces)}
         if calls:
-            message = {"role": "assistant", "content": None, THOUGHT: reply, "tool_calls": calls}
+            message = {"role": "assistant", "content": None, THOUGHT: "".join(pieces), "tool_calls": calls}
 
         choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if calls else "stop"}
         spent = {"prompt_tokens": sum(len(text.split()) for text in texts), "completion_tokens": len(pieces)}

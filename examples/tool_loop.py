@@ -117,11 +117,11 @@ async def ask(model: httpx2.AsyncClient, messages: Messages) -> AsyncIterator[St
             if text := delta.get("content"):
                 yield StreamChunk(StreamEvent.TEXT, text)
 
-            for part in delta.get("tool_calls", ()):  # a call may come in pieces
+            for part in delta.get("tool_calls") or ():  # a call may come in pieces
                 call = calls.setdefault(part["index"], {"id": "", "name": "", "arguments": ""})
-                call["id"] += part.get("id", "")
-                call["name"] += part["function"].get("name", "")
-                call["arguments"] += part["function"].get("arguments", "")
+                call["id"] += part.get("id") or ""
+                call["name"] += part["function"].get("name") or ""
+                call["arguments"] += part["function"].get("arguments") or ""
 
     for call in calls.values():
         yield StreamChunk(StreamEvent.TOOL_CALL, call)
@@ -165,8 +165,9 @@ async def detective(
         async with loop.as_completed(work) as results:
             async for result in results:
                 # A tool that failed for good is no end of the story: the model is told, and goes on.
-                found[result.index] = result.output or f"failed: {result.error}"
-                data = {"id": calls[result.index]["id"], "found": found[result.index]}
+                text = str(result.output) if result.success else f"failed: {result.error}"
+                found[result.index] = text
+                data = {"id": calls[result.index]["id"], "found": text}
                 yield StreamChunk(StreamEvent.TOOL_RESULT, data)
 
         for call, text in zip(calls, found, strict=True):
