@@ -179,9 +179,8 @@ async def send_burst(endpoint: Endpoint, client: httpx2.AsyncClient) -> None:
     print(f"  at once      {len(results) - len(turned_away)} were let in")
     if turned_away:
         error: Any = turned_away[0].failures[0]
-        response = error.response
-        seconds = response.headers["retry-after"]
-        print(f"  later        {len(turned_away)}, told by {response.status_code} to come back in {seconds} s")
+        status, seconds = error.response.status_code, error.response.headers["retry-after"]
+        print(f"  later        {len(turned_away)}, told by {status} to come back in {seconds} s")
 
     print(f"  in the end   {sum(result.success for result in results)} have all of their answer")
 
