@@ -518,5 +518,12 @@ def test_example_of_the_documentation_passes_on_both_backends(tmp_path: Path) ->
     assert "trio" in done.stdout
 
 
+def test_tools_for_testing_need_neither_pytest_nor_trio() -> None:
+    code = "import sys, agentloop.testing; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "agentloop.testing" in done.stdout.split()
+    assert not {"pytest", "trio"} & set(done.stdout.split())
+
+
 def test_records_compare_by_what_they_are_and_not_by_what_they_say() -> None:
     assert FakeCall((), {}, 0.0) != FakeCall((), {}, 0.0)
