@@ -8,7 +8,8 @@ It speaks as OpenAI does (``GET /v1/models``, ``POST /v1/chat/completions``) and
         ...  # talk to server.base_url, then look at server.statuses
 
 What happens to a request depends only on the seed, the prompt and how many times that prompt was sent
-before, never on the order of arrival: the same seed tells the same story again. By itself it runs as
+before, never on the order of arrival: the same seed tells the same story again. Given ``tools`` in OpenAI's
+format, it asks for one wherever a value that the tool takes was mentioned. By itself it runs as
 ``python examples/model_server.py --port 8000 --backend trio --rate-limited 0.1``.
 """
 
@@ -23,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Literal
 
@@ -31,6 +33,7 @@ import attrs
 import h11
 from anyio.abc import SocketAttribute, SocketStream
 
+ToolCall = dict[str, Any]
 Outcome = Literal[
     "rate_limited", "server_error", "hang", "disconnect", "overloaded", "stream_error", "answer"
 ]
@@ -53,6 +56,7 @@ ANTHROPIC_ERRORS = {
     500: "api_error",
     529: "overloaded_error",
 }
+THOUGHT = "reasoning_content"  # where other servers than OpenAI's have it
 MAX_BODY_BYTES = 1_000_000
 ARITHMETIC = re.compile(r"what is (-?\d{1,15}) ?([-+*]) ?(-?\d{1,15})(?![\d.]*\d|\s*[-+*/^])", re.IGNORECASE)
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -199,8 +203,8 @@ class _HTTPError(Exception):
 STREAM_ERROR = _HTTPError(529, "overloaded", "the model is overloaded; try again later")
 
 
-def _parse(path: str, body: bytes) -> tuple[str, list[str], bool]:
-    """Return the model, the texts of the messages, and whether to stream."""
+def _parse(path: str, body: bytes) -> tuple[str, list[str], bool, list[ToolCall] | None]:
+    """Return the model, the texts of the messages, whether to stream, and the tools to call."""
     try:
         fields: Any = json.loads(body)
     except (ValueError, RecursionError) as exc:
@@ -210,17 +214,49 @@ def _parse(path: str, body: bytes) -> tuple[str, list[str], bool]:
         case {"model": str(), "messages": [_, *_]} if path == MESSAGES and "max_tokens" not in fields:
             raise _HTTPError(400, "invalid_body", "the body must have 'max_tokens'")
         case {"model": str(model), "messages": [_, *_] as messages}:
-            return model, [_text(message) for message in messages], fields.get("stream") is True
+            texts = [_text(message) for message in messages]
+            tools = None if path == MESSAGES else fields.get("tools")
+            return model, texts, fields.get("stream") is True, _tools_to_call(tools, texts)
         case _:
             raise _HTTPError(400, "invalid_body", "the body must have 'model' and a list of 'messages'")
 
 
 def _text(message: Any) -> str:
     match message:
+        case {"role": "assistant", "tool_calls": [_, *_] as calls}:
+            return json.dumps(calls)
         case {"role": str(), "content": str(text)}:
             return text
         case _:
             raise _HTTPError(400, "invalid_body", "each message must have 'role' and 'content', both strings")
+
+
+def _tools_to_call(tools: Any, texts: list[str]) -> list[ToolCall] | None:
+    """Return a call for each value of a tool's enums that was mentioned; ``None`` if none ever was."""
+    try:
+        functions = [tool["function"] for tool in tools or ()]
+        takes = [
+            (str(function["name"]), key, str(value))
+            for function in functions
+            for key, schema in function.get("parameters", {}).get("properties", {}).items()
+            for value in schema.get("enum", ())
+        ]
+    except (TypeError, KeyError, AttributeError) as exc:
+        raise _HTTPError(400, "invalid_body", "each tool must be a function, with a JSON schema") from exc
+
+    said = "\n".join(texts)
+    mentioned = [
+        (f"call_{name}_{value}", {"name": name, "arguments": json.dumps({key: value})})
+        for name, key, value in takes
+        if re.search(rf"\b{re.escape(value)}\b", said, re.IGNORECASE)
+    ]
+    # What was asked for stands in the messages again, by its id.
+    calls = [
+        {"id": id_, "type": "function", "function": call}
+        for id_, call in mentioned
+        if json.dumps(id_) not in said
+    ]
+    return calls if mentioned else None
 
 
 def reply_to(prompt: str) -> str:
@@ -231,6 +267,18 @@ def reply_to(prompt: str) -> str:
 
     topic = " ".join(prompt.split()[:6])
     return f'On "{topic}": {random.Random(ascii(prompt)).choice(ADVICE)}'
+
+
+def _text_of(calls: list[ToolCall] | None, prompt: str) -> str:
+    """Return what the model says, or thinks before it calls tools."""
+    if calls is None:
+        return reply_to(prompt)
+
+    values = [value for call in calls for value in json.loads(call["function"]["arguments"]).values()]
+    if not values:
+        return f"I have no more questions. {prompt}"
+
+    return f"I need to know more about {' and '.join(values)}."
 
 
 @attrs.frozen
@@ -244,13 +292,19 @@ class _Reply:
     error: bytes
 
 
-def _chat_completion(serial: str, model: str, asked: int, pieces: list[str]) -> _Reply:
+def _chat_completion(
+    serial: str, model: str, asked: int, pieces: list[str], calls: list[ToolCall] | None
+) -> _Reply:
     head = {"id": f"chatcmpl-{serial}", "created": int(time.time()), "model": model}
-    message = {"role": "assistant", "content": "".join(pieces)}
-    spent = {"prompt_tokens": asked, "completion_tokens": len(pieces), "total_tokens": asked + len(pieces)}
-    choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+    part, reason = (THOUGHT, "tool_calls") if calls else ("content", "stop")
+    message: dict[str, object] = {"role": "assistant", "content": None, part: "".join(pieces)}
+    if calls:
+        message["tool_calls"] = calls
 
-    def event(delta: Mapping[str, str], finish_reason: str | None = None) -> bytes:
+    spent = {"prompt_tokens": asked, "completion_tokens": len(pieces), "total_tokens": asked + len(pieces)}
+    choices = [{"index": 0, "message": message, "finish_reason": reason}]
+
+    def event(delta: Mapping[str, object], finish_reason: str | None = None) -> bytes:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
         chunk = {**head, "object": "chat.completion.chunk", "choices": [choice]}
         return f"data: {json.dumps(chunk)}\n\n".encode()
@@ -258,8 +312,10 @@ def _chat_completion(serial: str, model: str, asked: int, pieces: list[str]) -> 
     return _Reply(
         whole={**head, "object": "chat.completion", "choices": choices, "usage": spent},
         first=event({"role": "assistant", "content": ""}),
-        piece=lambda text: event({"content": text}),
-        last=event({}, "stop") + b"data: [DONE]\n\n",
+        piece=lambda text: event({part: text}),
+        last=b"".join(event({"tool_calls": [{"index": n, **call}]}) for n, call in enumerate(calls or ()))
+        + event({}, reason)
+        + b"data: [DONE]\n\n",
         error=f"data: {json.dumps(STREAM_ERROR.payload(''))}\n\n".encode(),
     )
 
@@ -411,7 +467,9 @@ class _Connection:
         except _HTTPError as exc:
             await self._send_json(exc.status, exc.payload(path), exc.headers)
 
-    async def _complete(self, path: str, model: str, texts: list[str], stream: bool) -> None:
+    async def _complete(
+        self, path: str, model: str, texts: list[str], stream: bool, calls: list[ToolCall] | None
+    ) -> None:
         faults = self.server.faults
         outcome, delay, rng = self.server.begin("\n".join(texts))
         # The standard header knows whole seconds only; both companies' clients read the exact one first.
@@ -432,9 +490,9 @@ class _Connection:
             await anyio.sleep(faults.hang_seconds)
             return  # without an answer, which closes the connection
 
-        pieces = re.findall(r"\s*\S+", reply_to(texts[-1]))
+        pieces = re.findall(r"\s*\S+", _text_of(calls, texts[-1]))
         cut = rng.randrange(1, len(pieces)) if outcome in ("disconnect", "stream_error") else None
-        make = _message if path == MESSAGES else _chat_completion
+        make = _message if path == MESSAGES else partial(_chat_completion, calls=calls)
         asked = sum(len(text.split()) for text in texts)
         reply = make(f"{rng.getrandbits(96):024x}", model, asked, pieces)
         if stream:
