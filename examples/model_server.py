@@ -8,9 +8,10 @@ It speaks as OpenAI does (``GET /v1/models``, ``POST /v1/chat/completions``) and
         ...  # talk to server.base_url, then look at server.statuses
 
 What happens to a request depends only on the seed, the prompt and how many times that prompt was sent
-before, never on the order of arrival: the same seed tells the same story again. Given ``tools`` in OpenAI's
-format, it asks for one wherever a value that the tool takes was mentioned. By itself it runs as
-``python examples/model_server.py --port 8000 --backend trio --rate-limited 0.1``.
+before, never on the order of arrival: the same seed tells the same story again. What is beyond the
+``capacity``, if there is one, counts as never sent. Given ``tools`` in OpenAI's format, it asks for one
+wherever a value that the tool takes was mentioned. By itself it runs as
+``python examples/model_server.py --port 8000 --backend trio --capacity 4``.
 """
 
 import argparse
@@ -22,8 +23,8 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from http import HTTPStatus
 from typing import Any, Literal
@@ -74,6 +75,7 @@ ADVICE = (
 class Faults:
     """What goes wrong, as a share of all completions, and how long things take. By default nothing does."""
 
+    capacity: int = 0  #: completions answered at once; more get 429 and a Retry-After; 0 is no bound
     rate_limited: float = 0.0  #: share answered at once with 429 and a Retry-After
     server_error: float = 0.0  #: share answered with 500
     hang: float = 0.0  #: share never answered, and dropped after ``hang_seconds``
@@ -94,6 +96,18 @@ class Faults:
         total = math.fsum(getattr(self, name) for name in FAULTS)
         if total > 1:
             raise ValueError(f"{', '.join(FAULTS)} must add up to at most 1, got {total:g}")
+
+    @property
+    def too_many(self) -> "_HTTPError":
+        """The 429, which says when to come back."""
+        return _HTTPError(429, "rate_limit_exceeded", "too many requests; try again later", self.retry_after)
+
+    @property
+    def retry_after(self) -> dict[str, str]:
+        """The headers that say when to come back."""
+        # The standard one knows whole seconds only; both companies' clients read the exact one first.
+        seconds = self.retry_after_seconds
+        return {"retry-after-ms": f"{seconds * 1000:.0f}", "retry-after": str(math.ceil(seconds))}
 
     def draw(self, rng: random.Random) -> tuple[Outcome, float]:
         """Return what happens to one completion, and after how many seconds."""
@@ -122,6 +136,8 @@ class ModelServer:
     requests: int = 0
     disconnects: int = 0  #: clients that left before their answer was complete
     chunks: int = 0  #: pieces of text that were sent in streams
+    answering: int = 0  #: completions that take up capacity now
+    rejected: int = 0  #: completions that were beyond it
     statuses: Counter[int] = attrs.field(factory=lambda: Counter[int]())
     outcomes: Counter[Outcome] = attrs.field(factory=lambda: Counter[Outcome]())
     _attempts: Counter[str] = attrs.field(factory=lambda: Counter[str](), repr=False)
@@ -131,6 +147,19 @@ class ModelServer:
     def active(self) -> int:
         """How many requests are being received or answered now."""
         return sum(connection.busy for connection in self._connections)
+
+    @contextmanager
+    def admit(self) -> Generator[None]:
+        """Give a completion its share of the capacity, or refuse it before it counts as an attempt."""
+        if 0 < self.faults.capacity <= self.answering:
+            self.rejected += 1
+            raise self.faults.too_many
+
+        self.answering += 1
+        try:
+            yield
+        finally:
+            self.answering -= 1
 
     def begin(self, prompt: str) -> tuple[Outcome, float, random.Random]:
         """Count one more completion for this prompt, and decide what happens to it."""
@@ -463,7 +492,9 @@ class _Connection:
                 model = {"id": "demo", "object": "model", "created": 0, "owned_by": "model_server"}
                 await self._send_json(200, {"object": "list", "data": [model]})
             else:
-                await self._complete(path, *_parse(path, body))
+                completion = _parse(path, body)
+                with self.server.admit():
+                    await self._complete(path, *completion)
         except _HTTPError as exc:
             await self._send_json(exc.status, exc.payload(path), exc.headers)
 
@@ -472,14 +503,11 @@ class _Connection:
     ) -> None:
         faults = self.server.faults
         outcome, delay, rng = self.server.begin("\n".join(texts))
-        # The standard header knows whole seconds only; both companies' clients read the exact one first.
-        seconds = faults.retry_after_seconds
-        headers = {"retry-after-ms": f"{seconds * 1000:.0f}", "retry-after": str(math.ceil(seconds))}
         if outcome == "rate_limited":
-            raise _HTTPError(429, "rate_limit_exceeded", "too many requests; try again later", headers)
+            raise faults.too_many
 
         if outcome == "overloaded":
-            status, headers = (529, {}) if path == MESSAGES else (503, headers)
+            status, headers = (529, {}) if path == MESSAGES else (503, faults.retry_after)
             raise _HTTPError(status, "overloaded", "the model is overloaded; try again later", headers)
 
         await anyio.sleep(delay)
@@ -531,8 +559,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--api-key")
-    for name, default in attrs.asdict(NO_FAULTS).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=default)
+    defaults: dict[str, float] = attrs.asdict(NO_FAULTS)
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
 
     options = vars(parser.parse_args())
     backend, seed, port, api_key = (options.pop(name) for name in ("backend", "seed", "port", "api_key"))
