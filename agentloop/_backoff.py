@@ -12,7 +12,9 @@ from . import _validators as must
 class RandomSource(Protocol):
     """What is asked for randomness: a ``random.Random``, or the ``random`` module itself."""
 
-    def random(self) -> float: ...
+    def random(self) -> float:
+        """Return a number from 0, inclusive, to 1, exclusive."""
+        ...
 
 
 @attrs.frozen
@@ -30,6 +32,8 @@ class Backoff:
     :param jitter: ``"full"``, ``"equal"`` or ``"none"``
     :param max_retry_after_seconds: the longest Retry-After that is waited for, in seconds; an
         invocation that is told to wait longer fails at once
+    :raises TypeError: if a number is none
+    :raises ValueError: if a value is out of its range, or there is no such jitter
     """
 
     initial_seconds: float = attrs.field(default=0.1, validator=must.number(minimum=0, finite=True))
@@ -76,6 +80,8 @@ class Backoff:
         :param retry: how many retries there have been, 0 before the first
         :param retry_after: what the server asked for, in seconds, or ``None``
         :param rng: where the jitter comes from
+        :return: seconds, never less than ``retry_after``
+        :raises ValueError: if ``retry`` is negative
         """
         delay = self.delay(retry, rng)
         if retry_after is None:

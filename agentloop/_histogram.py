@@ -26,6 +26,14 @@ class Distribution:
     A distribution of durations, in milliseconds. Count, sum, mean, minimum and maximum are exact; percentiles
     are within 1 % of the nearest-rank value. All are 0 where nothing was recorded.
 
+    :param count: how many durations there were
+    :param mean_ms: their mean
+    :param min_ms: the shortest
+    :param max_ms: the longest
+    :param p50_ms: the median
+    :param p95_ms: what 95 % of them did not exceed
+    :param p99_ms: what 99 % of them did not exceed
+    :param sum_ms: their sum
     :param zeros: how many durations were below a nanosecond, as most are on a virtual clock
     :param scale: the width of the buckets: their bounds are the powers of ``2 ** (2 ** -scale)``
     :param buckets: how many durations there were in each bucket; the one with index ``i`` reaches from
@@ -72,14 +80,14 @@ class Histogram:
     __slots__ = ("_per_octave", "buckets", "count", "maximum", "minimum", "scale", "total", "zeros")
 
     def __init__(self, scale: int = DEFAULT_SCALE) -> None:
-        self.scale = scale
+        self.scale: int = scale
         self._per_octave = 2.0**scale
         self.buckets: defaultdict[int, int] = defaultdict(int)
-        self.zeros = 0
-        self.count = 0
-        self.total = 0
-        self.minimum = math.inf
-        self.maximum = -math.inf
+        self.zeros: int = 0
+        self.count: int = 0
+        self.total: int = 0
+        self.minimum: float = math.inf
+        self.maximum: float = -math.inf
 
     def add(self, value: float) -> None:
         """Count a duration, in milliseconds; it must be finite and not negative."""

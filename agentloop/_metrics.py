@@ -133,6 +133,7 @@ class MetricsRecorder:
         """
         Record one result.
 
+        :param result: what became of an invocation
         :raises ValueError: if a duration in it is negative, infinite or no number
         """
         latency, queue, first_chunk = result.latency_ms, result.queue_ms, result.first_chunk_ms
@@ -208,6 +209,7 @@ class MetricsRecorder:
         Add what another recorder has recorded, except what is in flight there. The result is the same in
         whatever order recorders are merged.
 
+        :param other: which stays as it is
         :raises TypeError: if ``other`` is no recorder
         :raises ValueError: if it is this one
         """
@@ -266,12 +268,21 @@ class MetricsRecorder:
         self.tell_in_flight(-1)
 
     def add_attempt(self, attempt_ms: float) -> None:
-        """Record how long one of several attempts took. A single attempt took as long as all of it."""
+        """
+        Record how long one of several attempts took. A single attempt took as long as all of it.
+
+        :param attempt_ms: in milliseconds, finite and not negative
+        """
         with self._lock:
             self._attempt.add(attempt_ms)
 
     def add_backoff(self, backoff_ms: float, overload: bool) -> None:
-        """Record how long a retry has to wait, and whether that is because of an overload."""
+        """
+        Record how long a retry has to wait.
+
+        :param backoff_ms: in milliseconds, finite and not negative
+        :param overload: whether it has to because of an overload
+        """
         with self._lock:
             self._backoff.add(backoff_ms)
             self._overloads += overload
@@ -282,7 +293,11 @@ class MetricsRecorder:
             self._overloads += 1
 
     def add_chunk_gaps(self, gaps: Histogram) -> None:
-        """Record how long a stream took between its chunks."""
+        """
+        Record how long a stream took between its chunks.
+
+        :param gaps: what :meth:`new_histogram` returned, with the gaps in it
+        """
         with self._lock:
             self._chunk_gap.merge(gaps)
 

@@ -96,7 +96,7 @@ class ContextStore:
 
         :param mapping: their values, which are copied before anything is waited for
         :raises TypeError: if it is no mapping, a key is no ``str``, or a value is of a type that cannot be
-        kept
+            kept
         :raises ValueError: if a value contains itself
         """
         changes = freeze_all("mapping", mapping)
@@ -283,6 +283,7 @@ class ContextStore:
         """
         Make a store of what :meth:`to_json` returned.
 
+        :param text: the JSON; bytes are UTF-8, or UTF-16 or UTF-32
         :raises ValueError: if the text is no JSON, or no object
         """
         value: Any = json.loads(text)

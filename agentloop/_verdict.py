@@ -40,6 +40,8 @@ class Verdict:
 
     :param kind: what to do
     :param retry_after: how many seconds the server asked to wait; ``None`` if it did not
+    :raises TypeError: if a value is of the wrong type
+    :raises ValueError: if ``retry_after`` is negative or not finite
     """
 
     kind: VerdictKind = attrs.field(validator=must.instance(VerdictKind))

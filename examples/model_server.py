@@ -8,8 +8,10 @@ It speaks as OpenAI does (``GET /v1/models``, ``POST /v1/chat/completions``) and
         ...  # talk to server.base_url, then look at server.statuses
 
 What happens to a request depends only on the seed, the prompt and how many times that prompt was sent
-before, never on the order of arrival: the same seed tells the same story again. By itself it runs as
-``python examples/model_server.py --port 8000 --backend trio --rate-limited 0.1``.
+before, never on the order of arrival: the same seed tells the same story again. What is beyond the
+``capacity``, if there is one, counts as never sent. Given ``tools`` in OpenAI's format, it asks for one
+wherever a value that the tool takes was mentioned. By itself it runs as
+``python examples/model_server.py --port 8000 --backend trio --capacity 4``.
 """
 
 import argparse
@@ -21,8 +23,9 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Literal
 
@@ -31,6 +34,7 @@ import attrs
 import h11
 from anyio.abc import SocketAttribute, SocketStream
 
+ToolCall = dict[str, Any]
 Outcome = Literal[
     "rate_limited", "server_error", "hang", "disconnect", "overloaded", "stream_error", "answer"
 ]
@@ -53,6 +57,7 @@ ANTHROPIC_ERRORS = {
     500: "api_error",
     529: "overloaded_error",
 }
+THOUGHT = "reasoning_content"  # where other servers than OpenAI's have it
 MAX_BODY_BYTES = 1_000_000
 ARITHMETIC = re.compile(r"what is (-?\d{1,15}) ?([-+*]) ?(-?\d{1,15})(?![\d.]*\d|\s*[-+*/^])", re.IGNORECASE)
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -70,6 +75,7 @@ ADVICE = (
 class Faults:
     """What goes wrong, as a share of all completions, and how long things take. By default nothing does."""
 
+    capacity: int = 0  #: completions answered at once; more get 429 and a Retry-After; 0 is no bound
     rate_limited: float = 0.0  #: share answered at once with 429 and a Retry-After
     server_error: float = 0.0  #: share answered with 500
     hang: float = 0.0  #: share never answered, and dropped after ``hang_seconds``
@@ -90,6 +96,18 @@ class Faults:
         total = math.fsum(getattr(self, name) for name in FAULTS)
         if total > 1:
             raise ValueError(f"{', '.join(FAULTS)} must add up to at most 1, got {total:g}")
+
+    @property
+    def too_many(self) -> "_HTTPError":
+        """The 429, which says when to come back."""
+        return _HTTPError(429, "rate_limit_exceeded", "too many requests; try again later", self.retry_after)
+
+    @property
+    def retry_after(self) -> dict[str, str]:
+        """The headers that say when to come back."""
+        # The standard one knows whole seconds only; both companies' clients read the exact one first.
+        seconds = self.retry_after_seconds
+        return {"retry-after-ms": f"{seconds * 1000:.0f}", "retry-after": str(math.ceil(seconds))}
 
     def draw(self, rng: random.Random) -> tuple[Outcome, float]:
         """Return what happens to one completion, and after how many seconds."""
@@ -118,6 +136,8 @@ class ModelServer:
     requests: int = 0
     disconnects: int = 0  #: clients that left before their answer was complete
     chunks: int = 0  #: pieces of text that were sent in streams
+    answering: int = 0  #: completions that take up capacity now
+    rejected: int = 0  #: completions that were beyond it
     statuses: Counter[int] = attrs.field(factory=lambda: Counter[int]())
     outcomes: Counter[Outcome] = attrs.field(factory=lambda: Counter[Outcome]())
     _attempts: Counter[str] = attrs.field(factory=lambda: Counter[str](), repr=False)
@@ -127,6 +147,19 @@ class ModelServer:
     def active(self) -> int:
         """How many requests are being received or answered now."""
         return sum(connection.busy for connection in self._connections)
+
+    @contextmanager
+    def admit(self) -> Generator[None]:
+        """Give a completion its share of the capacity, or refuse it before it counts as an attempt."""
+        if 0 < self.faults.capacity <= self.answering:
+            self.rejected += 1
+            raise self.faults.too_many
+
+        self.answering += 1
+        try:
+            yield
+        finally:
+            self.answering -= 1
 
     def begin(self, prompt: str) -> tuple[Outcome, float, random.Random]:
         """Count one more completion for this prompt, and decide what happens to it."""
@@ -199,8 +232,8 @@ class _HTTPError(Exception):
 STREAM_ERROR = _HTTPError(529, "overloaded", "the model is overloaded; try again later")
 
 
-def _parse(path: str, body: bytes) -> tuple[str, list[str], bool]:
-    """Return the model, the texts of the messages, and whether to stream."""
+def _parse(path: str, body: bytes) -> tuple[str, list[str], bool, list[ToolCall] | None]:
+    """Return the model, the texts of the messages, whether to stream, and the tools to call."""
     try:
         fields: Any = json.loads(body)
     except (ValueError, RecursionError) as exc:
@@ -210,17 +243,49 @@ def _parse(path: str, body: bytes) -> tuple[str, list[str], bool]:
         case {"model": str(), "messages": [_, *_]} if path == MESSAGES and "max_tokens" not in fields:
             raise _HTTPError(400, "invalid_body", "the body must have 'max_tokens'")
         case {"model": str(model), "messages": [_, *_] as messages}:
-            return model, [_text(message) for message in messages], fields.get("stream") is True
+            texts = [_text(message) for message in messages]
+            tools = None if path == MESSAGES else fields.get("tools")
+            return model, texts, fields.get("stream") is True, _tools_to_call(tools, texts)
         case _:
             raise _HTTPError(400, "invalid_body", "the body must have 'model' and a list of 'messages'")
 
 
 def _text(message: Any) -> str:
     match message:
+        case {"role": "assistant", "tool_calls": [_, *_] as calls}:
+            return json.dumps(calls)
         case {"role": str(), "content": str(text)}:
             return text
         case _:
             raise _HTTPError(400, "invalid_body", "each message must have 'role' and 'content', both strings")
+
+
+def _tools_to_call(tools: Any, texts: list[str]) -> list[ToolCall] | None:
+    """Return a call for each value of a tool's enums that was mentioned; ``None`` if none ever was."""
+    try:
+        functions = [tool["function"] for tool in tools or ()]
+        takes = [
+            (str(function["name"]), key, str(value))
+            for function in functions
+            for key, schema in function.get("parameters", {}).get("properties", {}).items()
+            for value in schema.get("enum", ())
+        ]
+    except (TypeError, KeyError, AttributeError) as exc:
+        raise _HTTPError(400, "invalid_body", "each tool must be a function, with a JSON schema") from exc
+
+    said = "\n".join(texts)
+    mentioned = [
+        (f"call_{name}_{value}", {"name": name, "arguments": json.dumps({key: value})})
+        for name, key, value in takes
+        if re.search(rf"\b{re.escape(value)}\b", said, re.IGNORECASE)
+    ]
+    # What was asked for stands in the messages again, by its id.
+    calls = [
+        {"id": id_, "type": "function", "function": call}
+        for id_, call in mentioned
+        if json.dumps(id_) not in said
+    ]
+    return calls if mentioned else None
 
 
 def reply_to(prompt: str) -> str:
@@ -231,6 +296,18 @@ def reply_to(prompt: str) -> str:
 
     topic = " ".join(prompt.split()[:6])
     return f'On "{topic}": {random.Random(ascii(prompt)).choice(ADVICE)}'
+
+
+def _text_of(calls: list[ToolCall] | None, prompt: str) -> str:
+    """Return what the model says, or thinks before it calls tools."""
+    if calls is None:
+        return reply_to(prompt)
+
+    values = [value for call in calls for value in json.loads(call["function"]["arguments"]).values()]
+    if not values:
+        return f"I have no more questions. {prompt}"
+
+    return f"I need to know more about {' and '.join(values)}."
 
 
 @attrs.frozen
@@ -244,13 +321,19 @@ class _Reply:
     error: bytes
 
 
-def _chat_completion(serial: str, model: str, asked: int, pieces: list[str]) -> _Reply:
+def _chat_completion(
+    serial: str, model: str, asked: int, pieces: list[str], calls: list[ToolCall] | None
+) -> _Reply:
     head = {"id": f"chatcmpl-{serial}", "created": int(time.time()), "model": model}
-    message = {"role": "assistant", "content": "".join(pieces)}
-    spent = {"prompt_tokens": asked, "completion_tokens": len(pieces), "total_tokens": asked + len(pieces)}
-    choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+    part, reason = (THOUGHT, "tool_calls") if calls else ("content", "stop")
+    message: dict[str, object] = {"role": "assistant", "content": None, part: "".join(pieces)}
+    if calls:
+        message["tool_calls"] = calls
 
-    def event(delta: Mapping[str, str], finish_reason: str | None = None) -> bytes:
+    spent = {"prompt_tokens": asked, "completion_tokens": len(pieces), "total_tokens": asked + len(pieces)}
+    choices = [{"index": 0, "message": message, "finish_reason": reason}]
+
+    def event(delta: Mapping[str, object], finish_reason: str | None = None) -> bytes:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
         chunk = {**head, "object": "chat.completion.chunk", "choices": [choice]}
         return f"data: {json.dumps(chunk)}\n\n".encode()
@@ -258,8 +341,10 @@ def _chat_completion(serial: str, model: str, asked: int, pieces: list[str]) -> 
     return _Reply(
         whole={**head, "object": "chat.completion", "choices": choices, "usage": spent},
         first=event({"role": "assistant", "content": ""}),
-        piece=lambda text: event({"content": text}),
-        last=event({}, "stop") + b"data: [DONE]\n\n",
+        piece=lambda text: event({part: text}),
+        last=b"".join(event({"tool_calls": [{"index": n, **call}]}) for n, call in enumerate(calls or ()))
+        + event({}, reason)
+        + b"data: [DONE]\n\n",
         error=f"data: {json.dumps(STREAM_ERROR.payload(''))}\n\n".encode(),
     )
 
@@ -407,21 +492,22 @@ class _Connection:
                 model = {"id": "demo", "object": "model", "created": 0, "owned_by": "model_server"}
                 await self._send_json(200, {"object": "list", "data": [model]})
             else:
-                await self._complete(path, *_parse(path, body))
+                completion = _parse(path, body)
+                with self.server.admit():
+                    await self._complete(path, *completion)
         except _HTTPError as exc:
             await self._send_json(exc.status, exc.payload(path), exc.headers)
 
-    async def _complete(self, path: str, model: str, texts: list[str], stream: bool) -> None:
+    async def _complete(
+        self, path: str, model: str, texts: list[str], stream: bool, calls: list[ToolCall] | None
+    ) -> None:
         faults = self.server.faults
         outcome, delay, rng = self.server.begin("\n".join(texts))
-        # The standard header knows whole seconds only; both companies' clients read the exact one first.
-        seconds = faults.retry_after_seconds
-        headers = {"retry-after-ms": f"{seconds * 1000:.0f}", "retry-after": str(math.ceil(seconds))}
         if outcome == "rate_limited":
-            raise _HTTPError(429, "rate_limit_exceeded", "too many requests; try again later", headers)
+            raise faults.too_many
 
         if outcome == "overloaded":
-            status, headers = (529, {}) if path == MESSAGES else (503, headers)
+            status, headers = (529, {}) if path == MESSAGES else (503, faults.retry_after)
             raise _HTTPError(status, "overloaded", "the model is overloaded; try again later", headers)
 
         await anyio.sleep(delay)
@@ -432,9 +518,9 @@ class _Connection:
             await anyio.sleep(faults.hang_seconds)
             return  # without an answer, which closes the connection
 
-        pieces = re.findall(r"\s*\S+", reply_to(texts[-1]))
+        pieces = re.findall(r"\s*\S+", _text_of(calls, texts[-1]))
         cut = rng.randrange(1, len(pieces)) if outcome in ("disconnect", "stream_error") else None
-        make = _message if path == MESSAGES else _chat_completion
+        make = _message if path == MESSAGES else partial(_chat_completion, calls=calls)
         asked = sum(len(text.split()) for text in texts)
         reply = make(f"{rng.getrandbits(96):024x}", model, asked, pieces)
         if stream:
@@ -473,8 +559,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--api-key")
-    for name, default in attrs.asdict(NO_FAULTS).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=default)
+    defaults: dict[str, float] = attrs.asdict(NO_FAULTS)
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
 
     options = vars(parser.parse_args())
     backend, seed, port, api_key = (options.pop(name) for name in ("backend", "seed", "port", "api_key"))

@@ -2,7 +2,8 @@
 Send 200 prompts to a model server that fails in every way servers fail, and get one result for each.
 
 ``python examples/quickstart.py`` needs nothing else: it starts an OpenAI-compatible server of its own, whose
-faults depend on ``--seed`` alone, so that a second run tells the same story. To ask a real one, such as vLLM
+faults depend on ``--seed`` alone, so that a second run tells the same story. It takes fewer at once than it
+is sent, and refuses the rest with HTTP 429: the limiter finds out how many. To ask a real one, such as vLLM
 or Ollama: ``python examples/quickstart.py --base-url http://localhost:11434/v1``.
 """
 
@@ -25,13 +26,27 @@ import anyio
 import httpx2
 from model_server import Faults, ModelServer, Outcome, serve_model
 
-from agentloop import AgentLoop, Invocation, InvocationResult, LoopConfig, Status
+from agentloop import (
+    AgentLoop,
+    Invocation,
+    InvocationResult,
+    Limiter,
+    LoopConfig,
+    Status,
+    VerdictKind,
+    classify,
+)
 
 FAULTS = Faults(
-    rate_limited=0.1, server_error=0.14, hang=0.03, disconnect=0.05, delay_seconds=0.03, hang_seconds=3600
+    capacity=10,
+    retry_after_seconds=0.1,
+    server_error=0.16,
+    hang=0.02,
+    disconnect=0.06,
+    delay_seconds=0.08,
+    hang_seconds=3600,
 )
 FAULT_NAMES: dict[Outcome, str] = {
-    "rate_limited": "HTTP 429",
     "server_error": "HTTP 500",
     "hang": "InvocationTimeout",
     "disconnect": "RemoteProtocolError",
@@ -56,7 +71,8 @@ async def ask_all(options: argparse.Namespace) -> bool:
     )
     prompts: Sequence[str] = options.prompts
     limit: int = options.concurrency
-    loop = AgentLoop(LoopConfig(max_concurrency=limit, timeout_seconds=options.timeout, max_retries=2))
+    limiter = Limiter(limit)
+    loop = AgentLoop(LoopConfig(timeout_seconds=options.timeout, max_retries=2), limiter=limiter)
     results: list[InvocationResult[str]] = []
     async with (
         embedded as server,
@@ -80,7 +96,7 @@ async def ask_all(options: argparse.Namespace) -> bool:
             elapsed = time.perf_counter() - start
             results.sort(key=lambda result: result.index)
             show(story(prompts, results, server))
-            show([timing(loop, len(results), elapsed, options.backend)])
+            show([timing(loop, len(results), elapsed, options.backend), learned(limiter, results, server)])
 
     return len(results) == len(prompts)
 
@@ -88,9 +104,9 @@ async def ask_all(options: argparse.Namespace) -> bool:
 def story(
     prompts: Sequence[str], results: Sequence[InvocationResult[str]], server: ModelServer | None
 ) -> Iterator[Section]:
-    """Tell what happened, which is the same in every run with the same seed."""
+    """Tell what happened, overload apart, which is the same in every run with the same seed."""
     if answered := [result for result in results if result.success]:
-        hardest = max(answered, key=lambda result: result.retries)
+        hardest = max(answered, key=lambda result: len(retried(result)))
         samples = {result.index: clip(result.output or "") for result in (*answered[:2], hardest)}
         yield "Some answers", [(clip(prompts[index], 36), answer) for index, answer in samples.items()]
 
@@ -103,10 +119,10 @@ def story(
     part = f"{len(results)} of {len(prompts)} prompts have a result"
     counts = Counter(result.status for result in results)
     rows = [(status.value, f"{counts[status]:5}") for status in Status if counts[status] or status in USUAL]
-    rows.append(("retries made", f"{sum(result.retries for result in results):5}"))
+    rows.append(("retries made", f"{sum(len(retried(result)) for result in results):5}"))
     yield "Every prompt has exactly one result" if complete else part, rows
 
-    seen = Counter(cause(exc) for result in results for exc in result.failures)
+    seen = Counter(cause(exc) for result in results for exc in result.failures if not is_overload(exc))
     rows = [(name, f"{count:5} seen by the loop") for name, count in seen.most_common()]
     if server:
         dealt = server.outcomes
@@ -127,7 +143,16 @@ def mark(result: InvocationResult[str]) -> str:
     if not result.success:
         return result.status.value[0].upper()
 
-    return str(min(result.retries, 9)) if result.retries else "."
+    return str(min(len(retried(result)), 9)) if retried(result) else "."
+
+
+def retried(result: InvocationResult[str]) -> list[Exception]:
+    """Return what the loop retried, but for overload: that is a matter of time, and not of the seed."""
+    return [exc for exc in result.failures[: result.retries] if not is_overload(exc)]
+
+
+def is_overload(exc: Exception) -> bool:
+    return classify(exc).kind is VerdictKind.OVERLOAD
 
 
 def cause(exc: Exception) -> str:
@@ -140,7 +165,8 @@ def cause(exc: Exception) -> str:
 def reason(result: InvocationResult[str]) -> str:
     # An HTTP error goes on with its URL, which is the same for all, and a link to an encyclopedia.
     error = clip((result.error or "").partition(" for url ")[0])
-    return f"{error} (attempts: {', '.join(cause(exc) for exc in result.failures)})"
+    attempts = [*retried(result), *result.failures[result.retries :]]
+    return f"{error} (attempts: {', '.join(cause(exc) for exc in attempts)})"
 
 
 def clip(text: str, width: int = 200) -> str:
@@ -155,6 +181,23 @@ def timing(loop: AgentLoop, count: int, elapsed: float, backend: str) -> Section
     rows = [(k, f"p50 {d.p50_ms:.0f} ms, p95 {d.p95_ms:.0f} ms, p99 {d.p99_ms:.0f} ms") for k, d in times]
     wall_time = f"{elapsed:.1f} s on {backend}, {count / elapsed:.0f} prompts a second"
     return "Timing", [*rows, ("wall time", wall_time)]
+
+
+def learned(
+    limiter: Limiter, results: Sequence[InvocationResult[str]], server: ModelServer | None
+) -> Section:
+    """Tell what became of the limit, which follows what the server takes."""
+    seen = Counter(cause(exc) for result in results for exc in result.failures if is_overload(exc))
+    rows = [(name, f"{count} seen by the loop, not counted above") for name, count in seen.most_common()]
+    title = "What the limiter learned"
+    if server:
+        dealt = f"{server.rejected} dealt out by the server"
+        rows = [("HTTP 429", f"{seen['HTTP 429']} seen by the loop, {dealt}, not counted above")]
+        title += f" about a server that takes {server.faults.capacity} at once"
+
+    now = limiter.statistics()
+    limit = f"{now.max_concurrency} at once, cut {now.cuts}x, {now.limit} at the end"
+    return title, [*rows, ("limit", limit)]
 
 
 def has_rich() -> bool:
@@ -274,7 +317,7 @@ def parse() -> argparse.Namespace:
     add("--prompts", type=lines, metavar="FILE", help="one prompt per line (default: made-up ones)")
     add("--count", type=whole, metavar="N", help="how many at most (default: 200, or the whole FILE)")
     add("--concurrency", type=whole, metavar="N", default=20, help="how many at once (default: 20)")
-    add("--seed", type=int, metavar="N", default=48, help="of the embedded server's faults (default: 48)")
+    add("--seed", type=int, metavar="N", default=5762, help="of the embedded server's faults (default: 5762)")
     add("--base-url", type=url, metavar="URL", help="of a real server (default: embed one)")
     add("--model", metavar="NAME", help="what to ask there (default: the first that it lists)")
     add("--timeout", type=seconds, metavar="SECONDS", help="per attempt (default: 2; 60 with --base-url)")

@@ -479,6 +479,69 @@ async def test_disconnect_cuts_the_answer_off_in_the_middle(client: httpx2.Async
     assert server.disconnects == 0
 
 
+@pytest.mark.parametrize("fields", [{}, {"stream": True}])
+async def test_completions_beyond_the_capacity_are_told_when_to_come_back(
+    client: httpx2.AsyncClient, fields: Mapping[str, bool]
+) -> None:
+    faults = Faults(capacity=2, retry_after_seconds=0.25, gap_seconds=3600, delay_seconds=3600)
+    async with serve_model(faults) as server, anyio.create_task_group() as task_group:
+        for _ in range(2):
+            task_group.start_soon(partial(ask, client, server, QUESTION, **fields))
+
+        await wait_until_active(server, 2)
+        response = await ask(client, server, QUESTION, **fields)
+        assert (response.status_code, response.headers["retry-after-ms"]) == (429, "250")
+        assert response.json()["error"]["code"] == "rate_limit_exceeded"
+        assert (server.rejected, server.answering, server.outcomes.total()) == (1, 2, 2)
+        # What asks for no completion takes up no capacity, and needs none.
+        assert (await client.get(f"{server.base_url}/models")).status_code == 200
+        assert (await client.post(f"{server.base_url}/chat/completions")).status_code == 400
+        task_group.cancel_scope.cancel()
+
+    assert (server.answering, server.rejected) == (0, 1)
+
+
+async def test_who_leaves_or_is_answered_makes_room(client: httpx2.AsyncClient) -> None:
+    async with serve_model(Faults(capacity=1, hang=1)) as server:
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(ask, client, server, QUESTION)
+            await wait_until_active(server, 1)
+            task_group.cancel_scope.cancel()
+
+        await wait_until_disconnects(server, 1)
+        server.faults = Faults(capacity=1)
+        assert [(await ask(client, server, TIDE)).status_code for _ in range(3)] == [200] * 3
+
+    assert (server.rejected, server.answering) == (0, 0)
+
+
+async def test_capacity_changes_nothing_of_the_story_but_how_often_it_is_asked(
+    client: httpx2.AsyncClient,
+) -> None:
+    async def tell(faults: Faults) -> tuple[dict[str, list[str]], ModelServer]:
+        stories: dict[str, list[str]] = {prompt: [] for prompt in PROMPTS}
+
+        async def tell_one(prompt: str) -> None:
+            while len(stories[prompt]) < 2:
+                told = await story(client, server, prompt)
+                if told != "429 None":
+                    stories[prompt].append(told)
+
+        async with serve_model(faults) as server, anyio.create_task_group() as task_group:
+            for prompt in PROMPTS:
+                task_group.start_soon(tell_one, prompt)
+
+        return stories, server
+
+    faults = Faults(server_error=0.2, disconnect=0.2, delay_seconds=0.01, gap_seconds=0)
+    stories, server = await tell(faults)
+    again, busy = await tell(attrs.evolve(faults, capacity=2))
+    assert again == stories
+    assert busy.outcomes == server.outcomes
+    assert (server.rejected, busy.rejected) == (0, busy.statuses[429])
+    assert busy.rejected > 0
+
+
 def test_shares_and_mean_delay_come_out_as_asked() -> None:
     faults = Faults(rate_limited=0.1, server_error=0.2, hang=0.3, disconnect=0.1, delay_seconds=2)
     rng = random.Random(0)

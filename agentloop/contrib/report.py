@@ -49,8 +49,11 @@ def render_report(
     snapshot: MetricsSnapshot, timeline: _Path | None = None, *, title: str = "A run of agents"
 ) -> str:
     """
-    Return a report as HTML. The parameters are those of :func:`write_report`.
+    Return a report as HTML.
 
+    :param snapshot: what a recorder has recorded
+    :param timeline: the file of a timeline, which may lack its end
+    :param title: what it is called
     :raises OSError: if the timeline cannot be read
     """
     story = _Story()

@@ -109,6 +109,7 @@ class Timeline:
         """
         Return a sink for loops that are shown apart, under a name of their own. Equal names are one sink.
 
+        :param name: what they are called in the timeline
         :raises ValueError: if the timeline has been closed
         """
         with self._lock:
@@ -163,7 +164,12 @@ class Timeline:
         return next(self._tids)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add a record to the file."""
+        """
+        Add a record to the file.
+
+        :param record: an event of Chrome's Trace Event Format, as JSON data
+        :raises ValueError: if the timeline has been closed
+        """
         if self._closed.is_set():
             raise ValueError(
                 f"the timeline {self._path!r} has been closed; close it when its loops have ended"

@@ -43,6 +43,7 @@ from agentloop import (
     classify,
     collect_text,
 )
+from agentloop.testing import Chunks, Fail, FakeAgent, FakeHTTPError, Reply, Stall
 
 
 class Animal: ...
@@ -342,6 +343,17 @@ def events_are_values(chunk: ChunkEvent[Cat], result: ResultEvent) -> ChunkEvent
 
 
 # --- results
+
+
+async def fake_agent_goes_wherever_an_agent_goes(loop: AgentLoop) -> None:
+    agent = FakeAgent(
+        Reply("a"), Fail(OSError, after_seconds=1), FakeHTTPError(429, "soon"), OSError, Stall()
+    )
+    assert_type(await loop.run_single("agent", agent, 1, two=2), InvocationResult[Any])
+    assert_type(await loop.run_all(Invocation.map(agent, range(3))), list[InvocationResult[Any]])
+    stream = FakeAgent(Chunks([1, 2], then=OSError()), Chunks(range(3), then=Stall()))
+    assert_type(loop.run_streaming("agent", stream, 1), AgentStream[Any])
+    FakeAgent("a")  # type: ignore[arg-type]
 
 
 def result_knows_its_type(result: InvocationResult[int]) -> None:
