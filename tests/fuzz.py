@@ -1027,11 +1027,15 @@ def run_seed(backend: str, seed: int) -> None:
     """Run one random program; raise if anything about it is wrong."""
     name, options = virtual_clock(backend, seed=seed)
     program = Program(seed, backend)
-    logging.getLogger("agentloop").setLevel(logging.CRITICAL)  # what settle raises is logged
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        random.seed(seed)
-        anyio.run(program.main, backend=name, backend_options=options)
+    logger = logging.getLogger("agentloop")
+    logger.disabled = True  # what settle raises is logged
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            random.seed(seed)
+            anyio.run(program.main, backend=name, backend_options=options)
+    finally:
+        logger.disabled = False
 
 
 def main() -> None:

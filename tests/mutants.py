@@ -80,7 +80,7 @@ MUTANTS = [
     Mutant(
         "what was paid for an attempt that never began is kept",
         "_pool.py",
-        "            self.pool.refund(self.charges)\n",
+        "            pool.refund(self.charges)\n",
         "            pass\n",
     ),
     Mutant(
@@ -92,8 +92,8 @@ MUTANTS = [
     Mutant(
         "a pause holds nobody",
         "_pool.py",
-        "        if not self._queue or self.paused or self._tokens",
-        "        if not self._queue or self._tokens",
+        "        if not self._queue or self.paused or self.running",
+        "        if not self._queue or self.running",
     ),
     Mutant(
         "nobody is woken when the first in line gives up",
@@ -207,8 +207,8 @@ MUTANTS = [
     Mutant(
         "a result that was ready is thrown away",
         "_attempt.py",
-        "                job.succeed(output)\n                return\n",
-        "                job.succeed(output)\n                if not scope.cancel_called:\n                    return\n",
+        "                job.error = None\n                return\n",
+        "                job.error = None\n                if not scope.cancel_called:\n                    return\n",
     ),
     Mutant(
         "attempts share a context",
@@ -271,8 +271,8 @@ MUTANTS = [
     Mutant(
         "a fatal verdict stops nothing",
         "_batch.py",
-        "            if verdict.kind is VerdictKind.FATAL:\n",
-        "            if False:\n",
+        "        if verdict.kind is VerdictKind.FATAL:\n",
+        "        if False:\n",
     ),
     Mutant(
         "a result is lost",
@@ -283,8 +283,8 @@ MUTANTS = [
     Mutant(
         "a result is delivered to the wrong input",
         "_batch.py",
-        "job = Job(as_invocation(item), next(self._index), ",
-        "job = Job(as_invocation(item), max(0, next(self._index) - 1), ",
+        "= Job(invocation, next(self._index), ",
+        "= Job(invocation, max(0, next(self._index) - 1), ",
     ),
     Mutant(
         "a reader that is cancelled loses a result",
