@@ -20,11 +20,10 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
-import anyio
 import httpx2
 from anthropic import AsyncAnthropic
 from model_server import Faults, serve_model
-from telling import QUESTIONS, options, tell_result, tell_retry
+from telling import QUESTIONS, options, status_of, tell_result, tell_retry
 
 from agentloop import AgentLoop, Backoff, Invocation, LoopConfig
 
@@ -124,7 +123,7 @@ def main() -> int:
     found = options(
         "Ask Claude many questions at once through the anthropic SDK.", ("--stream", "stream them")
     )
-    return 0 if anyio.run(run, found.backend, found.stream, backend=found.backend) else 1
+    return status_of(run, found.backend, found.stream, backend=found.backend)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from agentloop.contrib.report import write_report
 from agentloop.contrib.timeline import Timeline
 
 FAULTS = Faults(
-    rate_limited=0.08,
+    capacity=12,
     server_error=0.15,
     hang=0.02,
     disconnect=0.03,

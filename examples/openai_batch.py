@@ -19,11 +19,10 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
-import anyio
 import httpx2
 from model_server import Faults, serve_model
 from openai import AsyncOpenAI, OpenAIError
-from telling import QUESTIONS, options, tell_result, tell_retry
+from telling import QUESTIONS, options, status_of, tell_result, tell_retry
 
 from agentloop import AgentLoop, Backoff, ChunkEvent, Invocation, InvocationResult, LoopConfig, ResultEvent
 
@@ -117,7 +116,7 @@ async def run(backend: str, stream: bool) -> bool:
 
 def main() -> int:
     found = options("Ask a model many questions at once through the openai SDK.", ("--stream", "stream them"))
-    return 0 if anyio.run(run, found.backend, found.stream, backend=found.backend) else 1
+    return status_of(run, found.backend, found.stream, backend=found.backend)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ server of its own or, if ``OPENAI_MODEL`` is set, as in ``openai_batch.py``. Pyd
 import argparse
 import sys
 
-import anyio
 import attrs
 import pydantic_ai
 from openai_batch import MODEL, connect
@@ -22,7 +21,7 @@ from pydantic_ai import Agent, ModelMessage, ModelResponse, RunContext, TextPart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
-from telling import tell_result, tell_retry
+from telling import status_of, tell_result, tell_retry
 
 from agentloop import AgentLoop, Backoff, Invocation, LoopConfig
 
@@ -103,7 +102,7 @@ async def run() -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run Pydantic AI agents that run others on the same loop.")
     parser.parse_args()
-    return 0 if anyio.run(run) else 1
+    return status_of(run)
 
 
 if __name__ == "__main__":

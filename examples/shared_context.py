@@ -8,6 +8,7 @@ model with no lock held.
 """
 
 import argparse
+import os
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
@@ -149,3 +150,5 @@ if __name__ == "__main__":
         sys.exit(0 if anyio.run(main, backend=backend) else 1)
     except* KeyboardInterrupt:  # in an exception group, on trio
         sys.exit(130)
+    except* BrokenPipeError:  # whoever reads what we print has had enough, as "head" has after ten lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

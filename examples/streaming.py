@@ -10,6 +10,8 @@ agent's request to the model server, which then stops too: no word is made that 
 """
 
 import argparse
+import os
+import sys
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
@@ -149,7 +151,10 @@ def main() -> None:
     if backend not in anyio.get_available_backends():
         parser.error(f"--backend {backend} needs a package: pip install {backend}")
 
-    anyio.run(tell, backend, backend=backend)
+    try:
+        anyio.run(tell, backend, backend=backend)
+    except* BrokenPipeError:  # whoever reads what we print has had enough, as "head" has after ten lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """What the examples with clients have in common: their options, and how they tell what happened."""
 
 import argparse
+import os
+import sys
 import textwrap
+from collections.abc import Awaitable, Callable
 
 import anyio
 
@@ -16,6 +19,21 @@ QUESTIONS = (
     "What is 19 * 23?",
     "How do I wake a teenager?",
 )
+
+
+def status_of(main: Callable[..., Awaitable[bool]], *args: object, backend: str = "asyncio") -> int:
+    """Run an example, and return its exit status: 0 if it has come to something."""
+    try:
+        return 0 if anyio.run(main, *args, backend=backend) else 1
+    except* BrokenPipeError:
+        print_no_more()
+
+    return 0
+
+
+def print_no_more() -> None:
+    """Stop, since whoever reads what we print has had enough, as "head" has after ten lines."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def options(description: str, *flags: tuple[str, str]) -> argparse.Namespace:
@@ -38,7 +56,10 @@ def tell_retry(event: Event) -> None:
         name, verdict = type(event.error).__name__, event.verdict
         asked = f", to wait {verdict.retry_after * 1000:.0f} ms" if verdict.retry_after else ""
         again = f"again in {event.delay_seconds * 1000:.0f} ms"
-        print(f"  {event.invocation.agent_id:7}  {name} ({verdict.kind}{asked}): {again}", flush=True)
+        try:
+            print(f"  {event.invocation.agent_id:7}  {name} ({verdict.kind}{asked}): {again}", flush=True)
+        except BrokenPipeError:  # from here it would not end the run, but be logged
+            print_no_more()
 
 
 def tell_result(result: InvocationResult[object], text: str = "") -> None:

@@ -186,6 +186,28 @@ def test_anthropic_key_that_is_wrong_stops_the_batch() -> None:
     assert all(text.startswith("AuthenticationError: ") for _, text in told.values())
 
 
+# a pipe
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX pipe")
+@pytest.mark.parametrize(
+    "script", ["openai_batch.py", "anthropic_batch.py", "shared_context.py", "streaming.py"]
+)
+def test_reader_that_has_had_enough_gets_no_traceback(script: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-u", str(EXAMPLES / script)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+
+
 # mcp
 
 
