@@ -110,8 +110,8 @@ def watch_cancellation(backend: Any) -> Callable[[], bool]:
 
         from anyio._backends import _asyncio
 
-        states: Any = _asyncio._task_states
-        scope: Any = states[asyncio.current_task()].cancel_scope
+        internals: Any = _asyncio
+        scope: Any = internals._task_states[asyncio.current_task()].cancel_scope
         scopes: list[Any] = []
         while scope is not None:
             scopes.append(scope)

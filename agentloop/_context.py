@@ -8,7 +8,7 @@ import inspect
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from contextvars import Context
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -31,9 +31,10 @@ def call_in_context(
     :raises TypeError: if ``fn`` returns something that cannot be awaited
     """
     run = context.run
-    coroutine = run(fn, *args, **kwargs)
+    coroutine = cast("Any", run(fn, *args, **kwargs))
     # The plain case first: to ask an abstract class takes longer.
-    if type(coroutine) is not types.CoroutineType:
+    kind: object = type(coroutine)
+    if kind is not types.CoroutineType:
         coroutine = _as_coroutine(fn, coroutine)
 
     send: Callable[[Any], Any] = coroutine.send

@@ -214,7 +214,7 @@ def make_invocation(
     if type(agent_id) is not str or not callable(fn):
         return Invocation(agent_id, fn, args, kwargs)
 
-    invocation: Invocation[T] = object.__new__(Invocation)
+    invocation = cast("Invocation[T]", object.__new__(Invocation))
     set_agent_id, set_fn, set_args, set_kwargs = _SETTERS
     set_agent_id(invocation, agent_id)
     set_fn(invocation, fn)

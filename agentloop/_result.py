@@ -102,7 +102,7 @@ for _field in attrs.fields(InvocationResult):
 
 def success(agent_id: str, output: T, latency_ms: float, queue_ms: float, index: int) -> InvocationResult[T]:
     """Return the result of an invocation that succeeded at its first attempt, without checking anything."""
-    result: InvocationResult[T] = object.__new__(InvocationResult)
+    result = cast("InvocationResult[T]", object.__new__(InvocationResult))
     fields = result.__dict__
     fields["agent_id"] = agent_id
     fields["status"] = Status.SUCCESS
