@@ -31,12 +31,10 @@ def call_in_context(
     :raises TypeError: if ``fn`` returns something that cannot be awaited
     """
     run = context.run
-    coroutine = cast("Any", run(fn, *args, **kwargs))
+    returned = run(fn, *args, **kwargs)
     # The plain case first: to ask an abstract class takes longer.
-    kind: object = type(coroutine)
-    if kind is not types.CoroutineType:
-        coroutine = _as_coroutine(fn, coroutine)
-
+    plain = type(returned) is types.CoroutineType
+    coroutine = cast("Coroutine[Any, Any, Any]", returned) if plain else _as_coroutine(fn, returned)
     send: Callable[[Any], Any] = coroutine.send
     try:
         step = run(send, None)
@@ -45,6 +43,7 @@ def call_in_context(
         return value
 
     on_wait()
+    throw: Callable[[BaseException], Any] = coroutine.throw
     thrown: BaseException | None = None
     sent: Any = None
     while True:
@@ -59,7 +58,7 @@ def call_in_context(
             thrown = exc
 
         try:
-            step = run(send, sent) if thrown is None else run(coroutine.throw, thrown)
+            step = run(send, sent) if thrown is None else run(throw, thrown)
         except StopIteration as stop:
             value = stop.value
             return value
