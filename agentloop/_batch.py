@@ -62,6 +62,7 @@ class Batch(ABC, Generic[T]):
         plan: Plan,
     ) -> None:
         self._limiter = limiter
+        self._limit = limiter.max_concurrency
         self._plan = plan
         self._pool = pool_of(limiter)
         self._outer: Slot | None = current_slot.get()
@@ -122,16 +123,16 @@ class Batch(ABC, Generic[T]):
         :raises BaseException: the caller's cancellation, and what an agent raised that is no ``Exception``
         """
         self._deadline = anyio.current_effective_deadline()
-        self._pool.on_raise.add(self._changed)
+        self._pool.on_raise.add(self._resized)
         self._pool.to_come += self._to_come
         try:
             async with anyio.create_task_group() as self._tasks:
                 if self._stream is not None:
                     self._tasks.start_soon(self._guarded, self._feed, name="agentloop feeder")
 
-                self._changed()
+                self._resized()
         finally:
-            self._pool.on_raise.discard(self._changed)
+            self._pool.on_raise.discard(self._resized)
             self._pool.to_come -= self._to_come
             self._tasks = None
             self._abandon()
@@ -235,22 +236,26 @@ class Batch(ABC, Generic[T]):
         if self._parked:
             self._seeking += 1
             self._parked.popitem()[0].set()
-        elif self._hired < self._limiter.max_concurrency:
+        elif self._hired < self._limit:
             self._seeking += 1
             self._hired += 1
             self._tasks.start_soon(self._guarded, self._work, name="agentloop worker")
+
+    def _resized(self) -> None:
+        self._limit = self._limiter.max_concurrency
+        self._changed()
 
     def _has_work(self) -> bool:
         if self._fed:
             return True
 
-        if self._due and self._live < self._limiter.max_concurrency:
+        if self._due and self._live < self._limit:
             return True
 
         return self._iterator is not None and self._may_pull()
 
     def _may_pull(self) -> bool:
-        limit = self._limiter.max_concurrency
+        limit = self._limit
         return not self._exhausted and self._live < limit and self._resting < ASLEEP_PER_SLOT * limit
 
     async def _guarded(self, task: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -292,10 +297,9 @@ class Batch(ABC, Generic[T]):
             nonlocal waited
             waited = True
             # Most often all workers are at work, and nobody can be called.
-            if not self._seeking and (self._parked or self._hired < limiter.max_concurrency):
+            if not self._seeking and (self._parked or self._hired < self._limit):
                 self._changed()
 
-        limiter = self._limiter
         pool, plan = self._pool, self._plan
         now_at, is_cancelled = pool.now, watch_cancellation(pool.backend)
         selective, pace = pool.selective, pool.pace
@@ -366,7 +370,7 @@ class Batch(ABC, Generic[T]):
         if self._fed:
             return self._fed.popleft()
 
-        limit = self._limiter.max_concurrency
+        limit = self._limit
         if self._due and self._live < limit:
             job = next(iter(self._due))
             self._wake(job)

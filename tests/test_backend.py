@@ -1,0 +1,72 @@
+"""What is known of AnyIO's insides means the same as what AnyIO tells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Coroutine, Generator
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+
+from agentloop import AgentLoop
+from agentloop._backend import watch_cancellation
+
+
+def tell() -> bool:
+    return anyio.current_effective_deadline() == -math.inf
+
+
+async def test_cancellation_is_seen_through_all_scopes_up_to_a_shield() -> None:
+    backend = anyio.lowlevel.current_token().backend_class
+    with anyio.CancelScope() as outer, anyio.CancelScope() as middle, anyio.CancelScope() as inner:
+        is_cancelled = watch_cancellation(backend)
+        assert not is_cancelled()
+        outer.cancel()
+        assert is_cancelled() is tell() is True
+        middle.shield = True
+        assert is_cancelled() is tell() is False
+        inner.cancel()
+        assert is_cancelled() is tell() is True
+
+
+async def test_anyio_is_asked_each_time_where_its_insides_tell_something_else() -> None:
+    class Backend:
+        """Says that a task is cancelled which is not."""
+
+        deadline = -math.inf
+
+        @classmethod
+        def current_effective_deadline(cls) -> float:
+            return cls.deadline
+
+    is_cancelled = watch_cancellation(Backend)
+    assert is_cancelled()
+    Backend.deadline = math.inf
+    assert not is_cancelled()
+
+
+async def test_agent_may_return_a_coroutine_of_another_kind() -> None:
+    class Compiled(Coroutine[Any, Any, int]):
+        """A coroutine as compilers of Python make them."""
+
+        def __init__(self) -> None:
+            self._inner = self._run()
+
+        async def _run(self) -> int:
+            await anyio.sleep(1)
+            return 42
+
+        def __await__(self) -> Generator[Any, Any, int]:
+            return self._inner.__await__()
+
+        def send(self, value: Any) -> Any:
+            return self._inner.send(value)
+
+        def throw(self, *exc: Any) -> Any:
+            return self._inner.throw(*exc)
+
+        def close(self) -> None:
+            self._inner.close()
+
+    assert (await AgentLoop().run_single("a", Compiled)).output == 42
