@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -28,6 +29,12 @@ hypothesis.settings.load_profile("default")
 def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str, obj: object) -> None:
     if collector.istestfunction(obj, name) and inspect.iscoroutinefunction(obj):
         pytest.mark.usefixtures("quiet")(obj)
+
+
+def pytest_collection_finish() -> None:
+    """Let a test that looks for garbage not look through all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
