@@ -5,7 +5,7 @@ __all__ = ["MetricsRecorder", "MetricsSnapshot"]
 import math
 import threading
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
@@ -104,9 +104,9 @@ class MetricsRecorder:
         self._queues_told: deque[float] = deque()
         # 1 for an invocation that begins, -1 for one that ends; and the latency of one that succeeded at its
         # first attempt, as most do, with the time that it was queued for after it, if that was not 0.
-        self.tell_in_flight = self._in_flight_told.append
-        self.tell_latency = self._latencies_told.append
-        self.tell_queue = self._queues_told.append
+        self.tell_in_flight: Callable[[int], None] = self._in_flight_told.append
+        self.tell_latency: Callable[[float], None] = self._latencies_told.append
+        self.tell_queue: Callable[[float], None] = self._queues_told.append
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in self.snapshot().counts.items() if count)
