@@ -7,10 +7,10 @@ from mutants import MUTANTS, ROOT, Mutant, catch_quickly
 
 
 # Some of them here: each takes a second or two.
-@pytest.mark.parametrize("mutant", MUTANTS[::8], ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", MUTANTS[::12], ids=lambda mutant: mutant.name)
 def test_random_programs_catch_the_defect(mutant: Mutant) -> None:
     # Each on one backend, in turn; by hand, ``python tests/mutants.py`` looks for all of them on both.
-    turn = ("asyncio", "trio")[MUTANTS.index(mutant) // 8 % 2]
+    turn = ("asyncio", "trio")[MUTANTS.index(mutant) // 12 % 2]
     assert catch_quickly(mutant, turn if mutant.backend == "either" else mutant.backend)
 
 

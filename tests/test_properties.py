@@ -16,7 +16,7 @@ from agentloop import AgentLoop, Backoff, Invocation, LoopConfig
 from agentloop.testing import virtual_clock
 
 backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
-PROGRAMS = int(os.environ.get("AGENTLOOP_FUZZ_PROGRAMS", "240"))
+PROGRAMS = int(os.environ.get("AGENTLOOP_FUZZ_PROGRAMS", "160"))
 BLOCKS = 8
 
 

@@ -22,7 +22,7 @@ from agentloop import ContextStore
 from agentloop.testing import virtual_clock
 
 backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
-HISTORIES = int(os.environ.get("AGENTLOOP_FUZZ_PROGRAMS", "500")) // 2
+HISTORIES = int(os.environ.get("AGENTLOOP_FUZZ_PROGRAMS", "320")) // 2
 BLOCKS = 4
 
 
