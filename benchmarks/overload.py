@@ -247,7 +247,7 @@ def simulate(scenario: Scenario, ceiling: int, governor: type[Governor] | None, 
         return Outcome(provider, results, limits, anyio.current_time() - start, ideal(scenario))
 
     if governor is not None:
-        agentloop._limiter.Governor = governor  # type: ignore[misc]  # the one private place that this needs
+        agentloop._limiter.Governor = governor  # the one private place that this needs
 
     random.seed(1)
     name, options = virtual_clock(backend, seed=1)

@@ -55,7 +55,7 @@ def test_bad_budget_is_refused(arguments: dict[str, Any], error: type[Exception]
 
 def test_other_things_as_a_budget_are_refused() -> None:
     with pytest.raises(TypeError, match=r"retry_budget must be of type RetryBudget, got 0\.2"):
-        Limiter(1, retry_budget=0.2)  # type: ignore[arg-type]  # that is the point
+        Limiter(1, retry_budget=0.2)
 
 
 # -- the ledger, without an event loop

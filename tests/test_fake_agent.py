@@ -432,16 +432,16 @@ def test_http_error_survives_copying_and_pickling(
             'script must have at least one outcome, such as Reply("Forty-two")',
         ),
         (
-            lambda: FakeAgent(Reply("a"), "b"),  # type: ignore[arg-type]
+            lambda: FakeAgent(Reply("a"), "b"),
             TypeError,
             "script[1] must be Reply(...), Fail(...), Stall(), Chunks(...) or an exception, got 'b'",
         ),
         (
-            lambda: FakeAgent([Reply("a")]),  # type: ignore[arg-type]
+            lambda: FakeAgent([Reply("a")]),
             TypeError,
             "script[0] must be Reply(...), Fail(...), Stall(), Chunks(...) or an exception, got [Reply(",
         ),
-        (lambda: FakeAgent(Stall), TypeError, "script[0] must be Reply(...), Fail(...), Stall(),"),  # type: ignore[arg-type]
+        (lambda: FakeAgent(Stall), TypeError, "script[0] must be Reply(...), Fail(...), Stall(),"),
         (
             lambda: FakeAgent(Reply("a"), Chunks(["b"])),
             ValueError,
@@ -449,21 +449,21 @@ def test_http_error_survives_copying_and_pickling(
         ),
         (lambda: Reply("a", after_seconds=-1), ValueError, "after_seconds must be at least 0, got -1"),
         (lambda: Reply("a", after_seconds=float("inf")), ValueError, "after_seconds must be finite, got inf"),
-        (lambda: Fail(OSError, after_seconds="1"), TypeError, "after_seconds must be a number, got '1'"),  # type: ignore[arg-type]
-        (lambda: Fail("boom"), TypeError, "exception must be an exception or a class of one, got 'boom'"),  # type: ignore[arg-type]
+        (lambda: Fail(OSError, after_seconds="1"), TypeError, "after_seconds must be a number, got '1'"),
+        (lambda: Fail("boom"), TypeError, "exception must be an exception or a class of one, got 'boom'"),
         (
             lambda: Chunks("abc"),
             TypeError,
             "chunks must be an iterable of chunks, got 'abc': write Chunks([...])",
         ),
-        (lambda: Chunks(3), TypeError, "chunks must be an iterable of chunks, got 3"),  # type: ignore[arg-type]
+        (lambda: Chunks(3), TypeError, "chunks must be an iterable of chunks, got 3"),
         (lambda: Chunks([], gap_seconds=True), TypeError, "gap_seconds must be a number, got True"),
         (
-            lambda: Chunks([], then=Reply("a")),  # type: ignore[arg-type]
+            lambda: Chunks([], then=Reply("a")),
             TypeError,
             "then must be an exception, Fail(...), Stall() or None, got Reply(",
         ),
-        (lambda: FakeHTTPError("429"), TypeError, "status_code must be an int, got '429'"),  # type: ignore[arg-type]
+        (lambda: FakeHTTPError("429"), TypeError, "status_code must be an int, got '429'"),
         (lambda: FakeHTTPError(99), ValueError, "status_code must be at least 100, got 99"),
         (lambda: FakeHTTPError(600), ValueError, "status_code must be at most 599, got 600"),
         (

@@ -219,7 +219,7 @@ async def test_what_key_and_make_raise_is_the_invocations_error() -> None:
         if key == "make":
             raise LookupError("no such model")
 
-        return Limiter(2) if key != "wrong" else "a limiter"  # type: ignore[return-value]  # that is the point
+        return Limiter(2) if key != "wrong" else "a limiter"
 
     def key(invocation: Invocation[Any]) -> Any:
         if invocation.agent_id == "key":

@@ -658,7 +658,7 @@ async def test_without_adaptation_an_overload_concerns_nobody_else(verb: str) ->
 
 def test_adaptive_that_is_no_bool_is_refused() -> None:
     with pytest.raises(TypeError, match="adaptive must be of type bool, got 1"):
-        Limiter(1, adaptive=1)  # type: ignore[arg-type]  # that is the point
+        Limiter(1, adaptive=1)
 
 
 # -- resizing while the limit is cut

@@ -74,7 +74,7 @@ def test_rates_that_are_no_iterable_of_rates_are_refused(bad: Any) -> None:
 
 def test_other_things_among_rates_are_refused() -> None:
     with pytest.raises(TypeError, match="rates must be of type Rate, got 5"):
-        Limiter(1, rates=[Rate(5), 5])  # type: ignore[list-item]  # that is the point
+        Limiter(1, rates=[Rate(5), 5])
 
     assert Limiter(1, rates=iter([Rate(5)])).rates == (Rate(5),)
 

@@ -58,7 +58,7 @@ def test_demonstration_tells_what_a_server_has_to_do(backend: str) -> None:
 
     assert (process.returncode, err) == (0, "")
     rows = dict(re.findall(r"^  (\S+(?: \S+)*)  +(\S.*)$", out, re.MULTILINE))
-    let_in = int(re.match(r"\d+", rows["at once"])[0])  # type: ignore[index]
+    let_in = int(re.match(r"\d+", rows["at once"])[0])
     # One that was let in may have ended before the last of the burst came.
     assert 8 <= let_in <= 12
     assert let_in == 12 or rows["later"] == f"{12 - let_in}, told by 503 to come back in 1 s"
