@@ -240,13 +240,11 @@ async def naive(agent: Agent, count: int, limit: int) -> list[int]:
     return outputs
 
 
-async def with_tenacity(agent: Agent, count: int, limit: int) -> list[int]:
-    import tenacity
-
+async def decorated(retry: Any, agent: Agent, count: int, limit: int) -> list[int]:
     outputs: list[int] = []
     limiter = anyio.CapacityLimiter(limit)
 
-    @tenacity.retry(stop=tenacity.stop_after_attempt(MAX_RETRIES + 1), reraise=True)
+    @retry
     async def one(index: int) -> None:
         async with limiter:
             with anyio.fail_after(TIMEOUT_SECONDS):
@@ -254,26 +252,24 @@ async def with_tenacity(agent: Agent, count: int, limit: int) -> list[int]:
 
     await each_in_a_task(one, count)
     return outputs
+
+
+async def with_tenacity(agent: Agent, count: int, limit: int) -> list[int]:
+    import tenacity
+
+    retry = tenacity.retry(stop=tenacity.stop_after_attempt(MAX_RETRIES + 1), reraise=True)
+    return await decorated(retry, agent, count, limit)
 
 
 async def with_stamina(agent: Agent, count: int, limit: int) -> list[int]:
     import stamina
     from stamina.instrumentation import set_on_retry_hooks
 
-    outputs: list[int] = []
-    limiter = anyio.CapacityLimiter(limit)
     set_on_retry_hooks([])  # it would write a line for each retry
-
-    @stamina.retry(
+    retry = stamina.retry(
         on=Exception, attempts=MAX_RETRIES + 1, timeout=None, wait_initial=0, wait_max=0, wait_jitter=0
     )
-    async def one(index: int) -> None:
-        async with limiter:
-            with anyio.fail_after(TIMEOUT_SECONDS):
-                outputs.append(await agent(index))
-
-    await each_in_a_task(one, count)
-    return outputs
+    return await decorated(retry, agent, count, limit)
 
 
 async def with_aiometer(agent: Agent, count: int, limit: int) -> list[int]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import anyio
 import anyio.from_thread
 import anyio.to_thread
 import pytest
+from elsewhere import in_use_elsewhere
 
 from agentloop import AgentLoop, Invocation, Limiter, LimiterStatistics, LoopConfig
 from agentloop._limiter import pool_of
@@ -146,30 +146,16 @@ def test_slots_that_a_run_was_torn_down_with_are_not_missed_in_the_next(
 
 @backends
 def test_limiter_in_use_in_another_event_loop_is_refused(backend: str) -> None:
-    loop, started, release = AgentLoop(), threading.Event(), threading.Event()
-
-    async def other() -> None:
-        async def agent() -> None:
-            started.set()
-            while not release.is_set():
-                await anyio.sleep(0.01)
-
-        await loop.run_single("a", agent)
+    loop = AgentLoop()
 
     async def main() -> None:
         with pytest.raises(RuntimeError, match="in use in another event loop, in thread 'other'"):
             await loop.run_single("b", anyio.sleep, 0)
 
-    thread = threading.Thread(target=anyio.run, args=(other,), kwargs={"backend": backend}, name="other")
-    thread.start()
-    started.wait(5)
-    try:
+    with in_use_elsewhere(loop, backend):
         anyio.run(main, backend=backend)
         with pytest.raises(RuntimeError, match="only in the thread of its event loop"):
             loop.limiter.max_concurrency = 3
-    finally:
-        release.set()
-        thread.join(5)
 
     async def afterwards() -> None:
         assert (await loop.run_single("b", anyio.sleep, 0)).success

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import anyio
 import pytest
+from elsewhere import in_use_elsewhere
 
 from agentloop import (
     AgentLoop,
@@ -381,20 +381,7 @@ async def test_limit_events_tell_the_sum() -> None:
 def test_pause_from_another_thread_is_refused_and_changes_nothing(backend: str) -> None:
     limiters = Limiters(by_id, lambda _: Limiter(1))
     limiters["idle"]
-    started, release = threading.Event(), threading.Event()
-
-    async def agent() -> None:
-        started.set()
-        while not release.is_set():
-            await anyio.sleep(0.01)
-
-    async def main() -> None:
-        await AgentLoop(limiter=limiters).run_single("busy", agent)
-
-    thread = threading.Thread(target=anyio.run, args=(main,), kwargs={"backend": backend})
-    thread.start()
-    started.wait(5)
-    try:
+    with in_use_elsewhere(AgentLoop(limiter=limiters), backend):
         with pytest.raises(RuntimeError, match="only in the thread of its event loop"):
             limiters.pause()
 
@@ -405,9 +392,6 @@ def test_pause_from_another_thread_is_refused_and_changes_nothing(backend: str) 
             limiters.resume()
 
         assert limiters["idle"].statistics().paused_until == math.inf
-    finally:
-        release.set()
-        thread.join(5)
 
 
 # -- how many workers

@@ -15,6 +15,7 @@ import anyio
 import attrs
 import pytest
 from anyio.lowlevel import current_token
+from elsewhere import in_use_elsewhere
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -855,20 +856,7 @@ async def test_total_time_runs_out_while_a_retry_waits_for_the_end_of_a_pause() 
 @backends
 def test_limiter_in_use_is_paused_and_resumed_only_in_its_own_thread(backend: str) -> None:
     limiter = Limiter(1)
-    started, release = threading.Event(), threading.Event()
-
-    async def agent() -> None:
-        started.set()
-        while not release.is_set():
-            await anyio.sleep(0.01)
-
-    async def main() -> None:
-        await AgentLoop(limiter=limiter).run_single("a", agent)
-
-    thread = threading.Thread(target=anyio.run, args=(main,), kwargs={"backend": backend})
-    thread.start()
-    started.wait(5)
-    try:
+    with in_use_elsewhere(AgentLoop(limiter=limiter), backend):
         with pytest.raises(RuntimeError, match="a limiter in use can be paused only in the thread of its ev"):
             limiter.pause()
 
@@ -876,9 +864,6 @@ def test_limiter_in_use_is_paused_and_resumed_only_in_its_own_thread(backend: st
             limiter.resume()
 
         assert limiter.statistics().paused_until is None
-    finally:
-        release.set()
-        thread.join(5)
 
     limiter.pause()
     assert limiter.statistics().paused_until == math.inf

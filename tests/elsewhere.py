@@ -1,0 +1,34 @@
+"""A limiter that is in use in the event loop of another thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import anyio
+
+from agentloop import AgentLoop
+
+
+@contextmanager
+def in_use_elsewhere(loop: AgentLoop, backend: str) -> Generator[None]:
+    """Run an invocation of a loop in a thread named ``other``, for as long as the block lasts."""
+    started, release = threading.Event(), threading.Event()
+
+    async def agent() -> None:
+        started.set()
+        while not release.is_set():
+            await anyio.sleep(0.01)
+
+    async def main() -> None:
+        await loop.run_single("busy", agent)
+
+    thread = threading.Thread(target=anyio.run, args=(main,), kwargs={"backend": backend}, name="other")
+    thread.start()
+    try:
+        assert started.wait(5)
+        yield
+    finally:
+        release.set()
+        thread.join(5)
