@@ -303,8 +303,9 @@ class Batch(ABC, Generic[T]):
         pool, plan = self._pool, self._plan
         now_at, is_cancelled = pool.now, watch_cancellation(pool.backend)
         selective, pace = pool.selective, pool.pace
-        # Whether inputs are pulled here, and do not wait from the start.
-        pulls = self._iterator is not None and self._began is None
+        # Whether inputs are pulled here and start at once: they do not wait from the start, and nobody takes
+        # time to say what they cost.
+        pulls = self._iterator is not None and self._began is None and not selective
         cancellations = host.cancellations
         while not self._done:
             if is_cancelled():

@@ -98,10 +98,14 @@ class Single(Generic[T]):
         context = copy_context()
         host = current_host(self._pool.token)
         timer = Timer(pool.backend, pool.now)
-        if pool.selective and not job.enroll():
-            return
-
         now = job.queued_at
+        if pool.selective:
+            if not job.enroll():
+                return
+
+            # Whoever said what it costs may have taken his time.
+            now = pool.now()
+
         while True:
             slot = job.pool.acquire_nowait(job.costs, self._outer)
             if slot is None:

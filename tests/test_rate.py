@@ -261,6 +261,28 @@ async def test_what_was_paid_in_the_moment_of_a_cancellation_is_given_back() -> 
     assert steps > 0
 
 
+@pytest.mark.parametrize("verb", ["single", "batch"])
+async def test_time_that_a_cost_takes_to_tell_is_not_the_agents(verb: str) -> None:
+    late = 0.0
+
+    def slow(_: object) -> int:
+        nonlocal late
+        late += 5
+        return 1
+
+    limiter = Limiter(1, rates=[Rate(10, cost=slow)])
+    pool = pool_of(limiter)
+    now = pool.now
+    pool.now = lambda: now() + late  # no virtual clock goes on while nobody waits
+    loop = AgentLoop(limiter=limiter)
+    if verb == "single":
+        result = await loop.run_single("a", nothing)
+    else:
+        (result,) = await loop.run_all(iter([Invocation("a", nothing)]))
+
+    assert (result.queue_ms, result.latency_ms) == (5000, 0)
+
+
 # -- settling
 
 
