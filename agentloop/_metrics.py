@@ -259,14 +259,6 @@ class MetricsRecorder:
 
     # -- what a loop tells besides results
 
-    def begin(self) -> None:
-        """Count an invocation as in flight."""
-        self.tell_in_flight(1)
-
-    def end(self) -> None:
-        """Count an invocation as no longer in flight."""
-        self.tell_in_flight(-1)
-
     def add_attempt(self, attempt_ms: float) -> None:
         """
         Record how long one of several attempts took. A single attempt took as long as all of it.

@@ -47,12 +47,12 @@ class Observer:
     :param sink: the sink, or ``None``
     """
 
-    __slots__ = ("_metrics", "_plain", "_sink", "is_plain", "tell_in_flight")
+    __slots__ = ("_ended", "_metrics", "_sink", "is_plain", "tell_in_flight")
 
     def __init__(self, metrics: MetricsRecorder | None, sink: Sink | None) -> None:
         self._metrics = metrics
         self._sink = sink
-        self._plain = 0
+        self._ended = 0
         # Whether nobody but a recorder is told, and of most invocations no more than that they are in flight,
         # how long they took and how long they were queued.
         self.is_plain = type(metrics) is MetricsRecorder and sink is None
@@ -109,6 +109,13 @@ class Observer:
 
     def finish(self, job: Job[T], now: float) -> InvocationResult[T]:
         """Return the result of a job that has ended, once everybody was told."""
+        metrics = self._metrics
+        if metrics is not None:
+            self._ended += 1
+            if self._ended >= TOLD_AT_MOST:
+                self._ended = 0
+                metrics.count()
+
         if job.attempts != 1 or job.status is not Status.SUCCESS or job.chunks or not self.is_plain:
             result = job.result(now)
             self._finished(job, result, now)
@@ -118,17 +125,11 @@ class Observer:
         assert job.started_at is not None
         latency, queue = (now - job.started_at) * 1000, (job.started_at - job.queued_at) * 1000
         output, job.output = job.output, None
-        metrics = self._metrics
         assert metrics is not None
         self.tell_in_flight(-1)
         metrics.tell_latency(latency)
         if queue:
             metrics.tell_queue(queue)
-
-        self._plain += 1
-        if self._plain >= TOLD_AT_MOST:
-            self._plain = 0
-            metrics.count()
 
         return success(job.invocation.agent_id, cast("T", output), latency, queue, job.index)
 

@@ -17,9 +17,11 @@ from agentloop import (
     Event,
     FirstChunkEvent,
     Invocation,
+    InvocationResult,
     Limiter,
     LimitEvent,
     LoopConfig,
+    MetricsRecorder,
     QueuedEvent,
     ResultEvent,
     RetryEvent,
@@ -29,6 +31,7 @@ from agentloop import (
     VerdictKind,
     _observer,
 )
+from agentloop._metrics import TOLD_AT_MOST
 
 var: ContextVar[str] = ContextVar("var", default="nobody's")
 
@@ -311,3 +314,17 @@ async def test_nothing_is_recorded_where_metrics_are_off(loop: AgentLoop) -> Non
         assert [chunk async for chunk in stream] == ["word"] * 2
 
     assert loop.metrics.snapshot() == AgentLoop().metrics.snapshot()
+
+
+async def test_recorder_that_goes_its_own_way_with_results_is_told_no_more_than_it_counts() -> None:
+    class Other(MetricsRecorder):
+        """Keeps nothing of the results."""
+
+        def record(self, result: InvocationResult[Any]) -> None:
+            pass
+
+    recorder = Other()
+    loop = AgentLoop(metrics=recorder)
+    await loop.run_all(Invocation.map(anyio.sleep, [0] * 3000))
+    assert len(recorder._in_flight_told) <= 2 * TOLD_AT_MOST
+    assert recorder.snapshot().in_flight == 0
