@@ -23,8 +23,11 @@ from ._pool import Slot, current_slot
 from ._result import Status
 from ._timer import Timer
 
-T = TypeVar("T")
 FnT = TypeVar("FnT", bound=Callable[..., Any])
+
+_set_slot = current_slot.set
+# To look a member up takes long on CPython 3.11.
+_SUCCESS = Status.SUCCESS
 
 Act: TypeAlias = Callable[
     [Job[Any], "Plan", Context, anyio.CancelScope, Callable[[], object]], Awaitable[Any]
@@ -44,10 +47,12 @@ class Plan:
     :param act: what is done with the agent; if absent, it is called, and what it returns awaited
     """
 
-    __slots__ = ("act", "config", "observer")
+    __slots__ = ("act", "config", "observer", "timeout", "total")
 
     def __init__(self, config: LoopConfig, observer: Observer, act: Act | None = None) -> None:
         self.config = config
+        self.timeout = math.inf if config.timeout_seconds is None else config.timeout_seconds
+        self.total = config.total_timeout_seconds
         self.observer = observer
         # To call the agent and await what it returns needs no more than a context.
         self.act = act
@@ -73,7 +78,7 @@ async def run_attempt(
     on_wait: Callable[[], object],
     timer: Timer,
     now: float,
-) -> None:
+) -> float:
     """
     Run one attempt and tell the job how it ended. The slot is given back in any case.
 
@@ -84,6 +89,7 @@ async def run_attempt(
     :param on_wait: called when the agent waits for the first time, or oftener
     :param timer: times the attempt out; stays open, if the agent returned, until it is closed
     :param now: the time
+    :return: the time at which it ended
     :raises BaseException: the cancellation of an enclosing scope or of the caller's task, and what the agent
         raises that is no ``Exception``; the attempt then has no outcome
     """
@@ -93,35 +99,46 @@ async def run_attempt(
 
     job.slot = slot
     try:
-        pool = slot.pool
-        # While the timer is open nothing was awaited since this was looked at the last time.
-        if timer.scope is None and pool.backend.current_effective_deadline() == -math.inf:
+        deadline = now + plan.timeout
+        if plan.total is not None:
+            deadline = job.bound(now, deadline, plan.total)
+
+        fresh = timer.scope is None
+        scope = timer.open(deadline, now)
+        # While it was open nothing was awaited since this was looked at the last time.
+        if fresh and slot.pool.is_cancelled_around(scope):
             # Once cancelled, nothing starts, not even to its first checkpoint. It waits for the cancellation
             # and does not poll for it, as checkpoint_if_cancelled() does on asyncio: while all else in the
             # scope is shielded, anyio delivers none to a task that was just started.
             await anyio.sleep_forever()
 
         context = context.copy()
-        context.run(current_slot.set, slot)
-        cancellations = host.cancellations()
-        deadline = job.start(now, config)
-        job.charges, slot.charges = slot.charges, None
+        context.run(_set_slot, slot)
+        cancellations = 0 if own_task else host.cancellations()
+        job.attempts += 1
+        if job.started_at is None:
+            job.started_at = now
+
+        if slot.charges is not None:
+            job.charges, slot.charges = slot.charges, None
+
         observer = plan.observer
         if observer.is_plain and job.attempts == 1:
-            observer.tell_in_flight(1)
             job.attempt_at = now
+            tell = observer.tell_in_flight
+            tell(1)
         else:
             observer.started(job, now, context)
 
-        scope = timer.open(deadline, now)
+        act = plan.act
         try:
             try:
-                if plan.act is None:
+                if act is None:
                     invocation = job.invocation
-                    fn = cast("Callable[..., Awaitable[Any]]", invocation.fn)
+                    fn: Any = invocation.fn
                     output = await call_in_context(context, fn, invocation.args, invocation.kwargs, on_wait)
                 else:
-                    output = await plan.act(job, plan, context, scope, on_wait)
+                    output = await act(job, plan, context, scope, on_wait)
             except BaseException as exc:
                 if scope.cancel_called and isinstance(exc, anyio.get_cancelled_exc_class()):
                     # The scope is about to drop it, but trio holds on to it in a cycle: without this,
@@ -131,14 +148,17 @@ async def run_attempt(
                 if not timer.close(exc):
                     raise
             else:
-                # A stream has moved the deadline itself.
-                if scope.cancel_called or plan.act is not None:
+                ended_at = slot.pool.now()
+                # It may have been cancelled before the agent returned; and a stream moves the deadline.
+                if ended_at >= deadline or act is not None:
                     timer.close()
 
-                job.status = Status.SUCCESS
+                job.status = _SUCCESS
                 job.output = output
-                job.error = None
-                return
+                if job.attempts > 1:
+                    job.error = None
+
+                return ended_at
         except Exception as exc:
             job.made_of_cancellation = exc
             # An error made out of the caller's cancellation is that cancellation.
@@ -171,12 +191,16 @@ async def run_attempt(
             job.time_out(config, None)
 
         job.judge(config)
+        return slot.pool.now()
     finally:
         # A stream may be without one while it waits for its reader.
-        if job.slot is not None:
-            succeeded = job.status is Status.SUCCESS
-            job.slot.release(job.verdict, succeeded, config.backoff.max_retry_after_seconds)
+        held = job.slot
+        if held is not None:
             job.slot = None
+            if job.status is _SUCCESS:
+                held.release(None, True)
+            else:
+                held.release(job.verdict, False, config.backoff.max_retry_after_seconds)
 
 
 def _without_cancellation(exc: BaseException) -> Exception | None:

@@ -11,7 +11,7 @@ import anyio
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint_if_cancelled, current_token
 
-from ._backend import current_host
+from ._backend import host_maker
 from ._carriage import StartSoon
 from ._lifetime import Call, Lifetime
 from ._pool import current_slot
@@ -119,7 +119,7 @@ class Background:
             self._group.start_soon(task, name=name)
 
     async def _run(self) -> None:
-        host = current_host(current_token())
+        host = host_maker(current_token())()
         try:
             await self._producer.produce(self._start_soon)
             if host.cancellations():

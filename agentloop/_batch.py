@@ -18,7 +18,7 @@ from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from ._attempt import Plan, run_attempt
-from ._backend import Host, current_host, watch_cancellation
+from ._backend import Host
 from ._errors import BatchStopped, InvocationCancelled, describe
 from ._invocation import Input, Inputs, Invocation, as_invocation
 from ._job import Job
@@ -69,7 +69,7 @@ class Batch(ABC, Generic[T]):
         self._context = copy_context()
         self._deadline = math.inf
         self._tasks: TaskGroup | None = None
-        self._index = itertools.count()
+        self._pulled = 0
         # Where all inputs are there from the start, they wait from the start.
         self._began = self._pool.now() if self._keep_rest and isinstance(inputs, Sequence) else None
         self._to_come = 0 if self._began is None else len(cast("Sequence[Any]", inputs))
@@ -272,8 +272,8 @@ class Batch(ABC, Generic[T]):
     # -- workers
 
     async def _work(self) -> None:
-        host = current_host(self._pool.token)
-        timer = Timer(self._pool.backend, self._pool.now)
+        host = self._pool.make_host()
+        timer = Timer(self._pool)
         while not self._done:
             # Left by cancel(): then the worker's job has its result, and there may be more to skip. Left by
             # a cancellation that an agent asked for long ago, from a callback: no reason to end.
@@ -281,7 +281,7 @@ class Batch(ABC, Generic[T]):
                 self._workers.add(scope)
                 try:
                     try:
-                        await self._take_jobs(host, timer)
+                        await self._take_jobs(scope, host, timer)
                     finally:
                         timer.close()
                 except anyio.get_cancelled_exc_class():
@@ -290,7 +290,7 @@ class Batch(ABC, Generic[T]):
                 finally:
                     self._workers.discard(scope)
 
-    async def _take_jobs(self, host: Host, timer: Timer) -> None:
+    async def _take_jobs(self, scope: anyio.CancelScope, host: Host, timer: Timer) -> None:
         waited = False
 
         def on_wait() -> None:
@@ -301,14 +301,14 @@ class Batch(ABC, Generic[T]):
                 self._changed()
 
         pool, plan = self._pool, self._plan
-        now_at, is_cancelled = pool.now, watch_cancellation(pool.backend)
+        now_at, is_cancelled_around = pool.now, pool.is_cancelled_around
         selective, pace = pool.selective, pool.pace
         # Whether inputs are pulled here and start at once: they do not wait from the start, and nobody takes
         # time to say what they cost.
         pulls = self._iterator is not None and self._began is None and not selective
         cancellations = host.cancellations
         while not self._done:
-            if is_cancelled():
+            if is_cancelled_around(scope):
                 # Cancelled before it has anything, so that it holds nothing while that is on its way.
                 await anyio.sleep_forever()
 
@@ -336,7 +336,7 @@ class Batch(ABC, Generic[T]):
                 try:
                     # For one that was just pulled no time has passed, and it has not been queued.
                     now = job.queued_at if fresh and not job.attempts else now_at()
-                    await run_attempt(job, plan, slot, self._context, host, True, on_wait, timer, now)
+                    now = await run_attempt(job, plan, slot, self._context, host, True, on_wait, timer, now)
                 except BaseException:
                     self._seeking += 1
                     job.cancel(self._reason)
@@ -344,7 +344,6 @@ class Batch(ABC, Generic[T]):
                     raise
 
                 self._seeking += 1
-                now = now_at()
                 if job.verdict is None:
                     self._finish(job, now)
                 else:
@@ -382,7 +381,7 @@ class Batch(ABC, Generic[T]):
             self._iterator is not None
             and not self._exhausted
             and self._live < limit
-            and self._resting < ASLEEP_PER_SLOT * limit
+            and not (self._resting and self._resting >= ASLEEP_PER_SLOT * limit)
         ):
             try:
                 return self._make_job(self._input_context.run(next, self._iterator))
@@ -404,7 +403,9 @@ class Batch(ABC, Generic[T]):
         pool, observer = self._pool, self._plan.observer
         now = pool.now() if self._began is None else self._began
         invocation = item if type(item) is Invocation else as_invocation(item)
-        job: Job[T] = Job(invocation, next(self._index), now, pool)
+        index = self._pulled
+        self._pulled = index + 1
+        job: Job[T] = Job(invocation, index, now, pool)
         if not observer.is_plain:
             observer.queued(job)
 

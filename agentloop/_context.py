@@ -8,7 +8,7 @@ import inspect
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from contextvars import Context
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -31,10 +31,11 @@ def call_in_context(
     :raises TypeError: if ``fn`` returns something that cannot be awaited
     """
     run = context.run
-    returned = run(fn, *args, **kwargs)
+    coroutine: Any = run(fn, *args, **kwargs)
     # The plain case first: to ask an abstract class takes longer.
-    plain = type(returned) is types.CoroutineType
-    coroutine = cast("Coroutine[Any, Any, Any]", returned) if plain else _as_coroutine(fn, returned)
+    if type(coroutine) is not types.CoroutineType:
+        coroutine = _as_coroutine(fn, coroutine)
+
     send: Callable[[Any], Any] = coroutine.send
     try:
         step = run(send, None)
@@ -43,7 +44,6 @@ def call_in_context(
         return value
 
     on_wait()
-    throw: Callable[[BaseException], Any] = coroutine.throw
     thrown: BaseException | None = None
     sent: Any = None
     while True:
@@ -58,7 +58,7 @@ def call_in_context(
             thrown = exc
 
         try:
-            step = run(send, sent) if thrown is None else run(throw, thrown)
+            step = run(send, sent) if thrown is None else run(coroutine.throw, thrown)
         except StopIteration as stop:
             value = stop.value
             return value

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 __all__ = ["Gathering"]
 
-from typing import TypeVar, cast
+from operator import attrgetter
+from typing import TypeVar
 
 from ._attempt import Plan
 from ._batch import Batch
@@ -27,19 +28,16 @@ class Gathering(Batch[T]):
         plan: Plan,
     ) -> None:
         super().__init__(inputs, limiter, plan)
-        self._results: list[InvocationResult[T] | None] = []
+        self._results: list[InvocationResult[T]] = []
 
     def results(self) -> list[InvocationResult[T]]:
         """Return the results of a batch that has run, and forget them."""
         # The frames of workers can stay alive with an error that a result holds; they refer to the batch.
         results, self._results = self._results, []
-        return cast("list[InvocationResult[T]]", results)
+        results.sort(key=attrgetter("index"))
+        return results
 
     def _deliver(self, invocation: Invocation[T], result: InvocationResult[T]) -> None:
         del invocation  # the result says whose it is
-        results, index = self._results, result.index
-        if index >= len(results):
-            results.extend([None] * (index + 1 - len(results)))
-
-        results[index] = result
+        self._results.append(result)
         self._taken()

@@ -4,6 +4,7 @@ __all__ = [
     "Input",
     "Inputs",
     "Invocation",
+    "Referable",
     "StreamInputs",
     "as_invocation",
     "check_fn",
@@ -84,8 +85,14 @@ def _check_kwargs(_: object, attribute: "attrs.Attribute[Any]", value: object) -
         raise TypeError(f"{attribute.name} must be a mapping of argument names to values, got {value!r}")
 
 
+class Referable:
+    """What weak references can be made to."""
+
+    __slots__ = ("__weakref__",)
+
+
 @attrs.frozen
-class Invocation(Generic[T_co]):
+class Invocation(Referable, Generic[T_co]):
     """
     One call of an agent.
 
@@ -154,9 +161,11 @@ class Invocation(Generic[T_co]):
         return (make(index, item) for index, item in enumerate(items))
 
 
-_SETTERS: list[Callable[[object, Any], None]] = [
-    vars(Invocation)[field.name].__set__ for field in attrs.fields(Invocation)
-]
+class _Draft(Referable):
+    """An invocation in the making: of the same layout, and not frozen, which would take twice as long."""
+
+    __slots__ = tuple(vars(Invocation)["__slots__"])
+
 
 Input: TypeAlias = Invocation[T] | tuple[str, Callable[..., Awaitable[T]], Sequence[Any], Mapping[str, Any]]
 """An invocation, or the plain 4-tuple of its fields."""
@@ -204,7 +213,10 @@ def _name(fn: Callable[..., Any]) -> str:
 
 
 def make_invocation(
-    agent_id: str, fn: Callable[..., Awaitable[T]], args: tuple[Any, ...], kwargs: dict[str, Any]
+    agent_id: str,
+    fn: Callable[..., Awaitable[T] | AsyncIterable[T]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Invocation[T]:
     """
     Make an invocation from the arguments of a call, which cannot be wrong but for the first two.
@@ -214,29 +226,22 @@ def make_invocation(
     if type(agent_id) is not str or not callable(fn):
         return Invocation(agent_id, fn, args, kwargs)
 
-    invocation = cast("Invocation[T]", object.__new__(Invocation))
-    set_agent_id, set_fn, set_args, set_kwargs = _SETTERS
-    set_agent_id(invocation, agent_id)
-    set_fn(invocation, fn)
-    set_args(invocation, args)
-    set_kwargs(invocation, kwargs)
+    draft: Any = _Draft()
+    draft.agent_id = agent_id
+    draft.fn = fn
+    draft.args = args
+    draft.kwargs = kwargs
+    draft.__class__ = Invocation
+    invocation: Invocation[T] = draft
     return invocation
 
 
 def _numbered(
     prefix: str, fn: Callable[[ItemT], Awaitable[T] | AsyncIterable[T]], items: Iterable[ItemT]
 ) -> Iterator[Invocation[T]]:
-    new = object.__new__
-    kind: type[Invocation[T]] = Invocation
-    set_agent_id, set_fn, set_args, set_kwargs = _SETTERS
     for index, item in enumerate(items):
         # Nothing in it can be wrong, and to check it all again takes longer than all else about it.
-        invocation = new(kind)
-        set_agent_id(invocation, f"{prefix}-{index}")
-        set_fn(invocation, fn)
-        set_args(invocation, (item,))
-        set_kwargs(invocation, {})
-        yield invocation
+        yield make_invocation(f"{prefix}-{index}", fn, (item,), {})
 
 
 async def _amap(

@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 _TRANSIENT = Verdict(VerdictKind.TRANSIENT)
 _PERMANENT = Verdict(VerdictKind.PERMANENT)
+# To look up a member of an enumeration takes long on CPython 3.11.
+_SKIPPED = Status.SKIPPED
 
 
 class Job(Generic[T]):
@@ -32,32 +34,40 @@ class Job(Generic[T]):
     :param pool: where it gets its slots from
     """
 
-    # What most invocations never need stays in the class: there is one of these for each of them.
-    started_at: float | None = None
-    deadline = math.inf
+    # What every invocation needs is in slots, which are quick to read; what most never need, in the class.
+    __slots__ = (
+        "__dict__",
+        "attempt_at",
+        "attempts",
+        "charges",
+        "chunks",
+        "deadline",
+        "error",
+        "index",
+        "invocation",
+        "output",
+        "pool",
+        "queued_at",
+        "slot",
+        "started_at",
+        "status",
+        "verdict",
+    )
+
     total_counts = False
     total_seconds = math.inf
-    attempts = 0
     counted_retries = 0
     overloaded_at: float | None = None
     wake_at = -math.inf
     expired = False
     waiter: Waiter | None = None
-    status = Status.SKIPPED
-    output: T | None = None
-    error: BaseException | None = None
     failures: list[Exception] | None = None
-    verdict: Verdict | None = None
-    slot: Slot | None = None
-    # What each attempt costs, and what the last one has paid.
+    # What each attempt costs.
     costs: tuple[float, ...] = ()
-    charges: list[Charge] | None = None
     id = 0
-    attempt_at: float | None = None
     pending_attempt_ms = 0.0
     made_of_cancellation: Exception | None = None
     # Of a stream only.
-    chunks = 0
     first_chunk_at: float | None = None
     chunk_limit: tuple[type[InvocationTimeout], float] | None = None
 
@@ -66,6 +76,19 @@ class Job(Generic[T]):
         self.index = index
         self.queued_at = now
         self.pool = pool
+        self.started_at: float | None = None
+        self.attempt_at: float | None = None
+        self.deadline = math.inf
+        self.attempts = 0
+        self.status = _SKIPPED
+        self.output: T | None = None
+        self.error: BaseException | None = None
+        self.verdict: Verdict | None = None
+        self.slot: Slot | None = None
+        # What the last attempt has paid.
+        self.charges: list[Charge] | None = None
+        # How many of a stream were handed over.
+        self.chunks = 0
 
     def enroll(self) -> bool:
         """
@@ -85,23 +108,22 @@ class Job(Generic[T]):
 
         return True
 
-    def start(self, now: float, config: LoopConfig) -> float:
+    def bound(self, now: float, deadline: float, total: float) -> float:
         """
-        Begin an attempt.
+        Bound an attempt by the time that all of them may take together.
 
-        :return: the time at which it has to be over
+        :param now: when it begins
+        :param deadline: when it has to be over for its own sake
+        :param total: how long all of them may take
+        :return: when it has to be over
         """
-        self.attempts += 1
-        if self.started_at is None:
-            self.started_at = now
-            if config.total_timeout_seconds is not None:
-                self.total_seconds = config.total_timeout_seconds
-                self.deadline = now + self.total_seconds
+        if not self.attempts:
+            self.total_seconds = total
+            self.deadline = now + total
 
-        timeout = config.timeout_seconds
         # Remembered, since a timer may fire a moment before its time.
-        self.total_counts = timeout is None or self.deadline <= now + timeout
-        return self.deadline if self.total_counts or timeout is None else now + timeout
+        self.total_counts = self.deadline <= deadline
+        return min(self.deadline, deadline)
 
     def fail(self, status: Status, error: Exception) -> None:
         """End the attempt with an error."""

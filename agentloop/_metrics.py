@@ -7,6 +7,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from itertools import repeat
+from operator import call
 from typing import Any, TypeAlias, TypeVar
 
 import attrs
@@ -24,7 +26,7 @@ TOLD_AT_MOST = 1000
 
 def _taken(told: deque[T]) -> list[T]:
     """Take out what is there now; another thread may add to it meanwhile."""
-    return [told.popleft() for _ in range(len(told))]
+    return list(map(call, repeat(told.popleft, len(told))))
 
 
 @attrs.frozen
@@ -103,7 +105,7 @@ class MetricsRecorder:
         self._latencies_told: deque[float] = deque()
         self._queues_told: deque[float] = deque()
         # 1 for an invocation that begins, -1 for one that ends; and the latency of one that succeeded at its
-        # first attempt, as most do, with the time that it was queued for after it, if that was not 0.
+        # first attempt, as most do, which ends it too, with the time that it was queued for, if any.
         self.tell_in_flight: Callable[[int], None] = self._in_flight_told.append
         self.tell_latency: Callable[[float], None] = self._latencies_told.append
         self.tell_queue: Callable[[float], None] = self._queues_told.append
@@ -154,9 +156,9 @@ class MetricsRecorder:
     def _counted(self) -> Generator[None]:
         """Hold the lock, with all counted that was told before."""
         with self._lock:
-            self._in_flight += sum(_taken(self._in_flight_told))
             # Where there was one attempt, it took as long as all of it: most are recorded only once.
             latencies = _taken(self._latencies_told)
+            self._in_flight += sum(_taken(self._in_flight_told)) - len(latencies)
             self._successes += len(latencies)
             self._latency.add_all(latencies)
             self._queue.add_all(_taken(self._queues_told))

@@ -8,7 +8,7 @@ import itertools
 import logging
 from collections.abc import Callable
 from contextvars import Context
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from ._events import Event, FirstChunkEvent, QueuedEvent, ResultEvent, RetryEvent, StartedEvent, StopEvent
 from ._histogram import Histogram
@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 _logger = logging.getLogger("agentloop")
 _ids = itertools.count(1)
+# To look a member up takes long on CPython 3.11.
+_SUCCESS = Status.SUCCESS
 
 
 class Sink:
@@ -47,16 +49,26 @@ class Observer:
     :param sink: the sink, or ``None``
     """
 
-    __slots__ = ("_ended", "_metrics", "_sink", "is_plain", "tell_in_flight")
+    __slots__ = (
+        "_ended",
+        "_metrics",
+        "_sink",
+        "_tell_latency",
+        "_tell_queue",
+        "is_plain",
+        "tell_in_flight",
+    )
 
     def __init__(self, metrics: MetricsRecorder | None, sink: Sink | None) -> None:
         self._metrics = metrics
         self._sink = sink
         self._ended = 0
-        # Whether nobody but a recorder is told, and of most invocations no more than that they are in flight,
+        # Whether at most a recorder is told, and of most invocations no more than that they are in flight,
         # how long they took and how long they were queued.
-        self.is_plain = type(metrics) is MetricsRecorder and sink is None
+        self.is_plain = sink is None and (metrics is None or type(metrics) is MetricsRecorder)
         self.tell_in_flight: Callable[[int], object] = id if metrics is None else metrics.tell_in_flight
+        self._tell_latency: Callable[[float], object] = id if metrics is None else metrics.tell_latency
+        self._tell_queue: Callable[[float], object] = id if metrics is None else metrics.tell_queue
 
     def queued(self, job: Job[Any]) -> None:
         """A job waits for its first slot."""
@@ -116,22 +128,29 @@ class Observer:
                 self._ended = 0
                 metrics.count()
 
-        if job.attempts != 1 or job.status is not Status.SUCCESS or job.chunks or not self.is_plain:
+        started_at = job.started_at
+        if (
+            job.attempts != 1
+            or job.status is not _SUCCESS
+            or job.chunks
+            or not self.is_plain
+            or started_at is None
+        ):
             result = job.result(now)
             self._finished(job, result, now)
             return result
 
         # Most invocations succeed at once, and there is nothing else to know about them.
-        assert job.started_at is not None
-        latency, queue = (now - job.started_at) * 1000, (job.started_at - job.queued_at) * 1000
-        output, job.output = job.output, None
-        assert metrics is not None
-        self.tell_in_flight(-1)
-        metrics.tell_latency(latency)
+        latency, queue = (now - started_at) * 1000.0, (started_at - job.queued_at) * 1000.0
+        output: Any = job.output
+        job.output = None
+        tell = self._tell_latency
+        tell(latency)
         if queue:
-            metrics.tell_queue(queue)
+            tell = self._tell_queue
+            tell(queue)
 
-        return success(job.invocation.agent_id, cast("T", output), latency, queue, job.index)
+        return success(job.invocation.agent_id, output, latency, queue, job.index)
 
     def _finished(self, job: Job[Any], result: InvocationResult[Any], now: float) -> None:
         metrics = self._metrics

@@ -16,7 +16,7 @@ import anyio
 from anyio.lowlevel import EventLoopToken
 
 from . import _validators as must
-from ._backend import clock
+from ._backend import can_postpone, clock, host_maker, look_around
 from ._budget import RetryLedger
 from ._invocation import Invocation
 from ._overload import Governor
@@ -33,31 +33,37 @@ current_slot: ContextVar[Slot | None] = ContextVar("agentloop.current_slot", def
 
 class Slot:
     """
-    The right to run one attempt: a token of the limiter, or the slot of an invocation further out.
+    The right to run one attempt: one of the limiter's, or the slot of an invocation further out.
 
     An invocation that runs others lends them its own slot, one at a time, as GNU make's jobserver does
     (Paul Smith, "POSIX Jobserver", GNU make manual, section 13.1): only further parallelism needs another
     token, so however deep the nesting, the innermost invocation always has a slot to run in.
     """
 
-    # What most slots never need stays in the class: there is one of these for each attempt.
-    lender: Slot | None = None
-    lent: Slot | None = None
-    released = False
-    suspended = False
-    # The token that was borrowed from anyio's limiter, in the slot that has it to give back.
-    token: object | None = None
-    # What has been paid for the attempt, until it begins.
-    charges: list[Charge] | None = None
-    # Who would take this slot on loan; made when the first one asks.
-    waiters: OrderedDict[Waiter, None] | None = None
+    __slots__ = (
+        "charges",
+        "epoch",
+        "lender",
+        "lent",
+        "outer",
+        "pool",
+        "released",
+        "suspended",
+        "waiters",
+    )
 
     def __init__(self, pool: Pool, lender: Slot | None, outer: Slot | None) -> None:
         self.pool = pool
         self.outer = outer
         self.epoch: int = pool.epoch
-        if lender is not None:
-            self.lender = lender
+        self.lender = lender
+        self.lent: Slot | None = None
+        self.released = False
+        self.suspended = False
+        # What has been paid for the attempt, until it begins.
+        self.charges: list[Charge] | None = None
+        # Who would take this slot on loan; made when the first one asks.
+        self.waiters: OrderedDict[Waiter, None] | None = None
 
     def release(
         self, verdict: Verdict | None = None, succeeded: bool = False, longest_hold: float = math.inf
@@ -80,7 +86,7 @@ class Slot:
         if self.lent is not None or self.lender is not None or self.waiters is not None:
             self._pass_on()
         else:
-            pool.give_back(self)
+            pool.give_back()
 
         if self.outer is not None:
             # What is released is skipped from now on, so that a chain of invocations, each of which starts
@@ -100,7 +106,6 @@ class Slot:
         """
         self.suspended = False
         self.lender, granted.lender = granted.lender, None
-        self.token, granted.token = granted.token, None
         granted.released = True
         if self.lender is not None:
             self.lender.lent = self
@@ -122,10 +127,8 @@ class Slot:
             borrower.lender = lender
             if lender is not None:
                 lender.lent = borrower
-            else:
-                borrower.token, self.token = self.token, None
         elif lender is None:
-            self.pool.give_back(self)
+            self.pool.give_back()
         else:
             lender.lent = None
             if lender.waiters:
@@ -211,6 +214,9 @@ class Pool:
         # Looked up once: anyio's own functions find out at each call which backend they run on.
         self.backend = token.backend_class
         self.now = clock()
+        self.make_host = host_maker(token)
+        self.is_cancelled_around = look_around(self.backend)
+        self.postpones = can_postpone(self.backend.create_cancel_scope())
         self.thread = threading.current_thread()
         self.pace = Pace(self.now)
         self.asleep = 0
@@ -233,10 +239,10 @@ class Pool:
         self.listens = ledger is not None
         self.limit = max_concurrency
         self.running = 0
+        # Keeps us from ever having more than the limit. What was borrowed is kept for whoever comes next: to
+        # give a token back and borrow another takes longer than all else about a slot.
         self._tokens = anyio.CapacityLimiter(max_concurrency)
-        # Tokens that were borrowed from the limiter and are in nobody's hands: to give one back and borrow
-        # another takes longer than all else about a slot.
-        self._spare: list[object] = []
+        self._borrowed = 0
         # Ordered, and with removal in O(1): a cancelled waiter leaves nothing behind. The limiter's own
         # queue will not do, since a waiter may stand in two queues: this one and its lender's.
         self._queue: OrderedDict[Waiter, None] = OrderedDict()
@@ -401,8 +407,10 @@ class Pool:
         :param outer: the slot of the invocation that asks, if one does
         """
         lender = None if outer is None else self.lender(outer)
-        borrows = lender is not None and not lender.lent
-        if not borrows and (
+        if lender is not None and lender.lent:
+            lender = None
+
+        if lender is None and (
             self.running >= self.limit
             or self._queue
             or self._returning
@@ -419,11 +427,10 @@ class Pool:
             charges = self._pay(costs, now)
             self._ungate(now)
 
-        if borrows:
-            assert lender is not None
-            slot = lender.lent = Slot(self, lender, outer)
-        else:
+        if lender is None:
             slot = self._take(outer)
+        else:
+            slot = lender.lent = Slot(self, lender, outer)
 
         if self._gated:
             slot.charges = charges
@@ -517,28 +524,24 @@ class Pool:
                 waiter.lender = lender
                 self.offer_loan(waiter)
 
-    def give_back(self, slot: Slot) -> None:
-        """Take a token back and pass it on."""
+    def give_back(self) -> None:
+        """Take a slot back and pass it on."""
         self.running -= 1
-        self._spare.append(slot.token)
         if self._queue or self._returning:
             self._grant()
 
     def _take(self, outer: Slot | None) -> Slot:
-        slot = Slot(self, None, outer)
         self.running += 1
-        if self._spare:
-            slot.token = self._spare.pop()
-        else:
+        if self.running > self._borrowed:
             # A borrower of its own for each: equal or repeated borrowers collide.
-            slot.token = object()
-            self._tokens.acquire_on_behalf_of_nowait(slot.token)
+            self._tokens.acquire_on_behalf_of_nowait(object())
+            self._borrowed += 1
 
         if self._recovers:
             assert self.governor is not None
             self.governor.begin(self.running)
 
-        return slot
+        return Slot(self, None, outer)
 
     # -- the lines
 

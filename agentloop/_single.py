@@ -11,7 +11,7 @@ import anyio
 from anyio.lowlevel import cancel_shielded_checkpoint
 
 from ._attempt import Plan, run_attempt
-from ._backend import current_host
+from ._backend import Host
 from ._invocation import Invocation
 from ._job import Job
 from ._limiter import Limiter, pool_of
@@ -54,17 +54,56 @@ class Single(Generic[T]):
 
         :raises BaseException: the caller's cancellation, and what the agent raised that is no ``Exception``
         """
+        job, plan, pool, own_task = self._job, self._plan, self._pool, self._own_task
+        observer = plan.observer
+        if not observer.is_plain:
+            observer.queued(job)
+
         try:
-            await self._run()
-            if not self._waited and not self._own_task:
+            context, host, timer = copy_context(), pool.make_host(), Timer(pool)
+            now = job.queued_at
+            ready = True
+            if pool.selective:
+                ready = job.enroll()
+                # Whoever said what it costs may have taken his time.
+                now = pool.now()
+
+            while ready:
+                slot = job.pool.acquire_nowait(job.costs, self._outer)
+                if slot is None:
+                    slot = await self._wait_in_line()
+                    now = pool.now()
+
+                if slot is None:
+                    job.expire()
+                    break
+
+                try:
+                    now = await run_attempt(
+                        job, plan, slot, context, host, own_task, self._on_wait, timer, now
+                    )
+                finally:
+                    timer.close()
+
+                if job.verdict is None:
+                    break
+
+                wake_at = job.next_start(now, anyio.current_effective_deadline(), plan.config)
+                if wake_at is None:
+                    break
+
+                await self._rest(wake_at, host, now)
+                now = pool.now()
+
+            if not self._waited and not own_task:
                 await cancel_shielded_checkpoint()
         except BaseException:
-            self._job.cancel(self.reason)
-            self.ended = self._end()
+            job.cancel(self.reason)
+            self.ended = self._end(pool.now())
             raise
 
         # No local name for the result: the traceback of an error in it refers to this frame.
-        return self._end()
+        return self._end(now)
 
     async def run_cancellable(self) -> InvocationResult[T]:
         """Run to the end, or to a call of :meth:`cancel`, which makes a result as well."""
@@ -84,63 +123,27 @@ class Single(Generic[T]):
         self.reason = reason
         self._scope.cancel(reason)
 
-    def _end(self) -> InvocationResult[T]:
-        job, now = self._job, self._pool.now()
+    def _end(self, now: float) -> InvocationResult[T]:
+        job = self._job
         result = self._plan.observer.finish(job, now)
         if job.charges is not None:
             job.pool.settle(job.charges, result)
 
         return result
 
-    async def _run(self) -> None:
-        job, plan, pool = self._job, self._plan, self._pool
-        plan.observer.queued(job)
-        context = copy_context()
-        host = current_host(self._pool.token)
-        timer = Timer(pool.backend, pool.now)
-        now = job.queued_at
-        if pool.selective:
-            if not job.enroll():
-                return
+    async def _rest(self, wake_at: float, host: Host, now: float) -> None:
+        """Wait until it is time for the next attempt."""
+        job = self._job
+        self._plan.observer.retrying(job, now)
+        self._waited = True
+        job.pool.asleep += 1
+        try:
+            if self._own_task and host.cancellations():
+                await host.forget_cancellations(0)
 
-            # Whoever said what it costs may have taken his time.
-            now = pool.now()
-
-        while True:
-            slot = job.pool.acquire_nowait(job.costs, self._outer)
-            if slot is None:
-                slot = await self._wait_in_line()
-                now = pool.now()
-
-            if slot is None:
-                job.expire()
-                return
-
-            try:
-                await run_attempt(job, plan, slot, context, host, self._own_task, self._on_wait, timer, now)
-            finally:
-                timer.close()
-
-            if job.verdict is None:
-                return
-
-            now = pool.now()
-            wake_at = job.next_start(now, anyio.current_effective_deadline(), plan.config)
-            if wake_at is None:
-                return
-
-            plan.observer.retrying(job, now)
-            self._waited = True
-            job.pool.asleep += 1
-            try:
-                if self._own_task and host.cancellations():
-                    await host.forget_cancellations(0)
-
-                await anyio.sleep_until(wake_at)
-            finally:
-                job.pool.asleep -= 1
-
-            now = pool.now()
+            await anyio.sleep_until(wake_at)
+        finally:
+            job.pool.asleep -= 1
 
     async def _wait_in_line(self) -> Slot | None:
         job, pool = self._job, self._job.pool

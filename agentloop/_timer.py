@@ -5,12 +5,11 @@ from __future__ import annotations
 __all__ = ["Timer"]
 
 import math
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import anyio
 
-from ._backend import can_postpone
+from ._pool import Pool
 
 
 class Timer:
@@ -20,19 +19,16 @@ class Timer:
     It stays open from one attempt to the next, where nothing is awaited in between: to leave a scope, enter
     another one and set its timer takes longer than all else about a short attempt.
 
-    :param backend: AnyIO's, whose scopes are made without looking up what it is
-    :param now: reads the clock
+    :param pool: the state of the event loop that the task runs in
     """
 
-    __slots__ = ("_armed_until", "_backend", "_now", "_postpones", "scope")
+    __slots__ = ("_armed_until", "_pool", "scope")
 
-    def __init__(self, backend: Any, now: Callable[[], float]) -> None:
-        self._backend = backend
-        self._now = now
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
         self.scope: anyio.CancelScope | None = None
         """The scope, while it is open."""
         self._armed_until = math.inf
-        self._postpones: bool | None = None
 
     def open(self, deadline: float, now: float) -> anyio.CancelScope:
         """
@@ -41,25 +37,19 @@ class Timer:
         :param deadline: when it has to be over
         :return: the scope, which has not been cancelled
         """
-        scope = self.scope
+        scope: Any = self.scope
         if scope is None:
-            scope = self.scope = cast(
-                "anyio.CancelScope", self._backend.create_cancel_scope(deadline=deadline)
-            )
+            # Without looking up what backend this is, as AnyIO's own function does.
+            scope = self.scope = self._pool.backend.create_cancel_scope(deadline=deadline)
             scope.__enter__()
             self._armed_until = deadline
-            return scope
-
-        if self._postpones is None:
-            self._postpones = can_postpone(self._backend.create_cancel_scope())
-
-        if self._postpones and now < self._armed_until <= deadline:
-            private: Any = scope
-            private._deadline = deadline
+        elif self._pool.postpones and now < self._armed_until <= deadline:
+            scope._deadline = deadline
         else:
             scope.deadline = self._armed_until = deadline
 
-        return scope
+        opened: anyio.CancelScope = scope
+        return opened
 
     def close(self, exc: BaseException | None = None) -> bool:
         """

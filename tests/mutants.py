@@ -60,8 +60,8 @@ MUTANTS = [
     Mutant(
         "a slot is lent to any number at once",
         "_pool.py",
-        "        borrows = lender is not None and not lender.lent\n",
-        "        borrows = lender is not None\n",
+        "        if lender is not None and lender.lent:\n            lender = None\n",
+        "        if lender is not None and lender.lent:\n            pass\n",
     ),
     Mutant(
         "a nested invocation is lent no slot",
@@ -207,8 +207,8 @@ MUTANTS = [
     Mutant(
         "a result that was ready is thrown away",
         "_attempt.py",
-        "                job.error = None\n                return\n",
-        "                job.error = None\n                if not scope.cancel_called:\n                    return\n",
+        "                return ended_at\n",
+        "                if not scope.cancel_called:\n                    return ended_at\n",
     ),
     Mutant(
         "attempts share a context",
@@ -283,8 +283,8 @@ MUTANTS = [
     Mutant(
         "a result is delivered to the wrong input",
         "_batch.py",
-        "= Job(invocation, next(self._index), ",
-        "= Job(invocation, max(0, next(self._index) - 1), ",
+        "= Job(invocation, index, now, pool)",
+        "= Job(invocation, max(0, index - 1), now, pool)",
     ),
     Mutant(
         "a reader that is cancelled loses a result",
@@ -320,8 +320,8 @@ MUTANTS = [
     Mutant(
         "a time-out that is postponed never comes",
         "_timer.py",
-        "            private._deadline = deadline\n",
-        "            private._deadline = math.inf\n",
+        "            scope._deadline = deadline\n",
+        "            scope._deadline = math.inf\n",
         "asyncio",
     ),
     Mutant(

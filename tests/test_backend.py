@@ -10,7 +10,7 @@ import anyio
 import anyio.lowlevel
 
 from agentloop import AgentLoop
-from agentloop._backend import watch_cancellation
+from agentloop._backend import look_around
 
 
 def tell() -> bool:
@@ -18,16 +18,19 @@ def tell() -> bool:
 
 
 async def test_cancellation_is_seen_through_all_scopes_up_to_a_shield() -> None:
-    backend = anyio.lowlevel.current_token().backend_class
+    is_cancelled_around = look_around(anyio.lowlevel.current_token().backend_class)
     with anyio.CancelScope() as outer, anyio.CancelScope() as middle, anyio.CancelScope() as inner:
-        is_cancelled = watch_cancellation(backend)
-        assert not is_cancelled()
-        outer.cancel()
-        assert is_cancelled() is tell() is True
-        middle.shield = True
-        assert is_cancelled() is tell() is False
-        inner.cancel()
-        assert is_cancelled() is tell() is True
+        with anyio.CancelScope() as own:
+            assert not is_cancelled_around(own)
+            outer.cancel()
+            assert is_cancelled_around(own) is tell() is True
+            middle.shield = True
+            assert is_cancelled_around(own) is tell() is False
+            own.cancel()
+            assert tell()
+            assert not is_cancelled_around(own)
+            inner.cancel()
+            assert is_cancelled_around(own)
 
 
 async def test_anyio_is_asked_each_time_where_its_insides_tell_something_else() -> None:
@@ -35,15 +38,17 @@ async def test_anyio_is_asked_each_time_where_its_insides_tell_something_else() 
         """Says that a task is cancelled which is not."""
 
         deadline = -math.inf
+        create_cancel_scope = anyio.CancelScope
 
         @classmethod
         def current_effective_deadline(cls) -> float:
             return cls.deadline
 
-    is_cancelled = watch_cancellation(Backend)
-    assert is_cancelled()
-    Backend.deadline = math.inf
-    assert not is_cancelled()
+    is_cancelled_around = look_around(Backend)
+    with anyio.CancelScope() as scope:
+        assert is_cancelled_around(scope)
+        Backend.deadline = math.inf
+        assert not is_cancelled_around(scope)
 
 
 async def test_agent_may_return_a_coroutine_of_another_kind() -> None:

@@ -383,7 +383,7 @@ async def test_total_time_out_covers_attempts_and_waits() -> None:
 async def test_timer_that_fires_a_moment_early_is_still_the_total_time_out() -> None:
     job = Job(Invocation("a", double, (1,)), 0, 100.0, pool_of(Limiter(1)))
     config = LoopConfig(timeout_seconds=None, total_timeout_seconds=5)
-    assert job.start(100.0, config) == 105
+    assert job.bound(100.0, math.inf, 5) == 105
     job.time_out(config, None)
     job.judge(config)
     assert job.next_start(104.999999999, math.inf, config) is None

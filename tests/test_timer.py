@@ -7,7 +7,7 @@ from typing import Any
 import anyio
 import pytest
 
-from agentloop import AgentLoop, Invocation, LoopConfig, Status, _timer
+from agentloop import AgentLoop, Invocation, LoopConfig, Status, _pool
 from agentloop._backend import can_postpone
 
 
@@ -21,7 +21,7 @@ async def sleep(seconds: float) -> float:
 @pytest.fixture(params=["as it is", "without postponing"])
 def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AgentLoop:
     if request.param == "without postponing":
-        monkeypatch.setattr(_timer, "can_postpone", lambda scope: False)
+        monkeypatch.setattr(_pool, "can_postpone", lambda scope: False)
 
     return AgentLoop(LoopConfig(max_concurrency=1, timeout_seconds=5, max_retries=0))
 
