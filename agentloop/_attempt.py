@@ -104,7 +104,7 @@ async def run_attempt(
             deadline = job.bound(now, deadline, plan.total)
 
         fresh = timer.scope is None
-        scope = timer.open(deadline, now)
+        scope = timer.open(deadline)
         # While it was open nothing was awaited since this was looked at the last time.
         if fresh and slot.pool.is_cancelled_around(scope):
             # Once cancelled, nothing starts, not even to its first checkpoint. It waits for the cancellation

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["Host", "can_postpone", "clock", "host_maker", "is_running", "look_around", "runs_here"]
+__all__ = ["Alarm", "Host", "clock", "host_maker", "is_running", "look_around", "make_alarm", "runs_here"]
 
 import asyncio
 import math
 import time
 from collections.abc import Callable
+from contextvars import Context
 from typing import Any
 
 import anyio
@@ -58,32 +59,99 @@ class _AsyncioHost(Host):
 _TRIO_HOST = Host()
 
 
-def can_postpone(scope: Any) -> bool:
+class Alarm:
     """
-    Return whether the deadline of a scope can be moved to a later time by its ``_deadline`` alone.
+    Cancels scopes when their time is up, with one timer of the event loop for all of them.
 
-    On asyncio, AnyIO's timer of a scope looks at the deadline when it fires, and is set anew if that is still
-    to come. As long as one is under way that fires before, a new one is spared; a heap full of cancelled
-    timers costs more than all else about a short attempt. Since nobody promises that, it is tried out.
+    AnyIO gives each scope on asyncio a timer of its own. To set that and to cancel it, and a heap full of
+    cancelled ones, take longer than all else about a short attempt. But what has one time-out ends in the
+    order in which it began, so that it is enough to watch the first.
 
-    :param scope: a scope that has not been entered, for this to try it with
+    :param stays: whether the timer, once it has nothing to watch, is left to run out
+    """
+
+    __slots__ = ("_handle", "_latest", "_loop", "_scopes", "_stays")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, stays: bool) -> None:
+        self._loop = loop
+        self._stays = stays
+        # In the order of their deadlines.
+        self._scopes: dict[Any, float] = {}
+        self._latest = -math.inf
+        self._handle: asyncio.TimerHandle | None = None
+
+    def set(self, scope: Any, deadline: float) -> bool:
+        """
+        Set or move the deadline of a scope.
+
+        :return: whether that could be done: if others end later, the scope has to have a timer of its own
+        """
+        scopes = self._scopes
+        scopes.pop(scope, None)
+        if not self._latest <= deadline < math.inf:
+            return False
+
+        scope._deadline = scopes[scope] = self._latest = deadline
+        if self._handle is None or deadline < self._handle.when():
+            self._wind(deadline)
+
+        return True
+
+    def drop(self, scope: Any) -> None:
+        """Forget a scope that is about to be left."""
+        self._scopes.pop(scope, None)
+        if not self._scopes:
+            self._latest = -math.inf
+            if self._handle is not None and not self._stays:
+                self._handle.cancel()
+                self._handle = None
+
+    def _wind(self, at: float) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+
+        # In no context of anybody's, which it would keep alive.
+        self._handle = self._loop.call_at(at, self._ring, context=Context())
+
+    def _ring(self) -> None:
+        self._handle = None
+        now = self._loop.time()
+        while self._scopes:
+            scope, deadline = next(iter(self._scopes.items()))
+            if deadline > now:
+                self._wind(deadline)
+                return
+
+            self.drop(scope)
+            # Somebody else may have moved it, and given it a timer by that.
+            if scope._deadline <= deadline:
+                scope.cancel("deadline exceeded")
+
+
+def make_alarm(backend: Any) -> Alarm | None:
+    """
+    Return what times scopes out in the current event loop, if they do not have to do so themselves.
+
+    On trio they have no timers. On asyncio their deadline has to be set in passing, past what sets a timer;
+    since nobody promises that this can be done, it is tried out.
+
+    :param backend: AnyIO's
     """
     if anyio.get_cancelled_exc_class() is not asyncio.CancelledError:
-        return False
+        return None
 
-    handles: list[Any] = []
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + 1000
     try:
-        for _ in range(2):
-            scope._deadline = asyncio.get_running_loop().time() + 1000 * (1 + len(handles))
-            scope._timeout()
-            handles.append(scope._timeout_handle)
-
-        return handles[1] is not handles[0] and handles[1].when() == scope._deadline
+        with backend.create_cancel_scope() as scope:
+            scope._deadline = deadline
+            if scope.deadline != deadline or scope._timeout_handle is not None:
+                return None
     except Exception:
-        return False
-    finally:
-        for handle in handles:
-            handle.cancel()
+        return None
+
+    # On a clock that jumps to the next timer, one that means nothing would mislead it.
+    return Alarm(loop, stays=type(loop).time is asyncio.BaseEventLoop.time)
 
 
 def look_around(backend: Any) -> Callable[[Any], bool]:

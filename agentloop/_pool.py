@@ -16,7 +16,7 @@ import anyio
 from anyio.lowlevel import EventLoopToken
 
 from . import _validators as must
-from ._backend import can_postpone, clock, host_maker, look_around
+from ._backend import clock, host_maker, look_around, make_alarm
 from ._budget import RetryLedger
 from ._invocation import Invocation
 from ._overload import Governor
@@ -216,7 +216,7 @@ class Pool:
         self.now = clock()
         self.make_host = host_maker(token)
         self.is_cancelled_around = look_around(self.backend)
-        self.postpones = can_postpone(self.backend.create_cancel_scope())
+        self.alarm = make_alarm(self.backend)
         self.thread = threading.current_thread()
         self.pace = Pace(self.now)
         self.asleep = 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = ["Timer"]
 
 import math
-from typing import Any
 
 import anyio
 
@@ -22,34 +21,34 @@ class Timer:
     :param pool: the state of the event loop that the task runs in
     """
 
-    __slots__ = ("_armed_until", "_pool", "scope")
+    __slots__ = ("_alarm", "_backend", "scope")
 
     def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+        # Scopes are made without looking up what backend this is, as AnyIO's own function does.
+        self._backend = pool.backend
+        self._alarm = pool.alarm
         self.scope: anyio.CancelScope | None = None
         """The scope, while it is open."""
-        self._armed_until = math.inf
 
-    def open(self, deadline: float, now: float) -> anyio.CancelScope:
+    def open(self, deadline: float) -> anyio.CancelScope:
         """
         Begin an attempt.
 
         :param deadline: when it has to be over
         :return: the scope, which has not been cancelled
         """
-        scope: Any = self.scope
+        scope, alarm = self.scope, self._alarm
         if scope is None:
-            # Without looking up what backend this is, as AnyIO's own function does.
-            scope = self.scope = self._pool.backend.create_cancel_scope(deadline=deadline)
+            scope = self._backend.create_cancel_scope(deadline=math.inf if alarm else deadline)
+            self.scope = scope
             scope.__enter__()
-            self._armed_until = deadline
-        elif self._pool.postpones and now < self._armed_until <= deadline:
-            scope._deadline = deadline
-        else:
-            scope.deadline = self._armed_until = deadline
+            if alarm is None:
+                return scope
 
-        opened: anyio.CancelScope = scope
-        return opened
+        if alarm is None or not alarm.set(scope, deadline):
+            scope.deadline = deadline
+
+        return scope
 
     def close(self, exc: BaseException | None = None) -> bool:
         """
@@ -58,8 +57,15 @@ class Timer:
         :param exc: what the attempt raised
         :return: whether it was our own cancellation
         """
-        scope, self.scope = self.scope, None
+        scope = self.scope
         if scope is None:
             return False
 
-        return bool(scope.__exit__(type(exc) if exc else None, exc, exc.__traceback__ if exc else None))
+        self.scope = None
+        if self._alarm is not None:
+            self._alarm.drop(scope)
+
+        if exc is None:
+            return bool(scope.__exit__(None, None, None))
+
+        return bool(scope.__exit__(type(exc), exc, exc.__traceback__))

@@ -245,10 +245,10 @@ MUTANTS = [
     Mutant(
         "a slot is held while its invocation waits to be retried",
         "_single.py",
-        "                await anyio.sleep_until(wake_at)\n",
-        "                held = self._pool.acquire_nowait(job.costs, self._outer)\n"
-        "                await anyio.sleep_until(wake_at)\n"
-        "                _ = held.release() if held else None\n",
+        "            await anyio.sleep_until(wake_at)\n",
+        "            held = self._pool.acquire_nowait(job.costs, self._outer)\n"
+        "            await anyio.sleep_until(wake_at)\n"
+        "            _ = held.release() if held else None\n",
     ),
     Mutant(
         "a wait crosses the total time-out",
@@ -318,10 +318,17 @@ MUTANTS = [
         "                slot = Slot(pool, Slot(pool, None, None), None)\n",
     ),
     Mutant(
-        "a time-out that is postponed never comes",
-        "_timer.py",
-        "            scope._deadline = deadline\n",
-        "            scope._deadline = math.inf\n",
+        "who does not end first is never timed out",
+        "_backend.py",
+        "                self._wind(deadline)\n                return\n",
+        "                return\n",
+        "asyncio",
+    ),
+    Mutant(
+        "a time-out that comes before others is put behind them",
+        "_backend.py",
+        "        if not self._latest <= deadline < math.inf:\n",
+        "        if not deadline < math.inf:\n",
         "asyncio",
     ),
     Mutant(
@@ -409,7 +416,7 @@ MUTANTS = [
     Mutant(
         "an agent that cancelled its own task loses what it returned",
         "_single.py",
-        "            if not self._waited and not self._own_task:\n",
+        "            if not self._waited and not own_task:\n",
         "            if not self._waited:\n",
         "asyncio",
     ),
@@ -474,7 +481,8 @@ MUTANTS = [
 # Which program was the first to catch each one, when that was last looked at. Whether it still does is quickly
 # known; if it does not, another one has to.
 CAUGHT_BY: dict[str, dict[str, int]] = {
-    "a time-out that is postponed never comes": {"asyncio": 518},
+    "who does not end first is never timed out": {"asyncio": 65},
+    "a time-out that comes before others is put behind them": {"asyncio": 47},
     "a timer goes on while its worker waits for something else": {"asyncio": 2811},
     "a slot granted in the moment of a cancellation is not given back": {"asyncio": 10, "trio": 241},
     "a cancelled waiter stays in line": {"asyncio": 2, "trio": 2},

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import anyio
 import pytest
 
 from agentloop import AgentLoop, Invocation, LoopConfig, Status, _pool
-from agentloop._backend import can_postpone
+from agentloop._backend import Alarm, make_alarm
+from agentloop.testing import VirtualClockDeadlock, virtual_clock
 
 
 async def sleep(seconds: float) -> float:
@@ -18,10 +22,10 @@ async def sleep(seconds: float) -> float:
     return anyio.current_effective_deadline() - anyio.current_time()
 
 
-@pytest.fixture(params=["as it is", "without postponing"])
+@pytest.fixture(params=["as it is", "without an alarm"])
 def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AgentLoop:
-    if request.param == "without postponing":
-        monkeypatch.setattr(_pool, "can_postpone", lambda scope: False)
+    if request.param == "without an alarm":
+        monkeypatch.setattr(_pool, "make_alarm", lambda backend: None)
 
     return AgentLoop(LoopConfig(max_concurrency=1, timeout_seconds=5, max_retries=0))
 
@@ -74,33 +78,122 @@ async def test_result_that_was_ready_when_the_time_was_up_leaves_the_next_attemp
     assert [result.output for result in results] == ["late", pytest.approx(1)]
 
 
-# --- what is postponed
+# --- one timer for all
 
 
-async def test_deadline_can_be_postponed_on_asyncio_and_leaves_no_timer(
-    anyio_backend: tuple[str, dict[str, Any]],
-) -> None:
-    scope = anyio.CancelScope()
-    assert can_postpone(scope) is (anyio_backend[0] == "asyncio")
-    # A timer that was left would end the scope, or keep the clock from seeing a deadlock.
-    await anyio.sleep(5000)
-    assert not scope.cancel_called
+def names(scopes: dict[str, anyio.CancelScope]) -> set[str]:
+    return {name for name, scope in scopes.items() if scope.cancel_called}
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_what_does_not_look_at_its_deadline_again_is_not_trusted() -> None:
-    class Handle:
-        def when(self) -> float:
-            return 0.0
+def new_alarm() -> Alarm | None:
+    return make_alarm(anyio.lowlevel.current_token().backend_class)
 
-        def cancel(self) -> None:
-            pass
 
-    class Scope:
-        _deadline = 0.0
+@pytest.fixture
+def alarm(anyio_backend: tuple[str, dict[str, Any]]) -> Callable[[], Alarm]:
+    def make() -> Alarm:
+        alarm = new_alarm()
+        assert alarm is not None
+        return alarm
 
-        def _timeout(self) -> None:
-            self._timeout_handle = Handle()
+    return make
 
-    assert not can_postpone(Scope())
-    assert not can_postpone(object())
+
+async def test_only_asyncio_needs_an_alarm(anyio_backend: tuple[str, dict[str, Any]]) -> None:
+    assert (new_alarm() is not None) is (anyio_backend[0] == "asyncio")
+
+
+@pytest.mark.parametrize("anyio_backend", [virtual_clock("asyncio")])
+class TestAlarm:
+    async def test_each_scope_ends_at_its_own_time(self, alarm: Callable[[], Alarm]) -> None:
+        shared, start = alarm(), anyio.current_time()
+        scopes = {name: anyio.CancelScope() for name in ("a", "b", "c", "dropped", "moved")}
+        for seconds, (name, scope) in enumerate(scopes.items(), 1):
+            assert shared.set(scope, start + seconds)
+            assert scope.deadline == start + seconds, name
+
+        assert shared.set(scopes["a"], start + 6)
+        shared.drop(scopes["dropped"])
+        scopes["moved"].deadline = start + 7
+        seen = []
+        for _ in range(8):
+            await anyio.sleep_until(start + len(seen) + 0.5)
+            seen.append(names(scopes))
+
+        late = {"a", "b", "c"}
+        assert seen == [set(), set(), {"b"}, {"b", "c"}, {"b", "c"}, {"b", "c"}, late, late]
+
+    async def test_who_ends_before_others_needs_a_timer_of_its_own(self, alarm: Callable[[], Alarm]) -> None:
+        shared, start = alarm(), anyio.current_time()
+        late, early = anyio.CancelScope(), anyio.CancelScope()
+        assert shared.set(early, start + 1)
+        assert shared.set(late, start + 10)
+        assert not shared.set(early, start + 5)
+        assert not shared.set(anyio.CancelScope(), math.inf)
+        await anyio.sleep(7)
+        assert not early.cancel_called  # it was told that nobody watches it any more
+        shared.drop(late)
+        assert shared.set(early, start + 8)
+        await anyio.sleep(2)
+        assert early.cancel_called
+        assert not late.cancel_called
+
+    async def test_shorter_time_than_that_which_the_timer_waits_for_is_kept(
+        self, alarm: Callable[[], Alarm], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shared, start = alarm(), anyio.current_time()
+        monkeypatch.setattr(shared, "_stays", True)
+        gone, short = anyio.CancelScope(), anyio.CancelScope()
+        assert shared.set(gone, start + 300)
+        shared.drop(gone)
+        assert shared.set(short, start + 5)
+        await anyio.sleep(6)
+        assert short.cancel_called
+        await anyio.sleep(300)
+        assert not gone.cancel_called
+
+    async def test_scopes_that_do_not_show_their_deadline_are_not_trusted(self) -> None:
+        class Scope(AbstractContextManager[Any]):
+            deadline = math.inf
+
+            def __exit__(self, *exc: object) -> None:
+                pass
+
+        class Backend:
+            create_cancel_scope = Scope
+
+        assert make_alarm(Backend) is None
+        assert make_alarm(object()) is None
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_timer_with_nothing_to_watch_is_nothing_to_wait_for_on_a_clock_that_jumps(backend: str) -> None:
+    seconds = 0.0
+
+    async def main() -> None:
+        nonlocal seconds
+        await AgentLoop().run_single("a", anyio.sleep, 1)
+        start = anyio.current_time()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            seconds = anyio.current_time() - start
+
+    name, options = virtual_clock(backend)
+    with pytest.raises(VirtualClockDeadlock):
+        anyio.run(main, backend=name, backend_options=options)
+
+    assert seconds == 0
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_time_outs_come_on_a_clock_that_does_not_wait_for_them(backend: str) -> None:
+    async def main() -> list[Status]:
+        loop = AgentLoop(LoopConfig(max_concurrency=2, timeout_seconds=0.02, max_retries=0))
+        results = await loop.run_all(Invocation.map(anyio.sleep, [0, 0.005, 9, 0, 9]))
+        single = await loop.run_single("a", anyio.sleep, 9)
+        assert (await loop.run_single("a", anyio.sleep, 0.005)).success
+        return [*(result.status for result in results), single.status]
+
+    good, late = Status.SUCCESS, Status.TIMEOUT
+    assert anyio.run(main, backend=backend) == [good, good, late, good, late, late]
