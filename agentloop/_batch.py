@@ -70,6 +70,8 @@ class Batch(ABC, Generic[T]):
         self._deadline = math.inf
         self._tasks: TaskGroup | None = None
         self._pulled = 0
+        # How many of those have their final result.
+        self._ended = 0
         # Where all inputs are there from the start, they wait from the start.
         self._began = self._pool.now() if self._keep_rest and isinstance(inputs, Sequence) else None
         self._to_come = 0 if self._began is None else len(cast("Sequence[Any]", inputs))
@@ -95,9 +97,8 @@ class Batch(ABC, Generic[T]):
         self._seeking = 0
         self._parked: dict[anyio.Event, None] = {}
 
-        # Jobs without a final result; jobs that hold a slot, wait for one, or have a result that was not
-        # taken; jobs that wait to be retried.
-        self._pending = 0
+        # Jobs that hold a slot, wait for one, or have a result that was not taken; jobs that wait to be
+        # retried.
         self._live = 0
         self._resting = 0
         # Of the jobs that wait to be retried, all are in the heap until their time has come, and then in
@@ -413,7 +414,6 @@ class Batch(ABC, Generic[T]):
             self._to_come -= 1
             self._pool.to_come -= 1
 
-        self._pending += 1
         self._live += 1
         return job
 
@@ -500,13 +500,13 @@ class Batch(ABC, Generic[T]):
         if job.charges is not None:
             job.pool.settle(job.charges, result)
 
-        self._pending -= 1
+        self._ended += 1
         self._deliver(job.invocation, result)
         if self._exhausted:
             self._check_done()
 
     def _check_done(self) -> None:
-        if self._exhausted and not self._pending and not self._done:
+        if self._exhausted and self._ended == self._pulled and not self._done:
             self._done = True
             self._seeking += len(self._parked)
             while self._parked:

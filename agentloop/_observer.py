@@ -121,12 +121,11 @@ class Observer:
 
     def finish(self, job: Job[T], now: float) -> InvocationResult[T]:
         """Return the result of a job that has ended, once everybody was told."""
-        metrics = self._metrics
-        if metrics is not None:
-            self._ended += 1
-            if self._ended >= TOLD_AT_MOST:
-                self._ended = 0
-                metrics.count()
+        self._ended += 1
+        if self._ended >= TOLD_AT_MOST:
+            self._ended = 0
+            if self._metrics is not None:
+                self._metrics.count()
 
         started_at = job.started_at
         if (

@@ -154,7 +154,7 @@ class TestAlarm:
 
     async def test_scopes_that_do_not_show_their_deadline_are_not_trusted(self) -> None:
         class Scope(AbstractContextManager[Any]):
-            deadline = math.inf
+            deadline, _timeout_handle = math.inf, None
 
             def __exit__(self, *exc: object) -> None:
                 pass
