@@ -30,6 +30,8 @@ CLOSE_SECONDS = 5.0
 """How long an agent's generator may take to close when its stream ends early."""
 ADVANCES = 3
 """How often one is advanced that goes on to yield."""
+GAPS_TOLD_AT_MOST = 200
+"""How many gaps between chunks are kept until they are counted."""
 
 
 def carry(
@@ -82,6 +84,8 @@ class _Carriage(Generic[ItemT]):
         # Since when the agent has yielded nothing, while nobody but itself is to blame.
         self._idle_since = math.inf
         self._gaps: Histogram | None = None
+        # What is to be counted in there: many at once are counted faster.
+        self._gaps_told: list[float] = []
         self._watching: anyio.CancelScope | None = None
         self._closing = anyio.CancelScope()
         if self._first_seconds is not None and now + self._first_seconds < scope.deadline:
@@ -109,6 +113,7 @@ class _Carriage(Generic[ItemT]):
                 self._watching.cancel()
 
             if self._gaps is not None:
+                self._gaps.add_all(self._gaps_told)
                 self._observer.streamed(self._gaps)
 
             error = await self._close(iterator)
@@ -154,6 +159,7 @@ class _Carriage(Generic[ItemT]):
         :return: whether that was given up, since nobody will read on
         """
         channel, job, as_item, now = self._channel, self._job, self._as_item, self._pool.now
+        gaps = self._gaps_told
         next_chunk: Callable[[], Awaitable[Any]] = iterator.__anext__
         step = next_chunk
         while True:
@@ -168,13 +174,15 @@ class _Carriage(Generic[ItemT]):
             else:
                 at = now()
                 if self._gaps is not None:
-                    self._gaps.add((at - self._idle_since) * 1000)
+                    gaps.append((at - self._idle_since) * 1000.0)
+                    if len(gaps) >= GAPS_TOLD_AT_MOST:
+                        self._gaps.add_all(gaps)
+                        gaps.clear()
 
                 self._idle_since = at
 
             job.chunks += 1
-            channel.put(as_item(job, chunk))
-            if channel.full:
+            if channel.put(as_item(job, chunk)):
                 try:
                     await self._wait_for_reader()
                 except anyio.get_cancelled_exc_class() as exc:

@@ -46,18 +46,19 @@ class Channel(Generic[T]):
         """Whether nobody will take anything any more, so that waiting for room is in vain."""
         self._on_stall: Callable[[], object] | None = None
 
-    @property
-    def full(self) -> bool:
-        """Whether a producer should wait for room."""
-        return self._size >= BUFFER
+    def put(self, item: T) -> bool:
+        """
+        Hand an item over; there is always room for one.
 
-    def put(self, item: T) -> None:
-        """Hand an item over; there is always room for one."""
+        :return: whether there is for no other, so that the producer should wait for room
+        """
         self._send.send_nowait(item)
-        self._size += 1
+        self._size = size = self._size + 1
         if self._arrived is not None:
             self._arrived.set()
             self._arrived = None
+
+        return size >= BUFFER
 
     async def wait_for_room(self) -> None:
         """

@@ -307,6 +307,14 @@ async def test_time_that_a_reader_takes_is_in_no_gap(loop: AgentLoop) -> None:
     assert (gaps.count, gaps.max_ms) == (39, pytest.approx(250))
 
 
+async def test_gap_after_every_chunk_of_a_long_stream_is_recorded(loop: AgentLoop) -> None:
+    async with loop.run_streaming("a", words, *[0.25] * 300, *[0.5] * 301) as stream:
+        assert len([chunk async for chunk in stream]) == 601
+
+    gaps = loop.metrics.snapshot().chunk_gap
+    assert (gaps.count, gaps.sum_ms) == (600, pytest.approx(250 * 299 + 500 * 301))
+
+
 async def test_nothing_is_recorded_where_metrics_are_off(loop: AgentLoop) -> None:
     quiet = loop.with_config(collect_metrics=False)
     await quiet.run_single("a", Agent(HttpError(429)))
