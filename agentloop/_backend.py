@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-__all__ = ["Alarm", "Host", "clock", "host_maker", "is_running", "look_around", "make_alarm", "runs_here"]
+__all__ = [
+    "Alarm",
+    "Host",
+    "LoopAlarm",
+    "TaskAlarm",
+    "clock",
+    "host_maker",
+    "is_running",
+    "look_around",
+    "make_alarm",
+    "make_task_alarm",
+    "runs_here",
+]
 
 import asyncio
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextvars import Context
 from typing import Any
@@ -59,26 +72,22 @@ class _AsyncioHost(Host):
 _TRIO_HOST = Host()
 
 
-class Alarm:
+class Alarm(ABC):
     """
-    Cancels scopes when their time is up, with one timer of the event loop for all of them.
+    Cancels scopes when their time is up, with one timer for all of them.
 
-    AnyIO gives each scope on asyncio a timer of its own. To set that and to cancel it, and a heap full of
-    cancelled ones, take longer than all else about a short attempt. But what has one time-out ends in the
-    order in which it began, so that it is enough to watch the first.
-
-    :param stays: whether the timer, once it has nothing to watch, is left to run out
+    Else each scope has one of its own. To set that and to cancel it, and on asyncio a heap full of cancelled
+    ones, take as long as all else about a short attempt. But what has one time-out ends in the order in which
+    it began, so that it is enough to watch the first.
     """
 
-    __slots__ = ("_handle", "_latest", "_loop", "_scopes", "_stays")
+    __slots__ = ("_latest", "_rings_at", "_scopes")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, stays: bool) -> None:
-        self._loop = loop
-        self._stays = stays
+    def __init__(self) -> None:
         # In the order of their deadlines.
         self._scopes: dict[Any, float] = {}
         self._latest = -math.inf
-        self._handle: asyncio.TimerHandle | None = None
+        self._rings_at = math.inf
 
     def set(self, scope: Any, deadline: float) -> bool:
         """
@@ -92,7 +101,7 @@ class Alarm:
             return False
 
         scope._deadline = scopes[scope] = self._latest = deadline
-        if self._handle is None or deadline < self._handle.when():
+        if deadline < self._rings_at:
             self._wind(deadline)
 
         return True
@@ -102,20 +111,18 @@ class Alarm:
         self._scopes.pop(scope, None)
         if not self._scopes:
             self._latest = -math.inf
-            if self._handle is not None and not self._stays:
-                self._handle.cancel()
-                self._handle = None
+            self._rest()
 
+    @abstractmethod
     def _wind(self, at: float) -> None:
-        if self._handle is not None:
-            self._handle.cancel()
+        """Ring at a time, and at no other."""
 
-        # In no context of anybody's, which it would keep alive.
-        self._handle = self._loop.call_at(at, self._ring, context=Context())
+    @abstractmethod
+    def _rest(self) -> None:
+        """Take notice that there is nothing to watch."""
 
-    def _ring(self) -> None:
-        self._handle = None
-        now = self._loop.time()
+    def _ring(self, now: float) -> None:
+        self._rings_at = math.inf
         while self._scopes:
             scope, deadline = next(iter(self._scopes.items()))
             if deadline > now:
@@ -128,12 +135,79 @@ class Alarm:
                 scope.cancel("deadline exceeded")
 
 
-def make_alarm(backend: Any) -> Alarm | None:
+class LoopAlarm(Alarm):
     """
-    Return what times scopes out in the current event loop, if they do not have to do so themselves.
+    One whose timer is asyncio's.
 
-    On trio they have no timers. On asyncio their deadline has to be set in passing, past what sets a timer;
-    since nobody promises that this can be done, it is tried out.
+    :param stays: whether the timer, once it has nothing to watch, is left to run out
+    """
+
+    __slots__ = ("_handle", "_loop", "_stays")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, stays: bool) -> None:
+        super().__init__()
+        self._loop = loop
+        self._stays = stays
+        self._handle: asyncio.TimerHandle | None = None
+
+    def _wind(self, at: float) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+
+        self._rings_at = at
+        # In no context of anybody's, which it would keep alive.
+        self._handle = self._loop.call_at(at, self._fire, context=Context())
+
+    def _rest(self) -> None:
+        if self._handle is not None and not self._stays:
+            self._handle.cancel()
+            self._handle = None
+            self._rings_at = math.inf
+
+    def _fire(self) -> None:
+        self._handle = None
+        self._ring(self._loop.time())
+
+
+class TaskAlarm(Alarm):
+    """One whose timer is a task, on trio."""
+
+    __slots__ = ("_sleep", "_stopped")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sleep = anyio.CancelScope()
+        self._stopped = False
+
+    def set(self, scope: Any, deadline: float) -> bool:
+        return super().set(scope._CancelScope__original, deadline)
+
+    def drop(self, scope: Any) -> None:
+        super().drop(getattr(scope, "_CancelScope__original", scope))
+
+    async def watch(self) -> None:
+        """Be the timer, until :meth:`stop`."""
+        while not self._stopped:
+            with anyio.CancelScope(deadline=self._rings_at) as self._sleep:
+                await anyio.sleep_forever()
+
+            self._ring(anyio.current_time())
+
+    def stop(self) -> None:
+        """Let :meth:`watch` end."""
+        self._stopped = True
+        self._sleep.cancel()
+
+    def _wind(self, at: float) -> None:
+        self._rings_at = self._sleep.deadline = at
+
+    def _rest(self) -> None:
+        self._wind(math.inf)
+
+
+def make_alarm(backend: Any) -> LoopAlarm | None:
+    """
+    Return what times all scopes of the current event loop out, on asyncio.
 
     :param backend: AnyIO's
     """
@@ -141,17 +215,34 @@ def make_alarm(backend: Any) -> Alarm | None:
         return None
 
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + 1000
-    try:
-        with backend.create_cancel_scope() as scope:
-            scope._deadline = deadline
-            if scope.deadline != deadline or scope._timeout_handle is not None:
-                return None
-    except Exception:
+    # On a clock that jumps to the next timer, one that means nothing would mislead it.
+    alarm = LoopAlarm(loop, stays=type(loop).time is asyncio.BaseEventLoop.time)
+    return alarm if _can_set(alarm, backend) else None
+
+
+def make_task_alarm(backend: Any) -> TaskAlarm | None:
+    """
+    Return what times scopes out on trio, while somebody runs :meth:`TaskAlarm.watch`.
+
+    :param backend: AnyIO's
+    """
+    if anyio.get_cancelled_exc_class() is asyncio.CancelledError:
         return None
 
-    # On a clock that jumps to the next timer, one that means nothing would mislead it.
-    return Alarm(loop, stays=type(loop).time is asyncio.BaseEventLoop.time)
+    alarm = TaskAlarm()
+    return alarm if _can_set(alarm, backend) else None
+
+
+def _can_set(alarm: Alarm, backend: Any) -> bool:
+    # The deadline is set in passing, past what sets a timer; nobody promises that this can be done.
+    deadline = anyio.current_time() + 1000
+    try:
+        with backend.create_cancel_scope() as scope:
+            alarm.set(scope, deadline)
+            alarm.drop(scope)
+            return bool(scope.deadline == deadline)
+    except Exception:
+        return False
 
 
 def look_around(backend: Any) -> Callable[[Any], bool]:

@@ -18,7 +18,7 @@ from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from ._attempt import Plan, run_attempt
-from ._backend import Host
+from ._backend import Host, TaskAlarm, make_task_alarm
 from ._errors import BatchStopped, InvocationCancelled, describe
 from ._invocation import Input, Inputs, Invocation, as_invocation
 from ._job import Job
@@ -109,6 +109,8 @@ class Batch(ABC, Generic[T]):
         self._in_line: dict[Job[T], None] = {}
         self._alarm: anyio.Event | None = None
         self._stale = 0
+        # Times attempts out where the event loop has no timers.
+        self._task_alarm: TaskAlarm | None = None
 
         self._done = False
         self._stopped: tuple[str, BaseException] | None = None
@@ -130,6 +132,10 @@ class Batch(ABC, Generic[T]):
             async with anyio.create_task_group() as self._tasks:
                 if self._stream is not None:
                     self._tasks.start_soon(self._guarded, self._feed, name="agentloop feeder")
+
+                self._task_alarm = make_task_alarm(self._pool.backend)
+                if self._task_alarm is not None:
+                    self._tasks.start_soon(self._guarded, self._task_alarm.watch, name="agentloop timer")
 
                 self._resized()
         finally:
@@ -274,7 +280,7 @@ class Batch(ABC, Generic[T]):
 
     async def _work(self) -> None:
         host = self._pool.make_host()
-        timer = Timer(self._pool)
+        timer = Timer(self._pool, self._pool.alarm or self._task_alarm)
         while not self._done:
             # Left by cancel(): then the worker's job has its result, and there may be more to skip. Left by
             # a cancellation that an agent asked for long ago, from a callback: no reason to end.
@@ -514,6 +520,9 @@ class Batch(ABC, Generic[T]):
 
             if self._alarm is not None:
                 self._alarm.set()
+
+            if self._task_alarm is not None:
+                self._task_alarm.stop()
 
             self._feeding.cancel()
 

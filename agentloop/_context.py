@@ -33,7 +33,8 @@ def call_in_context(
     run = context.run
     coroutine: Any = run(fn, *args, **kwargs)
     # The plain case first: to ask an abstract class takes longer.
-    if type(coroutine) is not types.CoroutineType:
+    kind: object = type(coroutine)
+    if kind is not types.CoroutineType:
         coroutine = _as_coroutine(fn, coroutine)
 
     send: Callable[[Any], Any] = coroutine.send

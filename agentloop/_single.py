@@ -60,7 +60,7 @@ class Single(Generic[T]):
             observer.queued(job)
 
         try:
-            context, host, timer = copy_context(), pool.make_host(), Timer(pool)
+            context, host, timer = copy_context(), pool.make_host(), Timer(pool, pool.alarm)
             now = job.queued_at
             ready = True
             if pool.selective:

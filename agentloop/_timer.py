@@ -8,6 +8,7 @@ import math
 
 import anyio
 
+from ._backend import Alarm
 from ._pool import Pool
 
 
@@ -19,14 +20,15 @@ class Timer:
     another one and set its timer takes longer than all else about a short attempt.
 
     :param pool: the state of the event loop that the task runs in
+    :param alarm: what cancels the scope; if absent, it does so itself
     """
 
     __slots__ = ("_alarm", "_backend", "scope")
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, alarm: Alarm | None) -> None:
         # Scopes are made without looking up what backend this is, as AnyIO's own function does.
         self._backend = pool.backend
-        self._alarm = pool.alarm
+        self._alarm = alarm
         self.scope: anyio.CancelScope | None = None
         """The scope, while it is open."""
 

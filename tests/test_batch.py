@@ -885,7 +885,7 @@ async def test_agents_that_never_wait_do_not_delay_cancellation() -> None:
     assert started < 1000
 
 
-async def test_agents_that_never_wait_need_one_worker() -> None:
+async def test_agents_that_never_wait_need_one_worker(anyio_backend: tuple[str, dict[str, Any]]) -> None:
     peak = 0
 
     async def agent(x: int) -> None:
@@ -894,7 +894,8 @@ async def test_agents_that_never_wait_need_one_worker() -> None:
 
     before = len(anyio.get_running_tasks())
     await AgentLoop(LoopConfig(max_concurrency=100)).run_all(Invocation.map(agent, range(1000)))
-    assert peak <= before + 1
+    # On trio a timer besides.
+    assert peak <= before + (1 if anyio_backend[0] == "asyncio" else 2)
 
 
 # -- memory and tasks

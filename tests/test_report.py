@@ -148,7 +148,7 @@ def test_levels_of_all_groups_add_up_over_time(tmp_path: Path) -> None:
 def test_report_without_a_timeline_says_what_is_missing() -> None:
     recorder = recorded(5.0)
     recorder.record(InvocationResult("a", Status.ERROR, latency_ms=1.0))
-    recorder.begin()
+    recorder.tell_in_flight(1)
     text = Page(render_report(recorder.snapshot())).text
     assert "Why they failed is told by a timeline" in text
     assert "50 % succeeded" in text
