@@ -33,8 +33,8 @@ def call_in_context(
     run = context.run
     coroutine: Any = run(fn, *args, **kwargs)
     # The plain case first: to ask an abstract class takes longer.
-    kind: object = type(coroutine)
-    if kind is not types.CoroutineType:
+    is_plain = type(coroutine) is types.CoroutineType
+    if not is_plain:
         coroutine = _as_coroutine(fn, coroutine)
 
     send: Callable[[Any], Any] = coroutine.send
