@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+# What calling an async function gives.
+_PLAIN: object = types.CoroutineType
+
 
 @types.coroutine
 def call_in_context(
@@ -33,8 +36,7 @@ def call_in_context(
     run = context.run
     coroutine: Any = run(fn, *args, **kwargs)
     # The plain case first: to ask an abstract class takes longer.
-    is_plain = type(coroutine) is types.CoroutineType
-    if not is_plain:
+    if type(coroutine) is not _PLAIN:
         coroutine = _as_coroutine(fn, coroutine)
 
     send: Callable[[Any], Any] = coroutine.send
