@@ -129,7 +129,8 @@ class Alarm(ABC):
                 self._wind(deadline)
                 return
 
-            self.drop(scope)
+            # On trio these are trio's own already.
+            Alarm.drop(self, scope)
             # Somebody else may have moved it, and given it a timer by that.
             if scope._deadline <= deadline:
                 scope.cancel("deadline exceeded")
@@ -180,10 +181,10 @@ class TaskAlarm(Alarm):
         self._stopped = False
 
     def set(self, scope: Any, deadline: float) -> bool:
-        return super().set(scope._CancelScope__original, deadline)
+        return super().set(_trios(scope), deadline)
 
     def drop(self, scope: Any) -> None:
-        super().drop(getattr(scope, "_CancelScope__original", scope))
+        super().drop(_trios(scope))
 
     async def watch(self) -> None:
         """Be the timer, until :meth:`stop`."""
@@ -216,8 +217,8 @@ def make_alarm(backend: Any) -> LoopAlarm | None:
 
     loop = asyncio.get_running_loop()
     # On a clock that jumps to the next timer, one that means nothing would mislead it.
-    alarm = LoopAlarm(loop, stays=type(loop).time is asyncio.BaseEventLoop.time)
-    return alarm if _can_set(alarm, backend) else None
+    stays = type(loop).time is asyncio.BaseEventLoop.time
+    return LoopAlarm(loop, stays) if _can_set(backend, lambda scope: scope) else None
 
 
 def make_task_alarm(backend: Any) -> TaskAlarm | None:
@@ -229,17 +230,20 @@ def make_task_alarm(backend: Any) -> TaskAlarm | None:
     if anyio.get_cancelled_exc_class() is asyncio.CancelledError:
         return None
 
-    alarm = TaskAlarm()
-    return alarm if _can_set(alarm, backend) else None
+    return TaskAlarm() if _can_set(backend, _trios) else None
 
 
-def _can_set(alarm: Alarm, backend: Any) -> bool:
+def _trios(scope: Any) -> Any:
+    """Return what AnyIO's scope is made of on trio."""
+    return scope._CancelScope__original
+
+
+def _can_set(backend: Any, inner: Callable[[Any], Any]) -> bool:
     # The deadline is set in passing, past what sets a timer; nobody promises that this can be done.
     deadline = anyio.current_time() + 1000
     try:
         with backend.create_cancel_scope() as scope:
-            alarm.set(scope, deadline)
-            alarm.drop(scope)
+            inner(scope)._deadline = deadline
             return bool(scope.deadline == deadline)
     except Exception:
         return False

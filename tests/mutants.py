@@ -322,14 +322,12 @@ MUTANTS = [
         "_backend.py",
         "                self._wind(deadline)\n                return\n",
         "                return\n",
-        "asyncio",
     ),
     Mutant(
         "a time-out that comes before others is put behind them",
         "_backend.py",
         "        if not self._latest <= deadline < math.inf:\n",
         "        if not deadline < math.inf:\n",
-        "asyncio",
     ),
     Mutant(
         "a timer goes on while its worker waits for something else",
@@ -481,8 +479,8 @@ MUTANTS = [
 # Which program was the first to catch each one, when that was last looked at. Whether it still does is quickly
 # known; if it does not, another one has to.
 CAUGHT_BY: dict[str, dict[str, int]] = {
-    "who does not end first is never timed out": {"asyncio": 65},
-    "a time-out that comes before others is put behind them": {"asyncio": 47},
+    "who does not end first is never timed out": {"asyncio": 65, "trio": 107},
+    "a time-out that comes before others is put behind them": {"asyncio": 47, "trio": 47},
     "a timer goes on while its worker waits for something else": {"asyncio": 2811},
     "a slot granted in the moment of a cancellation is not given back": {"asyncio": 10, "trio": 241},
     "a cancelled waiter stays in line": {"asyncio": 2, "trio": 2},

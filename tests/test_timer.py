@@ -10,8 +10,8 @@ from typing import Any
 import anyio
 import pytest
 
-from agentloop import AgentLoop, Invocation, LoopConfig, Status, _pool
-from agentloop._backend import Alarm, make_alarm
+from agentloop import AgentLoop, Invocation, LoopConfig, Status, _batch, _pool
+from agentloop._backend import Alarm, make_alarm, make_task_alarm
 from agentloop.testing import VirtualClockDeadlock, virtual_clock
 
 
@@ -26,6 +26,7 @@ async def sleep(seconds: float) -> float:
 def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AgentLoop:
     if request.param == "without an alarm":
         monkeypatch.setattr(_pool, "make_alarm", lambda backend: None)
+        monkeypatch.setattr(_batch, "make_task_alarm", lambda backend: None)
 
     return AgentLoop(LoopConfig(max_concurrency=1, timeout_seconds=5, max_retries=0))
 
@@ -85,22 +86,22 @@ def names(scopes: dict[str, anyio.CancelScope]) -> set[str]:
     return {name for name, scope in scopes.items() if scope.cancel_called}
 
 
-def new_alarm() -> Alarm | None:
-    return make_alarm(anyio.lowlevel.current_token().backend_class)
-
-
 @pytest.fixture
 def alarm(anyio_backend: tuple[str, dict[str, Any]]) -> Callable[[], Alarm]:
     def make() -> Alarm:
-        alarm = new_alarm()
+        alarm = make_alarm(anyio.lowlevel.current_token().backend_class)
         assert alarm is not None
         return alarm
 
     return make
 
 
-async def test_only_asyncio_needs_an_alarm(anyio_backend: tuple[str, dict[str, Any]]) -> None:
-    assert (new_alarm() is not None) is (anyio_backend[0] == "asyncio")
+async def test_asyncio_has_timers_and_trio_needs_a_task(anyio_backend: tuple[str, dict[str, Any]]) -> None:
+    backend = anyio.lowlevel.current_token().backend_class
+    assert (make_alarm(backend) is not None) is (anyio_backend[0] == "asyncio")
+    assert (make_task_alarm(backend) is not None) is (anyio_backend[0] == "trio")
+    assert make_alarm(object()) is None
+    assert make_task_alarm(object()) is None
 
 
 @pytest.mark.parametrize("anyio_backend", [virtual_clock("asyncio")])
@@ -163,7 +164,6 @@ class TestAlarm:
             create_cancel_scope = Scope
 
         assert make_alarm(Backend) is None
-        assert make_alarm(object()) is None
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
