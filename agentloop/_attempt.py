@@ -20,14 +20,12 @@ from ._errors import InvocationCancelled
 from ._job import Job
 from ._observer import Observer
 from ._pool import Slot, current_slot
-from ._result import Status
+from ._result import SUCCESS, Status
 from ._timer import Timer
 
 FnT = TypeVar("FnT", bound=Callable[..., Any])
 
 _set_slot = current_slot.set
-# To look a member up takes long on CPython 3.11.
-_SUCCESS = Status.SUCCESS
 
 Act: TypeAlias = Callable[
     [Job[Any], "Plan", Context, anyio.CancelScope, Callable[[], object]], Awaitable[Any]
@@ -153,7 +151,7 @@ async def run_attempt(
                 if ended_at >= deadline or act is not None:
                     timer.close()
 
-                job.status = _SUCCESS
+                job.status = SUCCESS
                 job.output = output
                 if job.attempts > 1:
                     job.error = None
@@ -197,7 +195,7 @@ async def run_attempt(
         held = job.slot
         if held is not None:
             job.slot = None
-            if job.status is _SUCCESS:
+            if job.status is SUCCESS:
                 held.release(None, True)
             else:
                 held.release(job.verdict, False, config.backoff.max_retry_after_seconds)

@@ -13,15 +13,13 @@ from ._errors import InvocationCancelled, InvocationTimeout, describe
 from ._invocation import Invocation
 from ._pool import Pool, Slot, Waiter
 from ._rate import Charge
-from ._result import InvocationResult, Status
+from ._result import SKIPPED, InvocationResult, Status
 from ._verdict import Verdict, VerdictKind
 
 T = TypeVar("T")
 
 _TRANSIENT = Verdict(VerdictKind.TRANSIENT)
 _PERMANENT = Verdict(VerdictKind.PERMANENT)
-# To look up a member of an enumeration takes long on CPython 3.11.
-_SKIPPED = Status.SKIPPED
 
 
 class Job(Generic[T]):
@@ -80,7 +78,7 @@ class Job(Generic[T]):
         self.attempt_at: float | None = None
         self.deadline = math.inf
         self.attempts = 0
-        self.status = _SKIPPED
+        self.status = SKIPPED
         self.output: T | None = None
         self.error: BaseException | None = None
         self.verdict: Verdict | None = None

@@ -14,15 +14,13 @@ from ._events import Event, FirstChunkEvent, QueuedEvent, ResultEvent, RetryEven
 from ._histogram import Histogram
 from ._job import Job
 from ._metrics import TOLD_AT_MOST, MetricsRecorder
-from ._result import InvocationResult, Status, success
+from ._result import SUCCESS, InvocationResult, success
 from ._verdict import VerdictKind
 
 T = TypeVar("T")
 
 _logger = logging.getLogger("agentloop")
 _ids = itertools.count(1)
-# To look a member up takes long on CPython 3.11.
-_SUCCESS = Status.SUCCESS
 
 
 class Sink:
@@ -130,7 +128,7 @@ class Observer:
         started_at = job.started_at
         if (
             job.attempts != 1
-            or job.status is not _SUCCESS
+            or job.status is not SUCCESS
             or job.chunks
             or not self.is_plain
             or started_at is None

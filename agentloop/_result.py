@@ -1,6 +1,6 @@
 """What became of an invocation."""
 
-__all__ = ["InvocationResult", "Status", "success"]
+__all__ = ["SKIPPED", "SUCCESS", "InvocationResult", "Status", "success"]
 
 import enum
 from typing import Any, Generic, TypeVar, cast
@@ -33,8 +33,9 @@ class Status(enum.StrEnum):
     """The agent was not started, because the batch had been stopped."""
 
 
-# To look a member up takes long on CPython 3.11.
-_SUCCESS = Status.SUCCESS
+# To look a member of an enumeration up takes long on CPython 3.11.
+SKIPPED = Status.SKIPPED
+SUCCESS = Status.SUCCESS
 
 
 @attrs.frozen
@@ -108,7 +109,7 @@ def success(agent_id: str, output: T, latency_ms: float, queue_ms: float, index:
     """Return the result of an invocation that succeeded at its first attempt, without checking anything."""
     draft: Any = _Draft()
     draft.agent_id = agent_id
-    draft.status = _SUCCESS
+    draft.status = SUCCESS
     draft.output = output
     draft.exception = None
     draft.latency_ms = latency_ms
