@@ -120,10 +120,9 @@ class Observer:
     def finish(self, job: Job[T], now: float) -> InvocationResult[T]:
         """Return the result of a job that has ended, once everybody was told."""
         self._ended += 1
-        if self._ended >= TOLD_AT_MOST:
+        if self._ended >= TOLD_AT_MOST and self._metrics is not None:
             self._ended = 0
-            if self._metrics is not None:
-                self._metrics.count()
+            self._metrics.count()
 
         started_at = job.started_at
         if (

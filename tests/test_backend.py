@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Coroutine, Generator
+from contextlib import nullcontext
 from typing import Any
 
 import anyio
@@ -49,6 +50,24 @@ async def test_anyio_is_asked_each_time_where_its_insides_tell_something_else() 
         assert is_cancelled_around(scope)
         Backend.deadline = math.inf
         assert not is_cancelled_around(scope)
+
+
+async def test_anyio_is_asked_each_time_where_its_insides_have_other_names() -> None:
+    class Backend:
+        """Has scopes that show nothing."""
+
+        deadline = -math.inf
+        create_cancel_scope = nullcontext
+
+        @classmethod
+        def current_effective_deadline(cls) -> float:
+            return cls.deadline
+
+    with anyio.CancelScope() as outer:
+        outer.cancel()
+        is_cancelled_around = look_around(Backend)
+        Backend.deadline = math.inf
+        assert not is_cancelled_around(None)
 
 
 async def test_agent_may_return_a_coroutine_of_another_kind() -> None:
