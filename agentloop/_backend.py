@@ -89,6 +89,9 @@ class Alarm(ABC):
         self._latest = -math.inf
         self._rings_at = math.inf
 
+    inner: Callable[[Any], Any]
+    """Returns that of AnyIO's scope which has the deadline: what :meth:`set` and :meth:`drop` are given."""
+
     def set(self, scope: Any, deadline: float) -> bool:
         """
         Set or move the deadline of a scope.
@@ -96,7 +99,9 @@ class Alarm(ABC):
         :return: whether that could be done: if others end later, the scope has to have a timer of its own
         """
         scopes = self._scopes
-        scopes.pop(scope, None)
+        if scope in scopes:
+            del scopes[scope]
+
         if not self._latest <= deadline < math.inf:
             return False
 
@@ -129,8 +134,7 @@ class Alarm(ABC):
                 self._wind(deadline)
                 return
 
-            # On trio these are trio's own already.
-            Alarm.drop(self, scope)
+            self.drop(scope)
             # Somebody else may have moved it, and given it a timer by that.
             if scope._deadline <= deadline:
                 scope.cancel("deadline exceeded")
@@ -144,6 +148,10 @@ class LoopAlarm(Alarm):
     """
 
     __slots__ = ("_handle", "_loop", "_stays")
+
+    @staticmethod
+    def inner(scope: Any) -> Any:
+        return scope
 
     def __init__(self, loop: asyncio.AbstractEventLoop, stays: bool) -> None:
         super().__init__()
@@ -175,16 +183,15 @@ class TaskAlarm(Alarm):
 
     __slots__ = ("_sleep", "_stopped")
 
+    @staticmethod
+    def inner(scope: Any) -> Any:
+        # What AnyIO's scope wraps.
+        return scope._CancelScope__original
+
     def __init__(self) -> None:
         super().__init__()
         self._sleep = anyio.CancelScope()
         self._stopped = False
-
-    def set(self, scope: Any, deadline: float) -> bool:
-        return super().set(_trios(scope), deadline)
-
-    def drop(self, scope: Any) -> None:
-        super().drop(_trios(scope))
 
     async def watch(self) -> None:
         """Be the timer, until :meth:`stop`."""
@@ -218,7 +225,7 @@ def make_alarm(backend: Any) -> LoopAlarm | None:
     loop = asyncio.get_running_loop()
     # On a clock that jumps to the next timer, one that means nothing would mislead it.
     stays = type(loop).time is asyncio.BaseEventLoop.time
-    return LoopAlarm(loop, stays) if _can_set(backend, lambda scope: scope) else None
+    return LoopAlarm(loop, stays) if _can_set(backend, LoopAlarm.inner) else None
 
 
 def make_task_alarm(backend: Any) -> TaskAlarm | None:
@@ -230,12 +237,7 @@ def make_task_alarm(backend: Any) -> TaskAlarm | None:
     if anyio.get_cancelled_exc_class() is asyncio.CancelledError:
         return None
 
-    return TaskAlarm() if _can_set(backend, _trios) else None
-
-
-def _trios(scope: Any) -> Any:
-    """Return what AnyIO's scope is made of on trio."""
-    return scope._CancelScope__original
+    return TaskAlarm() if _can_set(backend, TaskAlarm.inner) else None
 
 
 def _can_set(backend: Any, inner: Callable[[Any], Any]) -> bool:
@@ -278,14 +280,9 @@ def look_around(backend: Any) -> Callable[[Any], bool]:
         return False
 
     if anyio.get_cancelled_exc_class() is not asyncio.CancelledError:
-        import trio  # it is there, since we run on it
-
-        current_task = trio.lowlevel.current_task
 
         def look(scope: Any) -> bool:
-            del scope
-            task: Any = current_task()
-            return bool(task._cancel_status._parent.effectively_cancelled)
+            return bool(scope._CancelScope__original._cancel_status._parent.effectively_cancelled)
 
     try:
         cancelled = ask(None)
@@ -325,7 +322,8 @@ def runs_here(token: EventLoopToken) -> bool:
     native = token.native_token
     try:
         # Of a trio run that is the guest of an asyncio loop, AnyIO has to find out.
-        if asyncio.get_running_loop() is native and asyncio.current_task() is not None:
+        loop = asyncio.get_running_loop()
+        if loop is native and asyncio.current_task(loop) is not None:
             return True
     except RuntimeError:
         pass

@@ -170,6 +170,7 @@ class Limiters(Limiter):
     def _enter_run(self) -> Pool:
         pool = super()._enter_run()
         pool.route = self._route
+        pool.selective = True
         return pool
 
     def _route(self, invocation: Invocation[Any]) -> Pool:

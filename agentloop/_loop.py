@@ -179,12 +179,13 @@ class AgentLoop:
         :raises TypeError: if ``fn`` cannot be called
         :raises LoopClosed: if the loop's ``async with`` block has been left
         """
-        self._lifetime.check()
+        lifetime = self._lifetime
+        lifetime.check()
         single = Single(make_invocation(agent_id, fn, args, kwargs), self._limiter, self._plan)
-        if not self._lifetime.is_open:
+        if not lifetime.is_open:
             return await single.run()
 
-        with self._lifetime.call(single):
+        with lifetime.call(single):
             return await single.run_cancellable()
 
     async def run_all(self, invocations: Inputs[T]) -> list[InvocationResult[T]]:

@@ -200,6 +200,7 @@ class Pool:
     """Finds the pool of an invocation, where that is another one."""
     home: Pool | None = None
     """The pool whose :attr:`route` leads here, if there is one."""
+    _settle_failed = False
 
     def __init__(
         self,
@@ -226,12 +227,13 @@ class Pool:
         self.on_raise: set[Callable[[], None]] = set()
         """Called when the limit was raised, so that a batch can start more workers."""
         self.meters = tuple(make_meter(rate) for rate in rates)
+        self.selective = bool(self.meters)
+        """Whether it matters which invocation an attempt is of."""
         self.governor = governor
         self.ledger = ledger
         self.epoch: int = 0
         self.paused = False
         self._tell_limit = tell_limit
-        self._settle_failed = False
         self._recovers = False
         # Whether more than a slot may be needed; while a cool-off lasts, even where there are no rates.
         self._gated = bool(self.meters)
@@ -252,11 +254,6 @@ class Pool:
         self._borrowing: OrderedDict[Waiter, None] = OrderedDict()
         self._arrivals = 0
         self._alarmed: Waiter | None = None
-
-    @property
-    def selective(self) -> bool:
-        """Whether it matters which invocation an attempt is of."""
-        return self.route is not None or bool(self.meters)
 
     @property
     def waiting(self) -> int:

@@ -29,6 +29,12 @@ class Single(Generic[T]):
     :param own_task: whether the task is ours and not the caller's
     """
 
+    reason = "the caller was cancelled"
+    """Why it is cancelled, if it is."""
+    ended: InvocationResult[T] | None = None
+    """The result, if it was cancelled."""
+    _scope: anyio.CancelScope | None = None
+
     def __init__(
         self,
         invocation: Invocation[T],
@@ -41,12 +47,7 @@ class Single(Generic[T]):
         self._outer: Slot | None = current_slot.get()
         self._job = Job(invocation, 0, self._pool.now(), self._pool)
         self._own_task = own_task
-        self._scope: anyio.CancelScope | None = None
         self._waited = False
-        self.reason = "the caller was cancelled"
-        """Why it is cancelled, if it is."""
-        self.ended: InvocationResult[T] | None = None
-        """The result, if it was cancelled."""
 
     async def run(self) -> InvocationResult[T]:
         """

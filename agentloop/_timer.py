@@ -23,7 +23,7 @@ class Timer:
     :param alarm: what cancels the scope; if absent, it does so itself
     """
 
-    __slots__ = ("_alarm", "_backend", "scope")
+    __slots__ = ("_alarm", "_backend", "_inner", "scope")
 
     def __init__(self, pool: Pool, alarm: Alarm | None) -> None:
         # Scopes are made without looking up what backend this is, as AnyIO's own function does.
@@ -47,7 +47,9 @@ class Timer:
             if alarm is None:
                 return scope
 
-        if alarm is None or not alarm.set(scope, deadline):
+            self._inner = alarm.inner(scope)
+
+        if alarm is None or not alarm.set(self._inner, deadline):
             scope.deadline = deadline
 
         return scope
@@ -65,7 +67,7 @@ class Timer:
 
         self.scope = None
         if self._alarm is not None:
-            self._alarm.drop(scope)
+            self._alarm.drop(self._inner)
 
         if exc is None:
             return bool(scope.__exit__(None, None, None))
