@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -166,18 +166,32 @@ class TestAlarm:
         assert make_alarm(Backend) is None
 
 
+@pytest.mark.parametrize("verb", ["single", "batch"])
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_timer_with_nothing_to_watch_is_nothing_to_wait_for_on_a_clock_that_jumps(backend: str) -> None:
+def test_timer_with_nothing_to_watch_is_nothing_to_wait_for_on_a_clock_that_jumps(
+    backend: str, verb: str
+) -> None:
     seconds = 0.0
 
-    async def main() -> None:
+    async def wait() -> None:
         nonlocal seconds
-        await AgentLoop().run_single("a", anyio.sleep, 1)
         start = anyio.current_time()
         try:
             await anyio.sleep_forever()
         finally:
             seconds = anyio.current_time() - start
+
+    async def inputs() -> AsyncIterator[Invocation[None]]:
+        yield Invocation("a", anyio.sleep, (1,))
+        await anyio.sleep(2)
+        await wait()
+
+    async def main() -> None:
+        if verb == "batch":
+            await AgentLoop().run_all(inputs())
+        else:
+            await AgentLoop().run_single("a", anyio.sleep, 1)
+            await wait()
 
     name, options = virtual_clock(backend)
     with pytest.raises(VirtualClockDeadlock):
