@@ -105,20 +105,20 @@ async def run_single_gives_a_result_of_what_the_agent_returns() -> None:
 
 
 async def run_single_checks_the_arguments_of_the_agent() -> None:
-    await loop.run_single("a", count, 5)  # type: ignore[arg-type]
-    await loop.run_single("a", count)  # type: ignore[call-arg]
-    await loop.run_single("a", count, "text", 5)  # type: ignore[call-arg]
-    await loop.run_single("a", count, "text", up=5)  # type: ignore[call-arg]
-    await loop.run_single("a", agent, 5)  # type: ignore[arg-type]
-    await loop.run_single(5, count, "text")  # type: ignore[arg-type]
+    await loop.run_single("a", count, 5)  # type: ignore[arg-type]  # has to be refused
+    await loop.run_single("a", count)  # type: ignore[call-arg]  # has to be refused
+    await loop.run_single("a", count, "text", 5)  # type: ignore[call-arg]  # has to be refused
+    await loop.run_single("a", count, "text", up=5)  # type: ignore[call-arg]  # has to be refused
+    await loop.run_single("a", agent, 5)  # type: ignore[arg-type]  # has to be refused
+    await loop.run_single(5, count, "text")  # type: ignore[arg-type]  # has to be refused
 
 
 async def run_single_wants_an_async_callable() -> None:
-    await loop.run_single("a", blocking, "text")  # type: ignore[arg-type]
-    await loop.run_single("a", streaming, "text")  # type: ignore[arg-type]
-    await loop.run_single("a", 5)  # type: ignore[arg-type]
+    await loop.run_single("a", blocking, "text")  # type: ignore[arg-type]  # has to be refused
+    await loop.run_single("a", streaming, "text")  # type: ignore[arg-type]  # has to be refused
+    await loop.run_single("a", 5)  # type: ignore[arg-type]  # has to be refused
     coroutine = count("text")
-    await loop.run_single("a", coroutine)  # type: ignore[arg-type]
+    await loop.run_single("a", coroutine)  # type: ignore[arg-type]  # has to be refused
 
 
 # --- invocations
@@ -135,13 +135,13 @@ def invocation_carries_what_its_agent_returns() -> None:
 
 
 def invocation_wants_an_async_callable() -> None:
-    Invocation("a", blocking)  # type: ignore[arg-type]
-    Invocation(5, count)  # type: ignore[arg-type]
-    Invocation("a", count, 5)  # type: ignore[arg-type]
+    Invocation("a", blocking)  # type: ignore[arg-type]  # has to be refused
+    Invocation(5, count)  # type: ignore[arg-type]  # has to be refused
+    Invocation("a", count, 5)  # type: ignore[arg-type]  # has to be refused
 
 
 def invocation_cannot_be_changed(invocation: Invocation[int]) -> None:
-    invocation.agent_id = "b"  # type: ignore[misc]
+    invocation.agent_id = "b"  # type: ignore[misc]  # has to be refused
 
 
 def invocation_is_covariant(cats: Invocation[Cat]) -> Invocation[Animal]:
@@ -149,7 +149,7 @@ def invocation_is_covariant(cats: Invocation[Cat]) -> Invocation[Animal]:
 
 
 def invocation_is_not_contravariant(animals: Invocation[Animal]) -> Invocation[Cat]:
-    return animals  # type: ignore[return-value]
+    return animals  # type: ignore[return-value]  # has to be refused
 
 
 def numbers() -> Generator[int]:
@@ -172,9 +172,9 @@ def map_is_as_sync_as_its_items() -> None:
 
 
 def map_checks_the_items_against_the_agent() -> None:
-    Invocation.map(spell, ["a"])  # type: ignore[arg-type]
-    Invocation.map(blocking, ["a"])  # type: ignore[arg-type]
-    Invocation.map(spell, 5)  # type: ignore[call-overload]
+    Invocation.map(spell, ["a"])  # type: ignore[arg-type]  # has to be refused
+    Invocation.map(blocking, ["a"])  # type: ignore[arg-type]  # has to be refused
+    Invocation.map(spell, 5)  # type: ignore[call-overload]  # has to be refused
 
 
 # --- batches
@@ -205,10 +205,10 @@ async def run_all_of_different_agents_gives_results_of_either(
 
 
 async def run_all_wants_an_iterable_of_invocations() -> None:
-    await loop.run_all(5)  # type: ignore[arg-type]
-    await loop.run_all(Invocation("a", count))  # type: ignore[arg-type]
-    await loop.run_all([count("text")])  # type: ignore[arg-type]
-    await loop.run_all([("a", count)])  # type: ignore[arg-type]
+    await loop.run_all(5)  # type: ignore[arg-type]  # has to be refused
+    await loop.run_all(Invocation("a", count))  # type: ignore[arg-type]  # has to be refused
+    await loop.run_all([count("text")])  # type: ignore[arg-type]  # has to be refused
+    await loop.run_all([("a", count)])  # type: ignore[arg-type]  # has to be refused
 
 
 async def as_completed_gives_results_one_by_one() -> None:
@@ -227,7 +227,7 @@ async def as_completed_gives_results_one_by_one() -> None:
 
 
 async def as_completed_needs_async_with() -> None:
-    async for _ in loop.as_completed([Invocation("a", count)]):  # type: ignore[attr-defined]
+    async for _ in loop.as_completed([Invocation("a", count)]):  # type: ignore[attr-defined]  # has to be refused
         pass
 
 
@@ -273,24 +273,24 @@ async def run_streaming_gives_what_the_agent_yields() -> None:
 
 
 async def run_streaming_checks_the_arguments_of_the_agent() -> None:
-    loop.run_streaming("a", streaming, 5)  # type: ignore[arg-type]
-    loop.run_streaming("a", streaming)  # type: ignore[call-arg]
-    loop.run_streaming("a", streaming, "text", 5)  # type: ignore[call-arg]
-    loop.run_streaming("a", returns_stream, 1, up=5)  # type: ignore[call-arg]
-    loop.run_streaming(5, streaming, "text")  # type: ignore[arg-type]
+    loop.run_streaming("a", streaming, 5)  # type: ignore[arg-type]  # has to be refused
+    loop.run_streaming("a", streaming)  # type: ignore[call-arg]  # has to be refused
+    loop.run_streaming("a", streaming, "text", 5)  # type: ignore[call-arg]  # has to be refused
+    loop.run_streaming("a", returns_stream, 1, up=5)  # type: ignore[call-arg]  # has to be refused
+    loop.run_streaming(5, streaming, "text")  # type: ignore[arg-type]  # has to be refused
 
 
 async def run_streaming_wants_an_async_generator_function() -> None:
-    loop.run_streaming("a", count, "text")  # type: ignore[arg-type]
-    loop.run_streaming("a", numbers)  # type: ignore[arg-type]
-    loop.run_streaming("a", blocking, "text")  # type: ignore[arg-type]
-    loop.run_streaming("a", streaming("text"))  # type: ignore[arg-type]
-    loop.run_streaming("a", 5)  # type: ignore[arg-type]
+    loop.run_streaming("a", count, "text")  # type: ignore[arg-type]  # has to be refused
+    loop.run_streaming("a", numbers)  # type: ignore[arg-type]  # has to be refused
+    loop.run_streaming("a", blocking, "text")  # type: ignore[arg-type]  # has to be refused
+    loop.run_streaming("a", streaming("text"))  # type: ignore[arg-type]  # has to be refused
+    loop.run_streaming("a", 5)  # type: ignore[arg-type]  # has to be refused
 
 
 async def stream_is_no_coroutine_and_its_result_cannot_be_set(stream: AgentStream[int]) -> None:
-    await loop.run_streaming("a", slow_numbers)  # type: ignore[misc]
-    stream.result = stream.result  # type: ignore[misc]
+    await loop.run_streaming("a", slow_numbers)  # type: ignore[misc]  # has to be refused
+    stream.result = stream.result  # type: ignore[misc]  # has to be refused
 
 
 async def agent_stream_is_an_async_iterable(stream: AgentStream[Cat]) -> AsyncIterable[Animal]:
@@ -324,21 +324,21 @@ async def match_without_one_of_the_events_is_not_exhaustive(event: ChunkEvent[in
         case ChunkEvent():
             pass
         case _:
-            assert_never(event)  # type: ignore[arg-type]
+            assert_never(event)  # type: ignore[arg-type]  # has to be refused
 
 
 async def stream_all_wants_an_iterable_of_invocations_and_async_with() -> None:
-    loop.stream_all(5)  # type: ignore[arg-type]
-    loop.stream_all(Invocation("a", slow_numbers))  # type: ignore[arg-type]
-    loop.stream_all([streaming("text")])  # type: ignore[arg-type]
-    loop.stream_all([("a", count, ("text",), {})])  # type: ignore[arg-type]
-    async for _ in loop.stream_all([Invocation("a", slow_numbers)]):  # type: ignore[attr-defined]
+    loop.stream_all(5)  # type: ignore[arg-type]  # has to be refused
+    loop.stream_all(Invocation("a", slow_numbers))  # type: ignore[arg-type]  # has to be refused
+    loop.stream_all([streaming("text")])  # type: ignore[arg-type]  # has to be refused
+    loop.stream_all([("a", count, ("text",), {})])  # type: ignore[arg-type]  # has to be refused
+    async for _ in loop.stream_all([Invocation("a", slow_numbers)]):  # type: ignore[attr-defined]  # has to be refused
         pass
 
 
 def events_are_values(chunk: ChunkEvent[Cat], result: ResultEvent) -> ChunkEvent[Animal]:
-    chunk.index = 5  # type: ignore[misc]
-    result.result = result.result  # type: ignore[misc]
+    chunk.index = 5  # type: ignore[misc]  # has to be refused
+    result.result = result.result  # type: ignore[misc]  # has to be refused
     return chunk
 
 
@@ -353,7 +353,7 @@ async def fake_agent_goes_wherever_an_agent_goes(loop: AgentLoop) -> None:
     assert_type(await loop.run_all(Invocation.map(agent, range(3))), list[InvocationResult[Any]])
     stream = FakeAgent(Chunks([1, 2], then=OSError()), Chunks(range(3), then=Stall()))
     assert_type(loop.run_streaming("agent", stream, 1), AgentStream[Any])
-    FakeAgent("a")  # type: ignore[arg-type]
+    FakeAgent("a")  # type: ignore[arg-type]  # has to be refused
 
 
 def result_knows_its_type(result: InvocationResult[int]) -> None:
@@ -373,7 +373,7 @@ def result_is_covariant(cats: InvocationResult[Cat]) -> InvocationResult[Animal]
 
 
 def result_is_not_contravariant(animals: InvocationResult[Animal]) -> InvocationResult[Cat]:
-    return animals  # type: ignore[return-value]
+    return animals  # type: ignore[return-value]  # has to be refused
 
 
 async def result_of_a_subclass_serves_as_one_of_its_base() -> InvocationResult[Animal]:
@@ -393,10 +393,10 @@ def chunk_has_typed_parts(chunk: StreamChunk) -> None:
 
 def chunk_is_checked(chunk: StreamChunk) -> None:
     StreamChunk(StreamEvent.TEXT, "a", timestamp=5)
-    StreamChunk("text")  # type: ignore[arg-type]
-    StreamChunk(StreamEvent.TEXT, "a", "now")  # type: ignore[arg-type]
-    StreamChunk()  # type: ignore[call-arg]
-    chunk.data = "b"  # type: ignore[misc]
+    StreamChunk("text")  # type: ignore[arg-type]  # has to be refused
+    StreamChunk(StreamEvent.TEXT, "a", "now")  # type: ignore[arg-type]  # has to be refused
+    StreamChunk()  # type: ignore[call-arg]  # has to be refused
+    chunk.data = "b"  # type: ignore[misc]  # has to be refused
 
 
 async def chunked() -> AsyncIterator[StreamChunk]:
@@ -409,8 +409,8 @@ async def text_is_collected_from_chunks_and_from_text() -> None:
     async with loop.run_streaming("a", chunked) as stream:
         assert_type(await collect_text(stream), str)
 
-    await collect_text(slow_numbers())  # type: ignore[arg-type]
-    await collect_text(["text"])  # type: ignore[arg-type]
+    await collect_text(slow_numbers())  # type: ignore[arg-type]  # has to be refused
+    await collect_text(["text"])  # type: ignore[arg-type]  # has to be refused
 
 
 # --- settings and figures
@@ -419,11 +419,11 @@ async def text_is_collected_from_chunks_and_from_text() -> None:
 def settings_are_checked(config: LoopConfig) -> None:
     LoopConfig(timeout_seconds=None, max_retries=0, backoff=Backoff(jitter="equal"), classify=classify)
     LoopConfig(classify=lambda exc: Verdict(VerdictKind.FATAL))
-    LoopConfig(10)  # type: ignore[call-arg]
-    LoopConfig(timeout_seconds="10")  # type: ignore[arg-type]
-    LoopConfig(classify=blocking)  # type: ignore[arg-type]
-    Backoff(jitter="some")  # type: ignore[arg-type]
-    config.max_retries = 5  # type: ignore[misc]
+    LoopConfig(10)  # type: ignore[call-arg]  # has to be refused
+    LoopConfig(timeout_seconds="10")  # type: ignore[arg-type]  # has to be refused
+    LoopConfig(classify=blocking)  # type: ignore[arg-type]  # has to be refused
+    Backoff(jitter="some")  # type: ignore[arg-type]  # has to be refused
+    config.max_retries = 5  # type: ignore[misc]  # has to be refused
 
 
 async def loop_has_typed_parts() -> None:
@@ -490,18 +490,18 @@ async def watch_gives_values_or_snapshots(store: ContextStore) -> None:
 
 
 async def store_checks_its_arguments(store: ContextStore) -> None:
-    await store.get(5)  # type: ignore[arg-type]
-    await store.set(5, 1)  # type: ignore[arg-type]
-    await store.update([("a", 1)])  # type: ignore[arg-type]
-    await store.transform("a", 5)  # type: ignore[arg-type]
-    await store.wait_for("a")  # type: ignore[arg-type]
-    store.edit(5)  # type: ignore[call-arg]
-    store.edit(timeout_seconds="5")  # type: ignore[arg-type]
-    store.watch(5)  # type: ignore[call-overload]
-    ContextStore([1])  # type: ignore[arg-type]
+    await store.get(5)  # type: ignore[arg-type]  # has to be refused
+    await store.set(5, 1)  # type: ignore[arg-type]  # has to be refused
+    await store.update([("a", 1)])  # type: ignore[arg-type]  # has to be refused
+    await store.transform("a", 5)  # type: ignore[arg-type]  # has to be refused
+    await store.wait_for("a")  # type: ignore[arg-type]  # has to be refused
+    store.edit(5)  # type: ignore[call-arg]  # has to be refused
+    store.edit(timeout_seconds="5")  # type: ignore[arg-type]  # has to be refused
+    store.watch(5)  # type: ignore[call-overload]  # has to be refused
+    ContextStore([1])  # type: ignore[arg-type]  # has to be refused
 
 
 async def edit_and_watch_need_async_with(store: ContextStore) -> None:
-    await store.edit()  # type: ignore[misc]
-    async for _ in store.watch("a"):  # type: ignore[attr-defined]
+    await store.edit()  # type: ignore[misc]  # has to be refused
+    async for _ in store.watch("a"):  # type: ignore[attr-defined]  # has to be refused
         pass
