@@ -388,7 +388,7 @@ class Batch(ABC, Generic[T]):
             self._iterator is not None
             and not self._exhausted
             and self._live < limit
-            and not (self._resting and self._resting >= ASLEEP_PER_SLOT * limit)
+            and self._resting < ASLEEP_PER_SLOT * limit
         ):
             try:
                 return self._make_job(self._input_context.run(next, self._iterator))
