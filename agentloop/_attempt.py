@@ -13,7 +13,6 @@ from typing import Any, TypeAlias, TypeVar, cast
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from ._backend import Host
 from ._config import LoopConfig
 from ._context import call_in_context
 from ._errors import InvocationCancelled
@@ -71,8 +70,7 @@ async def run_attempt(
     plan: Plan,
     slot: Slot,
     context: Context,
-    host: Host,
-    own_task: bool,
+    cancellations: Callable[[], int],
     on_wait: Callable[[], object],
     timer: Timer,
     now: float,
@@ -81,9 +79,8 @@ async def run_attempt(
     Run one attempt and tell the job how it ended. The slot is given back in any case.
 
     :param context: what the agent's context is a copy of
-    :param host: the task that this runs in
-    :param own_task: whether that task is ours, so that a native cancellation of it can only be the agent's
-        doing; in the caller's task it is the caller's
+    :param cancellations: counts the native cancellations of this task which its caller may have asked for; in
+        a task of ours only the agent can, so that there it is to return 0
     :param on_wait: called when the agent waits for the first time, or oftener
     :param timer: times the attempt out; stays open, if the agent returned, until it is closed
     :param now: the time
@@ -112,7 +109,7 @@ async def run_attempt(
 
         context = context.copy()
         context.run(_set_slot, slot)
-        cancellations = 0 if own_task else host.cancellations()
+        cancelled_before = cancellations()
         job.attempts += 1
         if job.started_at is None:
             job.started_at = now
@@ -170,7 +167,7 @@ async def run_attempt(
         except BaseException as exc:
             error = _without_cancellation(exc)
             await checkpoint_if_cancelled()
-            if not own_task and host.cancellations() > cancellations:
+            if cancellations() > cancelled_before:
                 raise
 
             _trim(exc)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 __all__ = [
     "Alarm",
-    "Host",
     "LoopAlarm",
     "TaskAlarm",
+    "cancellation_counter",
     "clock",
-    "host_maker",
+    "forget_cancellations",
     "is_running",
     "look_around",
     "make_alarm",
@@ -26,50 +26,6 @@ from typing import Any
 
 import anyio
 from anyio.lowlevel import EventLoopToken, current_token
-
-
-class Host:
-    """
-    The task that runs agents, as far as an agent can leave marks on it. On trio it cannot.
-
-    On asyncio a task counts the cancellations asked of it (``Task.cancelling()``). An agent that calls
-    ``task.cancel()`` on its own task, or on CPython 3.11 just lets an ``asyncio.TaskGroup`` fail, leaves
-    the count raised, and then a later scope in the same task does not catch its own cancellation.
-    """
-
-    __slots__ = ("cancellations",)
-
-    def __init__(self, cancellations: Callable[[], int] = int) -> None:
-        self.cancellations = cancellations
-        """Returns how many native cancellations of the task are pending."""
-
-    async def forget_cancellations(self, keep: int) -> None:
-        """Take back the native cancellations of the task that came after the first ``keep``."""
-
-
-class _AsyncioHost(Host):
-    __slots__ = ("_task",)
-
-    def __init__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self.cancellations = task.cancelling
-        self._task = task
-
-    async def forget_cancellations(self, keep: int) -> None:
-        while self._task.cancelling() > keep:
-            self._task.uncancel()
-
-        # Before CPython 3.13 uncancel() leaves a cancellation that was not yet delivered in place, to be
-        # raised at the next await: this one.
-        try:
-            await asyncio.sleep(0)
-        except asyncio.CancelledError:
-            if anyio.current_effective_deadline() == -math.inf:
-                raise
-
-
-_TRIO_HOST = Host()
 
 
 class Alarm(ABC):
@@ -308,13 +264,41 @@ def clock() -> Callable[[], float]:
     return trio.lowlevel.current_clock().current_time
 
 
-def host_maker(token: EventLoopToken) -> Callable[[], Host]:
+def cancellation_counter() -> Callable[[], Callable[[], int]]:
     """
-    Return what gives the host that the current task is.
+    Return what gives, for the current task, what counts its native cancellations. On trio there are none.
 
-    :param token: of the event loop that it runs in
+    On asyncio a task counts the cancellations asked of it (``Task.cancelling()``). An agent that calls
+    ``task.cancel()`` on its own task, or on CPython 3.11 just lets an ``asyncio.TaskGroup`` fail, leaves
+    the count raised, and then a later scope in the same task does not catch its own cancellation.
     """
-    return _AsyncioHost if isinstance(token.native_token, asyncio.AbstractEventLoop) else lambda: _TRIO_HOST
+    on_asyncio = anyio.get_cancelled_exc_class() is asyncio.CancelledError
+    return _count_cancellations if on_asyncio else lambda: int
+
+
+def _count_cancellations() -> Callable[[], int]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task.cancelling
+
+
+async def forget_cancellations() -> None:
+    """Take back the native cancellations of the current task, which has to be ours."""
+    if anyio.get_cancelled_exc_class() is not asyncio.CancelledError:
+        return
+
+    task = asyncio.current_task()
+    assert task is not None
+    while task.cancelling():
+        task.uncancel()
+
+    # Before CPython 3.13 uncancel() leaves a cancellation that was not yet delivered in place, to be
+    # raised at the next await: this one.
+    try:
+        await asyncio.sleep(0)
+    except asyncio.CancelledError:
+        if anyio.current_effective_deadline() == -math.inf:
+            raise
 
 
 def runs_here(token: EventLoopToken) -> bool:

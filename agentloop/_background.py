@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import anyio
 from anyio.abc import TaskGroup
-from anyio.lowlevel import checkpoint_if_cancelled, current_token
+from anyio.lowlevel import checkpoint_if_cancelled
 
-from ._backend import host_maker
+from ._backend import cancellation_counter, forget_cancellations
 from ._carriage import StartSoon
 from ._lifetime import Call, Lifetime
 from ._pool import current_slot
@@ -119,15 +119,15 @@ class Background:
             self._group.start_soon(task, name=name)
 
     async def _run(self) -> None:
-        host = host_maker(current_token())()
+        cancellations = cancellation_counter()()
         try:
             await self._producer.produce(self._start_soon)
-            if host.cancellations():
-                await host.forget_cancellations(0)
+            if cancellations():
+                await forget_cancellations()
         except anyio.get_cancelled_exc_class():
             # One that an agent asked for, from a callback that came late, ends this task and nothing else.
             await checkpoint_if_cancelled()
-            await host.forget_cancellations(0)
+            await forget_cancellations()
         except BaseException as exc:
             self._failure = exc
             if self._group is not None:

@@ -18,7 +18,7 @@ from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from ._attempt import Plan, run_attempt
-from ._backend import Host, TaskAlarm, make_task_alarm
+from ._backend import TaskAlarm, forget_cancellations, make_task_alarm
 from ._errors import BatchStopped, InvocationCancelled, describe
 from ._invocation import Input, Inputs, Invocation, as_invocation
 from ._job import Job
@@ -279,7 +279,7 @@ class Batch(ABC, Generic[T]):
     # -- workers
 
     async def _work(self) -> None:
-        host = self._pool.make_host()
+        cancellations = self._pool.count_cancellations()
         timer = Timer(self._pool, self._pool.alarm or self._task_alarm)
         while not self._done:
             # Left by cancel(): then the worker's job has its result, and there may be more to skip. Left by
@@ -288,16 +288,18 @@ class Batch(ABC, Generic[T]):
                 self._workers.add(scope)
                 try:
                     try:
-                        await self._take_jobs(scope, host, timer)
+                        await self._take_jobs(scope, cancellations, timer)
                     finally:
                         timer.close()
                 except anyio.get_cancelled_exc_class():
                     await checkpoint_if_cancelled()
-                    await host.forget_cancellations(0)
+                    await forget_cancellations()
                 finally:
                     self._workers.discard(scope)
 
-    async def _take_jobs(self, scope: anyio.CancelScope, host: Host, timer: Timer) -> None:
+    async def _take_jobs(
+        self, scope: anyio.CancelScope, cancellations: Callable[[], int], timer: Timer
+    ) -> None:
         waited = False
 
         def on_wait() -> None:
@@ -313,7 +315,6 @@ class Batch(ABC, Generic[T]):
         # Whether inputs are pulled here and start at once: they do not wait from the start, and nobody takes
         # time to say what they cost.
         pulls = self._iterator is not None and self._began is None and not selective
-        cancellations = host.cancellations
         while not self._done:
             if is_cancelled_around(scope):
                 # Cancelled before it has anything, so that it holds nothing while that is on its way.
@@ -343,7 +344,7 @@ class Batch(ABC, Generic[T]):
                 try:
                     # For one that was just pulled no time has passed, and it has not been queued.
                     now = job.queued_at if fresh and not job.attempts else now_at()
-                    now = await run_attempt(job, plan, slot, self._context, host, True, on_wait, timer, now)
+                    now = await run_attempt(job, plan, slot, self._context, int, on_wait, timer, now)
                 except BaseException:
                     self._seeking += 1
                     job.cancel(self._reason)
@@ -358,7 +359,7 @@ class Batch(ABC, Generic[T]):
 
                 if cancellations():
                     timer.close()
-                    await host.forget_cancellations(0)
+                    await forget_cancellations()
             else:
                 if slot is not None:
                     slot.release()

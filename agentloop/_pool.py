@@ -16,7 +16,7 @@ import anyio
 from anyio.lowlevel import EventLoopToken
 
 from . import _validators as must
-from ._backend import clock, host_maker, look_around, make_alarm
+from ._backend import cancellation_counter, clock, look_around, make_alarm
 from ._budget import RetryLedger
 from ._invocation import Invocation
 from ._overload import Governor
@@ -215,7 +215,7 @@ class Pool:
         # Looked up once: anyio's own functions find out at each call which backend they run on.
         self.backend = token.backend_class
         self.now = clock()
-        self.make_host = host_maker(token)
+        self.count_cancellations = cancellation_counter()
         self.is_cancelled_around = look_around(self.backend)
         self.alarm = make_alarm(self.backend)
         self.thread = threading.current_thread()

@@ -11,7 +11,7 @@ import anyio
 from anyio.lowlevel import cancel_shielded_checkpoint
 
 from ._attempt import Plan, run_attempt
-from ._backend import Host
+from ._backend import forget_cancellations
 from ._invocation import Invocation
 from ._job import Job
 from ._limiter import Limiter, pool_of
@@ -61,7 +61,9 @@ class Single(Generic[T]):
             observer.queued(job)
 
         try:
-            context, host, timer = copy_context(), pool.make_host(), Timer(pool, pool.alarm)
+            context, timer = copy_context(), Timer(pool, pool.alarm)
+            # In our own task only the agent can have asked for one.
+            cancellations = int if own_task else pool.count_cancellations()
             now = job.queued_at
             ready = True
             if pool.selective:
@@ -81,7 +83,7 @@ class Single(Generic[T]):
 
                 try:
                     now = await run_attempt(
-                        job, plan, slot, context, host, own_task, self._on_wait, timer, now
+                        job, plan, slot, context, cancellations, self._on_wait, timer, now
                     )
                 finally:
                     timer.close()
@@ -93,7 +95,7 @@ class Single(Generic[T]):
                 if wake_at is None:
                     break
 
-                await self._rest(wake_at, host, now)
+                await self._rest(wake_at, now)
                 now = pool.now()
 
             if not self._waited and not own_task:
@@ -132,15 +134,15 @@ class Single(Generic[T]):
 
         return result
 
-    async def _rest(self, wake_at: float, host: Host, now: float) -> None:
+    async def _rest(self, wake_at: float, now: float) -> None:
         """Wait until it is time for the next attempt."""
         job = self._job
         self._plan.observer.retrying(job, now)
         self._waited = True
         job.pool.asleep += 1
         try:
-            if self._own_task and host.cancellations():
-                await host.forget_cancellations(0)
+            if self._own_task and job.pool.count_cancellations()():
+                await forget_cancellations()
 
             await anyio.sleep_until(wake_at)
         finally:

@@ -232,13 +232,13 @@ MUTANTS = [
     Mutant(
         "a stray cancellation ends the batch",
         "_attempt.py",
-        "            if not own_task and host.cancellations() > cancellations:\n                raise\n",
+        "            if cancellations() > cancelled_before:\n                raise\n",
         "            raise\n",
     ),
     Mutant(
         "the marks that an agent left on its task are not removed",
         "_batch.py",
-        "                    timer.close()\n                    await host.forget_cancellations(0)\n",
+        "                    timer.close()\n                    await forget_cancellations()\n",
         "                    pass\n",
         "asyncio",
     ),
