@@ -34,45 +34,60 @@ class Alarm(ABC):
 
     Else each scope has one of its own. To set that and to cancel it, and on asyncio a heap full of cancelled
     ones, take as long as all else about a short attempt. But what has one time-out ends in the order in which
-    it began, so that it is enough to watch the first.
+    it began, so that it is enough to watch the first. What ends before others that are watched has a timer of
+    its own.
     """
 
-    __slots__ = ("_latest", "_rings_at", "_scopes")
+    __slots__ = ("_alone", "_latest", "_rests", "_rings_at", "_scopes", "spare")
 
-    def __init__(self) -> None:
-        # In the order of their deadlines.
+    def __init__(self, rests: bool) -> None:
+        # When to look at each: no later than its deadline, and in the order of these times.
         self._scopes: dict[Any, float] = {}
+        # Those with a timer of their own.
+        self._alone: set[Any] = set()
         self._latest = -math.inf
         self._rings_at = math.inf
+        # Whether the timer is stopped while there is nothing to watch.
+        self._rests = rests
+        self.spare: list[Any] = []
+        """Scopes that were left and can be entered again."""
 
     inner: Callable[[Any], Any]
     """Returns that of AnyIO's scope which has the deadline: what :meth:`set` and :meth:`drop` are given."""
 
-    def set(self, scope: Any, deadline: float) -> bool:
-        """
-        Set or move the deadline of a scope.
-
-        :return: whether that could be done: if others end later, the scope has to have a timer of its own
-        """
+    def set(self, scope: Any, deadline: float) -> None:
+        """Set or move the deadline of a scope that has been entered."""
         scopes = self._scopes
         if scope in scopes:
+            if scopes[scope] <= deadline:
+                # The timer finds out when it rings for it.
+                scope._deadline = deadline
+                return
+
             del scopes[scope]
 
-        if not self._latest <= deadline < math.inf:
-            return False
+        if deadline == math.inf or (scopes and deadline < self._latest) or scope in self._alone:
+            # It ends before others do; or did, and trio would still cancel it at that time.
+            self._alone.add(scope)
+            scope.deadline = deadline
+            return
 
         scope._deadline = scopes[scope] = self._latest = deadline
         if deadline < self._rings_at:
             self._wind(deadline)
 
-        return True
-
     def drop(self, scope: Any) -> None:
         """Forget a scope that is about to be left."""
         self._scopes.pop(scope, None)
-        if not self._scopes:
-            self._latest = -math.inf
+        if self._alone:
+            self._alone.discard(scope)
+
+        if self._rests and not self._scopes:
             self._rest()
+
+    @abstractmethod
+    def keep(self, scope: Any) -> None:
+        """Keep a scope that was left, if it can be entered again: to make one costs as much as to use it."""
 
     @abstractmethod
     def _wind(self, at: float) -> None:
@@ -80,7 +95,7 @@ class Alarm(ABC):
 
     @abstractmethod
     def _rest(self) -> None:
-        """Take notice that there is nothing to watch."""
+        """Stop the timer."""
 
     def _ring(self, now: float) -> None:
         self._rings_at = math.inf
@@ -90,30 +105,39 @@ class Alarm(ABC):
                 self._wind(deadline)
                 return
 
-            self.drop(scope)
-            # Somebody else may have moved it, and given it a timer by that.
-            if scope._deadline <= deadline:
+            del self._scopes[scope]
+            if scope._deadline <= now:
                 scope.cancel("deadline exceeded")
+            else:
+                self.set(scope, scope._deadline)
 
 
 class LoopAlarm(Alarm):
     """
     One whose timer is asyncio's.
 
-    :param stays: whether the timer, once it has nothing to watch, is left to run out
+    :param rests: whether the timer is stopped once it has nothing to watch, and not left to run out
+    :param keeps: whether a scope can be entered again
     """
 
-    __slots__ = ("_handle", "_loop", "_stays")
+    __slots__ = ("_handle", "_keeps", "_loop")
 
     @staticmethod
     def inner(scope: Any) -> Any:
         return scope
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, stays: bool) -> None:
-        super().__init__()
+    def __init__(self, loop: asyncio.AbstractEventLoop, rests: bool, keeps: bool) -> None:
+        super().__init__(rests)
         self._loop = loop
-        self._stays = stays
+        self._keeps = keeps
         self._handle: asyncio.TimerHandle | None = None
+
+    def keep(self, scope: Any) -> None:
+        # Others may still look at a scope that was cancelled; and a scope within that was never left would be
+        # cancelled with whatever comes next.
+        if self._keeps and not (scope._cancel_called or scope._child_scopes or scope._tasks):
+            _renew(scope)
+            self.spare.append(scope)
 
     def _wind(self, at: float) -> None:
         if self._handle is not None:
@@ -124,7 +148,7 @@ class LoopAlarm(Alarm):
         self._handle = self._loop.call_at(at, self._fire, context=Context())
 
     def _rest(self) -> None:
-        if self._handle is not None and not self._stays:
+        if self._handle is not None:
             self._handle.cancel()
             self._handle = None
             self._rings_at = math.inf
@@ -145,9 +169,12 @@ class TaskAlarm(Alarm):
         return scope._CancelScope__original
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(rests=True)
         self._sleep = anyio.CancelScope()
         self._stopped = False
+
+    def keep(self, scope: Any) -> None:
+        """Trio's can be entered once."""
 
     async def watch(self) -> None:
         """Be the timer, until :meth:`stop`."""
@@ -180,8 +207,8 @@ def make_alarm(backend: Any) -> LoopAlarm | None:
 
     loop = asyncio.get_running_loop()
     # On a clock that jumps to the next timer, one that means nothing would mislead it.
-    stays = type(loop).time is asyncio.BaseEventLoop.time
-    return LoopAlarm(loop, stays) if _can_set(backend, LoopAlarm.inner) else None
+    rests = type(loop).time is not asyncio.BaseEventLoop.time
+    return LoopAlarm(loop, rests, _can_reuse(backend)) if _can_set(backend, LoopAlarm.inner) else None
 
 
 def make_task_alarm(backend: Any) -> TaskAlarm | None:
@@ -205,6 +232,33 @@ def _can_set(backend: Any, inner: Callable[[Any], Any]) -> bool:
             return bool(scope.deadline == deadline)
     except Exception:
         return False
+
+
+def _renew(scope: Any) -> None:
+    # What else a scope of AnyIO's keeps when it is left does not differ from a new one's.
+    scope._parent_scope = None
+    scope._deadline = math.inf
+
+
+def _can_reuse(backend: Any) -> bool:
+    try:
+        scope = backend.create_cancel_scope()
+        new = _state(scope)
+        for _ in range(2):
+            with scope:
+                scope._deadline = anyio.current_time() + 1000
+
+            _renew(scope)
+            if _state(scope) != new:
+                return False
+
+        return not scope._cancel_called
+    except Exception:
+        return False
+
+
+def _state(scope: Any) -> str:
+    return repr(scope.__getstate__())
 
 
 def look_around(backend: Any) -> Callable[[Any], bool]:

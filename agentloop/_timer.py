@@ -4,8 +4,6 @@ from __future__ import annotations
 
 __all__ = ["Timer"]
 
-import math
-
 import anyio
 
 from ._backend import Alarm
@@ -40,18 +38,21 @@ class Timer:
         :return: the scope, which has not been cancelled
         """
         scope, alarm = self.scope, self._alarm
-        if scope is None:
-            scope = self._backend.create_cancel_scope(deadline=math.inf if alarm else deadline)
-            self.scope = scope
-            scope.__enter__()
-            if alarm is None:
-                return scope
+        if alarm is None:
+            if scope is None:
+                scope = self.scope = self._backend.create_cancel_scope(deadline=deadline)
+                scope.__enter__()
+            else:
+                scope.deadline = deadline
 
+            return scope
+
+        if scope is None:
+            scope = self.scope = alarm.spare.pop() if alarm.spare else self._backend.create_cancel_scope()
+            scope.__enter__()
             self._inner = alarm.inner(scope)
 
-        if alarm is None or not alarm.set(self._inner, deadline):
-            scope.deadline = deadline
-
+        alarm.set(self._inner, deadline)
         return scope
 
     def close(self, exc: BaseException | None = None) -> bool:
@@ -66,10 +67,15 @@ class Timer:
             return False
 
         self.scope = None
-        if self._alarm is not None:
-            self._alarm.drop(self._inner)
+        alarm = self._alarm
+        if alarm is not None:
+            alarm.drop(self._inner)
 
-        if exc is None:
-            return bool(scope.__exit__(None, None, None))
+        if exc is not None:
+            return bool(scope.__exit__(type(exc), exc, exc.__traceback__))
 
-        return bool(scope.__exit__(type(exc), exc, exc.__traceback__))
+        scope.__exit__(None, None, None)
+        if alarm is not None:
+            alarm.keep(scope)
+
+        return False

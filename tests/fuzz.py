@@ -193,6 +193,7 @@ class Program:
         self.cut = False
         self.order = 0
         self.started_as: dict[int, int] = {}
+        self.attempt_at: dict[int, float] = {}
         self.cut_as = 0
         self.failed: Counter[int] = Counter()
         self.budget: RetryBudget | None = None
@@ -303,6 +304,7 @@ class Program:
         name, now = event.invocation.agent_id, event.at
         self.order += 1
         self.started_as[event.id] = self.order
+        self.attempt_at[event.id] = now
         costs = self.costs.get(name, [(1.0, 1.0)] * len(self.accounts))
         for account, (cost, _) in zip(self.accounts, costs, strict=True):
             if account.ready_at(cost, now, without=now) > now + 1e-6:
@@ -330,6 +332,11 @@ class Program:
         overloaded = False
         if failures > self.failed[event.id]:
             self.failed[event.id] = failures
+            if isinstance(error, InvocationTimeout) and not error.total:
+                took = event.at - self.attempt_at[event.id]
+                if took < error.seconds * 0.999:
+                    self.violations.append(f"timed out after {took} s, and not after {error.seconds}")
+
             overloaded = isinstance(error, HttpError) and error.status_code == 429
             if overloaded and "retry-after" in error.headers and self.limiter._adaptive:
                 self.cool_offs.append((event.at, event.at + float(error.headers["retry-after"])))

@@ -326,8 +326,20 @@ MUTANTS = [
     Mutant(
         "a time-out that comes before others is put behind them",
         "_backend.py",
-        "        if not self._latest <= deadline < math.inf:\n",
-        "        if not deadline < math.inf:\n",
+        "        if deadline == math.inf or (scopes and deadline < self._latest) or scope in self._alone:\n",
+        "        if deadline == math.inf or scope in self._alone:\n",
+    ),
+    Mutant(
+        "an attempt is timed out when that of its worker before would have been",
+        "_backend.py",
+        "            if scope._deadline <= now:\n",
+        "            if True:\n",
+    ),
+    Mutant(
+        "a moved deadline is not seen to any more",
+        "_backend.py",
+        "                self.set(scope, scope._deadline)\n",
+        "                pass\n",
     ),
     Mutant(
         "a timer goes on while its worker waits for something else",

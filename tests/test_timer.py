@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Any
 
 import anyio
 import pytest
+from anyio.abc import TaskStatus
 
-from agentloop import AgentLoop, Invocation, LoopConfig, Status, _batch, _pool
-from agentloop._backend import Alarm, make_alarm, make_task_alarm
+from agentloop import AgentLoop, Backoff, Invocation, Limiter, LoopConfig, Status, _batch, _pool
+from agentloop._backend import Alarm, TaskAlarm, make_alarm, make_task_alarm
+from agentloop._limiter import pool_of
+from agentloop._timer import Timer
 from agentloop.testing import VirtualClockDeadlock, virtual_clock
 
 
@@ -79,21 +83,91 @@ async def test_result_that_was_ready_when_the_time_was_up_leaves_the_next_attemp
     assert [result.output for result in results] == ["late", pytest.approx(1)]
 
 
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_attempt_that_had_less_time_than_others_leaves_the_next_one_its_time(backend: str) -> None:
+    failed = False
+
+    async def fail_once() -> None:
+        nonlocal failed
+        await anyio.sleep(1 if failed else 3)
+        if not failed:
+            failed = True
+            raise ConnectionError
+
+    async def main() -> None:
+        loop = AgentLoop(
+            LoopConfig(
+                max_concurrency=2,
+                timeout_seconds=5,
+                total_timeout_seconds=6,
+                max_retries=1,
+                backoff=Backoff(initial_seconds=0.25, jitter="none"),
+            )
+        )
+        start = anyio.current_time()
+
+        async def inputs() -> AsyncIterator[Invocation[Any]]:
+            yield Invocation("a", sleep, (2,))
+            yield Invocation("b", fail_once)  # again at 3.25, until 6 at most
+            yield Invocation("c", sleep, (4,))  # at 2, until 7 at most
+            await anyio.sleep_until(start + 3.5)
+            yield Invocation("d", sleep, (4.5,))  # at 4.25, after b, until 9.25 at most
+
+        results = await loop.run_all(inputs())
+        assert [result.error for result in results] == [None] * 4
+        assert anyio.current_time() - start == pytest.approx(8.75)
+
+    name, options = virtual_clock(backend)
+    anyio.run(main, backend=name, backend_options=options)
+
+
 # --- one timer for all
 
 
-def names(scopes: dict[str, anyio.CancelScope]) -> set[str]:
-    return {name for name, scope in scopes.items() if scope.cancel_called}
+class Scopes:
+    """An alarm, and scopes which tasks are in."""
+
+    def __init__(self, alarm: Alarm) -> None:
+        self.start = anyio.current_time()
+        self.alarm = alarm
+        self.scopes: dict[str, anyio.CancelScope] = {}
+        self.ended: dict[str, float] = {}
+
+    async def hold(self, name: str, *, task_status: TaskStatus[None]) -> None:
+        with anyio.CancelScope() as self.scopes[name]:
+            task_status.started()
+            await anyio.sleep_forever()
+
+        self.ended[name] = pytest.approx(anyio.current_time() - self.start)
+
+    def set(self, name: str, seconds: float) -> None:
+        self.alarm.set(self.alarm.inner(self.scopes[name]), self.start + seconds)
+        assert self.scopes[name].deadline == self.start + seconds, name
+
+    def drop(self, name: str) -> None:
+        self.alarm.drop(self.alarm.inner(self.scopes[name]))
+
+    async def times(self) -> dict[str, float]:
+        """Return after how many seconds each was cancelled, if it was within twenty."""
+        await anyio.sleep_until(self.start + 20)
+        return dict(self.ended)
 
 
-@pytest.fixture
-def alarm(anyio_backend: tuple[str, dict[str, Any]]) -> Callable[[], Alarm]:
-    def make() -> Alarm:
-        alarm = make_alarm(anyio.lowlevel.current_token().backend_class)
-        assert alarm is not None
-        return alarm
+@asynccontextmanager
+async def scopes(*names: str) -> AsyncIterator[Scopes]:
+    backend = anyio.lowlevel.current_token().backend_class
+    alarm = make_alarm(backend) or make_task_alarm(backend)
+    assert alarm is not None
+    held = Scopes(alarm)
+    async with anyio.create_task_group() as group:
+        if isinstance(alarm, TaskAlarm):
+            group.start_soon(alarm.watch)
 
-    return make
+        for name in names:
+            await group.start(held.hold, name)
+
+        yield held
+        group.cancel_scope.cancel()
 
 
 async def test_asyncio_has_timers_and_trio_needs_a_task(anyio_backend: tuple[str, dict[str, Any]]) -> None:
@@ -104,54 +178,119 @@ async def test_asyncio_has_timers_and_trio_needs_a_task(anyio_backend: tuple[str
     assert make_task_alarm(object()) is None
 
 
-@pytest.mark.parametrize("anyio_backend", [virtual_clock("asyncio")])
 class TestAlarm:
-    async def test_each_scope_ends_at_its_own_time(self, alarm: Callable[[], Alarm]) -> None:
-        shared, start = alarm(), anyio.current_time()
-        scopes = {name: anyio.CancelScope() for name in ("a", "b", "c", "dropped", "moved")}
-        for seconds, (name, scope) in enumerate(scopes.items(), 1):
-            assert shared.set(scope, start + seconds)
-            assert scope.deadline == start + seconds, name
+    async def test_each_scope_ends_at_its_own_time(self) -> None:
+        async with scopes("a", "b", "c", "dropped", "moved") as held:
+            for seconds, name in enumerate(held.scopes, 1):
+                held.set(name, seconds)
 
-        assert shared.set(scopes["a"], start + 6)
-        shared.drop(scopes["dropped"])
-        scopes["moved"].deadline = start + 7
-        seen = []
-        for _ in range(8):
-            await anyio.sleep_until(start + len(seen) + 0.5)
-            seen.append(names(scopes))
+            held.set("a", 6)
+            held.drop("dropped")
+            held.scopes["moved"].deadline = held.start + 7
+            assert await held.times() == {"a": 6, "b": 2, "c": 3, "moved": 7}
 
-        late = {"a", "b", "c"}
-        assert seen == [set(), set(), {"b"}, {"b", "c"}, {"b", "c"}, {"b", "c"}, late, late]
+    async def test_each_move_is_kept(self) -> None:
+        async with scopes("a", "b", "c") as held:
+            for name, moves in {"a": (4, 6, 8, 14), "b": (5, 5, 13), "c": (12,)}.items():
+                for seconds in moves:
+                    held.set(name, seconds)
 
-    async def test_who_ends_before_others_needs_a_timer_of_its_own(self, alarm: Callable[[], Alarm]) -> None:
-        shared, start = alarm(), anyio.current_time()
-        late, early = anyio.CancelScope(), anyio.CancelScope()
-        assert shared.set(early, start + 1)
-        assert shared.set(late, start + 10)
-        assert not shared.set(early, start + 5)
-        assert not shared.set(anyio.CancelScope(), math.inf)
-        await anyio.sleep(7)
-        assert not early.cancel_called  # it was told that nobody watches it any more
-        shared.drop(late)
-        assert shared.set(early, start + 8)
-        await anyio.sleep(2)
-        assert early.cancel_called
-        assert not late.cancel_called
+            # When a is looked at, and has been moved, others are watched that end after and before it.
+            assert await held.times() == {"a": 14, "b": 13, "c": 12}
+
+    async def test_who_ends_before_others_has_a_timer_of_its_own(self) -> None:
+        async with scopes("early", "late", "latest") as held:
+            for name, seconds in {"early": 1, "late": 10, "latest": 11}.items():
+                held.set(name, seconds)
+
+            held.set("late", 5)
+            assert await held.times() == {"early": 1, "late": 5, "latest": 11}
+            held.drop("late")
+            assert not held.alarm._alone
+
+    async def test_who_had_a_timer_of_its_own_is_not_ended_at_that_time(self) -> None:
+        async with scopes("moved", "other") as held:
+            held.set("other", 10)
+            held.set("moved", 5)
+            held.set("moved", 12)
+            assert await held.times() == {"moved": 12, "other": 10}
+
+    async def test_scope_without_a_deadline_is_not_ended(self) -> None:
+        async with scopes("never", "not any more", "again") as held:
+            held.set("not any more", 2)
+            for name in held.scopes:
+                held.set(name, math.inf)
+
+            held.set("again", 3)
+            assert await held.times() == {"again": 3}
+
+    async def test_who_comes_when_there_is_nobody_else_may_end_earlier(self) -> None:
+        async with scopes("gone", "next") as held:
+            held.set("gone", 10)
+            held.drop("gone")
+            held.set("next", 5)
+            assert await held.times() == {"next": 5}
 
     async def test_shorter_time_than_that_which_the_timer_waits_for_is_kept(
-        self, alarm: Callable[[], Alarm], monkeypatch: pytest.MonkeyPatch
+        self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        shared, start = alarm(), anyio.current_time()
-        monkeypatch.setattr(shared, "_stays", True)
-        gone, short = anyio.CancelScope(), anyio.CancelScope()
-        assert shared.set(gone, start + 300)
-        shared.drop(gone)
-        assert shared.set(short, start + 5)
-        await anyio.sleep(6)
-        assert short.cancel_called
-        await anyio.sleep(300)
-        assert not gone.cancel_called
+        async with scopes("gone", "short") as held:
+            monkeypatch.setattr(held.alarm, "_rests", False)
+            held.set("gone", 10)
+            held.drop("gone")
+            held.set("short", 5)
+            assert await held.times() == {"short": 5}
+
+    @pytest.mark.parametrize("anyio_backend", [virtual_clock("asyncio")])
+    async def test_scope_is_entered_again(self) -> None:
+        pool = pool_of(Limiter(1))
+        timer = Timer(pool, pool.alarm)
+        with anyio.CancelScope():
+            first = timer.open(anyio.current_time() + 5)
+            assert not timer.close()
+
+        # Neither the scope that was around it nor its time are left of the last time.
+        await anyio.sleep(10)
+        again = timer.open(anyio.current_time() + 5)
+        assert again is first
+        with anyio.CancelScope() as inner:
+            await anyio.sleep(1)
+
+        assert not inner.cancel_called
+        with pytest.raises(anyio.get_cancelled_exc_class()) as raised:
+            await anyio.sleep(8)
+
+        assert timer.close(raised.value)
+        assert timer.open(math.inf) is not first
+        timer.close()
+
+    @pytest.mark.parametrize("anyio_backend", [virtual_clock("asyncio")])
+    async def test_scope_that_is_entered_again_in_a_task_without_scopes_is_in_none(self) -> None:
+        pool = pool_of(Limiter(1))
+        timer = Timer(pool, pool.alarm)
+        with anyio.CancelScope() as around:
+            timer.open(anyio.current_time() + 5)
+            timer.close()
+            around.cancel()
+
+        async def look() -> float:
+            timer.open(anyio.current_time() + 5)
+            try:
+                return anyio.current_effective_deadline() - anyio.current_time()
+            finally:
+                timer.close()
+
+        assert await asyncio.create_task(look()) == 5
+
+    @pytest.mark.parametrize("anyio_backend", [virtual_clock("asyncio")])
+    @pytest.mark.parametrize("mark", ["_child_scopes", "_tasks"])
+    async def test_scope_that_somebody_is_still_in_is_not_entered_again(self, mark: str) -> None:
+        alarm = pool_of(Limiter(1)).alarm
+        assert alarm is not None
+        scope: Any = anyio.CancelScope()
+        getattr(scope, mark).add(object())
+        alarm.keep(scope)
+        assert alarm.spare == []
 
     async def test_scopes_that_do_not_show_their_deadline_are_not_trusted(self) -> None:
         class Scope(AbstractContextManager[Any]):
@@ -164,6 +303,29 @@ class TestAlarm:
             create_cancel_scope = Scope
 
         assert make_alarm(Backend) is None
+
+    @pytest.mark.parametrize("anyio_backend", [virtual_clock("asyncio")])
+    @pytest.mark.parametrize("once", ["as AnyIO's", "keeps something", "refuses"])
+    async def test_scopes_that_are_not_as_new_once_left_are_not_entered_again(self, once: str) -> None:
+        kind: Any = type(anyio.CancelScope())
+
+        class Backend:
+            class create_cancel_scope(kind):  # noqa: N801
+                __slots__ = ("kept",)
+
+                def __enter__(self) -> Any:
+                    if hasattr(self, "kept") and once == "refuses":
+                        raise RuntimeError("each is for one use")
+
+                    if once != "as AnyIO's":
+                        self.kept = True
+
+                    return super().__enter__()
+
+        alarm = make_alarm(Backend)
+        assert alarm is not None
+        alarm.keep(anyio.CancelScope())
+        assert bool(alarm.spare) is (once == "as AnyIO's")
 
 
 @pytest.mark.parametrize("verb", ["single", "batch"])
