@@ -88,8 +88,8 @@ async def run_attempt(
     :raises BaseException: the cancellation of an enclosing scope or of the caller's task, and what the agent
         raises that is no ``Exception``; the attempt then has no outcome
     """
-    config = plan.config
-    if job.attempts:
+    first = job.attempts == 0
+    if not first:
         job.verdict = None
 
     job.slot = slot
@@ -111,14 +111,14 @@ async def run_attempt(
         context.run(_set_slot, slot)
         cancelled_before = cancellations()
         job.attempts += 1
-        if job.started_at is None:
+        if first:
             job.started_at = now
 
         if slot.charges is not None:
             job.charges, slot.charges = slot.charges, None
 
         observer = plan.observer
-        if observer.is_plain and job.attempts == 1:
+        if first and observer.is_plain:
             job.attempt_at = now
             tell = observer.tell_in_flight
             tell(1)
@@ -150,7 +150,7 @@ async def run_attempt(
 
                 job.status = SUCCESS
                 job.output = output
-                if job.attempts > 1:
+                if not first:
                     job.error = None
 
                 return ended_at
@@ -161,7 +161,7 @@ async def run_attempt(
             job.made_of_cancellation = None
             _trim(exc)
             if scope.cancel_called:
-                job.time_out(config, exc)
+                job.time_out(plan.config, exc)
             else:
                 job.fail(Status.ERROR, exc)
         except BaseException as exc:
@@ -172,7 +172,7 @@ async def run_attempt(
 
             _trim(exc)
             if scope.cancel_called:
-                job.time_out(config, error)
+                job.time_out(plan.config, error)
             elif error is not None:
                 job.fail(Status.ERROR, error)
             else:
@@ -183,9 +183,9 @@ async def run_attempt(
             # The traceback of an error refers to this frame; the frame must not refer back.
             del error
         else:
-            job.time_out(config, None)
+            job.time_out(plan.config, None)
 
-        job.judge(config)
+        job.judge(plan.config)
         return slot.pool.now()
     finally:
         # A stream may be without one while it waits for its reader.
@@ -195,7 +195,7 @@ async def run_attempt(
             if job.status is SUCCESS:
                 held.release(None, True)
             else:
-                held.release(job.verdict, False, config.backoff.max_retry_after_seconds)
+                held.release(job.verdict, False, plan.config.backoff.max_retry_after_seconds)
 
 
 def _without_cancellation(exc: BaseException) -> Exception | None:

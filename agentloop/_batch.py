@@ -330,7 +330,7 @@ class Batch(ABC, Generic[T]):
             slot: Slot | None = None
             waited = False
             if self._stopped is None and (not selective or job.costs or job.enroll()):
-                slot = job.pool.acquire_nowait(job.costs, self._outer)
+                slot = job.pool.acquire_nowait(job.costs if selective else (), self._outer)
                 if slot is None:
                     fresh = False
                     timer.close()

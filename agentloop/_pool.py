@@ -403,6 +403,11 @@ class Pool:
         :param costs: what to pay to each rate; ``None`` for an attempt that has begun and goes on
         :param outer: the slot of the invocation that asks, if one does
         """
+        if outer is None and not self._gated and not self.paused:
+            # So it is most often.
+            free = self.running < self.limit and not self._queue and not self._returning
+            return self._take(None) if free else None
+
         lender = None if outer is None else self.lender(outer)
         if lender is not None and lender.lent:
             lender = None

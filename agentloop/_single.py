@@ -66,13 +66,14 @@ class Single(Generic[T]):
             cancellations = int if own_task else pool.count_cancellations()
             now = job.queued_at
             ready = True
-            if pool.selective:
+            selective = pool.selective
+            if selective:
                 ready = job.enroll()
                 # Whoever said what it costs may have taken his time.
                 now = pool.now()
 
             while ready:
-                slot = job.pool.acquire_nowait(job.costs, self._outer)
+                slot = job.pool.acquire_nowait(job.costs if selective else (), self._outer)
                 if slot is None:
                     slot = await self._wait_in_line()
                     now = pool.now()

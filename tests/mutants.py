@@ -201,8 +201,8 @@ MUTANTS = [
     Mutant(
         "a time-out is judged by the type of the exception",
         "_attempt.py",
-        "            _trim(exc)\n            if scope.cancel_called:\n                job.time_out(config, exc)",
-        "            _trim(exc)\n            if isinstance(exc, TimeoutError):\n                job.time_out(config, exc)",
+        "            _trim(exc)\n            if scope.cancel_called:\n                job.time_out(plan.config, exc)",
+        "            _trim(exc)\n            if isinstance(exc, TimeoutError):\n                job.time_out(plan.config, exc)",
     ),
     Mutant(
         "a result that was ready is thrown away",
@@ -246,7 +246,7 @@ MUTANTS = [
         "a slot is held while its invocation waits to be retried",
         "_single.py",
         "            await anyio.sleep_until(wake_at)\n",
-        "            held = self._pool.acquire_nowait(job.costs, self._outer)\n"
+        "            held = self._pool.acquire_nowait(job.costs if selective else (), self._outer)\n"
         "            await anyio.sleep_until(wake_at)\n"
         "            _ = held.release() if held else None\n",
     ),
@@ -314,7 +314,7 @@ MUTANTS = [
     Mutant(
         "a batch runs without slots",
         "_batch.py",
-        "                slot = job.pool.acquire_nowait(job.costs, self._outer)\n",
+        "                slot = job.pool.acquire_nowait(job.costs if selective else (), self._outer)\n",
         "                slot = Slot(pool, Slot(pool, None, None), None)\n",
     ),
     Mutant(
