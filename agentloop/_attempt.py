@@ -69,7 +69,7 @@ async def run_attempt(
     job: Job[Any],
     plan: Plan,
     slot: Slot,
-    context: Context,
+    new_context: Callable[[], Context],
     cancellations: Callable[[], int],
     on_wait: Callable[[], object],
     timer: Timer,
@@ -78,7 +78,7 @@ async def run_attempt(
     """
     Run one attempt and tell the job how it ended. The slot is given back in any case.
 
-    :param context: what the agent's context is a copy of
+    :param new_context: gives the context for the agent, which is its own
     :param cancellations: counts the native cancellations of this task which its caller may have asked for; in
         a task of ours only the agent can, so that there it is to return 0
     :param on_wait: called when the agent waits for the first time, or oftener
@@ -107,7 +107,7 @@ async def run_attempt(
             # scope is shielded, anyio delivers none to a task that was just started.
             await anyio.sleep_forever()
 
-        context = context.copy()
+        context = new_context()
         context.run(_set_slot, slot)
         cancelled_before = cancellations()
         job.attempts += 1

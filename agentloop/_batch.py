@@ -66,7 +66,7 @@ class Batch(ABC, Generic[T]):
         self._plan = plan
         self._pool = pool_of(limiter)
         self._outer: Slot | None = current_slot.get()
-        self._context = copy_context()
+        self._new_context = copy_context().copy
         self._deadline = math.inf
         self._tasks: TaskGroup | None = None
         self._pulled = 0
@@ -344,7 +344,7 @@ class Batch(ABC, Generic[T]):
                 try:
                     # For one that was just pulled no time has passed, and it has not been queued.
                     now = job.queued_at if fresh and not job.attempts else now_at()
-                    now = await run_attempt(job, plan, slot, self._context, int, on_wait, timer, now)
+                    now = await run_attempt(job, plan, slot, self._new_context, int, on_wait, timer, now)
                 except BaseException:
                     self._seeking += 1
                     job.cancel(self._reason)

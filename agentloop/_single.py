@@ -61,7 +61,7 @@ class Single(Generic[T]):
             observer.queued(job)
 
         try:
-            context, timer = copy_context(), Timer(pool, pool.alarm)
+            timer = Timer(pool, pool.alarm)
             # In our own task only the agent can have asked for one.
             cancellations = int if own_task else pool.count_cancellations()
             now = job.queued_at
@@ -84,7 +84,7 @@ class Single(Generic[T]):
 
                 try:
                     now = await run_attempt(
-                        job, plan, slot, context, cancellations, self._on_wait, timer, now
+                        job, plan, slot, copy_context, cancellations, self._on_wait, timer, now
                     )
                 finally:
                     timer.close()
