@@ -117,26 +117,28 @@ class LoopAlarm(Alarm):
     One whose timer is asyncio's.
 
     :param rests: whether the timer is stopped once it has nothing to watch, and not left to run out
-    :param keeps: whether a scope can be entered again
     """
 
-    __slots__ = ("_handle", "_keeps", "_loop")
+    __slots__ = ("_handle", "_loop", "keeps")
 
     @staticmethod
     def inner(scope: Any) -> Any:
         return scope
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, rests: bool, keeps: bool) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, rests: bool) -> None:
         super().__init__(rests)
         self._loop = loop
-        self._keeps = keeps
+        self.keeps = True
+        """Whether scopes can be entered again."""
         self._handle: asyncio.TimerHandle | None = None
 
     def keep(self, scope: Any) -> None:
         # Others may still look at a scope that was cancelled; and a scope within that was never left would be
         # cancelled with whatever comes next.
-        if self._keeps and not (scope._cancel_called or scope._child_scopes or scope._tasks):
-            _renew(scope)
+        if self.keeps and not (scope._cancel_called or scope._child_scopes or scope._tasks):
+            # What else is left of the last time does not differ from a new scope's.
+            scope._parent_scope = None
+            scope._deadline = math.inf
             self.spare.append(scope)
 
     def _wind(self, at: float) -> None:
@@ -208,7 +210,9 @@ def make_alarm(backend: Any) -> LoopAlarm | None:
     loop = asyncio.get_running_loop()
     # On a clock that jumps to the next timer, one that means nothing would mislead it.
     rests = type(loop).time is not asyncio.BaseEventLoop.time
-    return LoopAlarm(loop, rests, _can_reuse(backend)) if _can_set(backend, LoopAlarm.inner) else None
+    alarm = LoopAlarm(loop, rests)
+    alarm.keeps = _can_reuse(backend, alarm)
+    return alarm if _can_set(backend, LoopAlarm.inner) else None
 
 
 def make_task_alarm(backend: Any) -> TaskAlarm | None:
@@ -234,13 +238,7 @@ def _can_set(backend: Any, inner: Callable[[Any], Any]) -> bool:
         return False
 
 
-def _renew(scope: Any) -> None:
-    # What else a scope of AnyIO's keeps when it is left does not differ from a new one's.
-    scope._parent_scope = None
-    scope._deadline = math.inf
-
-
-def _can_reuse(backend: Any) -> bool:
+def _can_reuse(backend: Any, alarm: LoopAlarm) -> bool:
     try:
         scope = backend.create_cancel_scope()
         new = _state(scope)
@@ -248,11 +246,11 @@ def _can_reuse(backend: Any) -> bool:
             with scope:
                 scope._deadline = anyio.current_time() + 1000
 
-            _renew(scope)
-            if _state(scope) != new:
+            alarm.keep(scope)
+            if _state(alarm.spare.pop()) != new:
                 return False
 
-        return not scope._cancel_called
+        return True
     except Exception:
         return False
 

@@ -39,16 +39,14 @@ class Lifetime:
         self._limiter = limiter
         self._group: TaskGroup | None = None
         self._task_id = 0
-        self._left = False
+        self.is_open = False
+        """Whether the block has been entered and its calls have not all ended."""
+        self.is_left = False
+        """Whether the block has been left last, and not entered."""
         self._calls: dict[Call, None] = {}
         self._idle: anyio.Event | None = None
         self.failure: BaseException | None = None
         """What ended a batch, such as an agent's ``KeyboardInterrupt``, until its reader has raised it."""
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the block has been entered and its calls have not all ended."""
-        return self._group is not None
 
     def check(self) -> None:
         """
@@ -56,7 +54,7 @@ class Lifetime:
 
         :raises LoopClosed: unless the work is that of an invocation which is still running
         """
-        if self._left and not pool_of(self._limiter).encloses(current_slot.get()):
+        if self.is_left and not pool_of(self._limiter).encloses(current_slot.get()):
             raise LoopClosed(
                 "this loop's `async with` block has been left, so it takes no new work: "
                 "call it inside the block, or enter the loop again"
@@ -99,7 +97,7 @@ class Lifetime:
         await group.__aenter__()
         self._group = group
         self._task_id = anyio.get_current_task().id
-        self._left = False
+        self.is_open, self.is_left = True, False
 
     async def leave(self, exc: BaseException | None) -> None:
         """
@@ -112,7 +110,7 @@ class Lifetime:
         if anyio.get_current_task().id != self._task_id:
             raise RuntimeError("a loop must be left by the task that entered it")
 
-        self._left = True
+        self.is_left = True
         try:
             if exc is not None:
                 self._cancel(exc)
@@ -129,6 +127,7 @@ class Lifetime:
             raise
         finally:
             self._group = None
+            self.is_open = False
             # Its tasks have ended, and none of them raises; so this passes nothing but cancellation.
             await group.__aexit__(None, None, None)
             failure, self.failure = self.failure, None

@@ -213,8 +213,8 @@ MUTANTS = [
     Mutant(
         "attempts share a context",
         "_attempt.py",
-        "        context = context.copy()\n",
-        "        context = _SHARED.setdefault(id(context), context.copy())\n",
+        "        context = new_context()\n",
+        "        context = _SHARED.setdefault(id(plan), new_context())\n",
     ),
     Mutant(
         "an agent is started after its cancellation",
