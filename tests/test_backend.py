@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Coroutine, Generator
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ import anyio
 import anyio.lowlevel
 
 from agentloop import AgentLoop
-from agentloop._backend import look_around
+from agentloop._backend import cancellation_counter, forget_cancellations, look_around
 
 
 def tell() -> bool:
@@ -68,6 +69,25 @@ async def test_anyio_is_asked_each_time_where_its_insides_have_other_names() -> 
         is_cancelled_around = look_around(Backend)
         Backend.deadline = math.inf
         assert not is_cancelled_around(None)
+
+
+async def test_native_cancellations_are_forgotten_and_cancel_nothing_afterwards(
+    anyio_backend_name: str,
+) -> None:
+    async def ours() -> int:
+        pending = cancellation_counter()()
+        if anyio_backend_name == "asyncio":
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            task.cancel()
+            assert pending() == 2
+
+        await forget_cancellations()
+        await anyio.sleep(0)
+        return pending()
+
+    assert await ours() == 0
 
 
 async def test_agent_may_return_a_coroutine_of_another_kind() -> None:

@@ -308,18 +308,19 @@ class TestAlarm:
     @pytest.mark.parametrize("once", ["as AnyIO's", "keeps something", "refuses"])
     async def test_scopes_that_are_not_as_new_once_left_are_not_entered_again(self, once: str) -> None:
         kind: Any = type(anyio.CancelScope())
+        entered: list[Any] = []
 
         class Backend:
             class create_cancel_scope(kind):  # noqa: N801
                 __slots__ = ("kept",)
 
                 def __enter__(self) -> Any:
-                    if hasattr(self, "kept") and once == "refuses":
+                    if once == "keeps something":
+                        self.kept = True
+                    elif once == "refuses" and self in entered:
                         raise RuntimeError("each is for one use")
 
-                    if once != "as AnyIO's":
-                        self.kept = True
-
+                    entered.append(self)
                     return super().__enter__()
 
         alarm = make_alarm(Backend)
