@@ -14,7 +14,7 @@ import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from ._config import LoopConfig
-from ._context import call_in_context
+from ._context import await_it, call_in_context
 from ._errors import InvocationCancelled
 from ._job import Job
 from ._observer import Observer
@@ -55,7 +55,7 @@ class Plan:
         self.act = act
 
 
-_PLUMBING: set[CodeType] = {call_in_context.__code__}
+_PLUMBING: set[CodeType] = {call_in_context.__code__, await_it.__code__}
 
 
 def plumbing(fn: FnT) -> FnT:

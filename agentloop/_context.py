@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["call_in_context"]
+__all__ = ["await_it", "call_in_context"]
 
 import inspect
 import types
@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 # What calling an async function gives.
-_PLAIN: object = types.CoroutineType
+_PLAIN: type[types.CoroutineType[Any, Any, Any]] = types.CoroutineType
+_send = _PLAIN.send
 
 
 @types.coroutine
@@ -33,15 +34,14 @@ def call_in_context(
     :param on_wait: called outside the context when the call waits for the first time
     :raises TypeError: if ``fn`` returns something that cannot be awaited
     """
-    run = context.run
-    coroutine: Any = run(fn, *args, **kwargs)
+    coroutine: Any = context.run(fn, *args, **kwargs)
     # The plain case first: to ask an abstract class takes longer.
     if type(coroutine) is not _PLAIN:
         coroutine = _as_coroutine(fn, coroutine)
 
-    send: Callable[[Any], Any] = coroutine.send
+    # Bound methods are not kept: the collector would look at them as long as the call waits.
     try:
-        step = run(send, None)
+        step = context.run(_send, coroutine, None)
     except StopIteration as stop:
         value: T = stop.value
         return value
@@ -53,7 +53,7 @@ def call_in_context(
         try:
             sent = yield step
         except GeneratorExit:
-            run(coroutine.close)
+            context.run(coroutine.close)
             raise
         except BaseException as exc:
             # Thrown in below, outside of this block: inside, it would become the context of whatever the
@@ -61,7 +61,10 @@ def call_in_context(
             thrown = exc
 
         try:
-            step = run(send, sent) if thrown is None else run(coroutine.throw, thrown)
+            if thrown is None:
+                step = context.run(_send, coroutine, sent)
+            else:
+                step = context.run(coroutine.throw, thrown)
         except StopIteration as stop:
             value = stop.value
             return value
@@ -70,16 +73,14 @@ def call_in_context(
             thrown = sent = None
 
 
-async def _wait(awaitable: Awaitable[T]) -> T:
+async def await_it(awaitable: Awaitable[T]) -> T:
+    """Make a coroutine of what can only be awaited."""
     return await awaitable
 
 
 def _as_coroutine(fn: object, returned: object) -> Coroutine[Any, Any, Any]:
-    if isinstance(returned, Coroutine):
-        return returned  # pyright: ignore[reportUnknownVariableType]  # whatever the agent's coroutine gives
-
     if inspect.isawaitable(returned):
-        return _wait(returned)
+        return await_it(returned)
 
     if inspect.isasyncgen(returned):
         raise TypeError(f"{fn!r} is an async generator function: run it with run_streaming()")

@@ -121,14 +121,19 @@ async def test_failure_is_data_and_carries_the_very_exception() -> None:
 
 
 async def test_traceback_begins_in_the_agent() -> None:
+    class Awaitable:
+        def __await__(self) -> Any:
+            raise ValueError
+
     async def agent() -> None:
         raise ValueError
 
-    result = await AgentLoop(LoopConfig(max_retries=0)).run_single("a", agent)
-    assert result.exception is not None
-    traceback = result.exception.__traceback__
-    assert traceback is not None
-    assert traceback.tb_frame.f_code is agent.__code__
+    for fn, code in ((agent, agent.__code__), (Awaitable, Awaitable.__await__.__code__)):
+        result = await AgentLoop(LoopConfig(max_retries=0)).run_single("a", fn)
+        assert result.exception is not None
+        traceback = result.exception.__traceback__
+        assert traceback is not None
+        assert traceback.tb_frame.f_code is code
 
 
 async def test_failures_are_retried_after_a_growing_backoff() -> None:
