@@ -39,14 +39,16 @@ class Lifetime:
         self._limiter = limiter
         self._group: TaskGroup | None = None
         self._task_id = 0
-        self.is_open = False
-        """Whether the block has been entered and its calls have not all ended."""
-        self.is_left = False
-        """Whether the block has been left last, and not entered."""
+        self._left = False
         self._calls: dict[Call, None] = {}
         self._idle: anyio.Event | None = None
         self.failure: BaseException | None = None
         """What ended a batch, such as an agent's ``KeyboardInterrupt``, until its reader has raised it."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the block has been entered and its calls have not all ended."""
+        return self._group is not None
 
     def check(self) -> None:
         """
@@ -54,7 +56,7 @@ class Lifetime:
 
         :raises LoopClosed: unless the work is that of an invocation which is still running
         """
-        if self.is_left and not pool_of(self._limiter).encloses(current_slot.get()):
+        if self._left and not pool_of(self._limiter).encloses(current_slot.get()):
             raise LoopClosed(
                 "this loop's `async with` block has been left, so it takes no new work: "
                 "call it inside the block, or enter the loop again"
@@ -97,7 +99,7 @@ class Lifetime:
         await group.__aenter__()
         self._group = group
         self._task_id = anyio.get_current_task().id
-        self.is_open, self.is_left = True, False
+        self._left = False
 
     async def leave(self, exc: BaseException | None) -> None:
         """
@@ -110,7 +112,7 @@ class Lifetime:
         if anyio.get_current_task().id != self._task_id:
             raise RuntimeError("a loop must be left by the task that entered it")
 
-        self.is_left = True
+        self._left = True
         try:
             if exc is not None:
                 self._cancel(exc)
@@ -127,7 +129,6 @@ class Lifetime:
             raise
         finally:
             self._group = None
-            self.is_open = False
             # Its tasks have ended, and none of them raises; so this passes nothing but cancellation.
             await group.__aexit__(None, None, None)
             failure, self.failure = self.failure, None

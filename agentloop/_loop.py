@@ -180,9 +180,7 @@ class AgentLoop:
         :raises LoopClosed: if the loop's ``async with`` block has been left
         """
         lifetime = self._lifetime
-        if lifetime.is_left:
-            lifetime.check()
-
+        lifetime.check()
         single = Single(make_invocation(agent_id, fn, args, kwargs), self._limiter, self._plan)
         if not lifetime.is_open:
             return await single.run()

@@ -107,7 +107,7 @@ class Single(Generic[T]):
             raise
 
         # No local name for the result: the traceback of an error in it refers to this frame.
-        return self._end(now) if job.charges is not None else observer.finish(job, now)
+        return self._end(now)
 
     async def run_cancellable(self) -> InvocationResult[T]:
         """Run to the end, or to a call of :meth:`cancel`, which makes a result as well."""
