@@ -163,7 +163,7 @@ class Original:
             for retries in range(MAX_RETRIES + 1):
                 try:
                     output = await asyncio.wait_for(fn(*args, **kwargs), TIMEOUT_SECONDS)
-                except asyncio.TimeoutError:  # noqa: UP041  # as the original has it
+                except TimeoutError:
                     error = f"Timeout after {TIMEOUT_SECONDS}s"
                 except Exception as exc:
                     error = str(exc)

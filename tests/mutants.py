@@ -214,7 +214,7 @@ MUTANTS = [
         "attempts share a context",
         "_attempt.py",
         "        context = new_context()\n",
-        "        context = _SHARED.setdefault(id(plan), new_context())\n",
+        "        context = vars(run_attempt).setdefault(id(plan), new_context())\n",
     ),
     Mutant(
         "an agent is started after its cancellation",
@@ -588,11 +588,7 @@ def catch(mutant: Mutant, backend: str, first: int = 0, last: int = PROGRAMS) ->
                 f"{mutant.name!r}: its text stands {text.count(mutant.old)} times in {mutant.file}"
             )
 
-        text = text.replace(mutant.old, mutant.new)
-        if "_SHARED" in mutant.new:
-            text += "\n\n_SHARED: dict[int, Context] = {}\n"
-
-        target.write_text(text)
+        target.write_text(text.replace(mutant.old, mutant.new))
         command = [
             sys.executable,
             str(ROOT / "tests" / mutant.program),

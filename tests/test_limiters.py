@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import anyio
 import pytest
@@ -33,7 +33,7 @@ ONCE = LoopConfig(max_retries=0)
 
 class Overloaded(Exception):
     status_code = 429
-    headers = {"retry-after": "10"}  # noqa: RUF012  # as a client's errors have it
+    headers: ClassVar = {"retry-after": "10"}
 
 
 async def overload() -> None:

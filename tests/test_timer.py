@@ -310,18 +310,20 @@ class TestAlarm:
         kind: Any = type(anyio.CancelScope())
         entered: list[Any] = []
 
+        class Scope(kind):
+            __slots__ = ("kept",)
+
+            def __enter__(self) -> Any:
+                if once == "keeps something":
+                    self.kept = True
+                elif once == "refuses" and self in entered:
+                    raise RuntimeError("each is for one use")
+
+                entered.append(self)
+                return super().__enter__()
+
         class Backend:
-            class create_cancel_scope(kind):  # noqa: N801
-                __slots__ = ("kept",)
-
-                def __enter__(self) -> Any:
-                    if once == "keeps something":
-                        self.kept = True
-                    elif once == "refuses" and self in entered:
-                        raise RuntimeError("each is for one use")
-
-                    entered.append(self)
-                    return super().__enter__()
+            create_cancel_scope = Scope
 
         alarm = make_alarm(Backend)
         assert alarm is not None
