@@ -114,9 +114,6 @@ async def run_attempt(
         if first:
             job.started_at = now
 
-        if slot.charges is not None:
-            job.charges, slot.charges = slot.charges, None
-
         observer = plan.observer
         if first and observer.is_plain:
             job.attempt_at = now
@@ -125,7 +122,11 @@ async def run_attempt(
         else:
             observer.started(job, now, context)
 
-        act = plan.act
+        if slot.charges is not None:
+            job.charges, slot.charges = slot.charges, None
+            slot.pool.pay(job.charges)
+
+        pool, act = slot.pool, plan.act
         try:
             try:
                 if act is None:

@@ -60,7 +60,7 @@ class Slot:
         self.lent: Slot | None = None
         self.released = False
         self.suspended = False
-        # What has been paid for the attempt, until it begins.
+        # What is reserved for the attempt, until it calls its agent.
         self.charges: list[Charge] | None = None
         # Who would take this slot on loan; made when the first one asks.
         self.waiters: OrderedDict[Waiter, None] | None = None
@@ -69,8 +69,8 @@ class Slot:
         self, verdict: Verdict | None = None, succeeded: bool = False, longest_hold: float = math.inf
     ) -> None:
         """
-        Give the slot back, or leave it to the one it is lent to, who then gives it back. What was paid for an
-        attempt that never began is given back too.
+        Give the slot back, or leave it to the one it is lent to, who then gives it back. What was reserved
+        for an attempt that never began is given back too.
 
         :param verdict: the judgement of the attempt, where it failed
         :param succeeded: whether it succeeded; a cancelled one did neither
@@ -329,11 +329,20 @@ class Pool:
 
         self._grant()
 
-    def refund(self, charges: list[Charge]) -> None:
-        """Give back what was paid for an attempt that will not begin."""
+    def pay(self, charges: list[Charge]) -> None:
+        """Pay what was reserved for an attempt, which calls its agent now."""
         now = self.now()
         for meter, charge in zip(self.meters, charges, strict=True):
-            meter.correct(charge, 0, now)
+            meter.pay(charge, now)
+
+        if self.in_line:
+            # When the next one can pay may have depended on it.
+            self._grant()
+
+    def refund(self, charges: list[Charge]) -> None:
+        """Give back what was reserved for an attempt that will not begin."""
+        for meter, charge in zip(self.meters, charges, strict=True):
+            meter.release(charge)
 
         self._grant()
 
@@ -426,7 +435,7 @@ class Pool:
             if self._next() is not None or self._ready_at(costs, now) > now:
                 return None
 
-            charges = self._pay(costs, now)
+            charges = self._reserve(costs, now)
             self._ungate(now)
 
         if lender is None:
@@ -567,7 +576,7 @@ class Pool:
                 self._set_alarm(waiter, at)
                 return
 
-            charges = self._pay(waiter.costs, now)
+            charges = self._reserve(waiter.costs, now)
             slot, waiter.loan = waiter.loan or self._take(waiter.outer), None
             slot.charges = charges
             self._give(waiter, slot)
@@ -596,11 +605,11 @@ class Pool:
 
         return at
 
-    def _pay(self, costs: tuple[float, ...], now: float) -> list[Charge] | None:
+    def _reserve(self, costs: tuple[float, ...], now: float) -> list[Charge] | None:
         if self.governor is not None:
             self.governor.start(now)
 
-        return [meter.pay(cost, now) for meter, cost in zip(self.meters, costs, strict=True)] or None
+        return [meter.reserve(cost) for meter, cost in zip(self.meters, costs, strict=True)] or None
 
     def _set_alarm(self, waiter: Waiter | None, at: float) -> None:
         alarmed, self._alarmed = self._alarmed, waiter

@@ -89,35 +89,60 @@ class Charge:
     """
     What one attempt has paid to one meter.
 
-    :param at: when it paid
     :param cost: how much
+    :param at: when it paid; infinite while that is only reserved
     :param number: which charge of its meter it is, from 1
     """
 
-    at: float
     cost: float
-    number: int
+    at: float = math.inf
+    number: int = 0
 
 
 class Meter(ABC):
     """
     Keeps count of one rate in one event loop.
 
-    It never reads a clock: who asks tells the time. What :meth:`ready_at` gives is a time at which it can
-    be paid, so nobody looks again a little later, and no rounding can make that go on for ever.
+    A cost is reserved when an attempt is admitted, and paid when its agent is called. Between the two the
+    event loop may be busy with other tasks, for longer than ``per_seconds`` too.
+
+    It never reads a clock: the caller tells the time. What :meth:`ready_at` returns is a time at which a cost
+    can be paid, so that one look at that time is enough, and no rounding can make that go on for ever.
     """
 
     def __init__(self, rate: Rate) -> None:
         self.rate = rate
-        self._count: int = 0
+        self._reserved: float = 0
+        self._reservations: int = 0
+
+    def reserve(self, cost: float) -> Charge:
+        """Reserve a cost for which it is time."""
+        self._reservations += 1
+        self._reserved += cost
+        return Charge(cost)
+
+    def pay(self, charge: Charge, now: float) -> None:
+        """Pay what was reserved."""
+        self.release(charge)
+        charge.at = now
+        self._pay(charge)
+
+    def release(self, charge: Charge) -> None:
+        """Give a reservation back."""
+        self._reservations -= 1
+        # Exactly, whatever the fractions before added up to.
+        self._reserved = self._reserved - charge.cost if self._reservations else 0
 
     @abstractmethod
     def ready_at(self, cost: float, now: float) -> float:
-        """Return when a cost can be paid, at ``now`` or later, if nothing else is paid before."""
+        """
+        Return when a cost can be reserved, at ``now`` or later, if no other is reserved before.
+
+        :return: the time; infinite while that depends on when other reservations are paid
+        """
 
     @abstractmethod
-    def pay(self, cost: float, now: float) -> Charge:
-        """Pay a cost for which it is time."""
+    def _pay(self, charge: Charge) -> None: ...
 
     @abstractmethod
     def correct(self, charge: Charge, cost: float, now: float) -> None:
@@ -142,7 +167,7 @@ class _Window(Meter):
         if not charges:
             self._spent = 0  # exactly, whatever the fractions before added up to
 
-        too_much = self._spent + cost - self.rate.limit
+        too_much = self._spent + self._reserved + cost - self.rate.limit
         at = now
         for charge in charges:
             if too_much <= 0:
@@ -151,16 +176,12 @@ class _Window(Meter):
             too_much -= charge.cost
             at = charge.at + seconds
 
-        return at
+        return math.inf if too_much > 0 and self._reservations else at
 
-    def pay(self, cost: float, now: float) -> Charge:
-        self._count += 1
-        charge = Charge(now, cost, self._count)
-        if cost:
+    def _pay(self, charge: Charge) -> None:
+        if charge.cost:
             self._charges.append(charge)
-            self._spent += cost
-
-        return charge
+            self._spent += charge.cost
 
     def correct(self, charge: Charge, cost: float, now: float) -> None:
         if charge.at + self.rate.per_seconds > now:
@@ -185,17 +206,21 @@ class _Bucket(Meter):
         self._seconds_each = rate.per_seconds / rate.limit
         self._depth = rate.burst * self._seconds_each
         self._full_at = -math.inf
+        self._count = 0
         # How far from full the bucket was when each charge was paid, as far as it was nearer to full then
         # than at any later charge: so each number, and each value, is greater than the one before. What was
         # paid before the bucket was last full has flowed back since, and must not be given back as well.
         self._lows: list[tuple[int, float]] = []
 
     def ready_at(self, cost: float, now: float) -> float:
-        return max(now, self._full_at + cost * self._seconds_each - self._depth)
+        seconds = (self._reserved + cost) * self._seconds_each
+        if self._reserved and seconds > self._depth:
+            return math.inf
 
-    def pay(self, cost: float, now: float) -> Charge:
-        self._spend(cost * self._seconds_each, now)
-        return Charge(now, cost, self._count)
+        return max(now, self._full_at + seconds - self._depth)
+
+    def _pay(self, charge: Charge) -> None:
+        charge.number = self._spend(charge.cost * self._seconds_each, charge.at)
 
     def correct(self, charge: Charge, cost: float, now: float) -> None:
         more = (cost - charge.cost) * self._seconds_each
@@ -213,10 +238,11 @@ class _Bucket(Meter):
         for number, missing in later:
             self._note(number, missing - back)
 
-    def _spend(self, seconds: float, now: float) -> None:
+    def _spend(self, seconds: float, now: float) -> int:
         self._count += 1
         self._note(self._count, max(0.0, self._full_at - now))
         self._full_at = max(self._full_at, now) + seconds
+        return self._count
 
     def _note(self, number: int, missing: float) -> None:
         while self._lows and self._lows[-1][1] >= missing:

@@ -27,7 +27,7 @@ from agentloop import (
     Status,
 )
 from agentloop._limiter import pool_of
-from agentloop._rate import make_meter
+from agentloop._rate import Charge, Meter, make_meter
 from agentloop.testing import virtual_clock
 
 backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
@@ -475,6 +475,12 @@ def test_attempts_start_in_order_and_as_early_as_slots_and_rates_allow(
     assert [arrivals[int(name)] for name in in_order] == [one.arrival for one in expected]
 
 
+def pay(meter: Meter, cost: float, now: float) -> Charge:
+    charge = meter.reserve(cost)
+    meter.pay(charge, now)
+    return charge
+
+
 @given(
     st.builds(
         Rate, st.integers(3, 9), st.just(4.0), st.one_of(st.none(), st.integers(3, 9)), st.just(weight)
@@ -490,7 +496,7 @@ def test_no_window_holds_more_than_is_allowed_however_costs_are_corrected(
     for wait, cost, which, real in steps:
         now = max(now + wait / 4, meter.ready_at(cost, now))
         assert meter.ready_at(cost, now) == now, "it is not ready when it said that it would be"
-        open_charges.append((len(paid), meter.pay(cost, now)))
+        open_charges.append((len(paid), pay(meter, cost, now)))
         paid.append((now, cost))
         if which < len(open_charges):
             index, charge = open_charges.pop(which)
@@ -517,10 +523,10 @@ def test_what_is_given_back_at_once_leaves_no_trace(burst: int, steps: list[tupl
         for wait, cost in steps:
             cost = min(cost, burst)
             now = max(now + wait / 4, meter.ready_at(cost, now))
-            meter.pay(cost, now)
-            other.pay(cost, now)
+            pay(meter, cost, now)
+            pay(other, cost, now)
             now = max(now, other.ready_at(1, now), meter.ready_at(1, now))
-            other.correct(other.pay(1, now), 0, now)
+            other.correct(pay(other, 1, now), 0, now)
             assert other.ready_at(burst, now) == pytest.approx(meter.ready_at(burst, now))
 
 
@@ -536,7 +542,7 @@ def test_corrected_costs_count_as_if_they_had_been_known_or_were_paid_when_they_
     open_charges: list[tuple[Any, Any]] = []
     for wait, cost, which, real in steps:
         now = max(now + wait / 4, meter.ready_at(cost, now))
-        open_charges.append((meter.pay(cost, now), account.pay(cost, now)))
+        open_charges.append((pay(meter, cost, now), account.pay(cost, now)))
         if which < len(open_charges):
             charge, payment = open_charges.pop(which)
             meter.correct(charge, real, now)
@@ -548,8 +554,8 @@ def test_corrected_costs_count_as_if_they_had_been_known_or_were_paid_when_they_
 
 def test_settling_one_charge_takes_nothing_from_the_settling_of_another() -> None:
     meter = make_meter(Rate(1, 1.0, burst=10))
-    first = meter.pay(2, 0.0)
-    second, third = meter.pay(5, 2.0), meter.pay(3, 2.0)
+    first = pay(meter, 2, 0.0)
+    second, third = pay(meter, 5, 2.0), pay(meter, 3, 2.0)
     meter.correct(first, 2, 2.0)
     meter.correct(second, 0, 2.0)
     meter.correct(third, 0, 2.0)
@@ -558,7 +564,7 @@ def test_settling_one_charge_takes_nothing_from_the_settling_of_another() -> Non
 
 def test_what_has_flowed_back_is_not_given_back_from_what_was_charged_since() -> None:
     meter = make_meter(Rate(1, 1.0, burst=10))
-    first, second = meter.pay(0, 0.0), meter.pay(5, 0.0)
+    first, second = pay(meter, 0, 0.0), pay(meter, 5, 0.0)
     meter.correct(first, 3, 5.0)
     meter.correct(second, 0, 5.0)
     assert meter.ready_at(10, 5.0) == 8.0
@@ -566,16 +572,16 @@ def test_what_has_flowed_back_is_not_given_back_from_what_was_charged_since() ->
 
 def test_charge_that_is_long_past_is_corrected_no_more() -> None:
     meter = make_meter(Rate(5, 1.0))
-    charge = meter.pay(5, 0.0)
+    charge = pay(meter, 5, 0.0)
     assert meter.ready_at(5, 1.0) == 1.0
-    meter.pay(5, 1.0)
+    pay(meter, 5, 1.0)
     meter.correct(charge, 0, 1.0)
     assert meter.ready_at(1, 1.0) == 2.0
 
 
 def test_cost_that_turns_out_not_to_be_nothing_is_charged() -> None:
     meter = make_meter(Rate(5, 1.0, cost=weight))
-    charge = meter.pay(0, 0.0)
+    charge = pay(meter, 0, 0.0)
     meter.correct(charge, 5, 0.5)
     assert meter.ready_at(1, 0.5) == 1.5
 
@@ -584,7 +590,7 @@ def test_fractions_leave_nothing_behind() -> None:
     meter, now = make_meter(Rate(1, 1.0, cost=weight)), 0.0
     for cost in [0.1, 0.2, 0.7, 0.3, 0.6, 0.1, 1.0] * 50:
         now = meter.ready_at(cost, now)
-        meter.pay(cost, now)
+        pay(meter, cost, now)
 
     assert meter.ready_at(1.0, now + 1) == now + 1
     assert now < 350
