@@ -15,7 +15,9 @@ from ._errors import (
     IdleTimeout,
     InvocationCancelled,
     InvocationTimeout,
+    LeftOpenError,
     LoopClosed,
+    NotAsyncError,
 )
 from ._events import (
     ChunkEvent,
@@ -57,6 +59,7 @@ __all__ = [
     "InvocationCancelled",
     "InvocationResult",
     "InvocationTimeout",
+    "LeftOpenError",
     "LimitEvent",
     "Limiter",
     "LimiterStatistics",
@@ -66,6 +69,7 @@ __all__ = [
     "LoopStatistics",
     "MetricsRecorder",
     "MetricsSnapshot",
+    "NotAsyncError",
     "QueuedEvent",
     "Rate",
     "ResultEvent",

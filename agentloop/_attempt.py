@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Act", "Plan", "plumbing", "run_attempt"]
 
+import logging
 import math
 from collections.abc import Awaitable, Callable
 from contextvars import Context
@@ -11,19 +12,22 @@ from types import CodeType
 from typing import Any, TypeAlias, TypeVar, cast
 
 import anyio
-from anyio.lowlevel import checkpoint_if_cancelled
+from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
+from ._backend import CallersCancellation, is_error
 from ._config import LoopConfig
 from ._context import await_it, call_in_context
-from ._errors import InvocationCancelled
+from ._errors import InvocationCancelled, LeftOpenError
 from ._job import Job
 from ._observer import Observer
-from ._pool import Slot, current_slot
+from ._pool import Pool, Slot, current_slot
 from ._result import SUCCESS, Status
 from ._timer import Timer
 
 FnT = TypeVar("FnT", bound=Callable[..., Any])
+ErrorT = TypeVar("ErrorT", bound=Exception)
 
+_logger = logging.getLogger("agentloop")
 _set_slot = current_slot.set
 
 Act: TypeAlias = Callable[
@@ -44,7 +48,7 @@ class Plan:
     :param act: what is done with the agent; if absent, it is called, and what it returns awaited
     """
 
-    __slots__ = ("act", "config", "observer", "timeout", "total")
+    __slots__ = ("_classify_failed", "act", "config", "observer", "timeout", "total")
 
     def __init__(self, config: LoopConfig, observer: Observer, act: Act | None = None) -> None:
         self.config = config
@@ -53,6 +57,16 @@ class Plan:
         self.observer = observer
         # To call the agent and await what it returns needs no more than a context.
         self.act = act
+        self._classify_failed = False
+
+    def log_classify(self) -> None:
+        """Log that ``classify`` has failed, the first time."""
+        if not self._classify_failed:
+            self._classify_failed = True
+            _logger.exception(
+                "classify=%r failed, so the failure is not retried; its further errors are not logged",
+                self.config.classify,
+            )
 
 
 _PLUMBING: set[CodeType] = {call_in_context.__code__, await_it.__code__}
@@ -70,7 +84,7 @@ async def run_attempt(
     plan: Plan,
     slot: Slot,
     new_context: Callable[[], Context],
-    cancellations: Callable[[], int],
+    caller: CallersCancellation | None,
     on_wait: Callable[[], object],
     timer: Timer,
     now: float,
@@ -79,8 +93,8 @@ async def run_attempt(
     Run one attempt and tell the job how it ended. The slot is given back in any case.
 
     :param new_context: gives the context for the agent, which is its own
-    :param cancellations: counts the native cancellations of this task which its caller may have asked for; in
-        a task of ours only the agent can, so that there it is to return 0
+    :param caller: notices native cancellations of this task, if it is a caller's; in a task of ours only the
+        agent can ask for one
     :param on_wait: called when the agent waits for the first time, or oftener
     :param timer: times the attempt out; stays open, if the agent returned, until it is closed
     :param now: the time
@@ -109,7 +123,9 @@ async def run_attempt(
 
         context = new_context()
         context.run(_set_slot, slot)
-        cancelled_before = cancellations()
+        if caller is not None:
+            caller.begin()
+
         job.attempts += 1
         if first:
             job.started_at = now
@@ -128,23 +144,19 @@ async def run_attempt(
 
         pool, act = slot.pool, plan.act
         try:
-            try:
-                if act is None:
-                    invocation = job.invocation
-                    fn: Any = invocation.fn
-                    output = await call_in_context(context, fn, invocation.args, invocation.kwargs, on_wait)
-                else:
-                    output = await act(job, plan, context, scope, on_wait)
-            except BaseException as exc:
-                if scope.cancel_called and isinstance(exc, anyio.get_cancelled_exc_class()):
-                    # The scope is about to drop it, but trio holds on to it in a cycle: without this,
-                    # the frames and arguments of the agent would live until the next collection.
-                    exc.__traceback__ = None
-
-                if not timer.close(exc):
-                    raise
+            if act is None:
+                invocation = job.invocation
+                fn: Any = invocation.fn
+                output = await call_in_context(
+                    context, fn, invocation.args, invocation.kwargs, on_wait, caller
+                )
             else:
-                ended_at = slot.pool.now()
+                output = await act(job, plan, context, scope, on_wait)
+        except BaseException as exc:
+            await _conclude(job, plan, pool, caller, timer, exc)
+        else:
+            ended_at = pool.now()
+            if not pool.is_left_open(scope):
                 # It may have been cancelled before the agent returned; and a stream moves the deadline.
                 if ended_at >= deadline or act is not None:
                     timer.close()
@@ -155,39 +167,11 @@ async def run_attempt(
                     job.error = None
 
                 return ended_at
-        except Exception as exc:
-            job.made_of_cancellation = exc
-            # An error made out of the caller's cancellation is that cancellation.
-            await checkpoint_if_cancelled()
-            job.made_of_cancellation = None
-            _trim(exc)
-            if scope.cancel_called:
-                job.time_out(plan.config, exc)
-            else:
-                job.fail(Status.ERROR, exc)
-        except BaseException as exc:
-            error = _without_cancellation(exc)
-            await checkpoint_if_cancelled()
-            if cancellations() > cancelled_before:
-                raise
 
-            _trim(exc)
-            if scope.cancel_called:
-                job.time_out(plan.config, error)
-            elif error is not None:
-                job.fail(Status.ERROR, error)
-            else:
-                error = InvocationCancelled("the agent was cancelled from within")
-                error.__cause__ = exc
-                job.fail(Status.CANCELLED, error)
+            await _conclude(job, plan, pool, caller, timer, None)
 
-            # The traceback of an error refers to this frame; the frame must not refer back.
-            del error
-        else:
-            job.time_out(plan.config, None)
-
-        job.judge(plan.config)
-        return slot.pool.now()
+        job.judge(plan.config, plan.log_classify)
+        return pool.now()
     finally:
         # A stream may be without one while it waits for its reader.
         held = job.slot
@@ -199,6 +183,89 @@ async def run_attempt(
                 held.release(job.verdict, False, plan.config.backoff.max_retry_after_seconds)
 
 
+async def _conclude(
+    job: Job[Any],
+    plan: Plan,
+    pool: Pool,
+    caller: CallersCancellation | None,
+    timer: Timer,
+    raised: BaseException | None,
+) -> None:
+    """
+    Tell a job how an attempt has failed, and leave its scope.
+
+    :param raised: what came out of the agent; ``None`` if it returned and left a scope open
+    :raises BaseException: as :func:`run_attempt`
+    """
+    scope, cancelled_class = timer.scope, anyio.get_cancelled_exc_class()
+    assert scope is not None
+    timed_out = scope.cancel_called
+    error: Exception | None = None
+    try:
+        job.left_open = job.left_open or pool.is_left_open(scope)
+        if not job.left_open:
+            # By the type alone, here and below: what an exception says of its class may raise.
+            if timed_out and issubclass(type(raised), cancelled_class):
+                assert raised is not None
+                # The scope is about to drop it, but trio holds on to it in a cycle: without this,
+                # the frames and arguments of the agent would live until the next collection.
+                raised.__traceback__ = None
+
+            try:
+                if timer.close(raised):
+                    raised = None
+            except BaseException as rest:
+                raised = rest
+
+        if raised is not None:
+            error = raised if isinstance(raised, Exception) else _without_cancellation(raised)
+
+        if error is not None and error is raised:
+            job.made_of_cancellation = error
+
+        if job.left_open:
+            # A scope that is still open may be cancelled too, which is the agent's doing.
+            if pool.is_cancelled_around(scope):
+                timer.abandon(caller is None)
+                await anyio.sleep_forever()
+
+            timer.abandon(caller is None)
+        elif raised is not None:
+            # An error made out of the caller's cancellation is that cancellation.
+            await checkpoint_if_cancelled()
+
+        if caller is not None and caller.came():
+            if raised is None or not issubclass(type(raised), cancelled_class):
+                # It may still be on its way.
+                await checkpoint()
+                raised = cancelled_class()
+
+            raise raised
+
+        if error is not None:
+            _trim(error)
+            if error is raised:
+                job.made_of_cancellation = None
+
+        if job.left_open:
+            job.fail(Status.ERROR, _from(LeftOpenError(job.invocation.agent_id), raised))
+        elif timed_out or raised is None:
+            job.time_out(plan.config, error)
+        elif error is not None:
+            job.fail(Status.ERROR, error)
+        else:
+            stray = InvocationCancelled("the agent was cancelled from within")
+            job.fail(Status.CANCELLED, _from(stray, raised))
+    finally:
+        # Their tracebacks refer to this frame; the frame must not refer back.
+        raised = error = None
+
+
+def _from(error: ErrorT, cause: BaseException | None) -> ErrorT:
+    error.__cause__ = cause
+    return error
+
+
 def _without_cancellation(exc: BaseException) -> Exception | None:
     """
     Return the errors in a group that has cancellations among them, or ``None`` for a bare cancellation.
@@ -208,7 +275,7 @@ def _without_cancellation(exc: BaseException) -> Exception | None:
     if isinstance(exc, anyio.get_cancelled_exc_class()):
         return None
 
-    if isinstance(exc, BaseExceptionGroup):
+    if issubclass(type(exc), BaseExceptionGroup):
         rest = cast("BaseExceptionGroup[BaseException]", exc).split(anyio.get_cancelled_exc_class())[1]
         if rest is None or isinstance(rest, Exception):
             return rest
@@ -218,11 +285,13 @@ def _without_cancellation(exc: BaseException) -> Exception | None:
 
 def _trim(exc: BaseException) -> None:
     """Let the traceback begin in the agent: shorter to read, and no reference back to our own frames."""
-    traceback = exc.__traceback__
-    while traceback is not None and traceback.tb_frame.f_code in _PLUMBING:
-        traceback = traceback.tb_next
-
     try:
+        traceback = exc.__traceback__
+        while traceback is not None and traceback.tb_frame.f_code in _PLUMBING:
+            traceback = traceback.tb_next
+
         exc.__traceback__ = traceback
-    except Exception:
-        pass  # a frozen dataclass, say; its traceback then keeps our frames
+    except BaseException as refusal:
+        # A frozen dataclass, say; its traceback then keeps our frames.
+        if not is_error(refusal):
+            raise

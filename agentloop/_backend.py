@@ -4,20 +4,27 @@ from __future__ import annotations
 
 __all__ = [
     "Alarm",
+    "CallersCancellation",
     "LoopAlarm",
     "TaskAlarm",
+    "callers_cancellation",
     "cancellation_counter",
     "clock",
     "forget_cancellations",
+    "is_alive",
+    "is_error",
     "is_running",
     "look_around",
+    "look_inside",
     "make_alarm",
     "make_task_alarm",
     "runs_here",
 ]
 
 import asyncio
+import gc
 import math
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -300,6 +307,57 @@ def look_around(backend: Any) -> Callable[[Any], bool]:
         return ask
 
 
+def look_inside(backend: Any) -> Callable[[Any], bool]:
+    """
+    Return a function that tells whether a scope which an agent was called in has another one left in it.
+
+    Without a look at AnyIO's and trio's own scopes this shows only when the scope cannot be left.
+
+    :param backend: AnyIO's
+    """
+
+    def look(scope: Any) -> bool:
+        return bool(scope._child_scopes)
+
+    if anyio.get_cancelled_exc_class() is not asyncio.CancelledError:
+
+        def look(scope: Any) -> bool:
+            return bool(scope._CancelScope__original._cancel_status._children)
+
+    try:
+        with backend.create_cancel_scope() as scope:
+            before = look(scope)
+            with backend.create_cancel_scope():
+                within = look(scope)
+
+            return look if (before, within, look(scope)) == (False, True, False) else _see_nothing
+    except Exception:
+        return _see_nothing
+
+
+def _see_nothing(scope: Any) -> bool:
+    del scope
+    return False
+
+
+def is_error(exc: BaseException) -> bool:
+    """
+    Tell whether a plain function of a user's has failed with an exception, rather than been interrupted.
+
+    A cancellation that it raises is an error of its own, since nothing can be cancelled where nothing waits.
+    """
+    kinds: tuple[type[BaseException], ...] = (Exception, asyncio.CancelledError)
+    trio = sys.modules.get("trio")
+    if trio is not None:
+        kinds = (*kinds, trio.Cancelled)
+
+    # By the type alone: what an exception says of its class may raise.
+    if issubclass(type(exc), BaseExceptionGroup):
+        return exc.split(kinds)[1] is None  # type: ignore[attr-defined]
+
+    return issubclass(type(exc), kinds)
+
+
 def clock() -> Callable[[], float]:
     """
     Return what reads the time of the current event loop, as ``anyio.current_time()`` does.
@@ -332,6 +390,75 @@ def _count_cancellations() -> Callable[[], int]:
     task = asyncio.current_task()
     assert task is not None
     return task.cancelling
+
+
+def callers_cancellation() -> CallersCancellation | None:
+    """Return what notices native cancellations of the current task, which is a caller's; on trio ``None``."""
+    on_asyncio = anyio.get_cancelled_exc_class() is asyncio.CancelledError
+    return CallersCancellation() if on_asyncio else None
+
+
+class CallersCancellation:
+    """
+    Tells a native cancellation of the current task, by its caller, from what an agent does to the task.
+
+    Both show in the count of the cancellations that were asked of the task (``Task.cancelling()``). Before
+    CPython 3.13 an ``asyncio.TaskGroup`` leaves that raised when one of its tasks fails while its block is
+    being left: it cancels the task that waits there, and never takes that back. So when a cancellation
+    reaches the agent, it is seen whether the agent waits in such a block.
+    """
+
+    __slots__ = ("_before", "_groups", "_task")
+
+    def __init__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._before = 0
+        self._groups: set[int] | None = None
+
+    def begin(self) -> None:
+        """Count from now on."""
+        self._before = self._task.cancelling()
+        self._groups = None
+
+    def reaches(self, coroutine: object) -> None:
+        """Look at an agent that a cancellation is about to reach."""
+        if sys.version_info < (3, 13):
+            for group in _failing_groups(coroutine):
+                self._groups = self._groups or set()
+                self._groups.add(id(group))
+
+    def came(self) -> bool:
+        """Tell whether the caller's task was cancelled natively since :meth:`begin`."""
+        cancelling = self._task.cancelling()
+        return cancelling > self._before and cancelling > self._before + len(self._groups or ())
+
+
+def _failing_groups(awaited: Any) -> list[asyncio.TaskGroup]:
+    """Return the groups of asyncio's that a coroutine waits to leave, and that have cancelled its task."""
+    groups: list[asyncio.TaskGroup] = []
+    while awaited is not None:
+        for kind in ("cr", "ag", "gi"):
+            frame = getattr(awaited, f"{kind}_frame", None)
+            if frame is not None:
+                if frame.f_code is asyncio.TaskGroup.__aexit__.__code__:
+                    group, left_by = frame.f_locals["self"], frame.f_locals["et"]
+                    # One that was cancelled in its body takes that back.
+                    if group._parent_cancel_requested and left_by is not asyncio.CancelledError:
+                        groups.append(group)
+
+                awaited = getattr(awaited, f"{kind}_yieldfrom" if kind == "gi" else f"{kind}_await")
+                break
+        else:
+            # A step of an async generator does not say what it is a step of.
+            inside = gc.get_referents(awaited) if type(awaited).__name__ in _STEPS else []
+            awaited = next((one for one in inside if hasattr(one, "ag_frame")), None)
+
+    return groups
+
+
+_STEPS = ("async_generator_asend", "async_generator_athrow")
 
 
 async def forget_cancellations() -> None:
@@ -380,6 +507,12 @@ def is_running(token: EventLoopToken) -> bool:
         return False
 
     return True
+
+
+def is_alive(token: EventLoopToken) -> bool:
+    """Tell whether an event loop is running, or stopped in a way that lets it go on."""
+    native: Any = token.native_token
+    return not native.is_closed() if isinstance(native, asyncio.AbstractEventLoop) else is_running(token)
 
 
 def _do_nothing() -> None:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 import anyio
-from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from ._backend import cancellation_counter, forget_cancellations
 from ._carriage import StartSoon
 from ._lifetime import Call, Lifetime
 from ._pool import current_slot
+from ._tasks import Tasks
 
 
 class Producer(Call, Protocol):
@@ -36,6 +36,10 @@ class Producer(Call, Protocol):
     def drop(self) -> None:
         """Drop what was not read."""
 
+    @property
+    def left_open(self) -> bool:
+        """Whether an agent has left a cancel scope or a task group open in the task that produces."""
+
 
 class Background:
     """
@@ -49,7 +53,7 @@ class Background:
         self._producer = producer
         self._lifetime = lifetime
         self._reader_slot = current_slot.get()
-        self._group: TaskGroup | None = None
+        self._tasks: Tasks | None = None
         self._ended = anyio.Event()
         self._failure: BaseException | None = None
 
@@ -58,9 +62,9 @@ class Background:
         if self._lifetime.is_open:
             self._lifetime.begin(self)
         else:
-            group = anyio.create_task_group()
-            await group.__aenter__()
-            self._group = group
+            tasks = Tasks()
+            await tasks.__aenter__()
+            self._tasks = tasks
 
         self._start_soon(self._run, "agentloop producer")
 
@@ -73,7 +77,7 @@ class Background:
         """
         self._producer.leave()
         try:
-            if self._group is None:
+            if self._tasks is None:
                 # As in a task group: also a cancelled reader waits until nothing of it is left.
                 cancelled: BaseException | None = None
                 with anyio.CancelScope(shield=True):
@@ -88,10 +92,10 @@ class Background:
 
                 await checkpoint_if_cancelled()
             elif isinstance(exc, anyio.get_cancelled_exc_class()):
-                await self._group.__aexit__(type(exc), exc, exc.__traceback__)
+                await self._tasks.__aexit__(type(exc), exc, exc.__traceback__)
             else:
-                # Nothing in the group raises, so what left the body goes on as the object that it is.
-                await self._group.__aexit__(None, None, None)
+                # The tasks raise nothing, so what left the body goes on as the object that it is.
+                await self._tasks.__aexit__(None, None, None)
         finally:
             self._producer.drop()
             if self._failure is not exc:
@@ -113,10 +117,10 @@ class Background:
         self._producer.cancel(reason, cause)
 
     def _start_soon(self, task: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
-        if self._group is None:
+        if self._tasks is None:
             self._lifetime.start_soon(task, name)
         else:
-            self._group.start_soon(task, name=name)
+            self._tasks.start_soon(task, name)
 
     async def _run(self) -> None:
         cancellations = cancellation_counter()()
@@ -126,17 +130,26 @@ class Background:
                 await forget_cancellations()
         except anyio.get_cancelled_exc_class():
             # One that an agent asked for, from a callback that came late, ends this task and nothing else.
-            await checkpoint_if_cancelled()
-            await forget_cancellations()
+            if not self._producer.left_open:
+                await checkpoint_if_cancelled()
+                await forget_cancellations()
         except BaseException as exc:
-            self._failure = exc
-            if self._group is not None:
-                # The reader may wait for something else; leaving the block raises the failure.
-                self._group.cancel_scope.cancel()
-            else:
-                self._lifetime.failure = exc
+            # A scope around the one that was left open cannot be left, and says so.
+            if not self._producer.left_open or not isinstance(exc, RuntimeError):
+                self._fail(exc)
         finally:
+            if self._producer.left_open:
+                (self._tasks or self._lifetime).spoil()
+
             self._producer.end()
             self._ended.set()
-            if self._group is None:
+            if self._tasks is None:
                 self._lifetime.end(self)
+
+    def _fail(self, exc: BaseException) -> None:
+        self._failure = exc
+        if self._tasks is not None:
+            # The reader may wait for something else; leaving the block raises the failure.
+            self._tasks.cancel()
+        else:
+            self._lifetime.failure = exc

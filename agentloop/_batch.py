@@ -9,22 +9,23 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterator, Sequence
 from contextvars import copy_context
+from operator import length_hint
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import anyio
-from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from ._attempt import Plan, run_attempt
-from ._backend import TaskAlarm, forget_cancellations, make_task_alarm
+from ._backend import TaskAlarm, forget_cancellations, is_error, make_task_alarm
 from ._errors import BatchStopped, InvocationCancelled, describe
 from ._invocation import Input, Inputs, Invocation, as_invocation
-from ._job import Job
-from ._limiter import Limiter, pool_of
+from ._job import Job, as_exception
+from ._limiter import Limiter, claim, pool_of
 from ._pool import Slot, current_slot
 from ._result import InvocationResult
+from ._tasks import Tasks
 from ._timer import Timer
 from ._verdict import Verdict, VerdictKind
 
@@ -34,6 +35,9 @@ T = TypeVar("T")
 ASLEEP_PER_SLOT = 8
 # How long an input that is an async generator may take to close, in seconds.
 CLOSE_SECONDS = 5.0
+INPUT_CANCELLED = "the input was cancelled from within"
+# What to do about a batch that one failure has stopped.
+FATAL_HINT = "a classify= that does not judge the error FATAL lets a batch go on"
 
 
 class Batch(ABC, Generic[T]):
@@ -48,12 +52,12 @@ class Batch(ABC, Generic[T]):
 
     All bookkeeping is synchronous: between two awaits nothing can tear it.
 
-    What becomes of the results, a subclass says.
+    Subclasses decide what to do with each result.
 
     """
 
     _keep_rest: ClassVar[bool]
-    """Whether a batch that was stopped still pulls the rest of its input, and skips it."""
+    """Whether a batch that was stopped still pulls the rest of a sync input, and skips it."""
 
     def __init__(
         self,
@@ -68,7 +72,7 @@ class Batch(ABC, Generic[T]):
         self._outer: Slot | None = current_slot.get()
         self._new_context = copy_context().copy
         self._deadline = math.inf
-        self._tasks: TaskGroup | None = None
+        self._tasks: Tasks | None = None
         self._pulled = 0
         # How many of those have their final result.
         self._ended = 0
@@ -112,12 +116,14 @@ class Batch(ABC, Generic[T]):
         # Times attempts out where the event loop has no timers.
         self._task_alarm: TaskAlarm | None = None
 
+        # How many agents have left a scope open in a worker.
+        self._spoilt = 0
         self._done = False
-        self._stopped: tuple[str, BaseException] | None = None
-        self._abort: BaseException | None = None
+        self._stopped: BatchStopped | None = None
+        self._cancelled_by = "the batch was cancelled"
+        self._lacks_results = False
+        self._complete = False
         self.input_error: Exception | None = None
-        self.cut_short = False
-        self.complete = False
 
     async def run(self) -> None:
         """
@@ -126,30 +132,56 @@ class Batch(ABC, Generic[T]):
         :raises BaseException: the caller's cancellation, and what an agent raised that is no ``Exception``
         """
         self._deadline = anyio.current_effective_deadline()
+        claim(self._limiter, self._pool)
         self._pool.on_raise.add(self._resized)
         self._pool.to_come += self._to_come
         try:
-            async with anyio.create_task_group() as self._tasks:
-                if self._stream is not None:
-                    self._tasks.start_soon(self._guarded, self._feed, name="agentloop feeder")
+            while not self._done:
+                await self._run_tasks()
+                if not self._done:
+                    # Natively, and before it could begin, so that AnyIO has cancelled the others too.
+                    reason = "one of its own tasks was cancelled from outside"
+                    self.stop(reason, InvocationCancelled(reason))
 
-                self._task_alarm = make_task_alarm(self._pool.backend)
-                if self._task_alarm is not None:
-                    self._tasks.start_soon(self._guarded, self._task_alarm.watch, name="agentloop timer")
-
-                self._resized()
+            self._complete = True
         finally:
             self._pool.on_raise.discard(self._resized)
             self._pool.to_come -= self._to_come
-            self._tasks = None
+            self._pool.users -= 1
             self._abandon()
+            self._close_input()
+
+    async def _run_tasks(self) -> None:
+        """Run tasks until the batch is done, or they are cancelled."""
+        self._hired = self._seeking = 0
+        self._room = self._alarm = None
+        self._parked.clear()
+        try:
+            async with Tasks() as tasks:
+                self._tasks = tasks
+                if self._stream is not None and not self._exhausted:
+                    tasks.start_soon(self._feed, "agentloop feeder")
+
+                self._task_alarm = make_task_alarm(self._pool.backend)
+                if self._task_alarm is not None:
+                    tasks.start_soon(self._task_alarm.watch, "agentloop timer")
+
+                self._resized()
+        finally:
+            self._tasks = None
 
         # A task group on asyncio may end without an exception although its tasks were cancelled.
         await checkpoint_if_cancelled()
-        if self._abort is not None:
-            raise self._abort
+        if tasks.failure is not None:
+            raise tasks.failure
 
-        self.complete = not self.cut_short
+    @property
+    def stopped(self) -> BatchStopped | None:
+        """What to raise once the batch has ended, if inputs were skipped or not pulled."""
+        if self._complete:
+            return self._stopped if self._lacks_results else None
+
+        return BatchStopped(self._reason)
 
     @abstractmethod
     def _deliver(self, invocation: Invocation[T], result: InvocationResult[T]) -> None:
@@ -161,24 +193,24 @@ class Batch(ABC, Generic[T]):
         if not self._seeking or self._room is not None:
             self._changed()
 
-    def stop(self, reason: str, cause: BaseException) -> None:
+    def stop(self, reason: str, cause: BaseException, hint: str = "") -> None:
         """
-        Start nothing new and retry nothing; let what runs finish.
+        Start nothing new and retry nothing; let running invocations finish.
 
         :param reason: what stopped the batch, in words
         :param cause: the same, as an exception
+        :param hint: what to do to have it go on
         """
         if self._stopped is not None or self._done:
             return
 
-        self._stopped = (reason, cause)
-        if not self._keep_rest:
-            self.cut_short = not self._exhausted
-            self._exhausted = True
-            self._feeding.cancel()
+        self._stopped = BatchStopped(reason, hint)
+        self._stopped.__cause__ = cause
+        if self._stream is not None or not self._keep_rest:
+            self._cut_input()
 
         now = self._pool.now()
-        self._plan.observer.stopped(reason, now)
+        self._plan.observer.stopped(self._stopped.reason, now)
         for job in self._pop_resting():
             self._give_up(job)
             self._finish(job, now)
@@ -190,22 +222,26 @@ class Batch(ABC, Generic[T]):
 
         self._check_done()
 
+    def _cut_input(self) -> None:
+        """Pull no more input."""
+        if not self._exhausted:
+            # An iterator may know that there is no more, even if it has not been asked for it.
+            self._lacks_results = self._iterator is None or length_hint(self._iterator, 1) > 0
+            self._exhausted = True
+            self._feeding.cancel()
+
     def cancel(self, reason: str, cause: BaseException) -> None:
         """
         Stop, and cancel what runs. Each invocation still has its result, except those of an async input that
         were not pulled: there is no saying how long that would take.
         """
         self.stop(reason, cause)
-        if self._stream is not None and not self._exhausted:
-            self.cut_short = self._exhausted = True
-            self._feeding.cancel()
-
         for scope in tuple(self._workers):
             scope.cancel(reason)
 
     @property
     def _reason(self) -> str:
-        return "the batch was cancelled" if self._stopped is None else self._stopped[0]
+        return self._cancelled_by if self._stopped is None else self._stopped.reason
 
     def _pop_resting(self) -> list[Job[T]]:
         """Take all jobs that wait to be retried out of heap and queue."""
@@ -224,6 +260,17 @@ class Batch(ABC, Generic[T]):
             self._finish(job, now)
 
         self._fed.clear()
+
+    def _close_input(self) -> None:
+        """Close a generator that was given as input, as the feeder does with an async one."""
+        if isinstance(self._iterator, Generator):
+            try:
+                self._input_context.run(self._iterator.close)
+            except BaseException as exc:
+                if not is_error(exc):
+                    raise
+
+                self.input_error = self.input_error or as_exception(exc, INPUT_CANCELLED)
 
     def close(self) -> None:
         """Begin nothing new that nobody waits for; somebody waits for the whole of a batch."""
@@ -246,7 +293,7 @@ class Batch(ABC, Generic[T]):
         elif self._hired < self._limit:
             self._seeking += 1
             self._hired += 1
-            self._tasks.start_soon(self._guarded, self._work, name="agentloop worker")
+            self._tasks.start_soon(self._work, "agentloop worker")
 
     def _resized(self) -> None:
         self._limit = self._limiter.max_concurrency
@@ -265,23 +312,12 @@ class Batch(ABC, Generic[T]):
         limit = self._limit
         return not self._exhausted and self._live < limit and self._resting < ASLEEP_PER_SLOT * limit
 
-    async def _guarded(self, task: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run one of the batch's own tasks. What it raises ends the batch, and is raised by it, as it is."""
-        try:
-            await task()
-        except anyio.get_cancelled_exc_class():
-            raise
-        except BaseException as exc:
-            self._abort = exc
-            assert self._tasks is not None
-            self._tasks.cancel_scope.cancel()
-
     # -- workers
 
     async def _work(self) -> None:
         cancellations = self._pool.count_cancellations()
         timer = Timer(self._pool, self._pool.alarm or self._task_alarm)
-        while not self._done:
+        while not self._done and not timer.is_spoilt:
             # Left by cancel(): then the worker's job has its result, and there may be more to skip. Left by
             # a cancellation that an agent asked for long ago, from a callback: no reason to end.
             with anyio.CancelScope() as scope:
@@ -315,7 +351,7 @@ class Batch(ABC, Generic[T]):
         # Whether inputs are pulled here and start at once: they do not wait from the start, and nobody takes
         # time to say what they cost.
         pulls = self._iterator is not None and self._began is None and not selective
-        while not self._done:
+        while not self._done and not timer.is_spoilt:
             if is_cancelled_around(scope):
                 # Cancelled before it has anything, so that it holds nothing while that is on its way.
                 await anyio.sleep_forever()
@@ -344,20 +380,26 @@ class Batch(ABC, Generic[T]):
                 try:
                     # For one that was just pulled no time has passed, and it has not been queued.
                     now = job.queued_at if fresh and not job.attempts else now_at()
-                    now = await run_attempt(job, plan, slot, self._new_context, int, on_wait, timer, now)
+                    now = await run_attempt(job, plan, slot, self._new_context, None, on_wait, timer, now)
                 except BaseException:
                     self._seeking += 1
                     job.cancel(self._reason)
+                    if timer.is_spoilt:
+                        self._replace_worker(job)
+
                     self._finish(job, self._pool.now())
                     raise
 
                 self._seeking += 1
+                if timer.is_spoilt:
+                    self._replace_worker(job)
+
                 if job.verdict is None:
                     self._finish(job, now)
                 else:
                     self._settle(job, job.verdict, now)
 
-                if cancellations():
+                if cancellations() and not timer.is_spoilt:
                     timer.close()
                     await forget_cancellations()
             else:
@@ -370,9 +412,23 @@ class Batch(ABC, Generic[T]):
 
             # Not kept while parked: the arguments of a finished invocation are the caller's alone.
             del job, slot
-            if not waited and pace.used_up(now):
+            if not waited and not timer.is_spoilt and pace.used_up(now):
                 timer.close()
                 await pace.rest()
+
+    def _replace_worker(self, job: Job[T]) -> None:
+        """Let another worker go on in place of this one, in whose task a job has left a scope open."""
+        assert self._tasks is not None
+        self._tasks.spoil()
+        # It takes over what this one counts for.
+        self._tasks.start_soon(self._work, "agentloop worker")
+        self._spoilt += 1
+        if self._spoilt >= self._limit:
+            error = job.error
+            assert error is not None
+            self.stop(
+                f"{self._spoilt} agents left a scope open, the last one {job.invocation.agent_id!r}", error
+            )
 
     def _next_job(self) -> Job[T] | None:
         if self._fed:
@@ -395,12 +451,11 @@ class Batch(ABC, Generic[T]):
                 return self._make_job(self._input_context.run(next, self._iterator))
             except StopIteration:
                 pass
-            except Exception as exc:
-                self.input_error = exc
-            except anyio.get_cancelled_exc_class() as exc:
-                # Nothing waits in there, so nobody asked for it; truncated is not complete.
-                self.input_error = InvocationCancelled("the input was cancelled from within")
-                self.input_error.__cause__ = exc
+            except BaseException as exc:
+                if not is_error(exc):
+                    raise
+
+                self.input_error = as_exception(exc, INPUT_CANCELLED)
 
             self._exhausted = True
             self._check_done()
@@ -464,9 +519,8 @@ class Batch(ABC, Generic[T]):
         """Retry a job that failed later, or make its outcome final."""
         if verdict.kind is VerdictKind.FATAL:
             assert job.error is not None
-            self.stop(f"{job.invocation.agent_id!r} failed with {describe(job.error)}", job.error)
-            # The end that the verdict asked for.
-            self.cut_short = False
+            reason = f"{job.invocation.agent_id!r} failed with {describe(job.error)}"
+            self.stop(reason, job.error, FATAL_HINT)
         elif self._stopped is not None:
             if verdict.kind is not VerdictKind.PERMANENT:
                 self._give_up(job)
@@ -494,15 +548,14 @@ class Batch(ABC, Generic[T]):
         if job.expired or self._stopped is None:
             return
 
-        reason, cause = self._stopped
         if job.attempts:
-            job.give_up(f"the batch was stopped: {reason}")
+            job.give_up(f"the batch was stopped: {self._stopped.reason}")
         else:
-            skipped = BatchStopped(f"not started, because the batch was stopped: {reason}")
-            skipped.__cause__ = cause
-            job.skip(skipped)
+            self._lacks_results = True
+            job.skip(self._stopped)
 
     def _finish(self, job: Job[T], now: float) -> None:
+        job.leave_pool(self._pool)
         result = self._plan.observer.finish(job, now)
         if job.charges is not None:
             job.pool.settle(job.charges, result)
@@ -534,7 +587,7 @@ class Batch(ABC, Generic[T]):
         if self._alarm is None:
             assert self._tasks is not None
             self._alarm = anyio.Event()
-            self._tasks.start_soon(self._guarded, self._watch, name="agentloop alarm")
+            self._tasks.start_soon(self._watch, "agentloop alarm")
         elif self._heap[0][0] == at:
             self._alarm.set()
 
@@ -596,21 +649,33 @@ class Batch(ABC, Generic[T]):
             except anyio.get_cancelled_exc_class() as exc:
                 await checkpoint_if_cancelled()
                 # It ends the input like a StopAsyncIteration would, but truncated is not complete.
-                self.input_error = InvocationCancelled("the input was cancelled from within")
-                self.input_error.__cause__ = exc
+                self.input_error = as_exception(exc, INPUT_CANCELLED)
             finally:
+                self._exhausted = True
                 if isinstance(iterator, AsyncGenerator):
-                    with anyio.CancelScope(deadline=self._pool.now() + CLOSE_SECONDS, shield=True):
-                        try:
-                            await iterator.aclose()
-                        except Exception as exc:
-                            self.input_error = self.input_error or exc
+                    await self._close_generator(iterator)
 
-        self._exhausted = True
         self._check_done()
+
+    async def _close_generator(self, iterator: AsyncGenerator[Any]) -> None:
+        with anyio.CancelScope(deadline=self._pool.now() + CLOSE_SECONDS, shield=True) as scope:
+            try:
+                await iterator.aclose()
+            except Exception as exc:
+                self.input_error = self.input_error or exc
+            except anyio.get_cancelled_exc_class():
+                if scope.cancel_called:
+                    raise
+
+                await forget_cancellations()
 
     async def _wait_for_room(self) -> None:
         # Once the input counts as exhausted, there is no room any more, and this is about to be cancelled.
         while self._fed or not self._may_pull():
             self._room = anyio.Event()
-            await self._room.wait()
+            try:
+                await self._room.wait()
+            except anyio.get_cancelled_exc_class():
+                # It is not the input's fault if this task is cancelled natively.
+                await checkpoint_if_cancelled()
+                await forget_cancellations()

@@ -42,8 +42,11 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
         super().__init__(inputs, limiter, plan)
         self._channel: Channel[ItemT] = Channel()
         self._scope = anyio.CancelScope()
-        self.closed_by: str | None = None
-        """Why nothing new is begun, if that was not the batch's own doing."""
+
+    @property
+    def left_open(self) -> bool:
+        """Whether an agent has left a scope open in the producing task; agents run in tasks of the batch."""
+        return False
 
     async def produce(self, start_soon: StartSoon) -> None:
         """Run the batch to its end, or until its reader leaves."""
@@ -74,25 +77,19 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
 
     def leave(self) -> None:
         """Cancel all."""
-        self.closed_by = self.closed_by or "the block that reads the results was left"
-        self._scope.cancel(self.closed_by)
+        self._cancelled_by = "the block that reads the results was left"
+        self._scope.cancel(self._cancelled_by)
         self._channel.abandon()
 
     def close(self) -> None:
         """Start nothing new, and be patient with the reader for a limited time only."""
-        self._stop_for("the loop was left")
+        self.stop("the loop was left", LoopClosed("the loop was left"))
         self._channel.hurry(lambda: self.cancel("nobody read", LoopClosed("the loop was left")))
 
     def cancel(self, reason: str, cause: BaseException) -> None:
         """Cancel what runs; each invocation that was started still has its result."""
-        self._stop_for(reason)
         super().cancel(reason, cause)
         self._channel.abandon()
-
-    def _stop_for(self, reason: str) -> None:
-        if self.closed_by is None:
-            self.closed_by = reason
-            self.stop(reason, LoopClosed(reason))
 
 
 class Completing(ReadBatch[T, InvocationResult[T]]):
@@ -167,10 +164,8 @@ class Completed(Generic[ItemT]):
             raise error
 
         # What is cut short must not look complete.
-        if not batch.complete:
-            raise LoopClosed(
-                f"{batch.closed_by or 'the loop was cancelled'} before all inputs of this batch were run"
-            )
+        if batch.stopped is not None:
+            raise batch.stopped.with_traceback(None)
 
         raise StopAsyncIteration
 

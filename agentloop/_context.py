@@ -10,6 +10,9 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from contextvars import Context
 from typing import Any, TypeVar
 
+from ._backend import CallersCancellation
+from ._errors import NotAsyncError
+
 T = TypeVar("T")
 
 # What calling an async function gives.
@@ -24,6 +27,7 @@ def call_in_context(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     on_wait: Callable[[], object],
+    caller: CallersCancellation | None = None,
 ) -> Generator[Any, Any, T]:
     """
     Call ``fn`` and await what it returns, with every step taken inside ``context``.
@@ -32,6 +36,7 @@ def call_in_context(
     and a token can be reset in any later step, since all steps share the one context.
 
     :param on_wait: called outside the context when the call waits for the first time
+    :param caller: is shown the call when an exception is about to be thrown into it
     :raises TypeError: if ``fn`` returns something that cannot be awaited
     """
     coroutine: Any = context.run(fn, *args, **kwargs)
@@ -59,6 +64,8 @@ def call_in_context(
             # Thrown in below, outside of this block: inside, it would become the context of whatever the
             # agent raises later on, even if it had handled it.
             thrown = exc
+            if caller is not None:
+                caller.reaches(coroutine)
 
         try:
             if thrown is None:
@@ -83,9 +90,9 @@ def _as_coroutine(fn: object, returned: object) -> Coroutine[Any, Any, Any]:
         return await_it(returned)
 
     if inspect.isasyncgen(returned):
-        raise TypeError(f"{fn!r} is an async generator function: run it with run_streaming()")
+        raise NotAsyncError(f"{fn!r} is an async generator function: run it with run_streaming()")
 
-    raise TypeError(
+    raise NotAsyncError(
         f"{fn!r} returned a {type(returned).__name__}, which cannot be awaited: pass an async function; run "
         "a blocking one in a thread, as in partial(anyio.to_thread.run_sync, fn)"
     )

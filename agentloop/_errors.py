@@ -7,9 +7,16 @@ __all__ = [
     "IdleTimeout",
     "InvocationCancelled",
     "InvocationTimeout",
+    "LeftOpenError",
     "LoopClosed",
+    "NotAsyncError",
     "describe",
 ]
+
+from typing import Any
+
+# How long a reason may be, in characters.
+REASON_LENGTH = 500
 
 
 def describe(exc: BaseException) -> str:
@@ -72,10 +79,51 @@ class InvocationCancelled(AgentLoopError):
 
 class BatchStopped(AgentLoopError):
     """
-    An invocation was not started because its batch had been stopped.
+    A batch was stopped before all of its inputs were run.
 
-    Its ``__cause__`` is the error that stopped the batch.
+    It is the exception of each ``SKIPPED`` result of the batch: one object for all of them. It is raised too
+    where results are missing: by ``as_completed()`` and ``stream_all()`` after the last result, and by
+    ``run_all()`` if an async input was not read to its end. Its ``__cause__`` is the error that stopped the
+    batch.
+
+    :param reason: why the batch was stopped
+    :param hint: what to do to have it go on, if there is anything
     """
+
+    results: list[Any]
+    """The results that there are, of a ``run_all()`` that raised this; else empty."""
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        reason = reason if len(reason) <= REASON_LENGTH else f"{reason[: REASON_LENGTH - 3]}..."
+        super().__init__(reason, hint)
+        self.reason = reason
+        self.hint = hint
+        self.results = []
+
+    def __str__(self) -> str:
+        return f"the batch was stopped: {self.reason}" + (f" ({self.hint})" if self.hint else "")
+
+
+class LeftOpenError(AgentLoopError, RuntimeError):
+    """
+    An agent has ended and left a cancel scope or a task group open in its task.
+
+    :param agent_id: which one
+    """
+
+    def __init__(self, agent_id: str) -> None:
+        super().__init__(agent_id)
+        self.agent_id = agent_id
+
+    def __str__(self) -> str:
+        return (
+            f"{self.agent_id!r} has left a cancel scope or a task group open in its task: "
+            "use `async with`, or close it before the agent ends"
+        )
+
+
+class NotAsyncError(AgentLoopError, TypeError):
+    """An agent is no async function: its return value cannot be awaited, or cannot be iterated."""
 
 
 class LoopClosed(AgentLoopError, RuntimeError):

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 __all__ = ["Job"]
 
+import inspect
 import math
 import random
-from typing import Generic, TypeVar
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
+from ._backend import is_error
 from ._config import LoopConfig
-from ._errors import InvocationCancelled, InvocationTimeout, describe
+from ._errors import InvocationCancelled, InvocationTimeout, NotAsyncError, describe
 from ._invocation import Invocation
 from ._pool import Pool, Slot, Waiter
 from ._rate import Charge
-from ._result import SKIPPED, InvocationResult, Status
+from ._result import SKIPPED, SUCCESS, InvocationResult, Status
 from ._verdict import Verdict, VerdictKind
 
 T = TypeVar("T")
 
 _TRANSIENT = Verdict(VerdictKind.TRANSIENT)
 _PERMANENT = Verdict(VerdictKind.PERMANENT)
+_FATAL = Verdict(VerdictKind.FATAL)
+
+# How many exceptions are looked at that an exception was caused by, or has as members.
+CHAIN = 100
 
 
 class Job(Generic[T]):
@@ -65,6 +72,8 @@ class Job(Generic[T]):
     id = 0
     pending_attempt_ms = 0.0
     made_of_cancellation: Exception | None = None
+    # Whether the agent left a cancel scope or a task group open in its task.
+    left_open = False
     # Of a stream only.
     first_chunk_at: float | None = None
     chunk_limit: tuple[type[InvocationTimeout], float] | None = None
@@ -96,15 +105,28 @@ class Job(Generic[T]):
         """
         try:
             if self.pool.route is not None:
+                # In use from now on, as the one that led here is.
                 self.pool = self.pool.route(self.invocation)
 
             self.costs = self.pool.price(self.invocation)
-        except Exception as exc:
+        except BaseException as exc:
+            if not is_error(exc):
+                raise
+
             self.status = Status.ERROR
-            self.error = exc
+            self.error = as_exception(exc, f"its cost or its key raised {type(exc).__name__}")
             return False
 
         return True
+
+    def leave_pool(self, first: Pool) -> None:
+        """
+        Say that the invocation has ended to the pool that it was led to.
+
+        :param first: the pool that led there, which its call keeps in use
+        """
+        if self.pool is not first:
+            self.pool.users -= 1
 
     def bound(self, now: float, deadline: float, total: float) -> float:
         """
@@ -163,20 +185,40 @@ class Job(Generic[T]):
         self.status = Status.SKIPPED
         self.error = error
 
-    def judge(self, config: LoopConfig) -> None:
-        """Find out what the failure of the last attempt means."""
+    def judge(self, config: LoopConfig, on_failure: Callable[[], object]) -> None:
+        """
+        Find out what the failure of the last attempt means.
+
+        :param on_failure: called, while the exception is handled, if ``config.classify`` raises
+        """
         error = self.error
         self.verdict = None
-        if self.status is Status.TIMEOUT:
+        if self.left_open:
+            self.verdict = _PERMANENT
+        elif self.status is Status.TIMEOUT:
             again = config.retry_on_timeout and not self.total_counts
             self.verdict = _TRANSIENT if again else _PERMANENT
+        elif issubclass(type(error), NotAsyncError):
+            # Every other call of it would fail in the same way.
+            self.verdict = _FATAL
         elif self.status is Status.ERROR:
-            assert isinstance(error, Exception)
+            assert error is not None
             try:
-                self.verdict = config.classify(error)
-                if not isinstance(self.verdict, Verdict):
-                    raise TypeError(f"classify must return a Verdict, got {self.verdict!r}")
-            except Exception as exc:
+                verdict: Any = config.classify(error)  # type: ignore[arg-type]
+                if not isinstance(verdict, Verdict):
+                    if inspect.iscoroutine(verdict):
+                        verdict.close()
+
+                    raise TypeError(
+                        f"classify must be a plain function that returns a Verdict, got {verdict!r}"
+                    )
+
+                self.verdict = verdict
+            except BaseException as exc:
+                if not is_error(exc):
+                    raise
+
+                on_failure()
                 _note(error, f"not retried: classify failed with {describe(exc)}")
                 self.verdict = _PERMANENT
 
@@ -241,14 +283,20 @@ class Job(Generic[T]):
         not refer back to the error.
         """
         started_at = self.started_at
+        # A clock that goes back makes no duration negative, which no figure could hold.
         if started_at is None:
-            latency, queue = 0.0, now - self.queued_at
+            latency, queue = 0.0, max(0.0, now - self.queued_at)
         else:
-            latency, queue = now - started_at, started_at - self.queued_at
+            latency, queue = max(0.0, now - started_at), max(0.0, started_at - self.queued_at)
 
         first_chunk = None
         if self.first_chunk_at is not None and started_at is not None:
-            first_chunk = (self.first_chunk_at - started_at) * 1000
+            first_chunk = max(0.0, self.first_chunk_at - started_at) * 1000
+
+        failures = tuple(self.failures) if self.failures else ()
+        if failures and self.status is SUCCESS:
+            for error in failures:
+                _drop_frames(error)
 
         result = InvocationResult(
             self.invocation.agent_id,
@@ -258,7 +306,7 @@ class Job(Generic[T]):
             latency * 1000,
             queue * 1000,
             max(0, self.attempts - 1),
-            tuple(self.failures) if self.failures else (),
+            failures,
             self.index,
             self.chunks,
             first_chunk,
@@ -270,10 +318,47 @@ class Job(Generic[T]):
         return result
 
 
+def as_exception(exc: BaseException, text: str) -> Exception:
+    """
+    Return an error of a user's plain function as an exception, which a cancellation is not.
+
+    :param text: what to say of a cancellation
+    """
+    if isinstance(exc, Exception):
+        return exc
+
+    error = InvocationCancelled(text)
+    error.__cause__ = exc
+    return error
+
+
+def _drop_frames(exc: BaseException) -> None:
+    """Forget the tracebacks of an exception, and with them what the frames hold."""
+    seen: dict[int, BaseException] = {}
+    todo: list[BaseException | None] = [exc]
+    while todo and len(seen) < CHAIN:
+        one = todo.pop()
+        if one is None or id(one) in seen:
+            continue
+
+        seen[id(one)] = one
+        try:
+            one.__traceback__ = None
+            todo += [one.__cause__, one.__context__]
+            if issubclass(type(one), BaseExceptionGroup):
+                todo += one.exceptions  # type: ignore[attr-defined]
+        except BaseException as refusal:
+            # It does not let its attributes be set, or read.
+            if not is_error(refusal):
+                raise
+
+
 def _note(exc: BaseException, note: str) -> None:
     # One exception object may be raised by many attempts; say a thing once.
     try:
         if note not in getattr(exc, "__notes__", ()):
             exc.add_note(note)
-    except Exception:
-        pass  # it takes no notes, and is data all the same
+    except BaseException as refusal:
+        # It takes no notes, and is data all the same.
+        if not is_error(refusal):
+            raise

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import anyio
-from anyio.abc import TaskGroup
 
 from ._errors import LoopClosed
 from ._limiter import Limiter, pool_of
 from ._pool import current_slot
+from ._tasks import Tasks
 
 
 class Call(Protocol):
@@ -37,7 +37,7 @@ class Lifetime:
 
     def __init__(self, limiter: Limiter) -> None:
         self._limiter = limiter
-        self._group: TaskGroup | None = None
+        self._tasks: Tasks | None = None
         self._task_id = 0
         self._left = False
         self._calls: dict[Call, None] = {}
@@ -48,7 +48,7 @@ class Lifetime:
     @property
     def is_open(self) -> bool:
         """Whether the block has been entered and its calls have not all ended."""
-        return self._group is not None
+        return self._tasks is not None
 
     def check(self) -> None:
         """
@@ -83,8 +83,13 @@ class Lifetime:
 
     def start_soon(self, task: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
         """Start a task that belongs to the loop. It must not raise."""
-        assert self._group is not None
-        self._group.start_soon(task, name=name)
+        assert self._tasks is not None
+        self._tasks.start_soon(task, name)
+
+    def spoil(self) -> None:
+        """Note that an agent has left a scope open in the current task, which belongs to the loop."""
+        assert self._tasks is not None
+        self._tasks.spoil()
 
     async def enter(self) -> None:
         """
@@ -92,12 +97,12 @@ class Lifetime:
 
         :raises RuntimeError: if it has begun already
         """
-        if self._group is not None:
+        if self._tasks is not None:
             raise RuntimeError("this loop has been entered already: one `async with` at a time")
 
-        group = anyio.create_task_group()
-        await group.__aenter__()
-        self._group = group
+        tasks = Tasks()
+        await tasks.__aenter__()
+        self._tasks = tasks
         self._task_id = anyio.get_current_task().id
         self._left = False
 
@@ -107,8 +112,8 @@ class Lifetime:
 
         :raises RuntimeError: if another task entered
         """
-        group = self._group
-        assert group is not None
+        tasks = self._tasks
+        assert tasks is not None
         if anyio.get_current_task().id != self._task_id:
             raise RuntimeError("a loop must be left by the task that entered it")
 
@@ -128,9 +133,9 @@ class Lifetime:
 
             raise
         finally:
-            self._group = None
+            self._tasks = None
             # Its tasks have ended, and none of them raises; so this passes nothing but cancellation.
-            await group.__aexit__(None, None, None)
+            await tasks.__aexit__(None, None, None)
             failure, self.failure = self.failure, None
             if failure is not None and failure is not exc:
                 raise failure

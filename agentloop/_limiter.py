@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["Limiter", "LimiterStatistics", "pool_of"]
+__all__ = ["Limiter", "LimiterStatistics", "claim", "pool_of"]
 
 import math
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 
@@ -98,6 +99,8 @@ class Limiter:
         self._retry_budget = retry_budget
         self._paused = False
         self._pool: Pool | None = None
+        # Held while it is found out whether another event loop uses the limiter, which is then noted.
+        self._lock = threading.Lock()
         self._sinks: weakref.WeakSet[Callable[[Event], None]] = weakref.WeakSet()
         self._on_change: weakref.WeakSet[Callable[[], None]] = weakref.WeakSet()
 
@@ -196,26 +199,37 @@ class Limiter:
             return pool
 
         token = current_token()
+        with self._lock:
+            self._check_unused()
+            self._pool = pool = Pool(
+                token,
+                self._max_concurrency,
+                self._rates,
+                Governor(self._max_concurrency) if self._adaptive else None,
+                None if self._retry_budget is None else RetryLedger(self._retry_budget),
+                self._tell_limit,
+            )
 
-        # A run that was torn down before its tasks ended leaves slots behind that nobody will give back;
-        # a run that goes on in another thread is a mistake.
-        if pool is not None and pool.busy and pool.in_another_thread and pool.thread.is_alive():
+        pool.paused = self._paused
+        self._tell_limit(pool)
+        return pool
+
+    def _claim(self, pool: Pool) -> None:
+        with self._lock:
+            if self._pool is not pool:
+                # It was idle when it was looked at, and another event loop has come since.
+                self._check_unused()
+                self._pool = pool
+
+            pool.users += 1
+
+    def _check_unused(self) -> None:
+        pool = self._pool
+        if pool is not None and pool.busy:
             raise RuntimeError(
                 f"this limiter is in use in another event loop, in thread {pool.thread.name!r}; "
                 "use one per event loop"
             )
-
-        self._pool = pool = Pool(
-            token,
-            self._max_concurrency,
-            self._rates,
-            Governor(self._max_concurrency) if self._adaptive else None,
-            None if self._retry_budget is None else RetryLedger(self._retry_budget),
-            self._tell_limit,
-        )
-        pool.paused = self._paused
-        self._tell_limit(pool)
-        return pool
 
     def _tell_limit(self, pool: Pool) -> None:
         for sink in tuple(self._sinks):
@@ -229,3 +243,13 @@ def pool_of(limiter: Limiter) -> Pool:
     :raises RuntimeError: if it is in use in another event loop
     """
     return limiter._enter_run()  # pyright: ignore[reportPrivateUsage]  # not for users
+
+
+def claim(limiter: Limiter, pool: Pool) -> None:
+    """
+    Count one more user of a limiter's state in the current event loop, who counts itself off in ``users``.
+
+    :param pool: what :func:`pool_of` has returned
+    :raises RuntimeError: if the limiter is in use in another event loop
+    """
+    limiter._claim(pool)  # pyright: ignore[reportPrivateUsage]  # not for users

@@ -12,7 +12,7 @@ from typing import Any
 from . import _validators as must
 from ._events import Event, LimitEvent
 from ._invocation import Invocation
-from ._limiter import Limiter, LimiterStatistics, pool_of
+from ._limiter import Limiter, LimiterStatistics, claim, pool_of
 from ._pool import Pool
 
 
@@ -174,7 +174,9 @@ class Limiters(Limiter):
         return pool
 
     def _route(self, invocation: Invocation[Any]) -> Pool:
-        pool = pool_of(self[self._key(invocation)])
+        limiter = self[self._key(invocation)]
+        pool = pool_of(limiter)
+        claim(limiter, pool)
         pool.home = self._pool
         return pool
 

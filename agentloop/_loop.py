@@ -15,7 +15,6 @@ import attrs
 from ._attempt import Plan
 from ._completed import Completed, Completing, Fanning
 from ._config import LoopConfig
-from ._errors import LoopClosed
 from ._events import ChunkEvent, Event, ResultEvent
 from ._gathered import Gathering
 from ._invocation import Inputs, Invocation, StreamInputs, check_inputs, make_invocation
@@ -216,10 +215,12 @@ class AgentLoop:
         if batch.input_error is not None:
             raise batch.input_error
 
-        if batch.cut_short:
-            raise LoopClosed("the loop was left before all inputs of this batch were pulled")
+        results = batch.results()
+        if batch.stopped is not None and isinstance(invocations, AsyncIterable):
+            batch.stopped.results = results
+            raise batch.stopped.with_traceback(None)
 
-        return batch.results()
+        return results
 
     def as_completed(
         self, invocations: Inputs[T]

@@ -20,7 +20,7 @@ from ._result import InvocationResult, Status
 T = TypeVar("T")
 
 # Of a result: its status, retries, latency, queue and first chunk.
-_Record: TypeAlias = tuple[Status, int, float, float, float | None]
+_Record: TypeAlias = tuple[Status, int, float | None, float, float | None]
 TOLD_AT_MOST = 1000
 
 
@@ -143,7 +143,11 @@ class MetricsRecorder:
             raise ValueError(f"durations must be finite and at least 0, got {result!r}")
 
         status = result.status
-        self._told.append((status, result.retries, latency, queue, first_chunk))
+        # One that was refused before it could start has no time, not one of 0 ms.
+        started = status is not Status.SKIPPED and bool(
+            status is not Status.ERROR or result.failures or latency
+        )
+        self._told.append((status, result.retries, latency if started else None, queue, first_chunk))
         if len(self._told) >= TOLD_AT_MOST:
             self.count()
 
@@ -168,8 +172,9 @@ class MetricsRecorder:
                     self._successes += 1
                 else:
                     self._others[status] = self._others.get(status, 0) + 1
-                    if status is Status.SKIPPED:
-                        continue
+
+                if latency is None:
+                    continue
 
                 (self._retried if retries else self._latency).add(latency)
                 if queue:

@@ -111,7 +111,7 @@ class Observer:
         if self._metrics is not None:
             self._metrics.add_backoff(delay * 1000, job.verdict.kind is VerdictKind.OVERLOAD)
             assert job.attempt_at is not None
-            job.pending_attempt_ms = (now - job.attempt_at) * 1000
+            job.pending_attempt_ms = max(0.0, now - job.attempt_at) * 1000
 
         job.attempt_at = None
         if self._sink is not None:
@@ -138,13 +138,17 @@ class Observer:
 
         # Most invocations succeed at once, and there is nothing else to know about them.
         latency, queue = (now - started_at) * 1000.0, (started_at - job.queued_at) * 1000.0
+        if latency < 0:
+            latency = 0.0  # the clock went back
         output: Any = job.output
         job.output = None
         tell = self._tell_latency
         tell(latency)
-        if queue:
+        if queue > 0:
             tell = self._tell_queue
             tell(queue)
+        else:
+            queue = 0.0
 
         return success(job.invocation.agent_id, output, latency, queue, job.index)
 
@@ -156,7 +160,9 @@ class Observer:
                 if job.attempts > 1:
                     # One that waits to be retried has ended its last attempt before.
                     began = job.attempt_at
-                    metrics.add_attempt(job.pending_attempt_ms if began is None else (now - began) * 1000)
+                    metrics.add_attempt(
+                        job.pending_attempt_ms if began is None else max(0.0, now - began) * 1000
+                    )
 
                 verdict = job.verdict
                 if (

@@ -6,6 +6,7 @@ __all__ = ["Pool", "Slot", "Waiter", "current_slot"]
 
 import logging
 import math
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -16,7 +17,17 @@ import anyio
 from anyio.lowlevel import EventLoopToken
 
 from . import _validators as must
-from ._backend import cancellation_counter, clock, look_around, make_alarm
+from ._backend import (
+    callers_cancellation,
+    cancellation_counter,
+    clock,
+    is_alive,
+    is_error,
+    is_running,
+    look_around,
+    look_inside,
+    make_alarm,
+)
 from ._budget import RetryLedger
 from ._invocation import Invocation
 from ._overload import Governor
@@ -216,9 +227,14 @@ class Pool:
         self.backend = token.backend_class
         self.now = clock()
         self.count_cancellations = cancellation_counter()
+        self.callers_cancellation = callers_cancellation
         self.is_cancelled_around = look_around(self.backend)
+        self.is_left_open = look_inside(self.backend)
         self.alarm = make_alarm(self.backend)
         self.thread = threading.current_thread()
+        self._process = os.getpid()
+        self.users = 0
+        """How many calls are in progress, which run, wait or pull input."""
         self.pace = Pace(self.now)
         self.asleep = 0
         """How many invocations wait to be retried."""
@@ -265,7 +281,16 @@ class Pool:
 
     @property
     def busy(self) -> bool:
-        return bool(self.running or self.waiting)
+        """Whether it is in use in an event loop that runs, or can go on, now or later."""
+        if not (self.users or self.running or self.waiting) or self._process != os.getpid():
+            return False
+
+        if not self.in_another_thread:
+            # Two event loops take turns in one thread if a trio run is the guest of an asyncio loop. A run
+            # that was torn down there leaves slots behind that nothing will give back.
+            return is_running(self.token)
+
+        return self.thread.is_alive() and is_alive(self.token)
 
     @property
     def in_another_thread(self) -> bool:
@@ -320,7 +345,10 @@ class Pool:
             try:
                 cost = settle(result)
                 must.check_number("what settle returns", cost, minimum=0, finite=True)
-            except Exception:
+            except BaseException as exc:
+                if not is_error(exc):
+                    raise
+
                 if not self._settle_failed:
                     self._settle_failed = True
                     _logger.exception("settle=%r failed; its further errors are not logged", settle)

@@ -12,9 +12,10 @@ from anyio.lowlevel import cancel_shielded_checkpoint
 
 from ._attempt import Plan, run_attempt
 from ._backend import forget_cancellations
+from ._errors import LeftOpenError
 from ._invocation import Invocation
 from ._job import Job
-from ._limiter import Limiter, pool_of
+from ._limiter import Limiter, claim, pool_of
 from ._pool import Slot, current_slot
 from ._result import InvocationResult
 from ._timer import Timer
@@ -42,6 +43,7 @@ class Single(Generic[T]):
         plan: Plan,
         own_task: bool = False,
     ) -> None:
+        self._limiter = limiter
         self._pool = pool_of(limiter)
         self._plan = plan
         self._outer: Slot | None = current_slot.get()
@@ -49,12 +51,25 @@ class Single(Generic[T]):
         self._own_task = own_task
         self._waited = False
 
+    @property
+    def left_open(self) -> bool:
+        """Whether the agent has left a cancel scope or a task group open in the task."""
+        return self._job.left_open
+
     async def run(self) -> InvocationResult[T]:
         """
         Run to the end.
 
         :raises BaseException: the caller's cancellation, and what the agent raised that is no ``Exception``
+        :raises LeftOpenError: if the agent has left a scope open in the caller's task
         """
+        claim(self._limiter, self._pool)
+        try:
+            return await self._run()
+        finally:
+            self._pool.users -= 1
+
+    async def _run(self) -> InvocationResult[T]:
         job, plan, pool, own_task = self._job, self._plan, self._pool, self._own_task
         observer = plan.observer
         if not observer.is_plain:
@@ -62,8 +77,7 @@ class Single(Generic[T]):
 
         try:
             timer = Timer(pool, pool.alarm)
-            # In our own task only the agent can have asked for one.
-            cancellations = int if own_task else pool.count_cancellations()
+            caller = None if own_task else pool.callers_cancellation()
             now = job.queued_at
             ready = True
             selective = pool.selective
@@ -83,9 +97,7 @@ class Single(Generic[T]):
                     break
 
                 try:
-                    now = await run_attempt(
-                        job, plan, slot, copy_context, cancellations, self._on_wait, timer, now
-                    )
+                    now = await run_attempt(job, plan, slot, copy_context, caller, self._on_wait, timer, now)
                 finally:
                     timer.close()
 
@@ -106,13 +118,25 @@ class Single(Generic[T]):
             self.ended = self._end(pool.now())
             raise
 
+        if job.left_open and not own_task:
+            # What the caller does next would go wrong in ways that do not show why.
+            self._end(now)
+            raise LeftOpenError(job.invocation.agent_id)
+
         # No local name for the result: the traceback of an error in it refers to this frame.
         return self._end(now)
 
     async def run_cancellable(self) -> InvocationResult[T]:
         """Run to the end, or to a call of :meth:`cancel`, which makes a result as well."""
-        with anyio.CancelScope() as self._scope:
-            return await self.run()
+        try:
+            with anyio.CancelScope() as self._scope:
+                return await self.run()
+        except RuntimeError:
+            if not self.left_open:
+                raise
+
+            # This scope cannot be left either, and says so.
+            raise LeftOpenError(self._job.invocation.agent_id) from None
 
         assert self.ended is not None
         return self.ended
@@ -129,6 +153,7 @@ class Single(Generic[T]):
 
     def _end(self, now: float) -> InvocationResult[T]:
         job = self._job
+        job.leave_pool(self._pool)
         result = self._plan.observer.finish(job, now)
         if job.charges is not None:
             job.pool.settle(job.charges, result)

@@ -45,6 +45,10 @@ class Streaming(Generic[T]):
         self.channel: Channel[T] = Channel()
         self._scope = anyio.CancelScope()
 
+    @property
+    def left_open(self) -> bool:
+        return self._single.left_open
+
     async def produce(self, start_soon: StartSoon) -> None:
         self._plan.act = partial(carry, self.channel, _as_it_is, start_soon)
         try:

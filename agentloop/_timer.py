@@ -21,7 +21,7 @@ class Timer:
     :param alarm: what cancels the scope; if absent, it does so itself
     """
 
-    __slots__ = ("_alarm", "_backend", "_inner", "scope")
+    __slots__ = ("_alarm", "_backend", "_inner", "is_spoilt", "scope")
 
     def __init__(self, pool: Pool, alarm: Alarm | None) -> None:
         # Scopes are made without looking up what backend this is, as AnyIO's own function does.
@@ -29,6 +29,8 @@ class Timer:
         self._alarm = alarm
         self.scope: anyio.CancelScope | None = None
         """The scope, while it is open."""
+        self.is_spoilt = False
+        """Whether the scope had to be given up."""
 
     def open(self, deadline: float) -> anyio.CancelScope:
         """
@@ -55,6 +57,29 @@ class Timer:
         alarm.set(self._inner, deadline)
         return scope
 
+    def abandon(self, cancel: bool) -> None:
+        """
+        Give the scope up, which cannot be left while one that the agent entered is open within it.
+
+        :param cancel: whether to cancel it, for the tasks in a task group that the agent left open; in a
+            caller's task, which has to go on, this may not be
+        """
+        scope, self.scope = self.scope, None
+        assert scope is not None
+        self.is_spoilt = True
+        if self._alarm is not None:
+            self._alarm.drop(self._inner)
+
+        if cancel:
+            scope.cancel("a scope was left open in it")
+            return
+
+        # On trio this raises, but makes the scope around it the task's own again.
+        try:
+            scope.__exit__(None, None, None)
+        except RuntimeError:
+            pass
+
     def close(self, exc: BaseException | None = None) -> bool:
         """
         Leave the scope, if it is open, before anything else is awaited.
@@ -72,7 +97,8 @@ class Timer:
             alarm.drop(self._inner)
 
         if exc is not None:
-            return bool(scope.__exit__(type(exc), exc, exc.__traceback__))
+            # Neither backend needs the traceback, and an exception of a user's may raise when asked for it.
+            return bool(scope.__exit__(type(exc), exc, None))
 
         scope.__exit__(None, None, None)
         if alarm is not None:

@@ -25,7 +25,7 @@ from anthropic import AsyncAnthropic
 from model_server import Faults, serve_model
 from telling import QUESTIONS, options, status_of, tell_result, tell_retry
 
-from agentloop import AgentLoop, Backoff, Invocation, LoopConfig
+from agentloop import AgentLoop, Backoff, BatchStopped, Invocation, LoopConfig
 
 MODEL = os.environ.get("ANTHROPIC_MODEL")
 FAULTS = Faults(
@@ -61,10 +61,13 @@ async def ask_streaming(client: AsyncAnthropic, question: str) -> AsyncIterator[
 async def run_answers(loop: AgentLoop, client: AsyncAnthropic) -> int:
     """Show each answer as soon as it is there. Return how many there are."""
     answered = 0
-    async with loop.as_completed(Invocation.map(partial(ask, client), QUESTIONS, "q")) as results:
-        async for result in results:
-            tell_result(result, result.output or "")
-            answered += result.success
+    try:
+        async with loop.as_completed(Invocation.map(partial(ask, client), QUESTIONS, "q")) as results:
+            async for result in results:
+                tell_result(result, result.output or "")
+                answered += result.success
+    except BatchStopped as stopped:  # the key is refused, say
+        print(f"  stopped: {stopped.reason}")
 
     return answered
 

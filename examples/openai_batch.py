@@ -24,7 +24,16 @@ from model_server import Faults, serve_model
 from openai import AsyncOpenAI, OpenAIError
 from telling import QUESTIONS, options, status_of, tell_result, tell_retry
 
-from agentloop import AgentLoop, Backoff, ChunkEvent, Invocation, InvocationResult, LoopConfig, ResultEvent
+from agentloop import (
+    AgentLoop,
+    Backoff,
+    BatchStopped,
+    ChunkEvent,
+    Invocation,
+    InvocationResult,
+    LoopConfig,
+    ResultEvent,
+)
 
 MODEL = os.environ.get("OPENAI_MODEL")
 FAULTS = Faults(rate_limited=0.15, server_error=0.15, hang=0.1, disconnect=0.1, delay_seconds=0.05)
@@ -69,13 +78,16 @@ async def run_answers(loop: AgentLoop, client: AsyncOpenAI) -> list[InvocationRe
 async def run_streams(loop: AgentLoop, client: AsyncOpenAI) -> list[InvocationResult[None]]:
     texts = [""] * len(QUESTIONS)
     results: list[InvocationResult[None]] = []
-    async with loop.stream_all(Invocation.map(partial(ask_streaming, client), QUESTIONS, "q")) as events:
-        async for event in events:
-            match event:
-                case ChunkEvent(index=index, chunk=chunk):
-                    texts[index] += chunk
-                case ResultEvent(result=result):
-                    results.append(result)
+    try:
+        async with loop.stream_all(Invocation.map(partial(ask_streaming, client), QUESTIONS, "q")) as events:
+            async for event in events:
+                match event:
+                    case ChunkEvent(index=index, chunk=chunk):
+                        texts[index] += chunk
+                    case ResultEvent(result=result):
+                        results.append(result)
+    except BatchStopped as stopped:  # the key is refused, say
+        print(f"\nStopped: {stopped.reason}")
 
     print("\nOne result for each stream, in the order in which they ended")
     for result in results:

@@ -28,6 +28,7 @@ from model_server import Faults, ModelServer, Outcome, serve_model
 
 from agentloop import (
     AgentLoop,
+    BatchStopped,
     Invocation,
     InvocationResult,
     Limiter,
@@ -74,6 +75,7 @@ async def ask_all(options: argparse.Namespace) -> bool:
     limiter = Limiter(limit)
     loop = AgentLoop(LoopConfig(timeout_seconds=options.timeout, max_retries=2), limiter=limiter)
     results: list[InvocationResult[str]] = []
+    stopped: BatchStopped | None = None
     async with (
         embedded as server,
         httpx2.AsyncClient(
@@ -92,10 +94,15 @@ async def ask_all(options: argparse.Namespace) -> bool:
                     async for result in completed:
                         results.append(result)
                         advance()
+        except BatchStopped as exc:  # no other prompt would fare better, with a key that is refused
+            stopped = exc
         finally:  # on Ctrl-C too: what has been finished is worth reading
             elapsed = time.perf_counter() - start
             results.sort(key=lambda result: result.index)
             show(story(prompts, results, server))
+            if stopped:
+                show([("The batch was stopped", [("because", clip(stopped.reason))])])
+
             show([timing(loop, len(results), elapsed, options.backend), learned(limiter, results, server)])
 
     return len(results) == len(prompts)

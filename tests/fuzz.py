@@ -149,6 +149,7 @@ class Call:
         self.fatal = False
         self.input_failed = False
         self.left = False
+        self.inputs = 0
 
 
 class Times:
@@ -630,6 +631,7 @@ class Program:
         make = make or self.invocation
         count = self.random.choice([0, 1, 3, 6] if depth == 0 else [1, 2, 3])
         fails = self.random.random() < 0.08
+        call.inputs = count
 
         def sync() -> Iterator[Any]:
             for _ in range(count):
@@ -701,18 +703,35 @@ class Program:
         assert not call.cancelled or result.success or not result.latency_ms, "a cancellation was lost"
 
     async def gather(self, call: Call, depth: int) -> None:
-        results = await self.loop.run_all(self.inputs(call, depth))
+        inputs = self.inputs(call, depth)
+        try:
+            results = await self.loop.run_all(inputs)
+        except BatchStopped as stopped:
+            assert call.fatal
+            assert not isinstance(inputs, Iterator), "a sync input was not read to its end"
+            results = stopped.results
+        else:
+            assert len(results) == call.inputs, "a list that is too short looks complete"
+
         assert [result.index for result in results] == list(range(len(call.made)))
         call.results.extend(results)
 
     async def read(self, call: Call, depth: int) -> None:
-        async with self.loop.as_completed(self.inputs(call, depth)) as results:
-            async for result in results:
-                call.results.append(result)
-                await anyio.sleep(self.random.choice([0, 0, 0.5]))
+        try:
+            async with self.loop.as_completed(self.inputs(call, depth)) as results:
+                async for result in results:
+                    call.results.append(result)
+                    await anyio.sleep(self.random.choice([0, 0, 0.5]))
+        except BatchStopped:
+            assert call.fatal
+        else:
+            self.check_complete(call)
 
-        if not call.fatal:
-            assert len(call.results) == len(call.made), "a result was lost"
+        assert len(call.results) == len(call.made), "a result was lost"
+
+    def check_complete(self, call: Call) -> None:
+        assert len(call.results) == call.inputs, "a batch that was cut short looks complete"
+        assert all(result.status is not Status.SKIPPED for result in call.results)
 
     async def read_some(self, call: Call, depth: int) -> None:
         count = self.random.randint(0, 3)
@@ -762,6 +781,17 @@ class Program:
         await self.stream(call, depth, self.random.choice([1, 2, 17]))
 
     async def fan(self, call: Call, depth: int, leave_after: int | None = None) -> None:
+        try:
+            if await self.read_streams(call, depth, leave_after):
+                self.check_complete(call)
+        except BatchStopped:
+            assert call.fatal
+
+        if leave_after is None:
+            assert len(call.results) == len(call.made), "a result was lost"
+
+    async def read_streams(self, call: Call, depth: int, leave_after: int | None) -> bool:
+        """Read many streams, and return whether that was to their end."""
         got: dict[int, list[int]] = {}
         results: list[InvocationResult[Any]] = []
         inputs = self.inputs(call, depth, self.stream_invocation)
@@ -782,10 +812,9 @@ class Program:
                 if leave_after is not None:
                     leave_after -= 1
                     if not leave_after:
-                        return
+                        return False
 
-        if not call.fatal:
-            assert len(results) == len(call.made), "a result was lost"
+        return True
 
     async def fan_some(self, call: Call, depth: int) -> None:
         await self.fan(call, depth, self.random.choice([1, 5, 30]))
@@ -1020,13 +1049,13 @@ class Program:
         starts = sum(self.starts.values())
         assert now.in_flight == 0
         assert sum(now.counts.values()) == len(self.metrics.results) == len(self.stories)
-        # What was refused before it could start counts as an attempt that took no time.
+        # What was refused before it could start has no time.
         refused = sum(
             results[0].status is Status.ERROR and not self.starts[name]
             for name, results in self.metrics.results.items()
         )
-        assert now.attempt.count == starts + refused, "an attempt was not recorded, or twice"
-        assert now.latency.count == now.queue.count == len(self.metrics.results) - skipped
+        assert now.attempt.count == starts, "an attempt was not recorded, or twice"
+        assert now.latency.count == now.queue.count == len(self.metrics.results) - skipped - refused
         assert now.retries == sum(count - 1 for count in self.starts.values())
 
 

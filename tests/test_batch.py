@@ -48,12 +48,29 @@ async def run(verb: str, loop: AgentLoop, invocations: Any) -> list[InvocationRe
     if verb == "run_all":
         return await loop.run_all(invocations)
 
-    results = []
     async with loop.as_completed(invocations) as done:
-        async for result in done:
-            results.append(result)
+        results = [result async for result in done]
 
     return sorted(results, key=lambda result: result.index)
+
+
+async def run_until_stopped(
+    verb: str, loop: AgentLoop, invocations: Any
+) -> tuple[list[InvocationResult[Any]], BatchStopped]:
+    """Run a batch that lacks results or skips inputs, and return what there is and why it was stopped."""
+    if verb == "run_all":
+        results = await loop.run_all(invocations)
+        stopped = results[-1].exception
+        assert isinstance(stopped, BatchStopped)
+        return results, stopped
+
+    results = []
+    with pytest.raises(BatchStopped) as caught:
+        async with loop.as_completed(invocations) as done:
+            async for result in done:
+                results.append(result)
+
+    return sorted(results, key=lambda result: result.index), caught.value
 
 
 both_verbs = pytest.mark.parametrize("verb", ["run_all", "as_completed"])
@@ -627,9 +644,12 @@ async def test_fatal_verdict_starts_nothing_new_and_lets_what_runs_finish(verb: 
         return x
 
     loop = AgentLoop(LoopConfig(max_concurrency=3))
-    results = await run(verb, loop, Invocation.map(agent, range(10), "q"))
+    results, stopped = await run_until_stopped(verb, loop, Invocation.map(agent, range(10), "q"))
     assert started == [0, 1, 2]
     assert [result.status for result in results[:3]] == [Status.SUCCESS, Status.ERROR, Status.SUCCESS]
+    assert stopped.reason == "'q-1' failed with Unauthorized: bad key"
+    assert "classify=" in str(stopped)
+    assert stopped.__cause__ is results[1].exception
     if verb == "as_completed":
         assert len(results) == 3
         return
@@ -637,9 +657,7 @@ async def test_fatal_verdict_starts_nothing_new_and_lets_what_runs_finish(verb: 
     assert [result.index for result in results] == list(range(10))
     for result in results[3:]:
         assert result.status is Status.SKIPPED
-        assert isinstance(result.exception, BatchStopped)
-        assert "'q-1' failed" in str(result.exception)
-        assert result.exception.__cause__ is results[1].exception
+        assert result.exception is stopped
         assert (result.latency_ms, result.retries, result.failures) == (0, 0, ())
 
 
@@ -676,7 +694,9 @@ async def test_fatal_verdict_ends_what_waits_for_a_slot(verb: str) -> None:
         group.start_soon(AgentLoop(limiter=limiter).run_single, "other", anyio.sleep, 50)
         await anyio.wait_all_tasks_blocked()
         start = anyio.current_time()
-        results = await run(verb, AgentLoop(limiter=limiter), Invocation.map(agent, range(3)))
+        results, _ = await run_until_stopped(
+            verb, AgentLoop(limiter=limiter), Invocation.map(agent, range(3))
+        )
         assert anyio.current_time() - start == pytest.approx(1)
 
     statuses = [result.status for result in results]
@@ -702,8 +722,13 @@ async def test_fatal_verdict_ends_as_completed_although_the_input_hangs() -> Non
     async def fatal() -> None:
         raise Unauthorized
 
-    results = await run("as_completed", AgentLoop(), inputs())
+    results, _ = await run_until_stopped("as_completed", AgentLoop(), inputs())
     assert [result.status for result in results] == [Status.ERROR]
+    # What is missing could not be told from a list.
+    with pytest.raises(BatchStopped, match="'a' failed with Unauthorized") as caught:
+        await AgentLoop().run_all(inputs())
+
+    assert [result.status for result in caught.value.results] == [Status.ERROR]
 
 
 # -- inputs that fail

@@ -22,6 +22,7 @@ ORDER = [
     "_errors",
     "_validators",
     "_backend",
+    "_tasks",
     "_pace",
     "_context",
     # values

@@ -36,7 +36,9 @@ ERRORS: list[Exception] = [
     InvocationCancelled("cancelled by itself"),
     InvocationTimeout(0.5),
     InvocationTimeout(60, total=True),
+    _errors.LeftOpenError("agent"),
     _errors.LoopClosed("left"),
+    _errors.NotAsyncError("no"),
 ]
 every_error = pytest.mark.parametrize("error", ERRORS, ids=repr)
 
@@ -96,7 +98,7 @@ def test_only_a_success_is_a_success(status: Status) -> None:
         (Status.TIMEOUT, IdleTimeout(1.5), "No chunk for 1.5s"),
         (Status.CANCELLED, InvocationCancelled("by itself"), "InvocationCancelled: by itself"),
         (Status.CANCELLED, asyncio.CancelledError(), "CancelledError"),
-        (Status.SKIPPED, BatchStopped("not started"), "BatchStopped: not started"),
+        (Status.SKIPPED, BatchStopped("not started"), "BatchStopped: the batch was stopped: not started"),
     ],
     ids=repr,
 )

@@ -390,7 +390,7 @@ async def test_timer_that_fires_a_moment_early_is_still_the_total_time_out() -> 
     config = LoopConfig(timeout_seconds=None, total_timeout_seconds=5)
     assert job.bound(100.0, math.inf, 5) == 105
     job.time_out(config, None)
-    job.judge(config)
+    job.judge(config, pytest.fail)
     assert job.next_start(104.999999999, math.inf, config) is None
     assert job.result(104.999999999).error == "Timeout after 5s in total"
 

@@ -13,13 +13,13 @@ from anyio.lowlevel import checkpoint
 from agentloop import (
     AgentLoop,
     Backoff,
+    BatchStopped,
     ChunkEvent,
     FirstChunkTimeout,
     IdleTimeout,
     Invocation,
     InvocationCancelled,
     InvocationTimeout,
-    LoopClosed,
     LoopConfig,
     ResultEvent,
     Status,
@@ -366,10 +366,15 @@ async def test_fatal_verdict_starts_nothing_new_and_what_runs_finishes() -> None
 
         yield x
 
-    chunks, results = await run(make_loop(max_concurrency=2, max_retries=3), Invocation.map(agent, range(9)))
-    assert chunks == {0: [0], 1: [1, 1]}
-    assert [results[x].status for x in range(2)] == [Status.ERROR, Status.SUCCESS]
-    assert set(results) == {0, 1}
+    seen: list[Any] = []
+    with pytest.raises(BatchStopped, match="'agent-0' failed with Unauthorized"):
+        async with make_loop(max_concurrency=2).stream_all(Invocation.map(agent, range(9))) as events:
+            async for event in events:
+                seen.append(event)
+
+    assert [event.chunk for event in seen if isinstance(event, ChunkEvent)] == [0, 1, 1]
+    results = [event.result for event in seen if isinstance(event, ResultEvent)]
+    assert [(result.index, result.status) for result in results] == [(0, Status.ERROR), (1, Status.SUCCESS)]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -484,7 +489,7 @@ async def test_what_was_left_early_does_not_look_complete(entered: bool) -> None
     async with loop.stream_all(Invocation.map(one_a_second, [5, 5])) as events:
         await anext(events)
 
-    with pytest.raises(LoopClosed, match="the block that reads the results was left"):
+    with pytest.raises(BatchStopped, match="the block that reads the results was left"):
         await anext(events)
 
     if entered:
@@ -576,7 +581,7 @@ async def test_leaving_the_loop_starts_nothing_new_and_ends_what_nobody_reads() 
         await anyio.sleep(1)
 
     seen = []
-    with pytest.raises(LoopClosed, match="the loop was left before all inputs of this batch were run"):
+    with pytest.raises(BatchStopped, match="the loop was left"):
         async for event in events:
             seen.append(event)
 
@@ -593,7 +598,7 @@ async def test_leaving_the_loop_by_an_exception_gives_each_stream_its_result() -
 
     async def go() -> None:
         async with loop.stream_all(Invocation.map(one_a_second, [50] * 5)) as events:
-            with pytest.raises(LoopClosed, match="the loop was left by KeyError before all inputs"):
+            with pytest.raises(BatchStopped, match="the loop was left by KeyError"):
                 async for event in events:
                     if isinstance(event, ResultEvent):
                         results.append(event.result)
