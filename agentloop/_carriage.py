@@ -117,6 +117,8 @@ class _Carriage(Generic[ItemT]):
                 self._observer.streamed(self._gaps)
 
             error = await self._close(iterator)
+            # Trio forgets it as the scope around it is left.
+            self._job.left_open = self._pool.is_left_open(self._closing)
 
         if self._closing.cancelled_caught:
             error = self._job.made_of_cancellation
