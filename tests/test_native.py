@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
+import warnings
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 from agentloop import (
     AgentLoop,
     Backoff,
+    BatchStopped,
     ChunkEvent,
     Invocation,
     InvocationCancelled,
@@ -533,3 +537,410 @@ async def test_cancellation_that_an_agent_ordered_for_later_ends_its_stream_only
 
         assert stream.result.status is Status.CANCELLED
         assert (await loop.run_single("b", ok, 3)).output == 3
+
+
+# -- the caller's cancellation, and an agent that makes an error of it
+
+
+async def makes_an_error() -> None:
+    try:
+        await asyncio.sleep(50)
+    except asyncio.CancelledError:
+        raise TimeoutError("connect timed out")  # noqa: B904
+
+
+async def wraps_it() -> None:
+    try:
+        await asyncio.sleep(50)
+    except asyncio.CancelledError as exc:
+        raise ConnectionError("request aborted") from exc
+
+
+async def raises_later() -> None:
+    aborted = False
+    try:
+        await asyncio.sleep(50)
+    except asyncio.CancelledError:
+        aborted = True
+
+    if aborted:
+        raise ConnectionError("aborted")
+
+
+async def makes_a_group_of_it() -> None:
+    try:
+        await asyncio.sleep(50)
+    except asyncio.CancelledError as exc:
+        raise BaseExceptionGroup("all", [exc, OSError("cleanup")]) from None
+
+
+async def makes_a_group_of_errors() -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(makes_an_error())
+        group.create_task(wraps_it())
+
+
+async def waits_in_a_task_group_of_anyio() -> None:
+    async with anyio.create_task_group() as group:
+        group.start_soon(makes_an_error)
+        group.start_soon(anyio.sleep, 50)
+
+
+CONVERTERS = [
+    makes_an_error,
+    wraps_it,
+    raises_later,
+    makes_a_group_of_it,
+    makes_a_group_of_errors,
+    waits_in_a_task_group_of_anyio,
+]
+
+
+async def by_cancel(run: Any) -> None:
+    task = asyncio.ensure_future(run())
+    await asyncio.sleep(1)
+    task.cancel("enough")
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert task.cancelled()
+
+
+async def by_timeout(run: Any) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            await run()
+
+
+async def by_wait_for(run: Any) -> None:
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(run(), 1)
+
+
+async def by_sibling(run: Any) -> None:
+    async def fail() -> None:
+        await asyncio.sleep(1)
+        raise KeyError("sibling")
+
+    async def siblings() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fail())
+            group.create_task(run())
+
+    with pytest.RaisesGroup(KeyError):
+        # In a task of its own, whose count of cancellations the group leaves raised.
+        await asyncio.create_task(siblings())
+
+
+@pytest.mark.parametrize("entered", [False, True])
+@pytest.mark.parametrize("verb", ["run_single", "run_all", "as_completed", "run_streaming"])
+@pytest.mark.parametrize("cancel", [by_cancel, by_timeout, by_wait_for, by_sibling])
+@pytest.mark.parametrize("agent", CONVERTERS)
+async def test_cancellation_of_the_caller_propagates_although_the_agent_made_an_error_of_it(
+    agent: Any, cancel: Any, verb: str, entered: bool
+) -> None:
+    calls = 0
+    loop = AgentLoop(LoopConfig(max_retries=3))
+
+    async def counted() -> None:
+        nonlocal calls
+        calls += 1
+        await agent()
+
+    async def stream() -> AsyncGenerator[int]:
+        yield 1
+        await counted()
+
+    async def run() -> None:
+        if verb == "run_single":
+            await loop.run_single("a", counted)
+        elif verb == "run_all":
+            await loop.run_all([Invocation("a", counted)])
+        elif verb == "as_completed":
+            async with loop.as_completed([Invocation("a", counted)]) as results:
+                [_ async for _ in results]
+        else:
+            async with loop.run_streaming("a", stream) as chunks:
+                [_ async for _ in chunks]
+
+    if entered:
+        async with loop:
+            await cancel(run)
+    else:
+        await cancel(run)
+
+    assert calls == 1
+    assert loop.metrics.snapshot().counts[Status.CANCELLED] == 1
+    assert current_task().cancelling() == 0
+
+
+async def fails_in_its_body() -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(fail_soon())
+        await asyncio.sleep(50)
+
+
+async def fails_while_it_is_left() -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(fail_soon())
+
+
+async def fail_soon() -> None:
+    await asyncio.sleep(0.1)
+    raise OSError("child")
+
+
+async def handles_a_failing_group_and_fails() -> None:
+    try:
+        await fails_while_it_is_left()
+    except* OSError:
+        pass
+
+    raise OSError("later")
+
+
+async def steps() -> AsyncGenerator[int]:
+    await fails_while_it_is_left()
+    yield 1
+
+
+async def fails_in_a_generator() -> None:
+    async for _ in steps():
+        pass
+
+
+@contextlib.asynccontextmanager
+async def group_as_a_context() -> AsyncGenerator[None]:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(fail_soon())
+        yield
+
+
+async def fails_in_a_context() -> None:
+    async with group_as_a_context():
+        pass
+
+
+async def fails_twice() -> None:
+    for _ in range(2):
+        try:
+            await fails_while_it_is_left()
+        except* OSError:
+            pass
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(fails_while_it_is_left())
+
+
+FAILING = [
+    fails_in_its_body,
+    fails_while_it_is_left,
+    handles_a_failing_group_and_fails,
+    fails_in_a_generator,
+    fails_in_a_context,
+    fails_twice,
+]
+
+
+@pytest.mark.parametrize("agent", FAILING)
+async def test_failing_task_group_of_the_agent_is_the_agents_error(agent: Any) -> None:
+    calls = 0
+
+    async def counted() -> None:
+        nonlocal calls
+        calls += 1
+        await agent()
+
+    async def call() -> Any:
+        return await AgentLoop(LoopConfig(max_retries=2, backoff=Backoff(jitter="none"))).run_single(
+            "a", counted
+        )
+
+    result = await asyncio.create_task(call())
+    assert result.status is Status.ERROR
+    assert isinstance(result.exception, OSError | ExceptionGroup)
+    assert (calls, result.retries) == (3, 2)
+
+
+@pytest.mark.parametrize("agent", [fails_while_it_is_left, handles_a_failing_group_and_fails])
+async def test_cancellation_of_the_caller_is_seen_after_a_failing_task_group(agent: Any) -> None:
+    async def fails_and_waits() -> None:
+        try:
+            await agent()
+        except (OSError, ExceptionGroup):
+            await makes_an_error()
+
+    async def run() -> None:
+        await AgentLoop().run_single("a", fails_and_waits)
+
+    await by_cancel(run)
+
+
+async def test_failing_task_group_of_the_agent_hides_no_time_out() -> None:
+    async def agent() -> None:
+        try:
+            await fails_while_it_is_left()
+        except* OSError:
+            await asyncio.sleep(50)
+
+    async def call() -> Any:
+        return await AgentLoop(LoopConfig(timeout_seconds=5, max_retries=0)).run_single("a", agent)
+
+    result = await asyncio.create_task(call())
+    assert result.status is Status.TIMEOUT
+
+
+# -- the library's own tasks
+
+
+def tasks_named(name: str) -> list[asyncio.Task[Any]]:
+    return [
+        task for task in asyncio.all_tasks() if task.get_name() == f"agentloop {name}" and not task.done()
+    ]
+
+
+async def results_of(verb: str, loop: AgentLoop, inputs: Any) -> tuple[list[Any], BaseException | None]:
+    results: list[Any] = []
+    try:
+        if verb == "run_all":
+            results = await loop.run_all(inputs)
+        elif verb == "as_completed":
+            async with loop.as_completed(inputs) as done:
+                async for result in done:
+                    results.append(result)
+        else:
+            async with loop.stream_all(inputs) as events:
+                async for event in events:
+                    if not isinstance(event, ChunkEvent):
+                        results.append(event.result)
+    except (BatchStopped, InvocationCancelled) as exc:
+        return results, exc
+
+    return results, None
+
+
+@pytest.mark.parametrize("entered", [False, True])
+@pytest.mark.parametrize("verb", ["run_all", "as_completed", "stream_all"])
+@pytest.mark.parametrize("source", ["list", "generator", "async"])
+@pytest.mark.parametrize("name", ["worker", "alarm", "feeder", "producer", "watch"])
+async def test_own_task_that_is_cancelled_from_outside_costs_no_result(
+    name: str, source: str, verb: str, entered: bool
+) -> None:
+    config = LoopConfig(
+        max_concurrency=2,
+        max_retries=1,
+        backoff=Backoff(initial_seconds=9, jitter="none"),
+        idle_timeout_seconds=20,
+    )
+    loop = AgentLoop(config)
+    failed = cancelled = 0
+
+    async def agent(x: int) -> int:
+        nonlocal failed, cancelled
+        await asyncio.sleep(1)
+        if x == 0 and not failed:
+            failed = 1
+            raise ConnectionError
+
+        if x == 3:
+            for task in tasks_named(name):
+                cancelled += task is not current_task()
+                if task is not current_task():
+                    task.cancel()
+
+        return x
+
+    async def stream(x: int) -> AsyncGenerator[int]:
+        yield await agent(x)
+        await asyncio.sleep(0.5)
+        yield x
+
+    def jobs() -> Any:
+        yield from Invocation.map(stream if verb == "stream_all" else agent, range(20))
+
+    async def async_jobs() -> AsyncGenerator[Any]:
+        for job in jobs():
+            yield job
+            await asyncio.sleep(0.1)
+
+    inputs = {"list": lambda: [*jobs()], "generator": jobs, "async": async_jobs}[source]()
+    with anyio.fail_after(500):
+        if entered:
+            async with loop:
+                results, error = await results_of(verb, loop, inputs)
+        else:
+            results, error = await results_of(verb, loop, inputs)
+
+    statuses = [result.status for result in results]
+    if error is None:
+        assert sorted(result.index for result in results) == list(range(20))
+        assert Status.SKIPPED not in statuses
+
+    # A worker costs its own agent, and nothing else does anything but what reads the input or the results.
+    if cancelled and name in ("alarm", "watch"):
+        assert statuses == [Status.SUCCESS] * 20
+    elif name == "worker":
+        assert error is None
+        assert statuses.count(Status.CANCELLED) <= cancelled
+
+
+@pytest.mark.parametrize("verb", ["run_all", "as_completed", "stream_all"])
+@pytest.mark.parametrize("at", [0, 1, 3])
+async def test_own_task_that_is_cancelled_before_it_begins_stops_the_batch(
+    verb: str, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+    event_loop = asyncio.get_running_loop()
+    create_task = event_loop.create_task
+
+    def create_and_cancel(coroutine: Any, *, name: str | None = None) -> asyncio.Task[Any]:
+        task = create_task(coroutine, name=name)
+        if name == "agentloop worker":
+            started.append(1)
+            if len(started) == at + 1:
+                task.cancel()
+
+        return task
+
+    async def agent(x: int) -> int:
+        await asyncio.sleep(1 + x)
+        return x
+
+    async def stream(x: int) -> AsyncGenerator[int]:
+        yield await agent(x)
+
+    jobs = [Invocation("a", stream if verb == "stream_all" else agent, (x,)) for x in range(9)]
+    loop = AgentLoop(LoopConfig(max_concurrency=4))
+    monkeypatch.setattr(event_loop, "create_task", create_and_cancel)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # its coroutine was never awaited
+        results, error = await results_of(verb, loop, jobs)
+        gc.collect()
+
+    reason = "one of its own tasks was cancelled from outside"
+    if verb == "run_all":
+        assert [result.index for result in results] == list(range(9))
+        error = results[-1].exception
+
+    assert isinstance(error, BatchStopped)
+    assert error.reason == reason
+    assert {result.status for result in results} <= {Status.SUCCESS, Status.CANCELLED, Status.SKIPPED}
+    assert loop.statistics().running == 0
+
+
+async def test_stream_whose_task_is_cancelled_from_outside_does_not_look_complete() -> None:
+    async def stream() -> AsyncGenerator[int]:
+        for i in range(9):
+            yield i
+            await asyncio.sleep(1)
+
+    got = []
+    with pytest.raises(InvocationCancelled):
+        async with AgentLoop().run_streaming("a", stream) as chunks:
+            async for chunk in chunks:
+                got.append(chunk)
+                if chunk == 3:
+                    [task] = tasks_named("producer")
+                    task.cancel()
+
+    assert got == [0, 1, 2, 3]
