@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["Act", "Plan", "plumbing", "run_attempt"]
 
-import logging
 import math
 from collections.abc import Awaitable, Callable
 from contextvars import Context
@@ -27,7 +26,6 @@ from ._timer import Timer
 FnT = TypeVar("FnT", bound=Callable[..., Any])
 ErrorT = TypeVar("ErrorT", bound=Exception)
 
-_logger = logging.getLogger("agentloop")
 _set_slot = current_slot.set
 
 Act: TypeAlias = Callable[
@@ -48,7 +46,7 @@ class Plan:
     :param act: what is done with the agent; if absent, it is called, and what it returns awaited
     """
 
-    __slots__ = ("_classify_failed", "act", "config", "observer", "timeout", "total")
+    __slots__ = ("act", "config", "observer", "timeout", "total")
 
     def __init__(self, config: LoopConfig, observer: Observer, act: Act | None = None) -> None:
         self.config = config
@@ -57,16 +55,6 @@ class Plan:
         self.observer = observer
         # To call the agent and await what it returns needs no more than a context.
         self.act = act
-        self._classify_failed = False
-
-    def log_classify(self) -> None:
-        """Log that ``classify`` has failed, the first time."""
-        if not self._classify_failed:
-            self._classify_failed = True
-            _logger.exception(
-                "classify=%r failed, so the failure is not retried; its further errors are not logged",
-                self.config.classify,
-            )
 
 
 _PLUMBING: set[CodeType] = {call_in_context.__code__, await_it.__code__}
@@ -170,7 +158,7 @@ async def run_attempt(
 
             await _conclude(job, plan, pool, caller, timer, None)
 
-        job.judge(plan.config, plan.log_classify)
+        job.judge(plan.config, plan.observer.log_classify)
         return pool.now()
     finally:
         # A stream may be without one while it waits for its reader.

@@ -17,7 +17,7 @@ from anyio.lowlevel import checkpoint_if_cancelled
 from ._attempt import Plan, plumbing
 from ._channel import Channel
 from ._context import call_in_context
-from ._errors import FirstChunkTimeout, IdleTimeout
+from ._errors import FirstChunkTimeout, IdleTimeout, NotAsyncError
 from ._histogram import Histogram
 from ._job import Job
 
@@ -148,7 +148,7 @@ class _Carriage(Generic[ItemT]):
         if inspect.iscoroutine(returned):
             returned.close()
 
-        raise TypeError(
+        raise NotAsyncError(
             f"{invocation.fn!r} returned a {type(returned).__name__}, which `async for` cannot iterate over: "
             "pass an async generator function"
         )

@@ -185,11 +185,11 @@ class Job(Generic[T]):
         self.status = Status.SKIPPED
         self.error = error
 
-    def judge(self, config: LoopConfig, on_failure: Callable[[], object]) -> None:
+    def judge(self, config: LoopConfig, log: Callable[[object], object]) -> None:
         """
         Find out what the failure of the last attempt means.
 
-        :param on_failure: called, while the exception is handled, if ``config.classify`` raises
+        :param log: given ``config.classify`` if that raises, while the exception is handled
         """
         error = self.error
         self.verdict = None
@@ -218,7 +218,7 @@ class Job(Generic[T]):
                 if not is_error(exc):
                     raise
 
-                on_failure()
+                log(config.classify)
                 _note(error, f"not retried: classify failed with {describe(exc)}")
                 self.verdict = _PERMANENT
 

@@ -48,6 +48,7 @@ class Observer:
     """
 
     __slots__ = (
+        "_classify_failed",
         "_ended",
         "_metrics",
         "_sink",
@@ -61,6 +62,7 @@ class Observer:
         self._metrics = metrics
         self._sink = sink
         self._ended = 0
+        self._classify_failed = False
         # Whether at most a recorder is told, and of most invocations no more than that they are in flight,
         # how long they took and how long they were queued.
         self.is_plain = sink is None and (metrics is None or type(metrics) is MetricsRecorder)
@@ -181,3 +183,11 @@ class Observer:
         """A batch starts nothing new any more."""
         if self._sink is not None:
             self._sink(StopEvent(reason, now))
+
+    def log_classify(self, classify: object) -> None:
+        """Log the exception that ``classify`` has raised, the first time."""
+        if not self._classify_failed:
+            self._classify_failed = True
+            _logger.exception(
+                "classify=%r failed, so the failure is not retried; its further errors are not logged", classify
+            )

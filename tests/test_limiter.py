@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
@@ -10,7 +18,7 @@ import anyio.to_thread
 import pytest
 from elsewhere import in_use_elsewhere
 
-from agentloop import AgentLoop, Invocation, Limiter, LimiterStatistics, LoopConfig
+from agentloop import AgentLoop, Backoff, Invocation, Limiter, LimiterStatistics, LoopConfig
 from agentloop._limiter import pool_of
 from agentloop.testing import VirtualClockDeadlock, virtual_clock
 
@@ -247,3 +255,207 @@ def test_agent_may_sleep_from_a_worker_thread_on_a_virtual_clock(backend: Any) -
 
     name, options = virtual_clock(backend)
     anyio.run(main, backend=name, backend_options=options)
+
+
+# -- threads, processes and event loops that are gone
+
+
+def run(backend: str, main: Any, *args: Any) -> Any:
+    return anyio.run(main, *args, backend=backend)
+
+
+@backends
+def test_threads_that_race_for_a_limiter_never_use_it_at_once(backend: str) -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=3))
+    lock = threading.Lock()
+    running = peak = 0
+    outcomes: Counter[str] = Counter()
+
+    async def agent(x: int) -> None:
+        nonlocal running, peak
+        with lock:
+            running += 1
+            peak = max(peak, running)
+
+        await anyio.sleep(0.001)
+        with lock:
+            running -= 1
+
+    def call() -> None:
+        for number in range(20):
+            try:
+                if number % 2:
+                    results = run(backend, loop.run_all, Invocation.map(agent, range(4)))
+                else:
+                    results = [run(backend, loop.run_single, "a", agent, 1)]
+
+                assert all(result.success for result in results)
+                outcomes["ran"] += 1
+            except RuntimeError as exc:
+                outcomes[str(exc).partition(", in thread")[0]] += 1
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+
+    for thread in threads:
+        thread.join()
+
+    assert peak <= 3
+    assert outcomes["ran"]
+    assert set(outcomes) <= {"ran", "this limiter is in use in another event loop"}
+    assert not run(backend, loop.run_all, Invocation.map(agent, range(4)))[0].error
+
+
+@backends
+@pytest.mark.parametrize("use", ["pulls", "waits", "runs", "streams", "rests"])
+def test_limiter_that_is_in_use_in_another_thread_is_refused(use: str, backend: str) -> None:
+    config = LoopConfig(max_concurrency=1, backoff=Backoff(initial_seconds=30, jitter="none"))
+    loop = AgentLoop(config)
+    begun, over = threading.Event(), threading.Event()
+
+    async def wait() -> None:
+        begun.set()
+        await anyio.to_thread.run_sync(over.wait)
+
+    async def inputs() -> AsyncIterator[Any]:
+        await wait()
+        return
+        yield
+
+    async def chunks() -> AsyncIterator[int]:
+        yield 1
+        await wait()
+
+    async def fail() -> None:
+        raise OSError
+
+    async def main() -> None:
+        if use == "pulls":
+            await loop.run_all(inputs())
+        elif use == "runs":
+            await loop.run_single("a", wait)
+        elif use == "streams":
+            async with loop.run_streaming("a", chunks) as stream:
+                [_ async for _ in stream]
+        else:
+            async with anyio.create_task_group() as group:
+                group.start_soon(loop.run_single, "a", fail if use == "rests" else anyio.sleep_forever)
+                if use == "waits":
+                    group.start_soon(loop.run_single, "b", anyio.sleep_forever)
+
+                await anyio.sleep(0.01)
+                await wait()
+                group.cancel_scope.cancel()
+
+    thread = threading.Thread(target=run, args=(backend, main), name="user")
+    thread.start()
+    begun.wait()
+    for other in ("asyncio", "trio"):
+        with pytest.raises(RuntimeError, match="in use in another event loop, in thread 'user'"):
+            run(other, loop.run_single, "a", anyio.sleep, 0)
+
+    with pytest.raises(RuntimeError, match="only in the thread of its event loop"):
+        loop.limiter.pause()
+
+    over.set()
+    thread.join()
+    assert run(backend, loop.run_single, "a", anyio.sleep, 0).success
+
+
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("same_thread", [False, True])
+def test_event_loop_that_was_stopped_blocks_others_only_while_it_can_go_on(
+    same_thread: bool, closed: bool
+) -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=1))
+    stopped = asyncio.new_event_loop()
+    stopped.call_later(0.01, stopped.stop)
+    with pytest.raises(RuntimeError, match="Event loop stopped"):
+        stopped.run_until_complete(loop.run_single("long", anyio.sleep, 60))
+
+    [task] = asyncio.all_tasks(stopped)
+    if closed:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            stopped.run_until_complete(task)
+
+        stopped.close()
+
+    outcomes: list[Any] = []
+
+    def call() -> None:
+        try:
+            outcomes.append(asyncio.run(loop.run_single("a", anyio.sleep, 0)).status)
+            loop.limiter.pause()
+            loop.limiter.resume()
+        except RuntimeError as exc:
+            outcomes.append(str(exc))
+
+    if same_thread:
+        call()
+    else:
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+
+    if closed or same_thread:
+        assert outcomes == ["success"]
+    else:
+        assert "in use in another event loop" in outcomes[0]
+
+    if not closed:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            stopped.run_until_complete(task)
+
+        stopped.close()
+
+
+@backends
+def test_thread_that_has_ended_blocks_no_other(backend: str) -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=1))
+    abandoned: list[Any] = []
+
+    def begin() -> None:
+        event_loop = asyncio.new_event_loop()
+        event_loop.call_later(0.01, event_loop.stop)
+        abandoned.append((event_loop, event_loop.create_task(loop.run_single("long", anyio.sleep, 60))))
+        event_loop.run_forever()
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    thread.join()
+    assert loop.statistics().running == 1
+    assert run(backend, loop.run_single, "a", anyio.sleep, 0).success
+    [(event_loop, task)] = abandoned
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        event_loop.run_until_complete(task)
+
+    event_loop.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork()")
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_limiter_in_use_in_the_parent_process_can_be_used_in_a_child(backend: str) -> None:
+    program = f"""
+import os, threading, anyio
+from agentloop import AgentLoop, LoopConfig
+loop = AgentLoop(LoopConfig(max_concurrency=1))
+begun, over = threading.Event(), threading.Event()
+async def wait():
+    begun.set()
+    await anyio.to_thread.run_sync(over.wait)
+thread = threading.Thread(target=anyio.run, args=(loop.run_single, "a", wait), kwargs={{"backend": {backend!r}}})
+thread.start()
+begun.wait()
+if child := os.fork():
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    over.set()
+    thread.join()
+    raise SystemExit(status)
+os._exit(0 if anyio.run(loop.run_single, "b", anyio.sleep, 0, backend={backend!r}).success else 3)
+"""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program]
+    subprocess.run(command, check=True, timeout=60)

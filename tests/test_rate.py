@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import anyio
@@ -594,3 +595,109 @@ def test_fractions_leave_nothing_behind() -> None:
 
     assert meter.ready_at(1.0, now + 1) == now + 1
     assert now < 350
+
+
+# -- in real time, with an event loop that is busy
+
+
+def most_within(starts: list[float], seconds: float) -> int:
+    """Return how many starts there were at most in a time that begins with one of them."""
+    return max(sum(first <= start < first + seconds for start in starts) for first in starts)
+
+
+def compute() -> None:
+    end = time.perf_counter() + 0.004
+    while time.perf_counter() < end:
+        pass
+
+
+async def singles(loop: AgentLoop, agent: Any) -> None:
+    async def client() -> None:
+        compute()
+        await loop.run_single("a", agent)
+
+    async with anyio.create_task_group() as group:
+        for _ in range(60):
+            group.start_soon(client)
+
+
+async def batches(loop: AgentLoop, agent: Any) -> None:
+    other = AgentLoop(limiter=loop.limiter)
+    async with anyio.create_task_group() as group:
+        for one in (loop, other):
+            group.start_soon(one.run_all, [Invocation("a", agent)] * 30)
+
+
+async def streams(loop: AgentLoop, agent: Any) -> None:
+    async def stream() -> AsyncIterator[int]:
+        await agent()
+        yield 1
+
+    async def read() -> None:
+        async with loop.run_streaming("a", stream) as chunks:
+            [_ async for _ in chunks]
+
+    async with anyio.create_task_group() as group, loop.stream_all([Invocation("a", stream)] * 30) as events:
+        for _ in range(30):
+            group.start_soon(read)
+
+        [_ async for _ in events]
+
+
+async def nested(loop: AgentLoop, agent: Any) -> None:
+    await loop.run_single("outer", lambda: batches(loop, agent))
+
+
+@backends
+@pytest.mark.parametrize("way", [singles, batches, streams, nested])
+@pytest.mark.parametrize("rate", [Rate(10, per_seconds=0.05), Rate(20, per_seconds=0.05, burst=2)], ids=repr)
+def test_rate_holds_where_agents_are_called_although_the_event_loop_is_busy(
+    rate: Rate, way: Any, backend: str
+) -> None:
+    starts: list[float] = []
+
+    async def agent() -> None:
+        starts.append(time.monotonic())
+        compute()
+        await anyio.sleep(0)
+
+    loop = AgentLoop(limiter=Limiter(1000, rates=[rate]))
+    anyio.run(way, loop, agent, backend=backend)
+    # The outer one of nested invocations starts too, before all others.
+    assert len(starts) == 60
+    # The event loop's clock is read just before the agent reads its own.
+    assert most_within(starts, rate.per_seconds - 0.002) <= rate.limit + (rate.burst or 0)
+
+
+@backends
+def test_sink_that_is_slow_moves_no_start_closer_to_the_next(backend: str) -> None:
+    starts: list[float] = []
+
+    async def agent() -> None:
+        starts.append(time.monotonic())
+
+    def slow(event: Event) -> None:
+        if isinstance(event, StartedEvent):
+            compute()
+
+    loop = AgentLoop(limiter=Limiter(1000, rates=[Rate(5, per_seconds=0.03)]), on_event=slow)
+    anyio.run(loop.run_all, [Invocation("a", agent)] * 20, backend=backend)
+    assert most_within(starts, 0.028) <= 5
+
+
+def test_reservation_does_not_flow_back_before_it_is_paid() -> None:
+    window = make_meter(Rate(2, 1.0))
+    first, second = window.reserve(1), window.reserve(1)
+    assert window.ready_at(1, 50.0) == math.inf
+    window.pay(first, 60.0)
+    assert window.ready_at(1, 60.0) == 61
+    window.release(second)
+    assert window.ready_at(1, 60.0) == 60
+
+    bucket = make_meter(Rate(1, 1.0, burst=2))
+    first, second = bucket.reserve(1), bucket.reserve(1)
+    assert bucket.ready_at(1, 50.0) == math.inf
+    bucket.pay(first, 60.0)
+    assert bucket.ready_at(1, 60.0) == 61
+    bucket.release(second)
+    assert bucket.ready_at(1, 60.0) == 60
