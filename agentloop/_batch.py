@@ -20,7 +20,7 @@ from anyio.lowlevel import checkpoint_if_cancelled
 from ._attempt import Plan, run_attempt
 from ._backend import TaskAlarm, forget_cancellations, is_error, make_task_alarm
 from ._errors import BatchStopped, InvocationCancelled, describe
-from ._invocation import Input, Inputs, Invocation, as_invocation
+from ._invocation import Input, Inputs, Invocation, Mapped, as_invocation
 from ._job import Job, as_exception
 from ._limiter import Limiter, claim, pool_of
 from ._pool import Slot, current_slot
@@ -89,6 +89,8 @@ class Batch(ABC, Generic[T]):
         else:
             self._iterator = iter(inputs)
 
+        # What may know whether there is more input.
+        self._sized: object = inputs if isinstance(inputs, Mapped) else self._iterator
         self._feeding = anyio.CancelScope()
         # Jobs that were pulled and wait for a worker, not for a retry.
         self._fed: deque[Job[T]] = deque()
@@ -226,7 +228,7 @@ class Batch(ABC, Generic[T]):
         """Pull no more input."""
         if not self._exhausted:
             # An iterator may know that there is no more, even if it has not been asked for it.
-            self._lacks_results = self._iterator is None or length_hint(self._iterator, 1) > 0
+            self._lacks_results = self._iterator is None or length_hint(self._sized, 1) > 0
             self._exhausted = True
             self._feeding.cancel()
 

@@ -4,6 +4,7 @@ __all__ = [
     "Input",
     "Inputs",
     "Invocation",
+    "Mapped",
     "Referable",
     "StreamInputs",
     "as_invocation",
@@ -20,12 +21,15 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Generator,
     Iterable,
     Iterator,
     Mapping,
     Sequence,
 )
+from contextlib import contextmanager
 from functools import partial
+from operator import length_hint
 from typing import Any, Generic, TypeAlias, TypeVar, cast, overload
 
 import attrs
@@ -154,11 +158,11 @@ class Invocation(Referable, Generic[T_co]):
         if not isinstance(items, Iterable):
             raise TypeError(f"items must be a sync or async iterable, got {items!r}")
 
+        iterator = iter(items)
         if isinstance(prefix, str):
-            return _numbered(prefix, fn, items)
+            return Mapped(_numbered(prefix, fn, iterator), iterator)
 
-        # No builtin map(): it would take a StopIteration of agent_id for the end of the items.
-        return (make(index, item) for index, item in enumerate(items))
+        return Mapped(_named(make, iterator), iterator)
 
 
 class _Draft(Referable):
@@ -236,12 +240,52 @@ def make_invocation(
     return invocation
 
 
+class Mapped(Iterator["Invocation[T]"]):
+    """
+    The invocations of :meth:`Invocation.map`, which know whether there are more if their items do.
+
+    :param invocations: pulls the items and makes the invocations
+    :param items: the items
+    """
+
+    def __init__(self, invocations: Generator[Invocation[T]], items: Iterator[Any]) -> None:
+        self._invocations = invocations
+        self._items = items
+
+    def __iter__(self) -> Generator[Invocation[T]]:
+        # To pull from it directly saves a call for each.
+        return self._invocations
+
+    def __next__(self) -> Invocation[T]:
+        return next(self._invocations)
+
+    def __length_hint__(self) -> int:
+        return length_hint(self._items, 1)
+
+
 def _numbered(
-    prefix: str, fn: Callable[[ItemT], Awaitable[T] | AsyncIterable[T]], items: Iterable[ItemT]
-) -> Iterator[Invocation[T]]:
-    for index, item in enumerate(items):
-        # Nothing in it can be wrong, and to check it all again takes longer than all else about it.
-        yield make_invocation(f"{prefix}-{index}", fn, (item,), {})
+    prefix: str, fn: Callable[[ItemT], Awaitable[T] | AsyncIterable[T]], items: Iterator[ItemT]
+) -> Generator[Invocation[T]]:
+    with _closing(items):
+        for index, item in enumerate(items):
+            # Nothing in it can be wrong, and to check it all again takes longer than all else about it.
+            yield make_invocation(f"{prefix}-{index}", fn, (item,), {})
+
+
+def _named(make: Callable[[int, ItemT], Invocation[T]], items: Iterator[ItemT]) -> Generator[Invocation[T]]:
+    with _closing(items):
+        for index, item in enumerate(items):
+            yield make(index, item)
+
+
+@contextmanager
+def _closing(items: Iterator[Any]) -> Generator[None]:
+    """Close a generator of items with the one of invocations, as its batch closes that."""
+    try:
+        yield
+    finally:
+        if isinstance(items, Generator):
+            items.close()
 
 
 async def _amap(

@@ -189,5 +189,6 @@ class Observer:
         if not self._classify_failed:
             self._classify_failed = True
             _logger.exception(
-                "classify=%r failed, so the failure is not retried; its further errors are not logged", classify
+                "classify=%r failed, so the failure is not retried; its further errors are not logged",
+                classify,
             )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import gc
+import time
 import weakref
 from collections.abc import AsyncIterator, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import anyio
 import pytest
+import trio
 from anyio.lowlevel import checkpoint
 
 from agentloop import (
@@ -1073,3 +1077,200 @@ async def test_single_invocation_is_not_starved_by_a_batch() -> None:
         result = await loop.run_single("single", anyio.sleep, 0)
         assert result.queue_ms <= 1000
         group.cancel_scope.cancel()
+
+
+# -- what results keep, and what a batch closes
+
+
+class Overloaded(Exception):
+    status_code = 429
+
+
+@both_verbs
+async def test_success_keeps_no_frames_of_its_failed_attempts(verb: str) -> None:
+    class Held:
+        pass
+
+    held: weakref.WeakSet[Held] = weakref.WeakSet()
+
+    async def agent(x: int) -> str:
+        big = Held()
+        held.add(big)
+        await checkpoint()
+        if len(held) <= 3 * (x + 1):
+            try:
+                raise KeyError("inner")
+            except KeyError as exc:
+                raise OSError("outer") from ExceptionGroup("several", [exc, Overloaded()])
+
+        return "ok"
+
+    [result] = await run(verb, AgentLoop(LoopConfig(max_retries=9)), [Invocation("a", agent, (0,))])
+    assert result.success
+    assert [str(exc) for exc in result.failures] == ["outer"] * 3
+    assert isinstance(result.failures[0].__cause__, ExceptionGroup)
+    gc.collect()
+    assert not held
+
+
+async def test_failure_keeps_its_frames() -> None:
+    async def agent() -> None:
+        raise OSError("mine")
+
+    [result] = await AgentLoop(LoopConfig(max_retries=0)).run_all([Invocation("a", agent)])
+    assert result.exception is not None
+    assert result.exception.__traceback__ is not None
+    assert result.exception.__traceback__.tb_frame.f_code is agent.__code__
+
+
+async def test_reason_of_a_stop_is_bounded_and_shared_by_all_that_was_skipped() -> None:
+    async def agent(x: int) -> None:
+        raise Unauthorized("x" * 100_000)
+
+    results = await AgentLoop(LoopConfig(max_concurrency=1)).run_all(Invocation.map(agent, range(99)))
+    assert len({id(result.exception) for result in results[1:]}) == 1
+    stopped = results[1].exception
+    assert isinstance(stopped, BatchStopped)
+    assert len(stopped.reason) == 500
+    assert stopped.reason.endswith("...")
+    assert stopped.__cause__ is results[0].exception
+
+
+async def test_batch_that_ends_with_its_fatal_failure_is_complete() -> None:
+    async def agent(x: int) -> None:
+        await checkpoint()
+        if x == 4:
+            raise Unauthorized
+
+    for inputs in ([*Invocation.map(agent, range(5))], Invocation.map(agent, range(5))):
+        results = await run("as_completed", AgentLoop(LoopConfig(max_concurrency=1)), inputs)
+        assert [result.status for result in results] == [*[Status.SUCCESS] * 4, Status.ERROR]
+
+
+@pytest.mark.parametrize(
+    "way", ["to its end", "left", "fatal", "cancelled", "by map", "by map with a function"]
+)
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("verb", ["run_all", "as_completed", "stream_all"])
+async def test_generator_given_as_input_is_closed(verb: str, asynchronous: bool, way: str) -> None:
+    closed: list[str] = []
+    var: ContextVar[int] = ContextVar("var", default=0)
+
+    async def agent(x: int) -> None:
+        await anyio.sleep(1)
+        if x == 3 and way != "cancelled":
+            raise Unauthorized
+
+    async def stream(x: int) -> AsyncIterator[int]:
+        await agent(x)
+        yield x
+
+    def items() -> Iterator[int]:
+        token = var.set(1)
+        try:
+            yield from range(3 if way == "to its end" else 1000)
+        finally:
+            closed.append("closed")
+            var.reset(token)  # only in the context that it began in
+
+    async def async_items() -> AsyncIterator[int]:
+        try:
+            for x in range(3 if way == "to its end" else 1000):
+                yield x
+        finally:
+            await checkpoint()
+            closed.append("closed")
+
+    fn: Any = stream if verb == "stream_all" else agent
+    source: Any = async_items() if asynchronous else items()
+    inputs: Any
+    if way.startswith("by map"):
+        inputs = Invocation.map(fn, source, str if "function" in way else None)
+    elif asynchronous:
+        inputs = source_of(fn, source)
+    else:
+        inputs = source_of_sync(fn, source)
+
+    loop = AgentLoop(LoopConfig(max_concurrency=2))
+    with anyio.move_on_after(2.5 if way == "cancelled" else 1000):
+        try:
+            if verb == "run_all":
+                await loop.run_all(inputs)
+            else:
+                reader: Any = loop.as_completed(inputs) if verb == "as_completed" else loop.stream_all(inputs)
+                async with reader as results:
+                    async for _ in results:
+                        if way == "left":
+                            break
+        except BatchStopped:
+            assert way not in ("to its end", "cancelled")
+
+    assert closed == ["closed"]
+
+
+def source_of_sync(fn: Any, items: Iterator[int]) -> Iterator[Any]:
+    try:
+        for x in items:
+            yield ("a", fn, (x,), {})
+    finally:
+        items.close()  # type: ignore[attr-defined]
+
+
+async def source_of(fn: Any, items: AsyncIterator[int]) -> AsyncIterator[Any]:
+    try:
+        async for x in items:
+            yield ("a", fn, (x,), {})
+    finally:
+        await items.aclose()  # type: ignore[attr-defined]
+
+
+# -- a clock that goes back
+
+
+offset = 0.0
+
+
+class AsyncioClock(asyncio.SelectorEventLoop):
+    def time(self) -> float:
+        return super().time() - offset
+
+
+class TrioClock(trio.abc.Clock):
+    def start_clock(self) -> None:
+        pass
+
+    def current_time(self) -> float:
+        return time.perf_counter() - offset
+
+    def deadline_to_sleep_time(self, deadline: float) -> float:
+        return deadline - self.current_time()
+
+
+@both_verbs
+@pytest.mark.parametrize(
+    ("backend", "options"), [("asyncio", {"loop_factory": AsyncioClock}), ("trio", {"clock": TrioClock()})]
+)
+def test_clock_that_goes_back_makes_no_duration_negative(
+    backend: str, options: dict[str, Any], verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "offset", 0.0)
+
+    async def agent(x: int) -> int:
+        await anyio.sleep(0.001)
+        if x == 3:
+            monkeypatch.setitem(globals(), "offset", 0.02)
+
+        await anyio.sleep(0.001)
+        if x in (4, 5):
+            raise TypeError(x)
+
+        return x
+
+    loop = AgentLoop(LoopConfig(max_concurrency=3), on_event=lambda event: None)
+    results = anyio.run(
+        run, verb, loop, Invocation.map(agent, range(10)), backend=backend, backend_options=options
+    )
+    assert [result.output for result in results] == [0, 1, 2, 3, None, None, 6, 7, 8, 9]
+    assert min(result.latency_ms for result in results) == 0
+    assert all(result.queue_ms >= 0 for result in results)
+    assert loop.metrics.snapshot().latency.count == 10

@@ -447,7 +447,7 @@ begun, over = threading.Event(), threading.Event()
 async def wait():
     begun.set()
     await anyio.to_thread.run_sync(over.wait)
-thread = threading.Thread(target=anyio.run, args=(loop.run_single, "a", wait), kwargs={{"backend": {backend!r}}})
+thread = threading.Thread(target=lambda: anyio.run(loop.run_single, "a", wait, backend={backend!r}))
 thread.start()
 begun.wait()
 if child := os.fork():
