@@ -24,11 +24,17 @@ from ways import Agent, Way
 
 PEERS = {
     ways.ORIGINAL: "the original (`gather`, `wait_for`)",
+    ways.GATHERED: "`gather`, a semaphore and `asyncio.timeout`",
     ways.TASK_GROUP: "`asyncio.TaskGroup` and `timeout`",
     ways.AIOMETER: "aiometer",
+    ways.STREAMABLE: "streamable",
     ways.NAIVE: "AnyIO with a task for each",
     ways.TENACITY: "AnyIO and tenacity",
     ways.STAMINA: "AnyIO and stamina",
+}
+PEERS_IN_TURN = {
+    ways.ORIGINAL_IN_TURN: "the original's",
+    ways.BARE_IN_TURN: "a bare semaphore and `wait_for`",
 }
 REMEMBERED = (ways.OURS, ways.AS_COMPLETED, ways.ORIGINAL, ways.AIOMETER, ways.NAIVE)
 LIMITS = (10, 100, 1000)
@@ -172,9 +178,10 @@ def figures(backend: str, quick: bool) -> dict[str, str]:
         for way, name in PEERS.items()
         if way in together
     }
-    if ways.ORIGINAL_IN_TURN in in_turn:
-        ratio = in_turn.ratio(ways.OURS_IN_TURN, ways.ORIGINAL_IN_TURN)
-        found["`run_single`, time relative to the original's"] = f"{ratio:.2f}x"
+    for way, name in PEERS_IN_TURN.items():
+        if way in in_turn:
+            ratio = in_turn.ratio(ways.OURS_IN_TURN, way)
+            found[f"`run_single`, time relative to {name}"] = f"{ratio:.2f}x"
 
     ratio = together.ratio(ways.AS_COMPLETED, ways.OURS)
     found["`as_completed`, time relative to `run_all`"] = f"{ratio:.2f}x"

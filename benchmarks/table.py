@@ -22,7 +22,7 @@ import rounds
 import ways
 
 MODULES = ("overhead", "limiter", "scale", "streaming", "store", "observability")
-PACKAGES = ("anyio", "attrs", "trio", "uvloop", "aiometer", "tenacity", "stamina", "opentelemetry-sdk")
+PACKAGES = ("anyio", "attrs", "trio", "uvloop", *ways.PACKAGES.values(), "opentelemetry-sdk")
 ABSENT = "-"
 
 

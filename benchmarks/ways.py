@@ -2,7 +2,7 @@
 Ways to run many agents with a limit: ours, those of others, and what one would write by hand.
 
 Each takes an agent, how many invocations and how many at once, and returns what they returned. Each has a
-time-out of 300 s and three retries without a pause, but for the bare workers and ``aiometer``.
+time-out of 300 s and three retries without a pause, but for the bare ones, ``aiometer`` and ``streamable``.
 """
 
 from __future__ import annotations
@@ -194,8 +194,17 @@ async def original_in_turn(agent: Agent, count: int, limit: int) -> list[Any]:
 # -- by hand
 
 
-async def task_group(agent: Agent, count: int, limit: int) -> list[int]:
+async def bare_in_turn(agent: Agent, count: int, limit: int) -> list[int]:
     outputs: list[int] = []
+    semaphore = asyncio.Semaphore(limit)
+    for index in range(count):
+        async with semaphore:
+            outputs.append(await asyncio.wait_for(agent(index), TIMEOUT_SECONDS))
+
+    return outputs
+
+
+def bounded(agent: Agent, limit: int, outputs: list[int]) -> Callable[[int], Coroutine[Any, Any, None]]:
     semaphore = asyncio.Semaphore(limit)
 
     async def one(index: int) -> None:
@@ -208,6 +217,18 @@ async def task_group(agent: Agent, count: int, limit: int) -> list[int]:
                 if attempt == MAX_RETRIES:
                     raise
 
+    return one
+
+
+async def gathered(agent: Agent, count: int, limit: int) -> list[int]:
+    outputs: list[int] = []
+    await asyncio.gather(*map(bounded(agent, limit, outputs), range(count)))
+    return outputs
+
+
+async def task_group(agent: Agent, count: int, limit: int) -> list[int]:
+    outputs: list[int] = []
+    one = bounded(agent, limit, outputs)
     async with asyncio.TaskGroup() as group:
         for index in range(count):
             group.create_task(one(index))
@@ -278,13 +299,21 @@ async def with_aiometer(agent: Agent, count: int, limit: int) -> list[int]:
     return await aiometer.run_all([partial(agent, index) for index in range(count)], max_at_once=limit)
 
 
+async def with_streamable(agent: Agent, count: int, limit: int) -> list[int]:
+    import streamable
+
+    return [output async for output in streamable.stream(range(count)).map(agent, concurrency=limit)]
+
+
 FLOOR = "bare workers, the floor"
 OURS = "run_all"
 AS_COMPLETED = "as_completed"
 SINGLE = "run_single, by workers"
 ORIGINAL = "original: gather, wait_for"
+GATHERED = "gather, semaphore, timeout"
 TASK_GROUP = "asyncio.TaskGroup, timeout"
 AIOMETER = "aiometer"
+STREAMABLE = "streamable"
 NAIVE = "anyio, a task each"
 TENACITY = "... and tenacity"
 STAMINA = "... and stamina"
@@ -295,8 +324,10 @@ TOGETHER: dict[str, Way] = {
     AS_COMPLETED: as_completed,
     SINGLE: run_single,
     ORIGINAL: original,
+    GATHERED: gathered,
     TASK_GROUP: task_group,
     AIOMETER: with_aiometer,
+    STREAMABLE: with_streamable,
     NAIVE: naive,
     TENACITY: with_tenacity,
     STAMINA: with_stamina,
@@ -304,14 +335,17 @@ TOGETHER: dict[str, Way] = {
 
 OURS_IN_TURN = "run_single"
 ORIGINAL_IN_TURN = "original run_single"
+BARE_IN_TURN = "bare semaphore, wait_for"
 IN_TURN: dict[str, Way] = {
     FLOOR: bare_workers,
     OURS_IN_TURN: run_single_in_turn,
     ORIGINAL_IN_TURN: original_in_turn,
+    BARE_IN_TURN: bare_in_turn,
 }
 
-ASYNCIO_ONLY = {ORIGINAL, TASK_GROUP, ORIGINAL_IN_TURN}
-PACKAGES = {AIOMETER: "aiometer", TENACITY: "tenacity", STAMINA: "stamina"}
+ASYNCIO_ONLY = {ORIGINAL, GATHERED, TASK_GROUP, STREAMABLE, ORIGINAL_IN_TURN, BARE_IN_TURN}
+NEVER_RETRY = {AIOMETER, STREAMABLE, BARE_IN_TURN}
+PACKAGES = {AIOMETER: "aiometer", STREAMABLE: "streamable", TENACITY: "tenacity", STAMINA: "stamina"}
 MISSING = [package for package in PACKAGES.values() if importlib.util.find_spec(package) is None]
 
 
@@ -322,6 +356,6 @@ def choose(ways: dict[str, Way], backend: str, agent: str) -> dict[str, Way]:
         left_out |= ASYNCIO_ONLY
 
     if agent == "retried":
-        left_out.add(AIOMETER)
+        left_out |= NEVER_RETRY
 
     return {name: way for name, way in ways.items() if name not in left_out}

@@ -14,7 +14,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 BACKENDS = ["asyncio", "trio"]
-PEERS = {"aiometer": "aiometer", "tenacity": "... and tenacity", "stamina": "... and stamina"}
+PEERS = {
+    "aiometer": "aiometer",
+    "streamable": "streamable",
+    "tenacity": "... and tenacity",
+    "stamina": "... and stamina",
+}
 MODULES = ("overhead", "limiter", "scale", "streaming", "store", "observability")
 TINY = ("--invocations", "30", "--rounds", "1")
 LOSSY = """
@@ -28,7 +33,7 @@ overhead.main()
 """
 WITHOUT_PEERS = """
 import sys
-sys.modules.update(dict.fromkeys(["aiometer", "tenacity", "stamina", "uvloop"]))
+sys.modules.update(dict.fromkeys(["aiometer", "streamable", "tenacity", "stamina", "uvloop"]))
 import overhead
 overhead.main()
 """
@@ -71,12 +76,16 @@ def test_overhead_compares_every_way_that_is_installed(backend: str) -> None:
 
 
 def expected_ways(agent: str, backend: str, installed: set[str]) -> list[str]:
-    expected = ["bare workers, the floor", "run_all", "as_completed", "run_single, by workers"]
-    if backend == "asyncio":
-        expected += ["original: gather, wait_for", "asyncio.TaskGroup, timeout"]
+    floor, asyncio_only = "bare workers, the floor", backend == "asyncio"
+    expected = [floor, "run_all", "as_completed", "run_single, by workers"]
+    if asyncio_only:
+        expected += ["original: gather, wait_for", "gather, semaphore, timeout", "asyncio.TaskGroup, timeout"]
 
     if "aiometer" in installed and agent != "retried":
         expected.append("aiometer")
+
+    if "streamable" in installed and agent != "retried" and asyncio_only:
+        expected.append("streamable")
 
     expected.append("anyio, a task each")
     return expected + [PEERS[name] for name in ("tenacity", "stamina") if name in installed]
@@ -126,6 +135,7 @@ def test_one_command_writes_a_table_of_all_on_both_backends() -> None:
     assert len(cells) == len(rows)
     assert cells["`as_completed`, time relative to `run_all`"] != ["-", "-"]
     assert cells["`run_all`, times as fast as the original (`gather`, `wait_for`)"][1] == "-"
+    assert cells["`run_single`, time relative to a bare semaphore and `wait_for`"][1] == "-"
     are_ratios = [values[0].endswith("x") for values in cells.values()]
     assert are_ratios == sorted(are_ratios, reverse=True), "ratios come first"
     numbers = [value for values in cells.values() for value in values if value != "-"]
@@ -140,6 +150,6 @@ def test_way_that_loses_a_result_does_not_win() -> None:
 
 def test_peers_that_are_not_installed_are_said_and_left_out() -> None:
     out = output("-c", WITHOUT_PEERS, "--agent", "checkpoint", "--limit", "10", *TINY)
-    assert out.splitlines()[2:5] == [f"{name} is not installed, and left out" for name in PEERS]
-    assert not [line for line in out.splitlines()[5:] if any(name in line for name in PEERS)]
+    assert out.splitlines()[2:6] == [f"{name} is not installed, and left out" for name in PEERS]
+    assert not [line for line in out.splitlines()[6:] if any(name in line for name in PEERS)]
     assert "anyio, a task each" in out
