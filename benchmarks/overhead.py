@@ -188,7 +188,7 @@ def figures(backend: str, quick: bool) -> dict[str, str]:
     found[f"{10 * count:,} agents of 20 ms, 500 at once: time relative to the ideal"] = f"{waited:.2f}x"
     found |= {
         f"One invocation: {way}": f"{together.median(way):.1f} µs"
-        for way in (ways.FLOOR, ways.OURS, ways.AS_COMPLETED, ways.SINGLE)
+        for way in (ways.FLOOR, ways.OURS, ways.AS_COMPLETED, ways.SINGLE, ways.SINGLE_AT_ONCE)
     }
     chosen = [way for way in REMEMBERED if way in together]
     return found | {

@@ -115,26 +115,28 @@ async def as_completed(agent: Agent, count: int, limit: int) -> list[Any]:
         return [result.output async for result in results]
 
 
+def single(loop: AgentLoop, agent: Agent) -> Callable[[int], Coroutine[Any, Any, Any]]:
+    return lambda index: loop.run_single(f"agent-{index}", agent, index)
+
+
 async def run_single(agent: Agent, count: int, limit: int) -> list[Any]:
-    loop = new_loop(limit)
+    return await bare_workers(single(new_loop(limit), agent), count, limit)
+
+
+async def run_single_at_once(agent: Agent, count: int, limit: int) -> list[Any]:
     results: list[Any] = []
-    indices = iter(range(count))
+    run = single(new_loop(limit), agent)
 
-    async def work() -> None:
-        for index in indices:
-            result = await loop.run_single(f"agent-{index}", agent, index)
-            results.append(result)
+    async def one(index: int) -> None:
+        results.append(await run(index))
 
-    async with anyio.create_task_group() as group:
-        for _ in range(limit):
-            group.start_soon(work)
-
+    await each_in_a_task(one, count)
     return results
 
 
 async def run_single_in_turn(agent: Agent, count: int, limit: int) -> list[Any]:
-    loop = new_loop(limit)
-    return [await loop.run_single(f"agent-{index}", agent, index) for index in range(count)]
+    run = single(new_loop(limit), agent)
+    return [await run(index) for index in range(count)]
 
 
 # -- the original that this library replaces, which knows asyncio only
@@ -309,6 +311,7 @@ FLOOR = "bare workers, the floor"
 OURS = "run_all"
 AS_COMPLETED = "as_completed"
 SINGLE = "run_single, by workers"
+SINGLE_AT_ONCE = "run_single, all in line at once"
 ORIGINAL = "original: gather, wait_for"
 GATHERED = "gather, semaphore, timeout"
 TASK_GROUP = "asyncio.TaskGroup, timeout"
@@ -323,6 +326,7 @@ TOGETHER: dict[str, Way] = {
     OURS: run_all,
     AS_COMPLETED: as_completed,
     SINGLE: run_single,
+    SINGLE_AT_ONCE: run_single_at_once,
     ORIGINAL: original,
     GATHERED: gathered,
     TASK_GROUP: task_group,

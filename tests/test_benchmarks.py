@@ -77,7 +77,7 @@ def test_overhead_compares_every_way_that_is_installed(backend: str) -> None:
 
 def expected_ways(agent: str, backend: str, installed: set[str]) -> list[str]:
     floor, asyncio_only = "bare workers, the floor", backend == "asyncio"
-    expected = [floor, "run_all", "as_completed", "run_single, by workers"]
+    expected = [floor, "run_all", "as_completed", "run_single, by workers", "run_single, all in line at once"]
     if asyncio_only:
         expected += ["original: gather, wait_for", "gather, semaphore, timeout", "asyncio.TaskGroup, timeout"]
 
