@@ -51,15 +51,17 @@ async def alternate(ways: Mapping[str, Callable[[], Awaitable[float]]], rounds: 
     return samples
 
 
-def check(returned: list[Any], count: int) -> None:
+def check(returned: list[Any], count: int, times: int = 1) -> None:
     """
     Refuse a way that has not all results.
 
     :param returned: what it returned: the outputs of the agents, each of which is its index, or our results
+    :param times: how many outputs each agent has
     """
     outputs = [getattr(one, "output", one) for one in returned]
-    if len(outputs) != count or set(outputs) != set(range(count)):
-        raise AssertionError(f"{len(set(outputs))} of {count} agents have a result")
+    if len(outputs) != count * times or set(outputs) != set(range(count)):
+        found = f"{len(outputs)} outputs of {len(set(outputs))} agents"
+        raise AssertionError(f"{found} have come, not {count * times} of {count}")
 
 
 def run(main: Callable[..., Awaitable[Any]], backend: str, *args: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -18,13 +18,15 @@ from typing import Any, TypeAlias
 import anyio
 from anyio.lowlevel import checkpoint
 
-from agentloop import AgentLoop, Backoff, Invocation, LoopConfig
+from agentloop import AgentLoop, Backoff, ChunkEvent, Invocation, LoopConfig
 
 Agent: TypeAlias = Callable[[int], Awaitable[int]]
 Way: TypeAlias = Callable[[Agent, int, int], Awaitable[list[Any]]]
 
 TIMEOUT_SECONDS = 300
 MAX_RETRIES = 3
+NESTED = 3  # how many others an agent runs
+CHUNKS = 3  # how many an agent streams
 
 
 # -- agents, each of which returns its index
@@ -67,11 +69,22 @@ def failing_once() -> Agent:
     return agent
 
 
-AGENTS: dict[str, Callable[[], Agent]] = {
+def streaming() -> Callable[[int], AsyncIterator[int]]:
+    async def agent(index: int) -> AsyncIterator[int]:
+        for _ in range(CHUNKS):
+            await checkpoint()
+            yield index
+
+    return agent
+
+
+AGENTS: dict[str, Callable[[], Any]] = {
     "at-once": at_once,
     "checkpoint": one_checkpoint,
     "1-ms": partial(sleeping, 0.001),
     "retried": failing_once,
+    "nested": one_checkpoint,
+    "streamed": streaming,
 }
 
 
@@ -106,8 +119,8 @@ def new_loop(limit: int) -> AgentLoop:
     return AgentLoop(LoopConfig(max_concurrency=limit, backoff=Backoff(initial_seconds=0)))
 
 
-async def run_all(agent: Agent, count: int, limit: int) -> list[Any]:
-    return await new_loop(limit).run_all(Invocation.map(agent, range(count)))
+async def run_all(agent: Agent, count: int, limit: int, loop: AgentLoop | None = None) -> list[Any]:
+    return await (loop or new_loop(limit)).run_all(Invocation.map(agent, range(count)))
 
 
 async def as_completed(agent: Agent, count: int, limit: int) -> list[Any]:
@@ -307,6 +320,118 @@ async def with_streamable(agent: Agent, count: int, limit: int) -> list[int]:
     return [output async for output in streamable.stream(range(count)).map(agent, concurrency=limit)]
 
 
+# -- agents that run others: each fourth one runs the three after it, and then itself
+
+
+async def nest(
+    way: Way, inner: Callable[[range], Awaitable[list[Any]]], agent: Agent, count: int, limit: int
+) -> list[Any]:
+    """
+    Run agents that run others.
+
+    :param way: how to run the outer ones
+    :param inner: how an outer one runs the inner ones
+    """
+    outputs: list[Any] = []
+
+    async def outer(index: int) -> int:
+        first = index * (NESTED + 1)
+        outputs.extend(await inner(range(first + 1, min(first + NESTED + 1, count))))
+        outputs.append(await agent(first))
+        return index
+
+    await way(outer, -(-count // (NESTED + 1)), limit)
+    return outputs
+
+
+async def nested_bare(agent: Agent, count: int, limit: int) -> list[Any]:
+    async def inner(indices: range) -> list[int]:
+        return [await agent(index) for index in indices]
+
+    return await nest(bare_workers, inner, agent, count, limit)
+
+
+async def nested_batches(agent: Agent, count: int, limit: int) -> list[Any]:
+    loop = new_loop(limit)
+
+    async def inner(indices: range) -> list[Any]:
+        return await loop.run_all(Invocation.map(agent, indices))
+
+    return await nest(partial(run_all, loop=loop), inner, agent, count, limit)
+
+
+async def nested_singles(agent: Agent, count: int, limit: int) -> list[Any]:
+    loop = new_loop(limit)
+    run = single(loop, agent)
+
+    async def inner(indices: range) -> list[Any]:
+        return [await run(index) for index in indices]
+
+    return await nest(partial(run_all, loop=loop), inner, agent, count, limit)
+
+
+async def nested_gathered(agent: Agent, count: int, limit: int) -> list[Any]:
+    async def inner(indices: range) -> list[int]:
+        outputs: list[int] = []
+        # The outer agents can hold all of their semaphore while they wait, so the inner ones need another.
+        await asyncio.gather(*map(bounded(agent, NESTED, outputs), indices))
+        return outputs
+
+    return await nest(gathered, inner, agent, count, limit)
+
+
+# -- agents that stream; each way returns all chunks
+
+
+async def streamed_bare(agent: Any, count: int, limit: int) -> list[int]:
+    chunks: list[int] = []
+
+    async def read(index: int) -> int:
+        chunks.extend([chunk async for chunk in agent(index)])
+        return index
+
+    await bare_workers(read, count, limit)
+    return chunks
+
+
+async def run_streaming(agent: Any, count: int, limit: int) -> list[int]:
+    loop = new_loop(limit)
+    chunks: list[int] = []
+
+    async def read(index: int) -> int:
+        async with loop.run_streaming(f"agent-{index}", agent, index) as stream:
+            chunks.extend([chunk async for chunk in stream])
+
+        return index
+
+    await bare_workers(read, count, limit)
+    return chunks
+
+
+async def stream_all(agent: Any, count: int, limit: int) -> list[int]:
+    async with new_loop(limit).stream_all(Invocation.map(agent, range(count))) as events:
+        return [event.chunk async for event in events if isinstance(event, ChunkEvent)]
+
+
+async def streamed_naive(agent: Any, count: int, limit: int) -> list[int]:
+    send, receive = anyio.create_memory_object_stream[int](16)
+    limiter = anyio.CapacityLimiter(limit)
+
+    async def one(index: int) -> None:
+        async with limiter:
+            with anyio.fail_after(TIMEOUT_SECONDS):
+                async for chunk in agent(index):
+                    await send.send(chunk)
+
+    async def produce() -> None:
+        async with send:
+            await each_in_a_task(one, count)
+
+    async with anyio.create_task_group() as group, receive:
+        group.start_soon(produce)
+        return [chunk async for chunk in receive]
+
+
 FLOOR = "bare workers, the floor"
 OURS = "run_all"
 AS_COMPLETED = "as_completed"
@@ -321,6 +446,7 @@ NAIVE = "anyio, a task each"
 TENACITY = "... and tenacity"
 STAMINA = "... and stamina"
 
+# The first of each of these is the floor, and the second is ours that the others are compared with.
 TOGETHER: dict[str, Way] = {
     FLOOR: bare_workers,
     OURS: run_all,
@@ -337,6 +463,22 @@ TOGETHER: dict[str, Way] = {
     STAMINA: with_stamina,
 }
 
+NESTED_PEER = "gather in gather"
+OTHERWISE: dict[str, dict[str, Way]] = {
+    "nested": {
+        FLOOR: nested_bare,
+        "run_all in run_all": nested_batches,
+        "run_single, in turn, in run_all": nested_singles,
+        NESTED_PEER: nested_gathered,
+    },
+    "streamed": {
+        FLOOR: streamed_bare,
+        "stream_all": stream_all,
+        "run_streaming, by workers": run_streaming,
+        "anyio, a task each, one memory stream": streamed_naive,
+    },
+}
+
 OURS_IN_TURN = "run_single"
 ORIGINAL_IN_TURN = "original run_single"
 BARE_IN_TURN = "bare semaphore, wait_for"
@@ -347,7 +489,7 @@ IN_TURN: dict[str, Way] = {
     BARE_IN_TURN: bare_in_turn,
 }
 
-ASYNCIO_ONLY = {ORIGINAL, GATHERED, TASK_GROUP, STREAMABLE, ORIGINAL_IN_TURN, BARE_IN_TURN}
+ASYNCIO_ONLY = {ORIGINAL, GATHERED, TASK_GROUP, STREAMABLE, ORIGINAL_IN_TURN, BARE_IN_TURN, NESTED_PEER}
 NEVER_RETRY = {AIOMETER, STREAMABLE, BARE_IN_TURN}
 PACKAGES = {AIOMETER: "aiometer", STREAMABLE: "streamable", TENACITY: "tenacity", STAMINA: "stamina"}
 MISSING = [package for package in PACKAGES.values() if importlib.util.find_spec(package) is None]

@@ -25,10 +25,15 @@ TINY = ("--invocations", "30", "--rounds", "1")
 LOSSY = """
 import overhead, ways
 
-async def lossy(agent, count, limit):
-    return (await ways.bare_workers(agent, count, limit))[1:]
+def losing_one(way):
+    async def lossy(agent, count, limit):
+        return (await way(agent, count, limit))[1:]
 
-ways.TOGETHER[ways.OURS] = lossy
+    return lossy
+
+for found in (ways.TOGETHER, *ways.OTHERWISE.values()):
+    found.update({name: losing_one(way) for name, way in found.items()})
+
 overhead.main()
 """
 WITHOUT_PEERS = """
@@ -59,7 +64,7 @@ def output(*arguments: str) -> str:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_overhead_compares_every_way_that_is_installed(backend: str) -> None:
-    agents = ["at-once", "checkpoint", "1-ms", "retried"]
+    agents = ["at-once", "checkpoint", "1-ms", "retried", "nested", "streamed"]
     chosen = [word for agent in agents for word in ("--agent", agent)]
     out = output(str(BENCHMARKS / "overhead.py"), "--backend", backend, "--limit", "10", *chosen, *TINY)
     installed = {name for name in PEERS if find_spec(name) is not None}
@@ -77,6 +82,14 @@ def test_overhead_compares_every_way_that_is_installed(backend: str) -> None:
 
 def expected_ways(agent: str, backend: str, installed: set[str]) -> list[str]:
     floor, asyncio_only = "bare workers, the floor", backend == "asyncio"
+    if agent == "nested":
+        peers = ["gather in gather"] * asyncio_only
+        return [floor, "run_all in run_all", "run_single, in turn, in run_all", *peers]
+
+    if agent == "streamed":
+        peers = ["anyio, a task each, one memory stream"]
+        return [floor, "stream_all", "run_streaming, by workers", *peers]
+
     expected = [floor, "run_all", "as_completed", "run_single, by workers", "run_single, all in line at once"]
     if asyncio_only:
         expected += ["original: gather, wait_for", "gather, semaphore, timeout", "asyncio.TaskGroup, timeout"]
@@ -142,10 +155,18 @@ def test_one_command_writes_a_table_of_all_on_both_backends() -> None:
     assert all(re.fullmatch(r"[\d,]+(\.\d+)?(x| µs| MiB, [\d,]+ tasks)", value) for value in numbers)
 
 
-def test_way_that_loses_a_result_does_not_win() -> None:
-    done = run("-c", LOSSY, "--agent", "checkpoint", "--limit", "10", *TINY)
+@pytest.mark.parametrize(
+    ("agent", "said"),
+    [
+        ("checkpoint", "29 outputs of 29 agents have come, not 30 of 30"),
+        ("nested", "29 outputs of 29 agents have come, not 30 of 30"),
+        ("streamed", "89 outputs of 30 agents have come, not 90 of 30"),
+    ],
+)
+def test_way_that_loses_an_output_does_not_win(agent: str, said: str) -> None:
+    done = run("-c", LOSSY, "--agent", agent, "--limit", "10", *TINY)
     assert done.returncode == 1
-    assert done.stderr.endswith("AssertionError: 29 of 30 agents have a result\n")
+    assert done.stderr.endswith(f"AssertionError: {said}\n")
 
 
 def test_peers_that_are_not_installed_are_said_and_left_out() -> None:
