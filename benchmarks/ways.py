@@ -251,10 +251,17 @@ async def task_group(agent: Agent, count: int, limit: int) -> list[int]:
     return outputs
 
 
-async def each_in_a_task(one: Callable[[int], Coroutine[Any, Any, None]], count: int) -> None:
+async def each_in_a_task(one: Callable[[int], Awaitable[object]], count: int) -> None:
     async with anyio.create_task_group() as group:
         for index in range(count):
             group.start_soon(one, index)
+
+
+async def bare_tasks(agent: Agent, count: int, limit: int) -> list[None]:
+    """Run a task each and nothing else, whatever the limit and the outputs."""
+    del limit
+    await each_in_a_task(agent, count)
+    return []
 
 
 async def naive(agent: Agent, count: int, limit: int) -> list[int]:
@@ -433,6 +440,7 @@ async def streamed_naive(agent: Any, count: int, limit: int) -> list[int]:
 
 
 FLOOR = "bare workers, the floor"
+TASKS = "anyio, a task each, nothing else"
 OURS = "run_all"
 AS_COMPLETED = "as_completed"
 SINGLE = "run_single, by workers"

@@ -113,7 +113,12 @@ def expected_ways(agent: str, backend: str, installed: set[str]) -> list[str]:
             ["--calls", "50", "--rounds", "1"],
             ["anyio.CapacityLimiter", "Limiter with room"],
         ),
-        ("scale", "asyncio", ["--inputs", "1000"], ["1000"]),
+        (
+            "scale",
+            "asyncio",
+            ["--inputs", "1000", "--waiting", "50"],
+            ["1000", "run_all", "gather, semaphore, timeout"],
+        ),
         (
             "streaming",
             "trio",
