@@ -13,20 +13,60 @@ __all__ = [
     "describe",
 ]
 
+import unicodedata
 from typing import Any
 
-# How long a reason may be, in characters.
-REASON_LENGTH = 500
+from ._foreign import foreign_code
+
+# How long the reason of a stop may be, in characters.
+_REASON_CHARACTERS = 500
+_MOST_CHARACTERS = 1000
+# Cleaning makes a text shorter, so more than that is looked at; the rest of a long text costs nothing.
+_READ_CHARACTERS = 4 * _MOST_CHARACTERS
+# A metaclass can make a property of __name__; this is what type itself stores.
+_name_of_type = vars(type)["__name__"].__get__
 
 
-def describe(exc: BaseException) -> str:
-    """Return the type and the text of an exception, whatever its own ``__str__`` does."""
-    try:
-        text = str(exc)
-    except Exception:
-        text = ""
+def describe(exc: BaseException, *, named: bool = True) -> str:
+    """
+    Return the type and the text of an exception as one line of at most 1,000 printable characters, whatever
+    its own ``__str__`` does. The cost does not depend on the length of the text.
 
-    return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
+    :param exc: the exception
+    :param named: whether the type precedes the text; a missing text is replaced by the type in any case
+    """
+    text = ""
+    with foreign_code:
+        # The slice of str: the text may be of a subclass with another one.
+        text = str.__getitem__(str(exc), slice(_READ_CHARACTERS + 1))
+
+    name, line = _one_line(_name_of_type(type(exc))), _one_line(text)
+    return _clip(f"{name}: {line}" if named and line else line or name)
+
+
+def _one_line(text: str) -> str:
+    shown = text[:_READ_CHARACTERS]
+    if not shown.isprintable():
+        shown = " ".join("".join(map(_printable, shown)).split())
+
+    return _clip(shown if len(text) <= _READ_CHARACTERS else f"{shown}...")
+
+
+def _clip(line: str) -> str:
+    return line if len(line) <= _MOST_CHARACTERS else f"{line[: _MOST_CHARACTERS - 3]}..."
+
+
+def _printable(character: str) -> str:
+    """Return a character, or what stands for it in a line that is meant to be read."""
+    if character.isprintable():
+        return character
+
+    category = unicodedata.category(character)
+    if category == "Cf":
+        return ""  # joiners, marks of direction and the like have no width
+
+    # Half surrogates, private and unassigned characters; else separators and control characters.
+    return "\N{REPLACEMENT CHARACTER}" if category in ("Cs", "Co", "Cn") else " "
 
 
 class AgentLoopError(Exception):
@@ -94,7 +134,7 @@ class BatchStopped(AgentLoopError):
     """The results that there are, of a ``run_all()`` that raised this; else empty."""
 
     def __init__(self, reason: str, hint: str = "") -> None:
-        reason = reason if len(reason) <= REASON_LENGTH else f"{reason[: REASON_LENGTH - 3]}..."
+        reason = reason if len(reason) <= _REASON_CHARACTERS else f"{reason[: _REASON_CHARACTERS - 3]}..."
         super().__init__(reason, hint)
         self.reason = reason
         self.hint = hint

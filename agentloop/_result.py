@@ -76,12 +76,35 @@ class InvocationResult(Referable, Generic[T_co]):
 
     @property
     def error(self) -> str | None:
-        """What went wrong, in one line: ``"ValueError: boom"``, ``"Timeout after 0.5s"``; else ``None``."""
-        exc = self.exception
-        if exc is None:
-            return None
+        """
+        What went wrong: ``"ValueError: boom"``, ``"Timeout after 0.5s"``; else ``None``.
 
-        return str(exc) if self.status is Status.TIMEOUT else describe(exc)
+        It is one line of at most 1,000 printable characters (``str.isprintable``): line ends, control
+        characters and the spaces around them become one space, half a surrogate pair becomes U+FFFD.
+        """
+        exc = self.exception
+        return None if exc is None else describe(exc, named=self.status is not Status.TIMEOUT)
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        Return the fields as a plain dict for JSON lines, ``json.dumps(result.to_dict())``.
+
+        ``error`` replaces ``exception``, and ``failures`` are such lines too, each with its type. ``output``
+        is the object itself, so it has to be one that JSON can carry.
+        """
+        return {
+            "agent_id": self.agent_id,
+            "status": self.status.value,
+            "output": self.output,
+            "error": self.error,
+            "latency_ms": self.latency_ms,
+            "queue_ms": self.queue_ms,
+            "retries": self.retries,
+            "failures": [describe(failure) for failure in self.failures],
+            "index": self.index,
+            "chunks": self.chunks,
+            "first_chunk_ms": self.first_chunk_ms,
+        }
 
     def unwrap(self) -> T_co:
         """

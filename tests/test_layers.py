@@ -19,6 +19,7 @@ PACKAGE = Path(agentloop.__file__).parent
 # From the bottom to the top: a module imports only modules that stand before it.
 ORDER = [
     # foundations
+    "_foreign",
     "_errors",
     "_validators",
     "_backend",

@@ -3,7 +3,9 @@
 import asyncio
 import copy
 import gc
+import json
 import pickle
+import unicodedata
 import weakref
 from typing import Any, NoReturn
 
@@ -112,6 +114,154 @@ def test_error_says_what_went_wrong(status: Status, exception: BaseException, te
 )
 def test_time_out_says_its_seconds_without_noise(seconds: float, text: str) -> None:
     assert str(InvocationTimeout(seconds)) == f"Timeout after {text}s"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("2 errors\ntitle\n  Field required\r\n\tyear", "2 errors title Field required year"),
+        ("\n\n boom\x00\x1b \x85\u2028\u2029boom \n", "boom boom"),
+        ("two  spaces stay in a line", "two  spaces stay in a line"),
+        ("no\u00a0break, wide\u3000space", "no break, wide space"),
+        ("half a pair \ud83d, private \ue000", "half a pair \ufffd, private \ufffd"),
+        ("turned \u202earound, joined\u200d, \ufeffmarked", "turned around, joined, marked"),
+        ("\u00fcber \u4f60\u597d \U0001f600", "\u00fcber \u4f60\u597d \U0001f600"),
+    ],
+    ids=ascii,
+)
+def test_error_is_one_line_of_printable_characters(text: str, line: str) -> None:
+    assert failed(Boom(text)).error == f"Boom: {line}"
+    assert failed(Boom(text), Status.TIMEOUT).error == line
+
+
+@pytest.mark.parametrize("text", ["\n", " \t\r\n", "\u200b", "\x00"], ids=ascii)
+def test_error_without_a_printable_character_is_its_type(text: str) -> None:
+    assert failed(Boom(text)).error == failed(Boom(text), Status.TIMEOUT).error == "Boom"
+
+
+@pytest.mark.parametrize("text", ["x" * 10**7, "x\n" * 10**7, "\n" * 10**7, "\ud83d" * 10**7], ids=range(4))
+@pytest.mark.parametrize("status", [Status.ERROR, Status.TIMEOUT])
+def test_error_of_any_length_is_cut_at_a_thousand_characters(text: str, status: Status) -> None:
+    error = failed(Boom(text), status).error
+    assert error is not None
+    assert len(error) <= 1000
+    assert error.isprintable()
+    assert error.endswith("...")
+
+
+def test_error_that_just_fits_is_whole() -> None:
+    assert failed(Boom("x" * 994)).error == f"Boom: {'x' * 994}"
+    assert failed(Boom("x" * 995)).error == f"Boom: {'x' * 991}..."
+
+
+def test_only_the_beginning_of_a_long_text_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[str] = []
+
+    def category(character: str) -> str:
+        looked_at.append(character)
+        return "Cc"
+
+    monkeypatch.setattr(unicodedata, "category", category)
+    assert failed(Boom("\n" * 10**7)).error == "Boom: ..."
+    assert len(looked_at) <= 4000
+
+
+def test_error_whose_text_is_of_an_odd_class_is_described_all_the_same() -> None:
+    class Text(str):
+        __slots__ = ()
+
+        def __getitem__(self, key: Any) -> str:
+            raise asyncio.CancelledError
+
+        __bool__ = __len__ = __iter__ = isprintable = __getitem__
+
+    class Said(Exception):
+        def __str__(self) -> str:
+            return Text("two\nlines")
+
+    assert failed(Said()).error == "Said: two lines"
+
+
+class NamelessType(type):
+    @property
+    def __name__(cls) -> str:
+        raise ValueError("no name")
+
+
+class Nameless(Exception, metaclass=NamelessType):
+    pass
+
+
+@pytest.mark.parametrize(
+    "raised", [ValueError(), asyncio.CancelledError(), GeneratorExit(), RecursionError()], ids=repr
+)
+def test_error_that_cannot_say_what_it_is_is_its_type(raised: BaseException) -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise raised
+
+    assert failed(Mute()).error == failed(Mute(), Status.TIMEOUT).error == "Mute"
+
+
+def test_error_with_odd_classes_is_described_all_the_same() -> None:
+    class Number(Exception):
+        def __str__(self) -> Any:
+            return 5
+
+    two_lines = type("Two\nlines", (Exception,), {})
+    assert failed(Number()).error == "Number"
+    assert failed(Nameless("boom")).error == "Nameless: boom"
+    assert failed(two_lines()).error == "Two lines"
+    assert len(str(failed(type("E" * 5000, (Exception,), {})("boom")).error)) == 1000
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_interrupt_while_an_error_says_what_it_is_propagates(interrupt: type[BaseException]) -> None:
+    class Slow(Exception):
+        def __str__(self) -> str:
+            raise interrupt
+
+    with pytest.raises(interrupt):
+        _ = failed(Slow()).error
+
+
+def test_dict_of_a_success_has_every_field_that_json_carries() -> None:
+    result = InvocationResult("agent", Status.SUCCESS, {"a": [1]}, None, 12.5, 3.0, 0, (), 7, 2, 1.5)
+    assert result.to_dict() == {
+        "agent_id": "agent",
+        "status": "success",
+        "output": {"a": [1]},
+        "error": None,
+        "latency_ms": 12.5,
+        "queue_ms": 3.0,
+        "retries": 0,
+        "failures": [],
+        "index": 7,
+        "chunks": 2,
+        "first_chunk_ms": 1.5,
+    }
+    assert result.to_dict()["output"] is result.output
+    assert json.loads(json.dumps(result.to_dict())) == result.to_dict()
+
+
+def test_dict_of_a_failure_has_its_errors_as_lines() -> None:
+    failures = (Boom("two\nlines \ud83d"), Nameless(), InvocationTimeout(0.5))
+    result = InvocationResult("agent", Status.TIMEOUT, None, failures[-1], 12.5, 3.0, 2, failures)
+    carried = json.loads(json.dumps(result.to_dict()))
+    assert carried == result.to_dict()
+    assert type(result.to_dict()["status"]) is str
+    assert carried["error"] == "Timeout after 0.5s"
+    assert carried["failures"] == [
+        "Boom: two lines \ufffd",
+        "Nameless",
+        "InvocationTimeout: Timeout after 0.5s",
+    ]
+    assert "exception" not in carried
+
+
+def test_dict_leaves_out_no_field_but_the_exception() -> None:
+    fields = {field.name for field in attrs.fields(InvocationResult)}
+    assert InvocationResult("agent", Status.SUCCESS).to_dict().keys() == fields - {"exception"} | {"error"}
 
 
 @pytest.mark.parametrize("output", [42, None, "", ValueError("returned, not raised")])

@@ -1,0 +1,34 @@
+"""Reading objects of somebody else's classes, which may do anything when they are asked."""
+
+__all__ = ["foreign_code", "read_attribute"]
+
+from types import TracebackType
+from typing import Any
+
+
+class _ForeignCode:
+    """
+    A block that drops whatever is raised in it: errors, and cancellations too, since none can arrive in code
+    that does not wait. ``KeyboardInterrupt`` and ``SystemExit`` propagate.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        return exc_type is not None and not issubclass(exc_type, (KeyboardInterrupt, SystemExit))
+
+
+foreign_code = _ForeignCode()
+
+
+def read_attribute(source: object, name: str) -> Any:
+    """Return an attribute; ``None`` if it is missing, or a property that raises."""
+    try:
+        return getattr(source, name, None)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
+        return None
