@@ -9,12 +9,14 @@ import email.utils
 import enum
 import math
 import time
-from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
 
 import attrs
 
 from . import _validators as must
+from ._foreign import foreign_code, read_attribute
 
 
 class VerdictKind(enum.StrEnum):
@@ -56,12 +58,19 @@ _PROGRAMMING_ERRORS = (
     ImportError,
     NameError,
     NotImplementedError,
+    RecursionError,
     TypeError,
 )
 _TRANSIENT_STATUSES = (408, 409, 425)
 _OVERLOAD_STATUSES = (429, 529)
 # From what can be retried to what can not: a group is as bad as the worst error in it.
 _GRAVITY = (VerdictKind.TRANSIENT, VerdictKind.OVERLOAD, VerdictKind.PERMANENT, VerdictKind.FATAL)
+_MOST_MEMBERS = 10_000
+_MOST_HEADERS = 1000
+# The longest date of RFC 9110 has 33 characters.
+_MOST_CHARACTERS = 100
+# Not what a subclass may have put in its place: this tuple is finite and never changes.
+_exceptions_of = vars(BaseExceptionGroup)["exceptions"].__get__
 
 
 def classify(exc: Exception) -> Verdict:
@@ -71,23 +80,48 @@ def classify(exc: Exception) -> Verdict:
     An HTTP status is read from ``status_code``, ``status`` or ``response.status_code``: 429 and 529, and
     503 with a Retry-After, are overload; 408, 409, 425 and other 5xx are transient; 401 is fatal; other
     4xx are permanent. Without a status, ``TypeError AttributeError NameError ImportError AssertionError
-    NotImplementedError`` are permanent and everything else is transient. An exception group is judged by
-    the gravest of its members.
+    NotImplementedError RecursionError`` are permanent and everything else is transient. An exception group
+    is judged by the gravest of its members, at whatever depth; at most 10,000 of them are looked at.
 
     A Retry-After is read from ``response.headers`` or ``headers`` in its three forms: ``retry-after-ms``,
     seconds, and an HTTP date (RFC 9110, section 10.2.3). Zero, a time in the past and garbage are no
-    Retry-After.
+    Retry-After, and neither is what stands behind the first 1,000 headers or is longer than 100 characters.
 
     :param exc: what the attempt raised
-    :return: the verdict; this function never raises
+    :return: the verdict; this function never raises and takes bounded time, whatever attributes ``exc`` has
     """
-    if isinstance(exc, ExceptionGroup):
-        return _classify_group(cast("ExceptionGroup[Exception]", exc))
+    if not _is(exc, BaseExceptionGroup):
+        return _classify_one(exc)
 
+    verdicts = [_classify_one(member) for member in islice(_members(exc), _MOST_MEMBERS)]
+    kind = max((verdict.kind for verdict in verdicts), key=_GRAVITY.index)
+    waits = [verdict.retry_after for verdict in verdicts if verdict.retry_after is not None]
+    return Verdict(kind, max(waits, default=None))
+
+
+def _members(exc: BaseException) -> Iterator[BaseException]:
+    """Yield the errors that a group holds at any depth, each object once."""
+    seen: set[int] = set()
+    left = [exc]
+    while left:
+        exc = left.pop()
+        if id(exc) not in seen:
+            seen.add(id(exc))
+            if _is(exc, BaseExceptionGroup):
+                left.extend(_exceptions_of(exc))
+            else:
+                yield exc
+
+
+def _is(value: object, kinds: type | tuple[type, ...]) -> bool:
+    # Not isinstance(), which asks the value itself for its class: that may be a property that raises.
+    return issubclass(type(value), kinds)
+
+
+def _classify_one(exc: BaseException) -> Verdict:
     status = _http_status(exc)
     if status is None:
-        kind = VerdictKind.PERMANENT if isinstance(exc, _PROGRAMMING_ERRORS) else VerdictKind.TRANSIENT
-        return Verdict(kind)
+        return Verdict(VerdictKind.PERMANENT if _is(exc, _PROGRAMMING_ERRORS) else VerdictKind.TRANSIENT)
 
     headers = _retry_headers(exc)
     if status in _OVERLOAD_STATUSES or (status == 503 and headers):
@@ -102,47 +136,31 @@ def classify(exc: Exception) -> Verdict:
     return Verdict(kind, _retry_after(headers))
 
 
-def _classify_group(group: ExceptionGroup[Exception]) -> Verdict:
-    verdicts = [classify(exc) for exc in group.exceptions]
-    kind = max((verdict.kind for verdict in verdicts), key=_GRAVITY.index)
-    waits = [verdict.retry_after for verdict in verdicts if verdict.retry_after is not None]
-    return Verdict(kind, max(waits, default=None))
-
-
-def _read(source: object, name: str) -> Any:
-    # An exception's attribute may be a property of somebody else's class, and fail in any way.
-    try:
-        return getattr(source, name, None)
-    except Exception:
-        return None
-
-
-def _http_status(exc: Exception) -> int | None:
+def _http_status(exc: BaseException) -> int | None:
     for value in (
-        _read(exc, "status_code"),
-        _read(exc, "status"),
-        _read(_read(exc, "response"), "status_code"),
+        read_attribute(exc, "status_code"),
+        read_attribute(exc, "status"),
+        read_attribute(read_attribute(exc, "response"), "status_code"),
     ):
-        # By type() and not by isinstance(), which asks an unbound proxy for a class that it cannot tell.
-        if issubclass(type(value), int) and type(value) is not bool and 100 <= value <= 599:
-            return int(value)
+        if _is(value, int) and type(value) is not bool:
+            status = int.__index__(value)  # whatever a subclass says instead
+            if 100 <= status <= 599:
+                return status
 
     return None
 
 
-def _retry_headers(exc: Exception) -> dict[str, str]:
+def _retry_headers(exc: BaseException) -> dict[str, str]:
     """Return the Retry-After headers that there are, by their lower-case names."""
-    for source in (_read(exc, "response"), exc):
-        headers = _read(source, "headers")
-        try:
+    for source in (read_attribute(exc, "response"), exc):
+        headers = read_attribute(source, "headers")
+        found: dict[str, str] = {}
+        with foreign_code:
             pairs: Iterable[tuple[Any, Any]] = headers.items() if hasattr(headers, "items") else headers
-            found = {
-                name: _text(value)
-                for key, value in pairs
-                if (name := _text(key).lower()) in ("retry-after-ms", "retry-after")
-            }
-        except Exception:
-            continue
+            for key, value in islice(pairs, _MOST_HEADERS):
+                name = _text(key).lower()
+                if name in ("retry-after-ms", "retry-after"):
+                    found[name] = _text(value)
 
         if found:
             return found
@@ -150,8 +168,16 @@ def _retry_headers(exc: Exception) -> dict[str, str]:
     return {}
 
 
-def _text(value: object) -> str:
-    return value.decode("latin-1") if isinstance(value, bytes) else str(value)
+def _text(value: Any) -> str:
+    """Return the name or the value of a header; an empty text if it is longer than any that counts."""
+    if _is(value, bytes):
+        text = bytes.__getitem__(value, slice(_MOST_CHARACTERS + 1)).decode("latin-1")
+    elif _is(value, (str, int, float)):
+        text = str.__getitem__(str(value), slice(_MOST_CHARACTERS + 1))
+    else:
+        text = ""
+
+    return text if len(text) <= _MOST_CHARACTERS else ""
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -172,7 +198,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
                     date = date.replace(tzinfo=datetime.UTC)
 
                 seconds = date.timestamp() - time.time()
-            except (ValueError, OverflowError, OSError):
+            except Exception:
                 continue
 
         if seconds > 0 and math.isfinite(seconds):

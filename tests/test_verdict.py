@@ -1,8 +1,11 @@
 """What a failure means. Nothing in here needs an event loop."""
 
+import asyncio
 import copy
 import email.message
+import email.utils
 import http
+import itertools
 import math
 import pickle
 import re
@@ -22,6 +25,11 @@ TRANSIENT, OVERLOAD, PERMANENT, FATAL = VerdictKind
 
 # The date that RFC 9110 writes in each of its three forms (section 5.6.7).
 RFC_DATE = 784111777
+HTTP_DATES = [
+    "Sun, 06 Nov 1994 08:49:37 GMT",
+    "Sunday, 06-Nov-94 08:49:37 GMT",
+    "Sun Nov  6 08:49:37 1994",
+]
 
 
 class HTTPError(Exception):
@@ -175,6 +183,7 @@ def test_retry_after_is_reported_with_every_status_and_changes_no_other_kind(sta
         NameError,
         UnboundLocalError,
         NotImplementedError,
+        RecursionError,
         TypeError,
     ],
 )
@@ -279,6 +288,41 @@ def test_status_that_does_not_even_tell_its_class_is_no_status() -> None:
     assert classify(HTTPError(status_code=Proxy(), headers=Proxy())) == Verdict(TRANSIENT)
 
 
+@pytest.mark.parametrize(
+    "raised", [KeyError(), asyncio.CancelledError(), GeneratorExit(), BaseExceptionGroup("", [Exception()])]
+)
+@pytest.mark.parametrize("name", ["status_code", "status", "response", "headers", "__class__"])
+def test_attribute_that_raises_whatever_it_likes_is_not_there(name: str, raised: BaseException) -> None:
+    def get(_: object) -> Any:
+        raise raised
+
+    hostile = type("Hostile", (Exception,), {name: property(get)})
+    assert classify(hostile()) == Verdict(TRANSIENT)
+    assert classify(HTTPError(status=429, response=hostile())) == Verdict(OVERLOAD)
+    assert classify(ExceptionGroup("", [hostile(), HTTPError(status=404)])) == Verdict(PERMANENT)
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("name", ["status_code", "headers"])
+def test_interrupt_while_an_attribute_is_read_propagates(name: str, interrupt: type[BaseException]) -> None:
+    def get(_: object) -> Any:
+        raise interrupt
+
+    hostile = type("Hostile", (Exception,), {"status": 429, name: property(get)})
+    with pytest.raises(interrupt):
+        classify(hostile())
+
+
+def test_status_is_the_int_that_it_is_whatever_its_class_says() -> None:
+    def refuse(*_: object) -> Any:
+        raise asyncio.CancelledError
+
+    names = ("__eq__", "__lt__", "__le__", "__gt__", "__ge__", "__int__", "__index__", "__hash__", "__bool__")
+    odd = type("Odd", (int,), dict.fromkeys(names, refuse))
+    assert classify(HTTPError(status_code=odd(503), headers={"Retry-After": "5"})) == Verdict(OVERLOAD, 5)
+    assert classify(HTTPError(status_code=odd(10**400))) == Verdict(TRANSIENT)
+
+
 def test_judging_changes_nothing_about_the_error() -> None:
     error = with_headers({"Retry-After": "5"})
     before = copy.deepcopy(vars(error))
@@ -357,6 +401,55 @@ def test_headers_of_the_error_are_read_where_the_response_has_no_retry_after(use
     assert classify(HTTPError(status=429, headers={"Retry-After": "7"}, response=response)).retry_after == 7
 
 
+def test_headers_are_read_as_far_as_they_can_be() -> None:
+    def pairs() -> Iterator[Any]:
+        yield "Retry-After", "7"
+        raise asyncio.CancelledError
+
+    assert retry_after(pairs()) == 7
+    assert retry_after([("Retry-After", "7"), ("a", "b", "c")]) == 7
+
+
+def test_headers_without_an_end_are_read_for_a_while() -> None:
+    read = itertools.count()
+
+    def endless() -> Iterator[Any]:
+        while True:
+            yield f"X-{next(read)}", "1"
+
+    assert retry_after(endless()) is None
+    assert next(read) <= 1000
+    assert retry_after(SimpleNamespace(items=endless)) is None
+    assert retry_after([("X", "1")] * 999 + [("Retry-After", "7")]) == 7
+
+
+LONG = 10**6
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "9" * LONG,
+        b"9" * LONG,
+        "," * LONG,
+        "1:" * LONG,
+        " " * LONG + "5",
+        HTTP_DATES[0] + "(" * LONG,
+        HTTP_DATES[0].replace("1994", "9" * LONG),
+        HTTP_DATES[0].replace("GMT", "+" + "9" * LONG),
+        10**LONG,
+    ],
+    ids=range(9),
+)
+def test_retry_after_that_is_too_long_for_one_is_none(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def parse(text: str) -> Any:
+        raise AssertionError(f"{len(text)} characters were parsed")
+
+    monkeypatch.setattr(email.utils, "parsedate_to_datetime", parse)
+    assert retry_after({"Retry-After": value}) is None
+    assert retry_after({"Retry-After": "5", "X" * LONG: "1", b"X" * LONG: "1"}) == 5
+
+
 # --- the forms of Retry-After
 
 
@@ -413,13 +506,6 @@ def now(monkeypatch: pytest.MonkeyPatch) -> float:
     now = RFC_DATE - 30.0
     monkeypatch.setattr(time, "time", lambda: now)
     return now
-
-
-HTTP_DATES = [
-    "Sun, 06 Nov 1994 08:49:37 GMT",
-    "Sunday, 06-Nov-94 08:49:37 GMT",
-    "Sun Nov  6 08:49:37 1994",
-]
 
 
 @pytest.mark.parametrize("date", HTTP_DATES)
@@ -500,6 +586,47 @@ def test_nested_group_counts_as_its_members_do() -> None:
         error = ExceptionGroup(f"level {depth}", [error])
 
     assert classify(ExceptionGroup("outer", [TimeoutError(), error])) == Verdict(PERMANENT)
+
+
+def test_group_as_deep_as_memory_allows_is_judged_by_what_is_in_it() -> None:
+    error: Exception = HTTPError(status=401)
+    for _ in range(100_000):
+        error = ExceptionGroup("deeper", [error])
+
+    assert classify(error) == Verdict(FATAL)
+
+
+def test_error_that_is_in_many_groups_is_judged_once() -> None:
+    asked = 0
+
+    class Counted(Exception):
+        @property
+        def status_code(self) -> int:
+            nonlocal asked
+            asked += 1
+            return 404
+
+    error: Exception = Counted()
+    for _ in range(100):
+        error = ExceptionGroup("twice", [error, error])
+
+    assert classify(error) == Verdict(PERMANENT)
+    assert asked == 1
+
+
+def test_group_that_pretends_to_have_no_end_is_judged_by_what_it_was_made_of() -> None:
+    class Endless(ExceptionGroup[Exception]):
+        @property
+        def exceptions(self) -> Any:
+            return (Endless("again", [ValueError()]),)
+
+    assert classify(Endless("again", [TypeError()])) == Verdict(PERMANENT)
+
+
+def test_group_without_an_end_in_sight_is_judged_by_ten_thousand_of_its_members() -> None:
+    members = [ValueError() for _ in range(10_001)]
+    assert classify(ExceptionGroup("many", [TypeError(), *members])) == Verdict(TRANSIENT)
+    assert classify(ExceptionGroup("many", [*members, TypeError()])) == Verdict(PERMANENT)
 
 
 # --- fuzz
