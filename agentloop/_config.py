@@ -23,7 +23,7 @@ class LoopConfig:
     :param retry_on_timeout: whether an attempt that ran into ``timeout_seconds`` is retried
     :param max_retries: how many retries an invocation may have; 0 for none of any kind
     :param backoff: how long to wait before a retry
-    :param classify: judges what an attempt raised
+    :param classify: a plain function that judges what an attempt raised
     :param first_chunk_timeout_seconds: how long a stream may take to its first chunk
     :param idle_timeout_seconds: how long a stream may take from one chunk to the next
     :param overload_timeout_seconds: how long an invocation goes on being retried through overload; such
@@ -41,7 +41,7 @@ class LoopConfig:
     retry_on_timeout: bool = attrs.field(default=True, validator=must.instance(bool))
     max_retries: int = attrs.field(default=3, validator=must.whole(0))
     backoff: Backoff = attrs.field(factory=Backoff, validator=must.instance(Backoff))
-    classify: Callable[[Exception], Verdict] = attrs.field(default=classify, validator=must.callable_)
+    classify: Callable[[Exception], Verdict] = attrs.field(default=classify, validator=must.plain_function)
     first_chunk_timeout_seconds: float | None = attrs.field(
         default=None, validator=must.number(above=0, optional=True)
     )

@@ -34,6 +34,8 @@ from typing import Any, Generic, TypeAlias, TypeVar, cast, overload
 
 import attrs
 
+from . import _validators as must
+
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 ItemT = TypeVar("ItemT")
@@ -148,6 +150,9 @@ class Invocation(Referable, Generic[T_co]):
         prefix = _name(fn) if agent_id is None else agent_id
         if not isinstance(prefix, str) and not callable(prefix):
             raise TypeError(f"agent_id must be a str, a function of an item or None, got {agent_id!r}")
+
+        if not isinstance(prefix, str):
+            must.check_plain_function("agent_id", prefix)
 
         def make(index: int, item: ItemT) -> Invocation[T]:
             return Invocation(prefix(item) if callable(prefix) else f"{prefix}-{index}", fn, (item,))

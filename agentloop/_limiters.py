@@ -45,8 +45,7 @@ class Limiters(Limiter):
         max_limiters: int = 1000,
     ) -> None:
         for name, value in (("key", key), ("make", make)):
-            if not callable(value):
-                raise TypeError(f"{name} must be callable, got {value!r}")
+            must.check_plain_function(name, value)
 
         must.check_whole("max_limiters", max_limiters, 1)
         super().__init__(1)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 __all__ = ["AgentLoop", "LoopStatistics"]
 
-import inspect
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar, cast
 
 import attrs
 
+from . import _validators as must
 from ._attempt import Plan
 from ._completed import Completed, Completing, Fanning
 from ._config import LoopConfig
@@ -60,7 +60,8 @@ class AgentLoop:
     :param limiter: the limiter to share with other loops; one of ``config.max_concurrency`` if absent
     :param metrics: the recorder to share with other loops; a new one if absent
     :param on_event: a plain function that is given each :data:`Event`, at once and in the task where it
-        happened, so it should be quick. What it raises harms no run; its first error is logged
+        happened, so it should be quick; or several, which are called in turn. What one raises harms neither
+        a run nor the others; its first error is logged
     :raises TypeError: if a parameter is of the wrong type
     """
 
@@ -70,7 +71,7 @@ class AgentLoop:
         *,
         limiter: Limiter | None = None,
         metrics: MetricsRecorder | None = None,
-        on_event: Callable[[Event], object] | None = None,
+        on_event: Callable[[Event], object] | Iterable[Callable[[Event], object]] | None = None,
     ) -> None:
         for name, value, kind in (
             ("config", config, LoopConfig),
@@ -84,10 +85,8 @@ class AgentLoop:
         self._limiter = Limiter(self._config.max_concurrency) if limiter is None else limiter
         self._metrics = MetricsRecorder() if metrics is None else metrics
         self._lifetime = Lifetime(self._limiter)
-        if on_event is not None and (not callable(on_event) or inspect.iscoroutinefunction(on_event)):
-            raise TypeError(f"on_event must be a plain function, got {on_event!r}")
-
-        self._sink = None if on_event is None else Sink(on_event)
+        functions = must.plain_functions("on_event", on_event)
+        self._sink = Sink(functions) if functions else None
         if self._sink is not None:
             self._limiter.tell(self._sink)
 

@@ -6,11 +6,13 @@ __all__ = ["Observer", "Sink"]
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import Context
 from typing import Any, TypeVar
 
+from . import _validators as must
 from ._events import Event, FirstChunkEvent, QueuedEvent, ResultEvent, RetryEvent, StartedEvent, StopEvent
+from ._foreign import foreign_code
 from ._histogram import Histogram
 from ._job import Job
 from ._metrics import TOLD_AT_MOST, MetricsRecorder
@@ -24,19 +26,31 @@ _ids = itertools.count(1)
 
 
 class Sink:
-    """Calls a function for each event. What it raises harms no run; the first error is logged."""
+    """
+    Calls functions for each event, one after the other. What they raise harms neither a run nor the next
+    function; the first error of each is logged.
+    """
 
-    def __init__(self, on_event: Callable[[Event], object]) -> None:
-        self._on_event = on_event
-        self._has_failed = False
+    def __init__(self, functions: Iterable[Callable[[Event], object]]) -> None:
+        self._functions = tuple(functions)
+        # The places of those that have failed.
+        self._failed: set[int] = set()
 
     def __call__(self, event: Event) -> None:
-        try:
-            self._on_event(event)
-        except Exception:
-            if not self._has_failed:
-                self._has_failed = True
-                _logger.exception("on_event=%r failed; its further errors are not logged", self._on_event)
+        for place, function in enumerate(self._functions):
+            try:
+                returned = function(event)
+                if returned is not None and must.close_coroutine(returned):
+                    raise TypeError(f"on_event must be a plain function, and this one returned {returned!r}")
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException:
+                # A cancellation too: none arrives in a plain function, so it is one that the function made.
+                if place not in self._failed:
+                    self._failed.add(place)
+                    # The error has to be printed for that, which can fail as well.
+                    with foreign_code:
+                        _logger.exception("on_event=%r failed; its further errors are not logged", function)
 
 
 class Observer:

@@ -26,7 +26,7 @@ def _check_unit(rate: "Rate", attribute: "attrs.Attribute[Any]", value: float | 
 
 def _optional_callable(owner: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
     if value is not None:
-        must.callable_(owner, attribute, value)
+        must.plain_function(owner, attribute, value)
 
 
 @attrs.frozen

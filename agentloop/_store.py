@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["ContextStore"]
 
-import inspect
 import json
 import math
 from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping
@@ -366,5 +365,5 @@ def _check_plain(name: str, fn: Any, instead: str) -> None:
     if not callable(fn):
         raise TypeError(f"{name} must be a function, got {fn!r}")
 
-    if inspect.iscoroutinefunction(fn):
+    if must.is_async(fn):
         raise TypeError(f"{name} must be a plain function, got an async one, {fn!r}: {instead}")

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-__all__ = ["callable_", "check_number", "check_whole", "instance", "number", "one_of", "whole"]
+__all__ = [
+    "check_number",
+    "check_plain_function",
+    "check_whole",
+    "close_coroutine",
+    "instance",
+    "is_async",
+    "number",
+    "one_of",
+    "plain_function",
+    "plain_functions",
+    "whole",
+]
 
+import inspect
 import math
-from collections.abc import Callable, Collection
-from typing import Any, TypeAlias
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
+from typing import Any, TypeAlias, cast
 
 import attrs
 
@@ -56,6 +70,7 @@ def check_number(
         return
 
     if not isinstance(value, (int, float)) or isinstance(value, bool):
+        close_coroutine(value)
         expected = "a number or None" if optional else "a number"
         raise TypeError(f"{name} must be {expected}, got {value!r}")
 
@@ -99,7 +114,54 @@ def one_of(choices: Collection[str]) -> Validator:
     return validate
 
 
-def callable_(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-    """Accept anything that can be called."""
+def plain_function(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    """Accept anything that can be called and is not async."""
+    check_plain_function(attribute.name, value)
+
+
+def check_plain_function(name: str, value: object) -> None:
+    """Refuse what cannot be called, or is async, so that its result would never be awaited."""
     if not callable(value):
-        raise TypeError(f"{attribute.name} must be callable, got {value!r}")
+        raise TypeError(f"{name} must be callable, got {value!r}")
+
+    if is_async(value):
+        raise TypeError(f"{name} must be a plain function, got an async one, {value!r}")
+
+
+def plain_functions(name: str, value: object) -> tuple[Callable[..., Any], ...]:
+    """Return the functions that ``value`` is or holds, none for ``None``; refuse any that is not plain."""
+    if value is None:
+        return ()
+
+    functions: tuple[object, ...] = (value,)
+    if not callable(value) and isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
+        functions = tuple(cast("Iterable[object]", value))
+
+    for function in functions:
+        if not callable(function):
+            raise TypeError(f"{name} must be a plain function, got {function!r}")
+
+        check_plain_function(name, function)
+
+    return cast("tuple[Callable[..., Any], ...]", functions)
+
+
+def is_async(fn: object) -> bool:
+    """Return whether a call gives a coroutine or an async generator, as far as this shows without a call."""
+    while isinstance(fn, partial):
+        fn = fn.func
+
+    # An object is called by a method of its class.
+    return any(
+        inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called)
+        for called in (fn, type(fn).__call__)
+    )
+
+
+def close_coroutine(value: object) -> bool:
+    """Close a coroutine, which will never be awaited; return whether ``value`` is one."""
+    if inspect.iscoroutine(value):
+        value.close()
+        return True
+
+    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextvars import ContextVar
@@ -220,6 +221,99 @@ async def test_sink_that_raises_harms_no_run_and_is_logged_once(caplog: pytest.L
     assert "ValueError: the sink" in caplog.text
 
 
+async def test_several_sinks_are_told_in_turn() -> None:
+    told: list[tuple[str, type[Event]]] = []
+    sinks = (lambda event, name=name: told.append((name, type(event))) for name in "ab")
+    loop = AgentLoop(on_event=sinks)
+    await loop.with_config(max_retries=0).run_single("a", Agent())
+    assert told == [
+        (name, kind) for kind in (LimitEvent, QueuedEvent, StartedEvent, ResultEvent) for name in "ab"
+    ]
+
+
+async def test_sinks_that_raise_keep_the_others_from_nothing_and_are_each_logged_once(
+    caplog: pytest.LogCaptureFixture, events: list[Event]
+) -> None:
+    def first(event: Event) -> None:
+        raise ValueError("the first")
+
+    def second(event: Event) -> None:
+        raise ValueError("the second")
+
+    loop = AgentLoop(on_event=[first, second, events.append])
+    with caplog.at_level(logging.DEBUG, "agentloop"):
+        await loop.run_all([Invocation("a", checkpoint)] * 5)
+
+    assert [type(event) for event in events].count(ResultEvent) == 5
+    assert [
+        record.getMessage().partition("<locals>.")[2].partition(" at ")[0] for record in caplog.records
+    ] == [
+        "first",
+        "second",
+    ]
+
+
+async def test_no_sink_at_all_may_be_given_as_an_empty_list() -> None:
+    assert (await AgentLoop(on_event=[]).run_single("a", checkpoint)).success
+
+
+@pytest.mark.parametrize("verb", ["run_single", "run_all", "as_completed", "run_streaming"])
+async def test_cancellation_that_a_sink_raises_is_its_error(
+    verb: str, caplog: pytest.LogCaptureFixture, events: list[Event]
+) -> None:
+    errors = [asyncio.CancelledError(), GeneratorExit(), BaseExceptionGroup("", [KeyboardInterrupt()])]
+    for error in errors:
+
+        def on_event(event: Event, error: BaseException = error) -> None:
+            raise error
+
+        loop = AgentLoop(on_event=[on_event, events.append])
+        if verb == "run_single":
+            results = [await loop.run_single("a", checkpoint)]
+        elif verb == "run_all":
+            results = await loop.run_all([Invocation("a", checkpoint)])
+        elif verb == "as_completed":
+            async with loop.as_completed([Invocation("a", checkpoint)]) as completed:
+                results = [result async for result in completed]
+        else:
+            async with loop.run_streaming("a", words, 1) as stream:
+                assert [chunk async for chunk in stream] == ["word"]
+
+            results = [stream.result]
+
+        assert [result.status for result in results] == [Status.SUCCESS]
+
+    assert [type(event) for event in events].count(ResultEvent) == len(caplog.records) == len(errors)
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_interrupt_leaves_a_sink(interrupt: type[BaseException]) -> None:
+    def on_event(event: Event) -> None:
+        raise interrupt
+
+    with pytest.raises(interrupt):
+        _observer.Sink([on_event])(LimitEvent(1))
+
+
+def test_error_of_a_sink_that_cannot_even_be_logged_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RecursionError
+
+    def on_event(event: Event) -> None:
+        raise ValueError("the sink")
+
+    monkeypatch.setattr(_observer._logger, "exception", refuse)
+    _observer.Sink([on_event])(LimitEvent(1))
+
+
+def test_coroutine_that_a_sink_returns_is_its_error(caplog: pytest.LogCaptureFixture) -> None:
+    async def tell(event: Event) -> None:
+        pass
+
+    _observer.Sink([lambda event: tell(event)])(LimitEvent(1))
+    assert "TypeError: on_event must be a plain function, and this one returned <coroutine" in caplog.text
+
+
 async def test_nothing_is_built_without_a_sink(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError
@@ -235,7 +329,11 @@ async def test_nothing_is_built_without_a_sink(monkeypatch: pytest.MonkeyPatch) 
     await loop.run_all([Invocation("a", Agent(HttpError(401)))] * 2)
 
 
-@pytest.mark.parametrize("on_event", [5, "print", anyio.sleep], ids=["5", "a str", "an async function"])
+@pytest.mark.parametrize(
+    "on_event",
+    [5, "print", b"print", anyio.sleep, [print, 5], [print, anyio.sleep], {"print": print}],
+    ids=["5", "a str", "bytes", "an async function", "a list with 5", "a list with an async one", "a dict"],
+)
 def test_what_is_no_plain_function_is_refused_as_a_sink(on_event: Any) -> None:
     with pytest.raises(TypeError, match=r"^on_event must be a plain function, got "):
         AgentLoop(on_event=on_event)

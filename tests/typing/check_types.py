@@ -27,6 +27,7 @@ from agentloop import (
     ChunkEvent,
     ContextStore,
     Distribution,
+    Event,
     Invocation,
     InvocationResult,
     Limiter,
@@ -426,9 +427,17 @@ def settings_are_checked(config: LoopConfig) -> None:
     config.max_retries = 5  # type: ignore[misc]  # has to be refused
 
 
+def watch(event: Event) -> None:
+    assert_type(event.at, float)
+
+
 async def loop_has_typed_parts() -> None:
     assert_type(AgentLoop(LoopConfig(), limiter=Limiter(5), metrics=MetricsRecorder()), AgentLoop)
     assert_type(loop.with_config(max_retries=1), AgentLoop)
+    AgentLoop(on_event=watch)
+    AgentLoop(on_event=[watch, lambda event: print(event.at)])
+    AgentLoop(on_event=["watch"])  # type: ignore[list-item]  # has to be refused
+    AgentLoop(on_event=5)  # type: ignore[arg-type]  # has to be refused
     assert_type(loop.config, LoopConfig)
     assert_type(loop.limiter, Limiter)
     assert_type(loop.metrics, MetricsRecorder)
