@@ -2,7 +2,7 @@
 
 __all__ = ["Backoff", "RandomSource"]
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import attrs
 
@@ -17,6 +17,16 @@ class RandomSource(Protocol):
         ...
 
 
+_INITIAL = 0.1
+
+
+def _check_longest(backoff: "Backoff", attribute: "attrs.Attribute[Any]", value: float) -> None:
+    initial = backoff.initial_seconds
+    # The default was not asked for, so it gives way.
+    if initial > value and initial != _INITIAL:
+        raise ValueError(f"initial_seconds must be at most {attribute.name}={value!r}, got {initial!r}")
+
+
 @attrs.frozen
 class Backoff:
     """
@@ -26,7 +36,8 @@ class Backoff:
     2015): ``"full"`` draws from ``[0, d)``, ``"equal"`` from ``[d/2, d)``, ``"none"`` waits ``d``,
     where ``d = min(max_seconds, initial_seconds * multiplier ** retry)``.
 
-    :param initial_seconds: the wait before the first retry, in seconds; 0 retries at once
+    :param initial_seconds: the wait before the first retry, in seconds; 0 retries at once. Where it is
+        given, it is at most ``max_seconds``
     :param multiplier: by what the wait grows from one retry to the next, at least 1
     :param max_seconds: the longest wait, in seconds
     :param jitter: ``"full"``, ``"equal"`` or ``"none"``
@@ -36,9 +47,11 @@ class Backoff:
     :raises ValueError: if a value is out of its range, or there is no such jitter
     """
 
-    initial_seconds: float = attrs.field(default=0.1, validator=must.number(minimum=0, finite=True))
+    initial_seconds: float = attrs.field(default=_INITIAL, validator=must.number(minimum=0, finite=True))
     multiplier: float = attrs.field(default=2.0, validator=must.number(minimum=1, finite=True))
-    max_seconds: float = attrs.field(default=30.0, validator=must.number(minimum=0, finite=True))
+    max_seconds: float = attrs.field(
+        default=30.0, validator=[must.number(minimum=0, finite=True), _check_longest]
+    )
     jitter: Literal["full", "equal", "none"] = attrs.field(
         default="full", validator=must.one_of(("full", "equal", "none"))
     )

@@ -2,13 +2,27 @@
 
 __all__ = ["LoopConfig"]
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import attrs
 
 from . import _validators as must
 from ._backoff import Backoff
 from ._verdict import Verdict, classify
+
+_TIMEOUT = 300.0
+
+
+def _check_total(config: "LoopConfig", attribute: "attrs.Attribute[Any]", value: float | None) -> None:
+    each = config.timeout_seconds
+    # The default was not asked for, and neither None nor infinity is a limit that could be ignored.
+    if value is not None and each is not None and each not in (_TIMEOUT, math.inf) and value < each:
+        raise ValueError(
+            f"{attribute.name} must be at least timeout_seconds={each!r}, got {value!r}: "
+            "no attempt could take that long"
+        )
 
 
 @attrs.frozen(kw_only=True)
@@ -19,7 +33,7 @@ class LoopConfig:
     :param max_concurrency: how many may run at once, where the loop is given no limiter
     :param timeout_seconds: how long each attempt may take
     :param total_timeout_seconds: how long an invocation may take from its first start, with all its
-        attempts and the waits between them
+        attempts and the waits between them; not less than a ``timeout_seconds`` that is given too
     :param retry_on_timeout: whether an attempt that ran into ``timeout_seconds`` is retried
     :param max_retries: how many retries an invocation may have; 0 for none of any kind
     :param backoff: how long to wait before a retry
@@ -30,13 +44,15 @@ class LoopConfig:
         retries do not count towards ``max_retries``
     :param collect_metrics: whether results are recorded
     :raises TypeError: if a value is of the wrong type; ``bool`` is no number
-    :raises ValueError: if a value is out of its range
+    :raises ValueError: if a value is out of its range, or would be ignored because of another one
     """
 
     max_concurrency: int = attrs.field(default=10, validator=must.whole(1))
-    timeout_seconds: float | None = attrs.field(default=300.0, validator=must.number(above=0, optional=True))
+    timeout_seconds: float | None = attrs.field(
+        default=_TIMEOUT, validator=must.number(above=0, optional=True)
+    )
     total_timeout_seconds: float | None = attrs.field(
-        default=None, validator=must.number(above=0, optional=True)
+        default=None, validator=[must.number(above=0, optional=True), _check_total]
     )
     retry_on_timeout: bool = attrs.field(default=True, validator=must.instance(bool))
     max_retries: int = attrs.field(default=3, validator=must.whole(0))

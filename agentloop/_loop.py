@@ -20,6 +20,7 @@ from ._gathered import Gathering
 from ._invocation import Inputs, Invocation, StreamInputs, check_inputs, make_invocation
 from ._lifetime import Lifetime
 from ._limiter import Limiter
+from ._limiters import Limiters
 from ._metrics import MetricsRecorder
 from ._observer import Observer, Sink
 from ._result import InvocationResult
@@ -28,6 +29,25 @@ from ._stream import AgentStream, Streaming
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+_MAX_CONCURRENCY = LoopConfig().max_concurrency
+
+
+def _check_concurrency(value: int, limiter: Limiter) -> None:
+    """Refuse a number of slots that a limiter would override."""
+    if value == _MAX_CONCURRENCY:
+        return  # the default was not asked for
+
+    if isinstance(limiter, Limiters):
+        raise ValueError(
+            f"max_concurrency must be left out where each key has a limiter of its own, got {value}"
+        )
+
+    if value != limiter.max_concurrency:
+        raise ValueError(
+            f"max_concurrency must be the limiter's, {limiter.max_concurrency}, or left out, got {value}"
+        )
 
 
 @attrs.frozen
@@ -63,6 +83,8 @@ class AgentLoop:
         happened, so it should be quick; or several, which are called in turn. What one raises harms neither
         a run nor the others; its first error is logged
     :raises TypeError: if a parameter is of the wrong type
+    :raises ValueError: if ``config.max_concurrency`` would be ignored: it is neither the default nor the
+        limiter's
     """
 
     def __init__(
@@ -82,6 +104,9 @@ class AgentLoop:
                 raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r}")
 
         self._config = LoopConfig() if config is None else config
+        if limiter is not None:
+            _check_concurrency(self._config.max_concurrency, limiter)
+
         self._limiter = Limiter(self._config.max_concurrency) if limiter is None else limiter
         self._metrics = MetricsRecorder() if metrics is None else metrics
         self._lifetime = Lifetime(self._limiter)
@@ -127,9 +152,10 @@ class AgentLoop:
                 "set loop.limiter.max_concurrency, or make another AgentLoop"
             )
 
-        view = AgentLoop(config, limiter=self._limiter, metrics=self._metrics)
-        view._lifetime = self._lifetime
-        view._sink = self._sink
+        # Not made anew: the limiter may have been resized since, and that is no mistake of a view.
+        view = AgentLoop.__new__(AgentLoop)
+        vars(view).update(vars(self))
+        view._config = config
         view._plan = view._make_plan()
         return view
 

@@ -217,7 +217,7 @@ class Program:
         self.tasks = 0
         choose = self.random.choice
         self.config = LoopConfig(
-            timeout_seconds=choose([None, 0.5, 2.0, 5.0]),
+            timeout_seconds=choose([None, 0.5, 2.0, 2.5]),
             total_timeout_seconds=choose([None, None, 3.0, 8.0]),
             retry_on_timeout=choose([True, False]),
             max_retries=choose([0, 1, 2]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import AsyncIterator, Callable
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from agentloop import AgentLoop, Invocation, Limiter, Limiters, LoopConfig, Rate
+from agentloop import AgentLoop, Backoff, Invocation, Limiter, Limiters, LoopConfig, Rate
 
 
 def named(value: object) -> str:
@@ -111,3 +112,113 @@ async def test_coroutine_that_a_plain_function_returns_is_that_functions_error()
     limiter = Limiter(1, rates=[Rate(5, cost=lambda _: coroutine_function())])
     result = await AgentLoop(limiter=limiter).run_single("a", coroutine_function)
     assert re.match("TypeError: the cost of 'a' must be a number, got <coroutine object ", result.error or "")
+
+
+# --- settings that would be ignored
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            {"initial_seconds": 60},
+            "initial_seconds must be at most max_seconds=30.0, got 60",
+        ),
+        (
+            {"initial_seconds": 2, "max_seconds": 1},
+            "initial_seconds must be at most max_seconds=1, got 2",
+        ),
+    ],
+)
+def test_backoff_that_begins_above_its_maximum_is_refused(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        Backoff(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"initial_seconds": 30},
+        {"initial_seconds": 60, "max_seconds": 60},
+        {"max_seconds": 0.01},  # of the default nothing was said
+        {"initial_seconds": 0, "max_seconds": 0},
+    ],
+    ids=named,
+)
+def test_backoff_that_begins_at_its_maximum_or_by_default_is_none_of_that(settings: dict[str, Any]) -> None:
+    assert Backoff(**settings, jitter="none").delay(5, random) <= settings.get("max_seconds", 30)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"total_timeout_seconds": 5, "timeout_seconds": 5.5},
+        {"total_timeout_seconds": 5, "timeout_seconds": 301},
+    ],
+    ids=named,
+)
+def test_time_out_that_the_total_would_always_precede_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError) as caught:
+        LoopConfig(**settings)
+
+    assert str(caught.value) == (
+        f"total_timeout_seconds must be at least timeout_seconds={settings['timeout_seconds']}, got 5: "
+        "no attempt could take that long"
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"timeout_seconds": 300.0},
+        {"timeout_seconds": 300},
+        {"timeout_seconds": 5},
+        {"timeout_seconds": 1},
+        {"timeout_seconds": None},
+        {"timeout_seconds": float("inf")},
+        {"timeout_seconds": 5, "first_chunk_timeout_seconds": 6, "idle_timeout_seconds": 6},
+    ],
+    ids=named,
+)
+def test_total_time_out_may_be_short_where_no_longer_one_was_asked_for(settings: dict[str, Any]) -> None:
+    assert LoopConfig(total_timeout_seconds=5, **settings).total_timeout_seconds == 5
+
+
+def test_view_whose_time_out_would_be_ignored_is_refused() -> None:
+    loop = AgentLoop(LoopConfig(timeout_seconds=60))
+    with pytest.raises(
+        ValueError, match=r"^total_timeout_seconds must be at least timeout_seconds=60, got 5"
+    ):
+        loop.with_config(total_timeout_seconds=5)
+
+
+def test_number_of_slots_that_a_limiter_would_override_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^max_concurrency must be the limiter's, 5, or left out, got 50$"):
+        AgentLoop(LoopConfig(max_concurrency=50), limiter=Limiter(5))
+
+    limiters = Limiters(str, lambda _: Limiter(50))
+    with pytest.raises(
+        ValueError, match=r"^max_concurrency must be left out where each key has a limiter .* 50$"
+    ):
+        AgentLoop(LoopConfig(max_concurrency=50), limiter=limiters)
+
+    # That of the only key that there is, and not of all.
+    assert limiters["a"].max_concurrency == limiters.max_concurrency == 50
+    with pytest.raises(ValueError):
+        AgentLoop(LoopConfig(max_concurrency=50), limiter=limiters)
+
+
+def test_number_of_slots_may_be_the_limiters_or_the_default() -> None:
+    assert AgentLoop(LoopConfig(max_concurrency=5), limiter=Limiter(5)).config.max_concurrency == 5
+    for limiter in (Limiter(5), Limiters(str, lambda _: Limiter(5))):
+        assert AgentLoop(LoopConfig(max_concurrency=10), limiter=limiter).limiter is limiter
+        assert AgentLoop(limiter=limiter).with_config(timeout_seconds=1).limiter is limiter
+
+
+def test_view_of_a_loop_whose_limiter_was_resized_is_none_of_that() -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=50))
+    loop.limiter.max_concurrency = 5
+    view = loop.with_config(timeout_seconds=1)
+    assert view.limiter is loop.limiter
+    assert view.statistics().max_concurrency == 5

@@ -226,10 +226,11 @@ async def test_time_out_is_visible_inside_the_agent() -> None:
     async def agent() -> float:
         return anyio.current_effective_deadline() - anyio.current_time()
 
-    loop = AgentLoop(LoopConfig(timeout_seconds=7, total_timeout_seconds=5))
-    assert (await loop.run_single("a", agent)).output == pytest.approx(5)
-    assert (await loop.with_config(total_timeout_seconds=None).run_single("a", agent)).output == 7
-    unlimited = loop.with_config(total_timeout_seconds=None, timeout_seconds=None)
+    loop = AgentLoop(LoopConfig(timeout_seconds=7, total_timeout_seconds=9))
+    assert (await loop.run_single("a", agent)).output == pytest.approx(7)
+    total = loop.with_config(timeout_seconds=None)
+    assert (await total.run_single("a", agent)).output == pytest.approx(9)
+    unlimited = total.with_config(total_timeout_seconds=None)
     assert (await unlimited.run_single("a", agent)).output == math.inf
 
 
@@ -489,7 +490,7 @@ async def test_slots_are_granted_first_come_first_served() -> None:
 
 
 async def test_invocation_that_waits_to_retry_holds_no_slot() -> None:
-    loop = AgentLoop(LoopConfig(max_concurrency=1, backoff=Backoff(initial_seconds=100, jitter="none")))
+    loop = AgentLoop(LoopConfig(max_concurrency=1, backoff=Backoff(initial_seconds=20, jitter="none")))
     async with anyio.create_task_group() as group:
         group.start_soon(loop.run_single, "flaky", Flaky(OSError()))
         await anyio.wait_all_tasks_blocked()

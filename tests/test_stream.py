@@ -556,7 +556,7 @@ async def test_stream_within_all_its_time_limits_ends_well() -> None:
         ({"timeout_seconds": 2, "first_chunk_timeout_seconds": 1}, FirstChunkTimeout(1)),
         ({"total_timeout_seconds": 1, "first_chunk_timeout_seconds": 2}, InvocationTimeout(1, True)),
         ({"total_timeout_seconds": 2, "timeout_seconds": 1}, InvocationTimeout(1)),
-        ({"total_timeout_seconds": 1, "timeout_seconds": 2}, InvocationTimeout(1, True)),
+        ({"total_timeout_seconds": 1, "timeout_seconds": 1}, InvocationTimeout(1, True)),
         ({"timeout_seconds": None, "first_chunk_timeout_seconds": 3}, FirstChunkTimeout(3)),
     ],
 )
