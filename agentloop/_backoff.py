@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 import attrs
 
 from . import _validators as must
+from ._misuse import name_parameters
 
 
 class RandomSource(Protocol):
@@ -27,6 +28,7 @@ def _check_longest(backoff: "Backoff", attribute: "attrs.Attribute[Any]", value:
         raise ValueError(f"initial_seconds must be at most {attribute.name}={value!r}, got {initial!r}")
 
 
+@name_parameters()
 @attrs.frozen
 class Backoff:
     """

@@ -22,6 +22,7 @@ from ._invocation import Inputs, Invocation
 from ._job import Job
 from ._lifetime import Lifetime
 from ._limiter import Limiter
+from ._misuse import EnteredOnly
 from ._result import InvocationResult
 
 T = TypeVar("T")
@@ -117,11 +118,11 @@ def _chunk_event(job: Job[Any], chunk: T) -> ChunkEvent[T]:
     return ChunkEvent(job.invocation, chunk, job.index)
 
 
-class Completed(Generic[ItemT]):
+class Completed(EnteredOnly, Generic[ItemT]):
     """An async context manager that gives what a batch hands over."""
 
     def __init__(self, verb: str, make: Callable[[], ReadBatch[Any, ItemT]], lifetime: Lifetime) -> None:
-        self._verb = verb
+        self._usage = f"write `async with loop.{verb}(...) as results:` around `async for ... in results:`"
         self._make = make
         self._lifetime = lifetime
         self._batch: ReadBatch[Any, ItemT] | None = None
@@ -171,8 +172,6 @@ class Completed(Generic[ItemT]):
 
     def _entered(self) -> ReadBatch[Any, ItemT]:
         if self._batch is None:
-            raise RuntimeError(
-                f"write `async with loop.{self._verb}(...) as results:` around `async for ... in results:`"
-            )
+            raise RuntimeError(self._usage)
 
         return self._batch

@@ -10,6 +10,7 @@ import attrs
 
 from . import _validators as must
 from ._backoff import Backoff
+from ._misuse import name_parameters
 from ._verdict import Verdict, classify
 
 _TIMEOUT = 300.0
@@ -25,6 +26,7 @@ def _check_total(config: "LoopConfig", attribute: "attrs.Attribute[Any]", value:
         )
 
 
+@name_parameters()
 @attrs.frozen(kw_only=True)
 class LoopConfig:
     """

@@ -203,15 +203,24 @@ def as_invocation(value: Input[T]) -> Invocation[T]:
     if isinstance(value, tuple) and len(value) == 4:
         return Invocation(*value)
 
+    is_coroutine = must.close_coroutine(value)
+    hint = ": write Invocation(agent_id, fn, args)" if is_coroutine or callable(value) else ""
     raise TypeError(
-        f"expected an Invocation or a tuple (agent_id, fn, args, kwargs) as an input, got {value!r}"
+        f"expected an Invocation or a tuple (agent_id, fn, args, kwargs) as an input, got {value!r}{hint}"
     )
 
 
 def check_inputs(value: object) -> None:
-    """Refuse what cannot be a batch."""
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, (Iterable, AsyncIterable)):
-        raise TypeError(f"expected a sync or async iterable of invocations, got {value!r}")
+    """Refuse what cannot be a batch, with a hint at what to write instead."""
+    if (
+        must.close_coroutine(value)
+        or isinstance(value, (str, bytes, Mapping))
+        or not isinstance(value, (Iterable, AsyncIterable))
+    ):
+        raise TypeError(
+            "expected a sync or async iterable of invocations, such as [Invocation(agent_id, fn, args)] or "
+            f"Invocation.map(fn, items), got {value!r}"
+        )
 
 
 def _name(fn: Callable[..., Any]) -> str:

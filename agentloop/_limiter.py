@@ -16,6 +16,7 @@ from . import _validators as must
 from ._backend import runs_here
 from ._budget import RetryBudget, RetryLedger
 from ._events import Event, LimitEvent
+from ._misuse import name_parameters
 from ._overload import Governor
 from ._pool import Pool
 from ._rate import Rate
@@ -44,6 +45,7 @@ class LimiterStatistics:
     paused_until: float | None = None
 
 
+@name_parameters()
 class Limiter:
     """
     One limit for everything that shares it: loops, views of loops, batches and single invocations.

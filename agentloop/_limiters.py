@@ -13,9 +13,11 @@ from . import _validators as must
 from ._events import Event, LimitEvent
 from ._invocation import Invocation
 from ._limiter import Limiter, LimiterStatistics, claim, pool_of
+from ._misuse import name_parameters
 from ._pool import Pool
 
 
+@name_parameters()
 class Limiters(Limiter):
     """
     A limiter for each provider or model, made when the first invocation for it comes::

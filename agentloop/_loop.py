@@ -22,6 +22,7 @@ from ._lifetime import Lifetime
 from ._limiter import Limiter
 from ._limiters import Limiters
 from ._metrics import MetricsRecorder
+from ._misuse import name_parameters
 from ._observer import Observer, Sink
 from ._result import InvocationResult
 from ._single import Single
@@ -67,6 +68,7 @@ class LoopStatistics:
     max_concurrency: int
 
 
+@name_parameters(settings=LoopConfig)
 class AgentLoop:
     """
     Runs agents: async callables that are slow, fail, hang and get rate-limited.

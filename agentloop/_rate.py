@@ -13,6 +13,7 @@ import attrs
 
 from . import _validators as must
 from ._invocation import Invocation
+from ._misuse import name_parameters
 from ._result import InvocationResult
 
 
@@ -29,6 +30,7 @@ def _optional_callable(owner: object, attribute: "attrs.Attribute[Any]", value: 
         must.plain_function(owner, attribute, value)
 
 
+@name_parameters()
 @attrs.frozen
 class Rate:
     """

@@ -19,6 +19,7 @@ from ._invocation import Invocation
 from ._job import Job
 from ._lifetime import Lifetime
 from ._limiter import Limiter
+from ._misuse import EnteredOnly
 from ._result import InvocationResult
 from ._single import Single
 
@@ -80,7 +81,7 @@ class Streaming(Generic[T]):
             self.channel.abandon()
 
 
-class AgentStream(Generic[T]):
+class AgentStream(EnteredOnly, Generic[T]):
     """
     What an agent yields: an async context manager, and an async iterable of chunks inside it::
 
@@ -94,6 +95,8 @@ class AgentStream(Generic[T]):
     waits until its generator is closed; one that is suspended at a ``yield`` then has five seconds for its
     cleanup.
     """
+
+    _usage = "write `async with loop.run_streaming(...) as stream:` around `async for chunk in stream:`"
 
     def __init__(self, agent_id: str, make: Callable[[], Streaming[T]], lifetime: Lifetime) -> None:
         self._make = make
@@ -182,8 +185,6 @@ class AgentStream(Generic[T]):
 
     def _entered(self) -> Streaming[T]:
         if self._streaming is None:
-            raise RuntimeError(
-                "write `async with loop.run_streaming(...) as stream:` around `async for chunk in stream:`"
-            )
+            raise RuntimeError(self._usage)
 
         return self._streaming

@@ -161,7 +161,7 @@ def test_plain_tuple_is_an_invocation_of_its_four_fields() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [("a", double), ("a", double, ()), ["a", double, (), {}], double], ids=named
+    "value", [("a", double), ("a", double, ()), ["a", double, (), {}], "a", 5, None], ids=named
 )
 def test_other_input_is_refused_with_what_was_expected(value: Any) -> None:
     with pytest.raises(TypeError) as caught:
@@ -177,7 +177,10 @@ def test_batch_of_what_is_no_iterable_of_invocations_is_refused(value: Any) -> N
     with pytest.raises(TypeError) as caught:
         AgentLoop().as_completed(value)
 
-    assert str(caught.value) == f"expected a sync or async iterable of invocations, got {value!r}"
+    assert str(caught.value) == (
+        "expected a sync or async iterable of invocations, such as [Invocation(agent_id, fn, args)] or "
+        f"Invocation.map(fn, items), got {value!r}"
+    )
 
 
 async def test_batch_may_be_any_iterable_and_is_not_touched_before_it_is_entered() -> None:

@@ -22,6 +22,7 @@ ORDER = [
     "_foreign",
     "_errors",
     "_validators",
+    "_misuse",
     "_backend",
     "_tasks",
     "_pace",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import re
 from collections.abc import AsyncIterator, Callable
@@ -222,3 +223,166 @@ def test_view_of_a_loop_whose_limiter_was_resized_is_none_of_that() -> None:
     view = loop.with_config(timeout_seconds=1)
     assert view.limiter is loop.limiter
     assert view.statistics().max_concurrency == 5
+
+
+# --- names of parameters
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong", "right"),
+    [
+        *(
+            (LoopConfig, wrong, right)
+            for wrong, right in (
+                ("timeout", "timeout_seconds"),
+                ("total_timeout", "total_timeout_seconds"),
+                ("first_chunk_timeout", "first_chunk_timeout_seconds"),
+                ("idle_timeout", "idle_timeout_seconds"),
+                ("overload_timeout", "overload_timeout_seconds"),
+                ("concurrency", "max_concurrency"),
+                ("max_workers", "max_concurrency"),
+                ("limit", "max_concurrency"),
+                ("retries", "max_retries"),
+                ("max_attempts", "max_retries"),
+                ("retry_timeout", "retry_on_timeout"),
+                ("max_concurency", "max_concurrency"),
+            )
+        ),
+        (Backoff, "initial", "initial_seconds"),
+        (Backoff, "max", "max_seconds"),
+        (Backoff, "factor", "multiplier"),
+        (partial(Rate, 60), "per", "per_seconds"),
+        (partial(Rate, 60), "period", "per_seconds"),
+        (Rate, "max_rate", "limit"),
+        (partial(Limiter, 10), "rate", "rates"),
+        (partial(Limiter, 10), "budget", "retry_budget"),
+        (Limiter, "limit", "max_concurrency"),
+        (partial(Limiters, str, Limiter), "max_limiter", "max_limiters"),
+        (AgentLoop, "callback", "on_event"),
+        (AgentLoop, "events", "on_event"),
+    ],
+)
+def test_likely_name_of_a_parameter_is_answered_by_the_right_one(make: Any, wrong: str, right: str) -> None:
+    cls = make.func if isinstance(make, partial) else make
+    text = f"{cls.__name__}() got an unexpected keyword argument {wrong!r}: did you mean {right}?"
+    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
+        make(**{wrong: 3})
+
+
+def test_name_that_resembles_none_is_answered_by_all_of_them() -> None:
+    with pytest.raises(TypeError, match=r"'x': its parameters are config, limiter, metrics, on_event$"):
+        AgentLoop(x=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "right"),
+    [
+        ({"max_concurrency": 50}, "max_concurrency=50"),
+        ({"timeout_seconds": 3}, "timeout_seconds=3"),
+        ({"timeout": 3, "concurrency": 5}, "timeout_seconds=3, max_concurrency=5"),
+    ],
+    ids=named,
+)
+def test_settings_of_a_loop_are_given_as_a_whole(settings: dict[str, Any], right: str) -> None:
+    with pytest.raises(TypeError, match=rf": pass AgentLoop\(LoopConfig\({right}\)\)$"):
+        AgentLoop(**settings)
+
+
+def test_unknown_setting_of_a_view_is_answered_by_the_right_one() -> None:
+    with pytest.raises(TypeError, match=r"'timeout': did you mean timeout_seconds\?$"):
+        AgentLoop().with_config(timeout=3)
+
+
+@pytest.mark.parametrize("cls", [LoopConfig, Backoff, Rate, Limiter, Limiters, AgentLoop])
+def test_signature_is_that_of_the_constructor(cls: type) -> None:
+    parameters = inspect.signature(cls).parameters.values()
+    assert parameters
+    assert not {parameter.kind for parameter in parameters} & {
+        inspect.Parameter.VAR_POSITIONAL,
+        inspect.Parameter.VAR_KEYWORD,
+    }
+
+
+# --- inputs that are none
+
+
+async def answer(question: str) -> str:
+    return question
+
+
+@pytest.mark.parametrize("verb", ["run_all", "as_completed", "stream_all"])
+@pytest.mark.parametrize("what", ["a function", "a coroutine", "one invocation"])
+async def test_input_that_is_no_batch_is_refused_with_a_batch_to_write(verb: str, what: str) -> None:
+    value: Any = {
+        "a function": lambda: answer,
+        "a coroutine": lambda: answer("x"),
+        "one invocation": lambda: Invocation("a", answer, ("x",)),
+    }[what]()
+    with pytest.raises(TypeError) as caught:
+        await getattr(AgentLoop(), verb)(value)
+
+    assert str(caught.value) == (
+        "expected a sync or async iterable of invocations, such as [Invocation(agent_id, fn, args)] or "
+        f"Invocation.map(fn, items), got {value!r}"
+    )
+
+
+@pytest.mark.parametrize("what", ["a function", "a partial", "a coroutine"])
+async def test_function_or_coroutine_among_the_inputs_is_refused_with_what_to_write(what: str) -> None:
+    value: Any = {
+        "a function": lambda: answer,
+        "a partial": lambda: partial(answer, "x"),
+        "a coroutine": lambda: answer("x"),
+    }[what]()
+    with pytest.raises(TypeError) as caught:
+        await AgentLoop().run_all([value])
+
+    assert str(caught.value) == (
+        f"expected an Invocation or a tuple (agent_id, fn, args, kwargs) as an input, got {value!r}: "
+        "write Invocation(agent_id, fn, args)"
+    )
+
+
+# --- what is entered and read asynchronously
+
+
+READ = {
+    "as_completed": lambda loop: loop.as_completed([]),
+    "stream_all": lambda loop: loop.stream_all([]),
+    "run_streaming": lambda loop: loop.run_streaming("a", generator_function),
+}
+
+
+@pytest.mark.parametrize("verb", READ)
+async def test_iterating_entering_or_awaiting_what_needs_async_with_says_so(verb: str) -> None:
+    item, name = ("chunk", "stream") if verb == "run_streaming" else ("...", "results")
+    text = f"write `async with loop.{verb}(...) as {name}:` around `async for {item} in {name}:`"
+    reader: Any = READ[verb](AgentLoop())
+    expected = partial(pytest.raises, TypeError, match=f"^{re.escape(text)}$")
+    with expected():
+        for _ in reader:
+            pass
+
+    with expected():
+        print(*reader)
+
+    with expected():
+        with reader:
+            pass
+
+    with expected():
+        await reader
+
+    async with reader:
+        with expected():
+            list(reader)
+
+
+async def test_stream_of_invocations_is_an_input_all_the_same() -> None:
+    async def plan() -> AsyncIterator[Invocation[str]]:
+        for name in "ab":
+            yield Invocation(name, answer, (name,))
+
+    loop = AgentLoop()
+    async with loop.run_streaming("planner", plan) as stream:
+        assert [result.output for result in await loop.run_all(stream)] == ["a", "b"]
