@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 import attrs
 
+from ._errors import describe
 from ._invocation import Invocation
 from ._result import InvocationResult
 from ._verdict import Verdict
@@ -93,6 +94,11 @@ class RetryEvent:
     id: int = 0
     at: float = 0.0
 
+    @property
+    def reason(self) -> str:
+        """What it raised, as one printable line of at most 1,000 characters: ``"ValueError: boom"``."""
+        return describe(self.error)
+
 
 @attrs.frozen
 class FirstChunkEvent:
@@ -155,4 +161,4 @@ class StopEvent:
 Event: TypeAlias = (
     QueuedEvent | StartedEvent | RetryEvent | FirstChunkEvent | ResultEvent | LimitEvent | StopEvent
 )
-"""What a sink is given."""
+"""What a sink is given. Later versions may add to them, so a sink ignores those that it does not know."""

@@ -29,6 +29,7 @@ from agentloop import (
     StartedEvent,
     Status,
     StopEvent,
+    Verdict,
     VerdictKind,
     _observer,
 )
@@ -434,3 +435,10 @@ async def test_recorder_that_goes_its_own_way_with_results_is_told_no_more_than_
     await loop.run_all(Invocation.map(anyio.sleep, [0] * 3000))
     assert len(recorder._in_flight_told) <= 2 * TOLD_AT_MOST
     assert recorder.snapshot().in_flight == 0
+
+
+def test_retry_says_in_one_line_what_the_attempt_raised() -> None:
+    retry = RetryEvent(
+        Invocation("a", checkpoint), 1, ValueError("two\nlines"), Verdict(VerdictKind.TRANSIENT), 1
+    )
+    assert retry.reason == "ValueError: two lines"

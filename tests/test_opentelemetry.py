@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -21,9 +22,12 @@ from agentloop import (
     Backoff,
     Event,
     Invocation,
+    InvocationResult,
     LoopConfig,
     QueuedEvent,
+    ResultEvent,
     StartedEvent,
+    Status,
 )
 from agentloop.contrib.opentelemetry import OpenTelemetrySink
 
@@ -390,7 +394,68 @@ async def test_error_that_cannot_say_what_it_is_ends_the_span_all_the_same(telem
     (point,) = telemetry.metrics()["gen_ai.invoke_agent.duration"]
     assert point.count == 1
     assert telemetry.values("agentloop.retries")
-    assert telemetry.span("invoke_agent mute")
+    span = telemetry.span("invoke_agent mute")
+    assert span.status.description == "Mute"
+    retry, attempt, exception = events(span)
+    assert (retry[0], retry[1]["agentloop.error"]) == ("agentloop.retry", "Mute")
+    assert attempt[0] == "agentloop.attempt"
+    assert (exception[0], exception[1]["exception.message"]) == ("exception", "Mute")
+
+
+async def test_error_of_which_nothing_can_be_read_ends_the_span_all_the_same(telemetry: Telemetry) -> None:
+    def refuse(*_: object) -> Any:
+        raise asyncio.CancelledError
+
+    nameless = type("Nameless", (type,), dict.fromkeys(("__name__", "__module__"), property(refuse)))
+    error = nameless("Hostile", (Exception,), {"__str__": refuse, "__notes__": property(refuse)})()
+    loop = AgentLoop(LoopConfig(max_retries=0), on_event=telemetry.sink)
+    await loop.run_single("hostile", fails, [error], telemetry)
+    ((_, exception),) = events(telemetry.span("invoke_agent hostile"))
+    assert exception == {
+        "exception.type": f"{__name__}.Hostile",
+        "exception.message": "Hostile",
+        "exception.stacktrace": "Hostile",
+    }
+
+
+async def test_interrupt_while_an_error_is_read_ends_the_span(telemetry: Telemetry) -> None:
+    class Interrupted(Exception):
+        @property
+        def __notes__(self) -> Any:
+            raise KeyboardInterrupt
+
+    invocation = Invocation("a", agent)
+    telemetry.sink(StartedEvent(invocation))
+    with pytest.raises(KeyboardInterrupt):
+        telemetry.sink(ResultEvent(invocation, InvocationResult("a", Status.ERROR, exception=Interrupted())))
+
+    assert telemetry.span("invoke_agent a")
+
+
+async def test_half_a_surrogate_pair_gets_into_no_text(telemetry: Telemetry) -> None:
+    sink = OpenTelemetrySink(telemetry.tracer, telemetry.meter, agent_name=lambda _: "named \ud83d")
+    for on_event in (telemetry.sink, sink):
+        loop = AgentLoop(LoopConfig(max_retries=1, backoff=NO_JITTER), on_event=on_event)
+        await loop.run_single("half \ud83d", fails, [ValueError("\ud83d"), ValueError("\ud83d")], telemetry)
+
+    texts = [
+        text
+        for span in telemetry.spans
+        for attributes in (span.attributes, *(event.attributes for event in span.events))
+        for text in (span.name, span.status.description, *(attributes or {}).values())
+        if isinstance(text, str)
+    ]
+    assert any("named ?" in text for text in texts)
+    assert any("half ?" in text for text in texts)
+    assert all(text.encode() for text in texts)
+
+
+async def test_event_of_a_later_version_is_ignored(telemetry: Telemetry) -> None:
+    later: Any = object()
+    telemetry.sink(later)
+    loop = AgentLoop(on_event=[lambda _: telemetry.sink(later), telemetry.sink])
+    await loop.run_single("a", agent, telemetry)
+    assert telemetry.tree() == ["a", "a > http"]
 
 
 # --- metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -439,6 +440,67 @@ def test_hostile_names_and_errors_are_kept_as_they_are_or_shortened(tmp_path: Pa
     assert len(of(found, "i", "batch stopped")[0]["args"]["reason"]) == 500
     # The backoff was cut short.
     assert {end - begin for kind, _, begin, end in waits(found)} == {0.5e6}
+
+
+def test_errors_whose_attributes_raise_whatever_they_like_are_drawn(tmp_path: Path) -> None:
+    class NamelessType(type):
+        @property
+        def __name__(cls) -> str:
+            raise ValueError
+
+    def refuse(*_: object) -> Any:
+        raise asyncio.CancelledError
+
+    hostile = {name: property(refuse) for name in ("response", "status_code", "__class__")}
+    error = NamelessType("Hostile", (Exception,), {**hostile, "__str__": refuse})()
+    with Timeline(tmp_path / "run.json") as timeline:
+        agent = Invocation("a", nap)
+        timeline(QueuedEvent(agent))
+        timeline(StartedEvent(agent))
+        timeline(RetryEvent(agent, 1, error, Verdict(VerdictKind.TRANSIENT), 1.0, at=1))
+        result = InvocationResult[Any]("a", Status.ERROR, exception=error)
+        timeline(ResultEvent(agent, result, at=1.5))
+
+    assert {
+        (record["args"]["reason"], record["args"]["error"])
+        for record in of(records(tmp_path / "run.json"), "E")
+    } == {("Hostile", "Hostile")}
+
+
+def test_interrupt_while_an_attribute_is_read_leaves_the_sink(tmp_path: Path) -> None:
+    class Interrupted(Exception):
+        @property
+        def response(self) -> Any:
+            raise KeyboardInterrupt
+
+    with Timeline(tmp_path / "run.json") as timeline:
+        agent = Invocation("a", nap)
+        timeline(QueuedEvent(agent))
+        timeline(StartedEvent(agent))
+        result = InvocationResult[Any]("a", Status.ERROR, exception=Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            timeline(ResultEvent(agent, result, at=1.5))
+
+
+def test_event_of_a_later_version_is_ignored(tmp_path: Path) -> None:
+    class LaterEvent:
+        """It does not even say when it was."""
+
+    with Timeline(tmp_path / "plain.json") as plain, Timeline(tmp_path / "later.json") as later:
+        agent: Invocation[Any] = Invocation("a", nap)
+        events: list[Event] = [
+            LimitEvent(1),
+            QueuedEvent(agent, 1),
+            StartedEvent(agent, 1, 1, 1.0),
+            ResultEvent(agent, InvocationResult("a", Status.SUCCESS), 1, 2.0),
+        ]
+        unknown: Any = LaterEvent()
+        for event in events:
+            plain(event)
+            later(unknown)
+            later(event)
+
+    assert records(tmp_path / "later.json") == records(tmp_path / "plain.json")
 
 
 def test_closing_again_does_nothing_and_events_are_then_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["OpenTelemetrySink"]
 
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,10 @@ DURATION_BOUNDS = [0.01 * 2**power for power in range(14)]
 OPERATION_NAME = "gen_ai.operation.name"
 AGENT_NAME = "gen_ai.agent.name"
 ERROR_TYPE = "error.type"
+EXCEPTION_EVENT = "exception"
+EXCEPTION_TYPE = "exception.type"
+EXCEPTION_MESSAGE = "exception.message"
+EXCEPTION_STACKTRACE = "exception.stacktrace"
 
 # Names of our own.
 QUEUE_DURATION = "agentloop.queue.duration"
@@ -120,7 +125,7 @@ class OpenTelemetrySink:
                 pass  # it waits for a slot, which is measured when it has one; or it is of no invocation
 
     def _attributes(self, invocation: Invocation[Any]) -> dict[str, str]:
-        return {} if self._agent_name is None else {AGENT_NAME: self._agent_name(invocation)}
+        return {} if self._agent_name is None else {AGENT_NAME: _encodable(self._agent_name(invocation))}
 
     def _start(self, event: StartedEvent) -> None:
         if event.id in self._begun:
@@ -129,7 +134,7 @@ class OpenTelemetrySink:
             # Begun here, since this is called in the caller's context; where an invocation is queued may be
             # a task of the loop's own.
             attributes = self._attributes(event.invocation)
-            name = attributes.get(AGENT_NAME, event.invocation.agent_id)
+            name = attributes.get(AGENT_NAME) or _encodable(event.invocation.agent_id)
             span = self._tracer.start_span(
                 f"{OPERATION} {name}",
                 kind=SpanKind.INTERNAL,
@@ -150,7 +155,7 @@ class OpenTelemetrySink:
         found = {ERROR_TYPE: _name(event.error), VERDICT: event.verdict.kind.value}
         self._retries.add(1, {**attributes, **found})
         more = {ATTEMPT: event.attempt, DELAY: event.delay_seconds}
-        span.add_event(RETRY_EVENT, {**found, **more, ERROR: str(event.error)})
+        span.add_event(RETRY_EVENT, {**found, **more, ERROR: _message(event.error, event.reason)})
 
     def _end(self, event: ResultEvent) -> None:
         result = event.result
@@ -175,13 +180,41 @@ class OpenTelemetrySink:
                 attributes[ERROR_TYPE] = _name(error)
                 span.set_attribute(ERROR_TYPE, attributes[ERROR_TYPE])
                 span.set_status(StatusCode.ERROR, result.error)
-                span.record_exception(error)
+                span.add_event(EXCEPTION_EVENT, _exception(error, result.error or ""))
         finally:
-            # Even if that is an error which cannot say what it is.
             self._duration.record(result.latency_ms / 1000, attributes, inside)
             span.end()
 
 
 def _name(error: BaseException) -> str:
     kind = type(error)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    # Not kind.__module__, of which a metaclass may make a property.
+    module = vars(type)["__module__"].__get__(kind)
+    return _encodable(kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}")
+
+
+def _message(error: BaseException, line: str) -> str:
+    """Return the line that describes an error without its type."""
+    name: str = vars(type)["__name__"].__get__(type(error))
+    return line.removeprefix(f"{name}: ")
+
+
+def _exception(error: BaseException, line: str) -> dict[str, str]:
+    """Return what ``Span.record_exception()`` records, which fails if the error cannot say what it is."""
+    try:
+        stack = _encodable("".join(traceback.format_exception(error)))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
+        stack = line
+
+    return {
+        EXCEPTION_TYPE: _name(error),
+        EXCEPTION_MESSAGE: _message(error, line),
+        EXCEPTION_STACKTRACE: stack,
+    }
+
+
+def _encodable(text: str) -> str:
+    """Return a text without half surrogate pairs, for which an exporter drops all that it sends with them."""
+    return text.encode(errors="replace").decode()

@@ -41,6 +41,7 @@ _SHORTEST_US = 1000.0
 _MAX_TEXT = 500
 # Of the reserved colours of the trace viewer (catapult's color_scheme.html), which Perfetto leaves unused.
 _COLOURS = {Status.ERROR: "terrible", Status.TIMEOUT: "bad", Status.CANCELLED: "grey"}
+_name_of_type: Callable[[type], str] = vars(type)["__name__"].__get__
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -120,6 +121,9 @@ class Timeline:
             group = self._groups[name]
 
         def sink(event: Event) -> None:
+            if not isinstance(event, Event):
+                return  # of a later version
+
             with self._lock:
                 is_idle = not any(group.open for group in self._groups.values())
                 group.tell(event, self._clock.read(event, is_idle))
@@ -287,9 +291,11 @@ class _Group:
                     "verdict": str(event.verdict.kind),
                     "delay_seconds": round(event.delay_seconds, 6),
                     "reason": _reason(event.error),
-                    "error": _clip(_describe(event.error)),
+                    "error": _clip(event.reason),
                 }
-                status = Status.TIMEOUT if isinstance(event.error, InvocationTimeout) else Status.ERROR
+                # By type() and not by isinstance(), which may ask the error itself for its class.
+                is_timeout = issubclass(type(event.error), InvocationTimeout)
+                status = Status.TIMEOUT if is_timeout else Status.ERROR
                 self._end(opened, status, args, now)
                 self._move(opened, "running", "retrying", now)
                 opened.delay_us = event.delay_seconds * 1e6
@@ -320,7 +326,7 @@ class _Group:
         result = event.result
         args: dict[str, Any] = {}
         if result.exception is not None:
-            args = {"reason": _reason(result.exception), "error": _clip(_describe(result.exception))}
+            args = {"reason": _reason(result.exception), "error": _clip(result.error or "")}
 
         if result.chunks:
             args["chunks"] = result.chunks
@@ -386,29 +392,22 @@ class _Group:
         self._timeline.write({**record, "ph": phase, "pid": self.pid, "ts": round(at, 1), **fields})
 
 
-def _describe(exc: BaseException) -> str:
-    """Return an exception in one line, whatever its ``__str__`` does."""
-    try:
-        text = " ".join(str(exc).split())
-    except Exception:
-        text = ""
-
-    name = type(exc).__name__
-    return f"{name}: {text}" if text else name
-
-
 def _reason(exc: BaseException) -> str:
     """Return what kind of failure it is: the type, and the HTTP status if it has one."""
+    # Not type(exc).__name__, of which a metaclass may make a property.
+    name = _name_of_type(type(exc))
     try:
         for holder in exc, getattr(exc, "response", None):
-            for name in "status_code", "status":
-                status = getattr(holder, name, None)
+            for field in "status_code", "status":
+                status = getattr(holder, field, None)
                 if isinstance(status, int):
-                    return f"{type(exc).__name__} {int(status)}"
-    except Exception:
+                    return f"{name} {int(status)}"
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
         pass  # an exception may do anything when it is asked for an attribute
 
-    return type(exc).__name__
+    return name
 
 
 def _clip(text: str) -> str:
