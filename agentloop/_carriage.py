@@ -164,38 +164,43 @@ class _Carriage(Generic[ItemT]):
         gaps = self._gaps_told
         next_chunk: Callable[[], Awaitable[Any]] = iterator.__anext__
         step = next_chunk
-        while True:
-            try:
-                chunk = await step()
-            except StopAsyncIteration:
-                return False
-
-            step = next_chunk
-            if not job.chunks:
-                self._first_chunk()
-            else:
-                at = now()
-                if self._gaps is not None:
-                    gaps.append((at - self._idle_since) * 1000.0)
-                    if len(gaps) >= GAPS_TOLD_AT_MOST:
-                        self._gaps.add_all(gaps)
-                        gaps.clear()
-
-                self._idle_since = at
-
-            job.chunks += 1
-            if channel.put(as_item(job, chunk)):
+        channel.enter()
+        try:
+            while True:
                 try:
-                    await self._wait_for_reader()
-                except anyio.get_cancelled_exc_class() as exc:
-                    if not isinstance(iterator, AsyncGenerator) or not self._is_cancelled_by_agent():
-                        raise
+                    chunk = await step()
+                except StopAsyncIteration:
+                    return False
 
-                    # It would have reached an agent that waits; one that is suspended at a yield gets it too.
-                    step = partial(iterator.athrow, exc)
+                step = next_chunk
+                if not job.chunks:
+                    self._first_chunk()
+                else:
+                    at = now()
+                    if self._gaps is not None:
+                        gaps.append((at - self._idle_since) * 1000.0)
+                        if len(gaps) >= GAPS_TOLD_AT_MOST:
+                            self._gaps.add_all(gaps)
+                            gaps.clear()
 
-                if channel.abandoned:
-                    return True
+                    self._idle_since = at
+
+                job.chunks += 1
+                if channel.put(as_item(job, chunk), job.chunks):
+                    try:
+                        await self._wait_for_reader()
+                    except anyio.get_cancelled_exc_class() as exc:
+                        if not isinstance(iterator, AsyncGenerator) or not self._is_cancelled_by_agent():
+                            raise
+
+                        # It would have reached an agent that waits; one that is suspended at a yield gets it
+                        # too.
+                        step = partial(iterator.athrow, exc)
+
+                    if channel.abandoned:
+                        return True
+        finally:
+            channel.leave()
 
     def _first_chunk(self) -> None:
         self._idle_since = self._job.first_chunk_at = self._pool.now()

@@ -102,13 +102,28 @@ class Completing(ReadBatch[T, InvocationResult[T]]):
 
 
 class Fanning(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
-    """A batch of streams, which hands over the chunks of all, and each one's result after its last chunk."""
+    """
+    A batch of streams, which hands over the chunks of all, and each one's result after its last chunk.
+
+    A stream begins when there is room for what it yields.
+    """
 
     async def produce(self, start_soon: StartSoon) -> None:
         """Run the batch to its end, or until its reader leaves."""
         act = partial(carry, self._channel, _chunk_event, start_soon)
         self._plan = Plan(self._plan.config, self._plan.observer, act)
         await super().produce(start_soon)
+
+    def stop(self, reason: str, cause: BaseException) -> None:
+        super().stop(reason, cause)
+        self._changed()
+
+    def _has_work(self) -> bool:
+        # To give up what does not begin any more takes no room.
+        return super()._has_work() and (self._stopped is not None or self._channel.has_room(self._changed))
+
+    def _next_job(self) -> Job[None] | None:
+        return super()._next_job() if self._has_work() else None
 
     def _deliver(self, invocation: Invocation[None], result: InvocationResult[None]) -> None:
         self._channel.put(ResultEvent(invocation, result))

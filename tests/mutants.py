@@ -391,8 +391,8 @@ MUTANTS = [
     Mutant(
         "idleness is measured from the first chunk",
         "_carriage.py",
-        "                self._idle_since = at\n",
-        "                self._idle_since = min(self._idle_since, at)\n",
+        "                    self._idle_since = at\n",
+        "                    self._idle_since = min(self._idle_since, at)\n",
     ),
     Mutant(
         "an agent that yields when its time is up changes the name of its time-out",

@@ -441,6 +441,8 @@ async def test_leaving_early_closes_every_generator(how: str, entered: bool) -> 
         nonlocal opened, closed
         opened += 1
         try:
+            # All begin before one has filled the buffer.
+            await anyio.sleep(1)
             for i in range(100):
                 if x % 2:
                     await anyio.sleep(1)
@@ -519,6 +521,8 @@ async def test_cancellation_while_waiting_for_an_event_loses_none() -> None:
 @pytest.mark.parametrize("scope", ["scope", "group"])
 async def test_agents_that_yield_in_scopes_of_their_own_can_be_left(scope: str) -> None:
     async def agent(x: int) -> AsyncGenerator[int]:
+        # All begin before one has filled the buffer.
+        await anyio.sleep(1)
         if scope == "scope":
             with anyio.CancelScope(shield=x % 2 == 0):
                 for i in range(50):
