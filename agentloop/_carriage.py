@@ -88,6 +88,8 @@ class _Carriage(Generic[ItemT]):
         self._gaps_told: list[float] = []
         self._watching: anyio.CancelScope | None = None
         self._closing = anyio.CancelScope()
+        # It may be that of the attempt before.
+        job.chunk_limit = None
         if self._first_seconds is not None and now + self._first_seconds < scope.deadline:
             scope.deadline = now + self._first_seconds
             job.total_counts = False

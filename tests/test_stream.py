@@ -594,6 +594,116 @@ async def test_shortest_time_limit_after_a_chunk_is_the_one_that_is_named(
     assert str(error) == str(expected)
 
 
+@pytest.mark.parametrize(
+    ("settings", "attempts", "expected", "retries"),
+    [
+        # Each attempt: after how many seconds it yields (if ever), and what it does then. Between two of them
+        # there is a second.
+        pytest.param(
+            {"first_chunk_timeout_seconds": 2, "total_timeout_seconds": 4},
+            [(math.inf, None), (math.inf, None)],
+            InvocationTimeout(4, True),
+            1,
+            id="first chunk, then total",
+        ),
+        pytest.param(
+            {"first_chunk_timeout_seconds": 2, "total_timeout_seconds": 3.5},
+            [(1, OSError()), (math.inf, None)],
+            InvocationTimeout(3.5, True),
+            1,
+            id="error before the first chunk, then total",
+        ),
+        pytest.param(
+            {"first_chunk_timeout_seconds": 2, "total_timeout_seconds": 4},
+            [(math.inf, None), (0.5, "stall")],
+            InvocationTimeout(4, True),
+            1,
+            id="first chunk, then total after a chunk",
+        ),
+        pytest.param(
+            {"first_chunk_timeout_seconds": 2, "timeout_seconds": 3},
+            [(math.inf, None), (1, "stall")],
+            InvocationTimeout(3),
+            1,
+            id="first chunk, then attempt",
+        ),
+        pytest.param(
+            {"first_chunk_timeout_seconds": 2, "timeout_seconds": 3, "total_timeout_seconds": 5},
+            [(math.inf, None), (1, "stall")],
+            InvocationTimeout(5, True),
+            1,
+            id="first chunk, then total before attempt",
+        ),
+        pytest.param(
+            {"first_chunk_timeout_seconds": 2, "idle_timeout_seconds": 1.5, "total_timeout_seconds": 9},
+            [(math.inf, None), (1, "stall")],
+            IdleTimeout(1.5),
+            1,
+            id="first chunk, then idle",
+        ),
+        pytest.param(
+            {"first_chunk_timeout_seconds": 2, "idle_timeout_seconds": 3, "total_timeout_seconds": 5},
+            [(math.inf, None), (1, "stall")],
+            InvocationTimeout(5, True),
+            1,
+            id="first chunk, then total before idle",
+        ),
+        pytest.param(
+            {"idle_timeout_seconds": 1, "total_timeout_seconds": 9},
+            [(1, "stall"), (1, "stall")],
+            IdleTimeout(1),
+            0,
+            id="idle, which is not retried",
+        ),
+        pytest.param(
+            {"timeout_seconds": 2, "total_timeout_seconds": 4},
+            [(math.inf, None), (math.inf, None)],
+            InvocationTimeout(4, True),
+            1,
+            id="attempt, then total",
+        ),
+        pytest.param(
+            {"timeout_seconds": 2, "total_timeout_seconds": 9, "first_chunk_timeout_seconds": 4},
+            [(1, OSError()), (math.inf, None), (math.inf, None)],
+            InvocationTimeout(9, True),
+            3,
+            id="error, attempts, then total",
+        ),
+        pytest.param(
+            {"first_chunk_timeout_seconds": 2, "total_timeout_seconds": 2.5},
+            [(math.inf, None)],
+            FirstChunkTimeout(2),
+            0,
+            id="first chunk, and no time for another attempt",
+        ),
+    ],
+)
+async def test_time_out_of_a_retried_stream_is_that_of_its_last_attempt(
+    settings: Any, attempts: list[tuple[float, Any]], expected: Any, retries: int
+) -> None:
+    script = iter(attempts)
+
+    async def agent() -> AsyncGenerator[int]:
+        seconds, then = next(script, (math.inf, None))
+        await anyio.sleep(seconds) if seconds < math.inf else await anyio.sleep_forever()
+        if isinstance(then, Exception):
+            raise then
+
+        yield 1
+        await anyio.sleep_forever()
+
+    plain = Backoff(initial_seconds=1, multiplier=1, jitter="none")
+    loop = make_loop(**{"timeout_seconds": None, "max_retries": 5, "backoff": plain, **settings})
+    _, error, result = await run(loop, agent)
+    assert type(error) is type(expected)
+    assert (error.seconds, error.total) == (expected.seconds, expected.total)
+    assert str(error) == str(expected)
+    assert result.retries == retries
+    assert result.failures[-1] is error
+    if expected.total:
+        assert result.latency_ms == pytest.approx(1000 * expected.seconds)
+
+
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(
     "settings",
