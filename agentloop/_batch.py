@@ -186,8 +186,8 @@ class Batch(ABC, Generic[T]):
         return BatchStopped(self._reason)
 
     @abstractmethod
-    def _deliver(self, invocation: Invocation[T], result: InvocationResult[T]) -> None:
-        """Take a result. It counts as live until :meth:`_taken`."""
+    def _deliver(self, job: Job[T], result: InvocationResult[T], now: float) -> None:
+        """Take the result of a job that ended at ``now``. It counts as live until :meth:`_taken`."""
 
     def _taken(self) -> None:
         """Count a delivered result as no longer live."""
@@ -563,7 +563,7 @@ class Batch(ABC, Generic[T]):
             job.pool.settle(job.charges, result)
 
         self._ended += 1
-        self._deliver(job.invocation, result)
+        self._deliver(job, result, now)
         if self._exhausted:
             self._check_done()
 

@@ -18,7 +18,7 @@ from ._carriage import StartSoon, carry
 from ._channel import Channel
 from ._errors import LoopClosed
 from ._events import ChunkEvent, ResultEvent
-from ._invocation import Inputs, Invocation
+from ._invocation import Inputs
 from ._job import Job
 from ._lifetime import Lifetime
 from ._limiter import Limiter
@@ -96,8 +96,8 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
 class Completing(ReadBatch[T, InvocationResult[T]]):
     """A batch that hands over its results."""
 
-    def _deliver(self, invocation: Invocation[T], result: InvocationResult[T]) -> None:
-        del invocation  # the result says whose it is
+    def _deliver(self, job: Job[T], result: InvocationResult[T], now: float) -> None:
+        del job, now  # the result says whose it is
         self._channel.put(result)
 
 
@@ -125,8 +125,9 @@ class Fanning(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
     def _next_job(self) -> Job[None] | None:
         return super()._next_job() if self._has_work() else None
 
-    def _deliver(self, invocation: Invocation[None], result: InvocationResult[None]) -> None:
-        self._channel.put(ResultEvent(invocation, result))
+    def _deliver(self, job: Job[None], result: InvocationResult[None], now: float) -> None:
+        del now
+        self._channel.put(ResultEvent(job.invocation, result))
 
 
 def _chunk_event(job: Job[Any], chunk: T) -> ChunkEvent[T]:

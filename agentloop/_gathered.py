@@ -9,7 +9,8 @@ from typing import TypeVar
 
 from ._attempt import Plan
 from ._batch import Batch
-from ._invocation import Inputs, Invocation
+from ._invocation import Inputs
+from ._job import Job
 from ._limiter import Limiter
 from ._result import InvocationResult
 
@@ -37,7 +38,7 @@ class Gathering(Batch[T]):
         results.sort(key=attrgetter("index"))
         return results
 
-    def _deliver(self, invocation: Invocation[T], result: InvocationResult[T]) -> None:
-        del invocation  # the result says whose it is
+    def _deliver(self, job: Job[T], result: InvocationResult[T], now: float) -> None:
+        del job, now  # the result says whose it is
         self._results.append(result)
         self._taken()
