@@ -23,6 +23,7 @@ from ._job import Job
 from ._lifetime import Lifetime
 from ._limiter import Limiter
 from ._misuse import EnteredOnly
+from ._observer import new_id
 from ._result import InvocationResult
 
 T = TypeVar("T")
@@ -126,8 +127,8 @@ class Fanning(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
         return super()._next_job() if self._has_work() else None
 
     def _deliver(self, job: Job[None], result: InvocationResult[None], now: float) -> None:
-        del now
-        self._channel.put(ResultEvent(job.invocation, result))
+        # The same as an event sink is given, if there is one.
+        self._channel.put(ResultEvent(job.invocation, result, job.id or new_id(), now))
 
 
 def _chunk_event(job: Job[Any], chunk: T) -> ChunkEvent[T]:

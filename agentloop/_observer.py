@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Observer", "Sink"]
+__all__ = ["Observer", "Sink", "new_id"]
 
 import itertools
 import logging
@@ -22,7 +22,7 @@ from ._verdict import VerdictKind
 T = TypeVar("T")
 
 _logger = logging.getLogger("agentloop")
-_ids = itertools.count(1)
+new_id = itertools.count(1).__next__
 
 
 class Sink:
@@ -87,7 +87,7 @@ class Observer:
     def queued(self, job: Job[Any]) -> None:
         """A job waits for its first slot."""
         if self._sink is not None:
-            job.id = next(_ids)
+            job.id = new_id()
             self._sink(QueuedEvent(job.invocation, job.id, job.queued_at))
 
     def started(self, job: Job[Any], now: float, context: Context) -> None:

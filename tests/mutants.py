@@ -421,8 +421,8 @@ MUTANTS = [
     Mutant(
         "the result of a stream overtakes its chunks",
         "_completed.py",
-        "        self._channel.put(ResultEvent(invocation, result))\n",
-        "        self._channel._rest.append(ResultEvent(invocation, result))\n        self._channel._size += 1\n",
+        "        self._channel.put(ResultEvent(job.invocation, result, job.id or new_id(), now))\n",
+        "        self._channel._rest.append(ResultEvent(job.invocation, result))\n        self._channel._size += 1\n",
     ),
     Mutant(
         "an agent that cancelled its own task loses what it returned",

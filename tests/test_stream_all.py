@@ -132,6 +132,26 @@ async def test_events_are_values_that_say_whose_they_are() -> None:
             event.invocation = inputs[0]
 
 
+async def result_events(loop: AgentLoop) -> list[ResultEvent]:
+    async with loop.stream_all(Invocation.map(one_a_second, [3, 1, 2])) as events:
+        return [event async for event in events if isinstance(event, ResultEvent)]
+
+
+async def test_result_is_told_as_an_event_sink_is_told() -> None:
+    told: list[Any] = []
+    loop = AgentLoop(LoopConfig(max_concurrency=3), on_event=told.append)
+    events = await result_events(loop)
+    assert events == [event for event in told if isinstance(event, ResultEvent)]
+    assert [event.result.index for event in events] == [1, 2, 0]
+
+
+async def test_result_has_an_id_and_a_time_without_an_event_sink() -> None:
+    start = anyio.current_time()
+    events = [event for _ in range(2) for event in await result_events(make_loop())]
+    assert len({event.id for event in events} - {0}) == 6
+    assert [event.at - start for event in events] == pytest.approx([1, 2, 3, 4, 5, 6])
+
+
 async def test_chunks_of_many_streams_come_as_they_are_produced() -> None:
     async def agent(offset: float) -> AsyncGenerator[float]:
         await anyio.sleep(offset)
