@@ -203,6 +203,8 @@ class _Carriage(Generic[ItemT]):
                         return True
         finally:
             channel.leave()
+            # The traceback of what it throws in refers to this frame; the frame must not refer back.
+            del step
 
     def _first_chunk(self) -> None:
         self._idle_since = self._job.first_chunk_at = self._pool.now()

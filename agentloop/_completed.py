@@ -74,8 +74,12 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
         self._channel.end()
 
     def drop(self) -> None:
-        """Drop the items that nobody will take any more."""
+        """Drop the items that no reader will take any more."""
         self._channel.drop()
+        if self.input_error is not None:
+            # Its traceback refers to the reader's frame, which refers to this.
+            self.input_error = None
+            self.complete = False
 
     def leave(self) -> None:
         """Cancel all."""
@@ -113,7 +117,11 @@ class Fanning(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
         """Run the batch to its end, or until its reader leaves."""
         act = partial(carry, self._channel, _chunk_event, start_soon)
         self._plan = Plan(self._plan.config, self._plan.observer, act)
-        await super().produce(start_soon)
+        try:
+            await super().produce(start_soon)
+        finally:
+            # It refers to the task's owner, which refers to this.
+            self._plan.act = None
 
     def stop(self, reason: str, cause: BaseException) -> None:
         super().stop(reason, cause)
@@ -175,11 +183,15 @@ class Completed(EnteredOnly, Generic[ItemT]):
         assert self._background is not None
         self._background.raise_failure()
         error = batch.input_error
-        if isinstance(error, StopAsyncIteration):
-            raise RuntimeError("the input raised StopAsyncIteration") from error
+        try:
+            if isinstance(error, StopAsyncIteration):
+                raise RuntimeError("the input raised StopAsyncIteration") from error
 
-        if error is not None:
-            raise error
+            if error is not None:
+                raise error
+        finally:
+            # Its traceback refers to this frame, and the batch to the error.
+            del error
 
         # What is cut short must not look complete.
         if batch.stopped is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["AgentStream", "Streaming"]
 
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -57,6 +58,8 @@ class Streaming(Generic[T]):
                 self.result = await self._single.run()
         finally:
             self.result = self.result or self._single.ended
+            # It refers to the task's owner, which refers to this.
+            self._plan.act = None
 
     def end(self) -> None:
         self.channel.end()
@@ -143,7 +146,18 @@ class AgentStream(EnteredOnly, Generic[T]):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert self._background is not None
-        await self._background.stop(exc)
+        try:
+            await self._background.stop(exc)
+        finally:
+            if self._raised and exc is None:
+                # It was handled within the block. What was read there has a frame that refers to the stream.
+                self._forget_readers()
+
+    def _forget_readers(self) -> None:
+        error = self.result.exception
+        assert error is not None
+        with suppress(Exception):
+            error.__traceback__ = self._raised_at
 
     def __aiter__(self) -> AsyncIterator[T]:
         self._entered()
@@ -181,7 +195,8 @@ class AgentStream(EnteredOnly, Generic[T]):
         try:
             raise error.with_traceback(self._raised_at)
         finally:
-            del error, self
+            # Its traceback refers to this frame, and the stream's result to the error.
+            del error, streaming, self
 
     def _entered(self) -> Streaming[T]:
         if self._streaming is None:
