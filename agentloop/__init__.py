@@ -17,7 +17,6 @@ from ._errors import (
     InvocationTimeout,
     LeftOpenError,
     LoopClosed,
-    NotAsyncError,
 )
 from ._events import (
     ChunkEvent,
@@ -69,7 +68,6 @@ __all__ = [
     "LoopStatistics",
     "MetricsRecorder",
     "MetricsSnapshot",
-    "NotAsyncError",
     "QueuedEvent",
     "Rate",
     "ResultEvent",

@@ -105,7 +105,11 @@ class Background:
         """Raise what ended the producer, such as a ``KeyboardInterrupt`` from an agent."""
         if self._failure is not None:
             self._lifetime.failure = None
-            raise self._failure
+            try:
+                raise self._failure
+            finally:
+                # The traceback refers to this frame; the frame must not refer back.
+                del self
 
     def close(self) -> None:
         """Begin nothing new, since nobody might be reading; but an agent that runs is waited for anyway."""

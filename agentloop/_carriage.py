@@ -17,7 +17,7 @@ from anyio.lowlevel import checkpoint_if_cancelled
 from ._attempt import Plan, plumbing
 from ._channel import Channel
 from ._context import call_in_context
-from ._errors import FirstChunkTimeout, IdleTimeout, NotAsyncError
+from ._errors import FirstChunkTimeout, IdleTimeout, not_async
 from ._histogram import Histogram
 from ._job import Job
 
@@ -147,13 +147,15 @@ class _Carriage(Generic[ItemT]):
         if isinstance(returned, AsyncIterable):
             return aiter(returned)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
 
-        if inspect.iscoroutine(returned):
-            returned.close()
-
-        raise NotAsyncError(
+        message = (
             f"{invocation.fn!r} returned a {type(returned).__name__}, which `async for` cannot iterate over: "
             "pass an async generator function"
         )
+        if inspect.iscoroutine(returned):
+            returned.close()
+            raise TypeError(message)
+
+        raise not_async(message)
 
     @plumbing
     async def _pull(self, iterator: AsyncIterator[Any]) -> bool:

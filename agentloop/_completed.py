@@ -123,8 +123,8 @@ class Fanning(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
             # It refers to the task's owner, which refers to this.
             self._plan.act = None
 
-    def stop(self, reason: str, cause: BaseException) -> None:
-        super().stop(reason, cause)
+    def stop(self, reason: str, cause: BaseException, hint: str = "") -> None:
+        super().stop(reason, cause, hint)
         self._changed()
 
     def _has_work(self) -> bool:

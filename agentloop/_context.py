@@ -11,7 +11,7 @@ from contextvars import Context
 from typing import Any, TypeVar
 
 from ._backend import CallersCancellation
-from ._errors import NotAsyncError
+from ._errors import not_async
 
 T = TypeVar("T")
 
@@ -90,9 +90,9 @@ def _as_coroutine(fn: object, returned: object) -> Coroutine[Any, Any, Any]:
         return await_it(returned)
 
     if inspect.isasyncgen(returned):
-        raise NotAsyncError(f"{fn!r} is an async generator function: run it with run_streaming()")
+        raise not_async(f"{fn!r} is an async generator function: run it with run_streaming()")
 
-    raise NotAsyncError(
+    raise not_async(
         f"{fn!r} returned a {type(returned).__name__}, which cannot be awaited: pass an async function; run "
         "a blocking one in a thread, as in partial(anyio.to_thread.run_sync, fn)"
     )

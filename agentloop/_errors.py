@@ -9,8 +9,9 @@ __all__ = [
     "InvocationTimeout",
     "LeftOpenError",
     "LoopClosed",
-    "NotAsyncError",
     "describe",
+    "is_not_async",
+    "not_async",
 ]
 
 import unicodedata
@@ -162,9 +163,20 @@ class LeftOpenError(AgentLoopError, RuntimeError):
         )
 
 
-class NotAsyncError(AgentLoopError, TypeError):
-    """An agent is no async function: its return value cannot be awaited, or cannot be iterated."""
-
-
 class LoopClosed(AgentLoopError, RuntimeError):
     """New work was given to a loop whose ``async with`` block had been left."""
+
+
+def not_async(message: str) -> TypeError:
+    """Make the error of an agent that is no async function: every other call of it would fail likewise."""
+    error = TypeError(message)
+    vars(error)[_NOT_ASYNC] = True
+    return error
+
+
+def is_not_async(exc: BaseException) -> bool:
+    """Return whether an exception was made by :func:`not_async`."""
+    return type(exc) is TypeError and _NOT_ASYNC in vars(exc)
+
+
+_NOT_ASYNC = "agentloop.not_async"

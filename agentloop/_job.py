@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from ._backend import is_error
 from ._config import LoopConfig
-from ._errors import InvocationCancelled, InvocationTimeout, NotAsyncError, describe
+from ._errors import InvocationCancelled, InvocationTimeout, describe
 from ._invocation import Invocation
 from ._pool import Pool, Slot, Waiter
 from ._rate import Charge
@@ -23,7 +23,6 @@ T = TypeVar("T")
 
 _TRANSIENT = Verdict(VerdictKind.TRANSIENT)
 _PERMANENT = Verdict(VerdictKind.PERMANENT)
-_FATAL = Verdict(VerdictKind.FATAL)
 
 # How many exceptions are looked at that an exception was caused by, or has as members.
 CHAIN = 100
@@ -198,9 +197,6 @@ class Job(Generic[T]):
         elif self.status is Status.TIMEOUT:
             again = config.retry_on_timeout and not self.total_counts
             self.verdict = _TRANSIENT if again else _PERMANENT
-        elif issubclass(type(error), NotAsyncError):
-            # Every other call of it would fail in the same way.
-            self.verdict = _FATAL
         elif self.status is Status.ERROR:
             assert error is not None
             try:

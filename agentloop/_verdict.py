@@ -16,6 +16,7 @@ from typing import Any
 import attrs
 
 from . import _validators as must
+from ._errors import is_not_async
 from ._foreign import foreign_code, read_attribute
 
 
@@ -80,8 +81,9 @@ def classify(exc: Exception) -> Verdict:
     An HTTP status is read from ``status_code``, ``status`` or ``response.status_code``: 429 and 529, and
     503 with a Retry-After, are overload; 408, 409, 425 and other 5xx are transient; 401 is fatal; other
     4xx are permanent. Without a status, ``TypeError AttributeError NameError ImportError AssertionError
-    NotImplementedError RecursionError`` are permanent and everything else is transient. An exception group
-    is judged by the gravest of its members, at whatever depth; at most 10,000 of them are looked at.
+    NotImplementedError RecursionError`` are permanent and everything else is transient. A function that is
+    not async is fatal: it would fail for every input. An exception group is judged by the
+    gravest of its members, at whatever depth; at most 10,000 of them are looked at.
 
     A Retry-After is read from ``response.headers`` or ``headers`` in its three forms: ``retry-after-ms``,
     seconds, and an HTTP date (RFC 9110, section 10.2.3). Zero, a time in the past and garbage are no
@@ -121,6 +123,9 @@ def _is(value: object, kinds: type | tuple[type, ...]) -> bool:
 def _classify_one(exc: BaseException) -> Verdict:
     status = _http_status(exc)
     if status is None:
+        if is_not_async(exc):
+            return Verdict(VerdictKind.FATAL)
+
         return Verdict(VerdictKind.PERMANENT if _is(exc, _PROGRAMMING_ERRORS) else VerdictKind.TRANSIENT)
 
     headers = _retry_headers(exc)

@@ -23,9 +23,9 @@ from agentloop import (
     Limiter,
     Limiters,
     LoopConfig,
-    NotAsyncError,
     Rate,
     Status,
+    VerdictKind,
     classify,
 )
 
@@ -201,7 +201,7 @@ async def test_input_that_fails_raises_after_the_last_result(source: str, verb: 
             if source == "generator":
                 raise KINDS[kind]()
 
-            yield ("a", fatal, (3,), {})
+            yield ("a", fatal_stream if verb == "stream_all" else fatal, (3,), {})
             yield from [("a", agent, (4,), {})] * 50
         finally:
             if source == "close":
@@ -230,6 +230,11 @@ class Unauthorized(Exception):
 
 async def fatal(x: int) -> None:
     raise Unauthorized
+
+
+async def fatal_stream(x: int) -> AsyncIterator[int]:
+    raise Unauthorized
+    yield x
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
@@ -284,8 +289,8 @@ async def test_blocking_function_stops_the_batch_at_its_first_call(verb: str) ->
         error = caught.value.__cause__
 
     assert calls == 1
-    assert isinstance(error, NotAsyncError)
     assert isinstance(error, TypeError)
+    assert classify(error).kind is VerdictKind.FATAL
     assert "blocking" in str(error)
 
 

@@ -12,7 +12,7 @@ import pytest
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
-from agentloop import AgentLoop, ChunkEvent, Invocation, LoopClosed, LoopConfig, ResultEvent, Status
+from agentloop import AgentLoop, BatchStopped, ChunkEvent, Invocation, LoopConfig, ResultEvent, Status
 from agentloop._channel import BUFFER, LOW, PATIENCE_SECONDS, STARVED_SECONDS, TURN, Channel
 from agentloop.testing import virtual_clock
 
@@ -456,7 +456,7 @@ async def test_streams_that_wait_for_room_can_be_ended(how: str, asynchronous: b
 
     async def read(scope: anyio.CancelScope) -> None:
         inputs = Invocation.map(agent, numbers() if asynchronous else range(1000))
-        with scope, suppress(LoopClosed):
+        with scope, suppress(BatchStopped):
             async with loop.stream_all(inputs) as events:
                 await anyio.sleep(3)
                 if how == "cancel":
