@@ -123,7 +123,9 @@ class Batch(ABC, Generic[T]):
         self._done = False
         self._stopped: BatchStopped | None = None
         self._cancelled_by = "the batch was cancelled"
-        self._lacks_results = False
+        self._has_skipped = False
+        self.cut_short = False
+        """Whether there was input left when it was decided to pull no more."""
         self._complete = False
         self.input_error: Exception | None = None
 
@@ -181,7 +183,7 @@ class Batch(ABC, Generic[T]):
     def stopped(self) -> BatchStopped | None:
         """What to raise once the batch has ended, if inputs were skipped or not pulled."""
         if self._complete:
-            return self._stopped if self._lacks_results else None
+            return self._stopped if self.cut_short or self._has_skipped else None
 
         return BatchStopped(self._reason)
 
@@ -228,7 +230,7 @@ class Batch(ABC, Generic[T]):
         """Pull no more input."""
         if not self._exhausted:
             # An iterator may know that there is no more, even if it has not been asked for it.
-            self._lacks_results = self._iterator is None or length_hint(self._sized, 1) > 0
+            self.cut_short = self._iterator is None or length_hint(self._sized, 1) > 0
             self._exhausted = True
             self._feeding.cancel()
 
@@ -553,7 +555,7 @@ class Batch(ABC, Generic[T]):
         if job.attempts:
             job.give_up(f"the batch was stopped: {self._stopped.reason}")
         else:
-            self._lacks_results = True
+            self._has_skipped = True
             job.skip(self._stopped)
 
     def _finish(self, job: Job[T], now: float) -> None:

@@ -148,7 +148,8 @@ class LimitEvent:
 @attrs.frozen
 class StopEvent:
     """
-    A batch starts nothing new any more, because of a fatal verdict or because its loop was left.
+    A batch starts nothing new any more: because of a fatal verdict, because its loop was left, because too
+    many agents have left scopes open, or because one of its own tasks was cancelled from outside.
 
     :param reason: why, in words
     :param at: when it was, in seconds of the event loop's clock

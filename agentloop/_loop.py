@@ -194,8 +194,8 @@ class AgentLoop:
         """
         Run one invocation: wait for a slot, call ``fn``, time it out, retry it.
 
-        The agent runs in the caller's task, in a context of its own. Cancelling the caller cancels the
-        agent and propagates.
+        The agent runs in the caller's task, in a context of its own. Cancelling the caller, natively too
+        (asyncio's ``Task.cancel()``), cancels the agent and propagates, whatever the agent makes of it.
 
         :param agent_id: a name for it, which the result carries
         :param fn: an async function, or any callable that returns an awaitable
@@ -203,6 +203,7 @@ class AgentLoop:
         :param kwargs: its keyword arguments
         :return: what became of it; a failure is data
         :raises TypeError: if ``fn`` cannot be called
+        :raises LeftOpenError: if the agent has left a cancel scope or a task group open in the caller's task
         :raises LoopClosed: if the loop's ``async with`` block has been left
         """
         lifetime = self._lifetime
@@ -218,17 +219,18 @@ class AgentLoop:
         """
         Run every invocation and return the results in input order.
 
-        After a fatal verdict nothing new is started and nothing is retried: what runs finishes, and the rest
-        of the results are ``SKIPPED``. When the input itself raises, what runs finishes, and then the input's
-        exception is raised. Cancelling the caller cancels everything and propagates.
+        After a fatal verdict nothing new is started and nothing is retried: running invocations finish, and
+        the rest of the results are ``SKIPPED``. When the input itself raises, running invocations finish, and
+        then the input's exception is raised. Cancelling the caller cancels everything and propagates.
 
         :param invocations: what to run: a sync or async iterable of invocations or
             ``(agent_id, fn, args, kwargs)`` tuples, pulled as slots get free
         :return: exactly one result per input
         :raises TypeError: if ``invocations`` is no iterable, or an input is neither an :class:`Invocation`
             nor a 4-tuple
-        :raises LoopClosed: if the loop's ``async with`` block has been left; or is left by an exception while
-            an async input has not ended
+        :raises BatchStopped: if the batch was stopped before an async input was read to its end; its
+            ``results`` are those that there are
+        :raises LoopClosed: if the loop's ``async with`` block has been left
         """
         check_inputs(invocations)
         self._lifetime.check()
@@ -243,7 +245,7 @@ class AgentLoop:
             raise batch.input_error
 
         results = batch.results()
-        if batch.stopped is not None and isinstance(invocations, AsyncIterable):
+        if batch.cut_short and batch.stopped is not None:
             batch.stopped.results = results
             raise batch.stopped.with_traceback(None)
 
@@ -264,16 +266,19 @@ class AgentLoop:
         to be retried do not count; there are at most eight times as many of them.) Leaving the block cancels
         what is left and waits for it. Being cancelled while waiting for a result loses none.
 
-        After a fatal verdict nothing new is started, and the iteration ends when what ran was read. When the
-        input itself raises, its exception is raised after the last result.
+        After a fatal verdict nothing new is started and no more input is pulled. When the results of all
+        invocations that were pulled have been read, :exc:`BatchStopped` is raised if some of them were
+        skipped, or if there was more input. When the input itself raises, its exception is raised after the
+        last result.
 
         :param invocations: what to run: a sync or async iterable of invocations or
             ``(agent_id, fn, args, kwargs)`` tuples
         :return: an async context manager that gives an async iterable of results in completion order
         :raises TypeError: if ``invocations`` is no iterable; while iterating, if an input is neither an
             :class:`Invocation` nor a 4-tuple
-        :raises LoopClosed: on entering, if the loop's ``async with`` block has been left; while iterating, if
-            it was left before all inputs were started
+        :raises BatchStopped: while iterating, after the last result, if the batch was stopped by a fatal
+            verdict, or since the loop was left, before all inputs were run
+        :raises LoopClosed: on entering, if the loop's ``async with`` block has been left
         """
         check_inputs(invocations)
         return Completed(
@@ -340,6 +345,7 @@ class AgentLoop:
             or ``(agent_id, stream_fn, args, kwargs)`` tuples
         :return: an async context manager that gives an async iterable of events
         :raises TypeError: as :meth:`as_completed`
+        :raises BatchStopped: as :meth:`as_completed`
         :raises LoopClosed: as :meth:`as_completed`
         """
         check_inputs(invocations)

@@ -36,10 +36,10 @@ class Rate:
     """
     How much may start in a time, as a provider's requests or tokens per minute.
 
-    Every attempt pays its cost when it starts, a retry like any other. Without ``burst`` the attempts that
-    start within any ``per_seconds`` never cost more than ``limit`` together; all of it may be spent at once.
-    With ``burst`` this is a token bucket of that size, which fills evenly: at most ``burst`` is spent at
-    once, and within any ``per_seconds`` at most ``limit + burst``.
+    Every attempt pays its cost when its agent is called, a retry like any other. Without ``burst`` the
+    attempts that start within any ``per_seconds`` never cost more than ``limit`` together; all of it may be
+    spent at once. With ``burst`` this is a token bucket of that size, which fills evenly: at most ``burst``
+    is spent at once, and within any ``per_seconds`` at most ``limit + burst``.
 
     :param limit: how much may be spent in ``per_seconds``
     :param per_seconds: the time that ``limit`` is meant for, in seconds

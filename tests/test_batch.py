@@ -1274,3 +1274,17 @@ def test_clock_that_goes_back_makes_no_duration_negative(
     assert min(result.latency_ms for result in results) == 0
     assert all(result.queue_ms >= 0 for result in results)
     assert loop.metrics.snapshot().latency.count == 10
+
+
+async def test_async_input_that_was_read_to_its_end_has_a_result_for_each() -> None:
+    async def agent(x: int) -> None:
+        await anyio.sleep(x)
+        if x == 1:
+            raise Unauthorized
+
+    async def inputs() -> AsyncIterator[Any]:
+        for x in (5, 5, 1, 7):
+            yield Invocation("a", agent, (x,))
+
+    results = await AgentLoop().run_all(inputs())
+    assert [str(result.status) for result in results] == ["success", "success", "error", "success"]
