@@ -29,7 +29,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextvars import Context
-from typing import Any
+from typing import Any, cast
 
 import anyio
 from anyio.lowlevel import EventLoopToken, current_token
@@ -353,7 +353,7 @@ def is_error(exc: BaseException) -> bool:
 
     # By the type alone: what an exception says of its class may raise.
     if issubclass(type(exc), BaseExceptionGroup):
-        return exc.split(kinds)[1] is None  # type: ignore[attr-defined]
+        return cast("BaseExceptionGroup[BaseException]", exc).split(kinds)[1] is None
 
     return issubclass(type(exc), kinds)
 

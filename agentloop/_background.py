@@ -39,6 +39,7 @@ class Producer(Call, Protocol):
     @property
     def left_open(self) -> bool:
         """Whether an agent has left a cancel scope or a task group open in the task that produces."""
+        ...
 
 
 class Background:

@@ -267,9 +267,10 @@ class Batch(ABC, Generic[T]):
 
     def _close_input(self) -> None:
         """Close a generator that was given as input, as the feeder does with an async one."""
-        if isinstance(self._iterator, Generator):
+        iterator: Any = self._iterator
+        if isinstance(iterator, Generator):
             try:
-                self._input_context.run(self._iterator.close)
+                self._input_context.run(iterator.close)
             except BaseException as exc:
                 if not is_error(exc):
                     raise
@@ -657,7 +658,7 @@ class Batch(ABC, Generic[T]):
             finally:
                 self._exhausted = True
                 if isinstance(iterator, AsyncGenerator):
-                    await self._close_generator(iterator)
+                    await self._close_generator(cast("AsyncGenerator[Any]", iterator))
 
         self._check_done()
 

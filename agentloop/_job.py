@@ -8,7 +8,7 @@ import inspect
 import math
 import random
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from ._backend import is_error
 from ._config import LoopConfig
@@ -342,7 +342,7 @@ def _drop_frames(exc: BaseException) -> None:
             one.__traceback__ = None
             todo += [one.__cause__, one.__context__]
             if issubclass(type(one), BaseExceptionGroup):
-                todo += one.exceptions  # type: ignore[attr-defined]
+                todo += cast("BaseExceptionGroup[BaseException]", one).exceptions
         except BaseException as refusal:
             # It does not let its attributes be set, or read.
             if not is_error(refusal):

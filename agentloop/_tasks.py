@@ -6,7 +6,7 @@ __all__ = ["Tasks"]
 
 from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import anyio
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
@@ -61,7 +61,7 @@ class Tasks:
 
             # The tasks raise nothing of their own, so this is the end of spoilt ones.
             await checkpoint_if_cancelled()
-            rest = cast("BaseExceptionGroup[BaseException]", group).split(RuntimeError)[1]
+            rest = group.split(RuntimeError)[1]
             if rest is not None:
                 raise rest from None
 
