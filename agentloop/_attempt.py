@@ -13,10 +13,11 @@ from typing import Any, TypeAlias, TypeVar, cast
 import anyio
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
-from ._backend import CallersCancellation, is_error
+from ._backend import CallersCancellation
 from ._config import LoopConfig
 from ._context import await_it, call_in_context
 from ._errors import InvocationCancelled, LeftOpenError
+from ._foreign import foreign_code
 from ._job import Job
 from ._observer import Observer
 from ._pool import Pool, Slot, current_slot
@@ -273,13 +274,10 @@ def _without_cancellation(exc: BaseException) -> Exception | None:
 
 def _trim(exc: BaseException) -> None:
     """Let the traceback begin in the agent: shorter to read, and no reference back to our own frames."""
-    try:
+    # Of an exception that does not let it be set, a frozen dataclass, say, the traceback keeps our frames.
+    with foreign_code:
         traceback = exc.__traceback__
         while traceback is not None and traceback.tb_frame.f_code in _PLUMBING:
             traceback = traceback.tb_next
 
         exc.__traceback__ = traceback
-    except BaseException as refusal:
-        # A frozen dataclass, say; its traceback then keeps our frames.
-        if not is_error(refusal):
-            raise

@@ -135,9 +135,8 @@ class Background:
                 await forget_cancellations()
         except anyio.get_cancelled_exc_class():
             # One that an agent asked for, from a callback that came late, ends this task and nothing else.
-            if not self._producer.left_open:
-                await checkpoint_if_cancelled()
-                await forget_cancellations()
+            await checkpoint_if_cancelled()
+            await forget_cancellations()
         except BaseException as exc:
             # A scope around the one that was left open cannot be left, and says so.
             if not self._producer.left_open or not isinstance(exc, RuntimeError):

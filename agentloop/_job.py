@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 from ._backend import is_error
 from ._config import LoopConfig
 from ._errors import InvocationCancelled, InvocationTimeout, describe
+from ._foreign import foreign_code
 from ._invocation import Invocation
 from ._pool import Pool, Slot, Waiter
 from ._rate import Charge
@@ -338,23 +339,17 @@ def _drop_frames(exc: BaseException) -> None:
             continue
 
         seen[id(one)] = one
-        try:
+        # It may not let its attributes be set, or read.
+        with foreign_code:
             one.__traceback__ = None
             todo += [one.__cause__, one.__context__]
             if issubclass(type(one), BaseExceptionGroup):
                 todo += cast("BaseExceptionGroup[BaseException]", one).exceptions
-        except BaseException as refusal:
-            # It does not let its attributes be set, or read.
-            if not is_error(refusal):
-                raise
 
 
 def _note(exc: BaseException, note: str) -> None:
-    # One exception object may be raised by many attempts; say a thing once.
-    try:
+    # An exception that takes no notes is data all the same.
+    with foreign_code:
+        # One object may be raised by many attempts; say a thing once.
         if note not in getattr(exc, "__notes__", ()):
             exc.add_note(note)
-    except BaseException as refusal:
-        # It takes no notes, and is data all the same.
-        if not is_error(refusal):
-            raise

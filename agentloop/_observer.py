@@ -154,8 +154,9 @@ class Observer:
 
         # Most invocations succeed at once, and there is nothing else to know about them.
         latency, queue = (now - started_at) * 1000.0, (started_at - job.queued_at) * 1000.0
-        if latency < 0:
+        if latency < 0.0:
             latency = 0.0  # the clock went back
+
         output: Any = job.output
         job.output = None
         tell = self._tell_latency

@@ -131,12 +131,9 @@ class Single(Generic[T]):
         try:
             with anyio.CancelScope() as self._scope:
                 return await self.run()
-        except RuntimeError:
-            if not self.left_open:
-                raise
-
-            # This scope cannot be left either, and says so.
-            raise LeftOpenError(self._job.invocation.agent_id) from None
+        except RuntimeError as exc:
+            # A scope around one that was left open cannot be left either, and says so.
+            raise (LeftOpenError(self._job.invocation.agent_id) if self.left_open else exc) from None
 
         assert self.ended is not None
         return self.ended

@@ -56,10 +56,7 @@ class Tasks:
         try:
             return await self._group.__aexit__(exc_type, exc, traceback)
         except BaseExceptionGroup as group:
-            if not self._spoilt:
-                raise
-
-            # The tasks raise nothing of their own, so this is the end of spoilt ones.
+            # The tasks raise nothing of their own, so what is no interrupt is the end of spoilt ones.
             await checkpoint_if_cancelled()
             rest = group.split(RuntimeError)[1]
             if rest is not None:
@@ -86,7 +83,7 @@ class Tasks:
     async def _run(self, task: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._running += 1
         try:
-            while not self._is_spoilt():
+            while True:
                 try:
                     await task()
                     break
@@ -94,8 +91,7 @@ class Tasks:
                     await checkpoint_if_cancelled()
                     await forget_cancellations()
         except anyio.get_cancelled_exc_class():
-            if not self._is_spoilt():
-                raise
+            raise
         except BaseException as exc:
             # A scope around the one that was left open cannot be left, and says so.
             if not self._is_spoilt() or not isinstance(exc, RuntimeError):

@@ -6,13 +6,14 @@ import asyncio
 import math
 from collections.abc import Coroutine, Generator
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 
 from agentloop import AgentLoop
-from agentloop._backend import cancellation_counter, forget_cancellations, look_around
+from agentloop._backend import cancellation_counter, forget_cancellations, look_around, look_inside
 
 
 def tell() -> bool:
@@ -111,3 +112,37 @@ async def test_agent_may_return_a_coroutine_of_another_kind() -> None:
             self._inner.close()
 
     assert (await AgentLoop().run_single("a", Compiled)).output == 42
+
+
+async def test_scope_that_was_left_open_is_seen_until_it_is_left() -> None:
+    is_left_open = look_inside(anyio.lowlevel.current_token().backend_class)
+    with anyio.CancelScope() as own:
+        assert not is_left_open(own)
+        with anyio.CancelScope():
+            assert is_left_open(own)
+
+        assert not is_left_open(own)
+        async with anyio.create_task_group():
+            assert is_left_open(own)
+
+        assert not is_left_open(own)
+
+
+async def test_nothing_is_left_open_where_the_insides_of_anyio_have_other_names() -> None:
+    class Hidden:
+        create_cancel_scope = nullcontext
+
+    class Other:
+        """Its scopes never have another one in them."""
+
+        @staticmethod
+        def create_cancel_scope() -> Any:
+            return nullcontext(
+                SimpleNamespace(
+                    _child_scopes=(),
+                    _CancelScope__original=SimpleNamespace(_cancel_status=SimpleNamespace(_children=())),
+                )
+            )
+
+    for backend in (Hidden, Other):
+        assert not look_inside(backend)(None)

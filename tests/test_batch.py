@@ -1250,8 +1250,9 @@ class TrioClock(trio.abc.Clock):
 @pytest.mark.parametrize(
     ("backend", "options"), [("asyncio", {"loop_factory": AsyncioClock}), ("trio", {"clock": TrioClock()})]
 )
+@pytest.mark.parametrize("on_event", [None, id])
 def test_clock_that_goes_back_makes_no_duration_negative(
-    backend: str, options: dict[str, Any], verb: str, monkeypatch: pytest.MonkeyPatch
+    on_event: Any, backend: str, options: dict[str, Any], verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(globals(), "offset", 0.0)
 
@@ -1266,7 +1267,7 @@ def test_clock_that_goes_back_makes_no_duration_negative(
 
         return x
 
-    loop = AgentLoop(LoopConfig(max_concurrency=3), on_event=lambda event: None)
+    loop = AgentLoop(LoopConfig(max_concurrency=3), on_event=on_event)
     results = anyio.run(
         run, verb, loop, Invocation.map(agent, range(10)), backend=backend, backend_options=options
     )

@@ -238,7 +238,7 @@ async def fatal_stream(x: int) -> AsyncIterator[int]:
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("callback", ["cost", "settle", "classify", "input"])
+@pytest.mark.parametrize("callback", ["cost", "settle", "classify", "input", "close"])
 async def test_interrupt_out_of_a_callback_ends_the_batch(callback: str, kind: Any) -> None:
     def interrupt(*args: Any) -> Any:
         raise kind
@@ -247,15 +247,25 @@ async def test_interrupt_out_of_a_callback_ends_the_batch(callback: str, kind: A
         raise OSError
 
     def inputs() -> Iterator[Any]:
-        yield ("a", fail if callback == "classify" else double, (1,), {})
-        if callback == "input":
-            interrupt()
+        try:
+            yield ("a", fail if callback == "classify" else double, (1,), {})
+            if callback == "input":
+                interrupt()
+
+            yield ("a", fatal, (1,), {})
+            yield ("a", double, (1,), {})
+        finally:
+            if callback == "close":
+                interrupt()
 
     rate = {callback: interrupt} if callback in ("cost", "settle") else {}
     config = LoopConfig(classify=interrupt if callback == "classify" else classify)
     limiter = Limiter(10, rates=[Rate(100, **rate)])
     with pytest.raises(kind):
-        await AgentLoop(config, limiter=limiter).run_all(inputs())
+        async with AgentLoop(config, limiter=limiter).as_completed(inputs()) as results:
+            async for _ in results:
+                if callback == "close":
+                    break
 
     assert limiter.statistics().running == 0
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -265,3 +268,23 @@ async def test_stream_of_many_that_leaves_a_scope_open_fails_alone(leave: Any) -
     assert chunks == 18
     assert [result.index for result in results if not result.success] == [2]
     assert {type(result.exception) for result in results} == {type(None), LeftOpenError}
+
+
+def test_interrupt_of_the_program_is_not_hidden_by_a_spoilt_task() -> None:
+    async def agent(x: int) -> None:
+        if x:
+            await anyio.sleep_forever()
+
+        await leave_group()
+
+    def run(backend: str) -> None:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        loop = AgentLoop(LoopConfig(max_concurrency=3))
+        anyio.run(loop.run_all, [Invocation("a", agent, (x,)) for x in (0, 0, 1)], backend=backend)
+
+    with pytest.raises(KeyboardInterrupt):
+        run("asyncio")
+
+    # Trio raises it where the main task waits, within task groups.
+    with pytest.RaisesGroup(KeyboardInterrupt, allow_unwrapped=True, flatten_subgroups=True):
+        run("trio")

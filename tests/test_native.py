@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import threading
 import warnings
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
+from anyio.lowlevel import checkpoint
 
 from agentloop import (
     AgentLoop,
@@ -20,6 +23,7 @@ from agentloop import (
     Invocation,
     InvocationCancelled,
     InvocationTimeout,
+    LeftOpenError,
     LoopConfig,
     Status,
 )
@@ -944,3 +948,90 @@ async def test_stream_whose_task_is_cancelled_from_outside_does_not_look_complet
                     task.cancel()
 
     assert got == [0, 1, 2, 3]
+
+
+async def test_spoilt_task_that_is_cancelled_natively_waits_on() -> None:
+    async def agent(x: int) -> int:
+        if x == 0:
+            anyio.CancelScope().__enter__()
+            return x
+
+        if x == 1:
+            await asyncio.sleep(1)
+            for task in tasks_named("worker"):
+                if task is not current_task():
+                    task.cancel()
+
+        await asyncio.sleep(2)
+        return x
+
+    results = await AgentLoop(LoopConfig(max_concurrency=2)).run_all(Invocation.map(agent, range(6)))
+    assert [result.output for result in results if result.success] == [1, 3, 4, 5]
+    assert results[2].status is Status.CANCELLED
+    assert isinstance(results[0].exception, LeftOpenError)
+
+
+@pytest.mark.parametrize("how", ["cancel", "raise", "late"])
+async def test_native_cancellation_while_an_input_is_closed_is_survived(how: str) -> None:
+    closed = 0
+
+    async def inputs() -> AsyncGenerator[Any]:
+        nonlocal closed
+        try:
+            for x in range(9):
+                yield ("a", agent, (x,), {})
+        finally:
+            if how == "raise":
+                raise asyncio.CancelledError
+
+            await asyncio.sleep(99 if how == "late" else 3)
+            closed += 1
+
+    async def agent(x: int) -> None:
+        await asyncio.sleep(1)
+        if x == 1:
+            error = Exception("bad key")
+            error.status_code = 401  # type: ignore[attr-defined]
+            raise error
+
+        if x == 0:
+            await asyncio.sleep(1)
+            for task in tasks_named("feeder") if how == "cancel" else ():
+                task.cancel()
+
+    with pytest.raises(BatchStopped) as caught:
+        await AgentLoop(LoopConfig(max_concurrency=2)).run_all(inputs())
+
+    assert len(caught.value.results) == 2
+    assert not closed
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_limiter_that_another_event_loop_has_taken_meanwhile_is_taken_back_if_it_is_idle(
+    busy: bool,
+) -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=2))
+    begun, over = threading.Event(), threading.Event()
+
+    async def wait() -> None:
+        begun.set()
+        await anyio.to_thread.run_sync(over.wait)
+
+    def elsewhere() -> None:
+        asyncio.run(loop.run_single("b", wait if busy else checkpoint))
+        begun.set()
+
+    thread = threading.Thread(target=elsewhere)
+    outcome: Any = pytest.raises(RuntimeError, match="in use") if busy else contextlib.nullcontext()
+    with outcome:
+        async with loop.as_completed(Invocation.map(ok, range(3))) as results:
+            # The batch has not begun: nothing was awaited since it was made.
+            thread.start()
+            begun.wait()
+            if not busy:
+                thread.join()
+
+            assert sorted([result.output async for result in results]) == [0, 1, 2]
+
+    over.set()
+    thread.join()
