@@ -11,6 +11,7 @@ from contextvars import Context
 from typing import Any, TypeVar
 
 from . import _validators as must
+from ._backend import is_error
 from ._events import Event, FirstChunkEvent, QueuedEvent, ResultEvent, RetryEvent, StartedEvent, StopEvent
 from ._foreign import foreign_code
 from ._histogram import Histogram
@@ -42,10 +43,10 @@ class Sink:
                 returned = function(event)
                 if returned is not None and must.close_coroutine(returned):
                     raise TypeError(f"on_event must be a plain function, and this one returned {returned!r}")
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException:
-                # A cancellation too: none arrives in a plain function, so it is one that the function made.
+            except BaseException as exc:
+                if not is_error(exc):
+                    raise
+
                 if place not in self._failed:
                     self._failed.add(place)
                     # The error has to be printed for that, which can fail as well.
@@ -203,7 +204,8 @@ class Observer:
         """Log the exception that ``classify`` has raised, the first time."""
         if not self._classify_failed:
             self._classify_failed = True
-            _logger.exception(
-                "classify=%r failed, so the failure is not retried; its further errors are not logged",
-                classify,
-            )
+            with foreign_code:
+                _logger.exception(
+                    "classify=%r failed, so the failure is not retried; its further errors are not logged",
+                    classify,
+                )

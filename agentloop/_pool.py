@@ -29,6 +29,7 @@ from ._backend import (
     make_alarm,
 )
 from ._budget import RetryLedger
+from ._foreign import foreign_code
 from ._invocation import Invocation
 from ._overload import Governor
 from ._pace import Pace
@@ -351,7 +352,8 @@ class Pool:
 
                 if not self._settle_failed:
                     self._settle_failed = True
-                    _logger.exception("settle=%r failed; its further errors are not logged", settle)
+                    with foreign_code:
+                        _logger.exception("settle=%r failed; its further errors are not logged", settle)
             else:
                 meter.correct(charge, cost, now)
 
