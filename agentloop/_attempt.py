@@ -223,7 +223,7 @@ async def _conclude(
             # An error made out of the caller's cancellation is that cancellation.
             await checkpoint_if_cancelled()
 
-        if caller is not None and caller.came():
+        if caller is not None and caller.came(raised):
             if raised is None or not issubclass(type(raised), cancelled_class):
                 # It may still be on its way.
                 await checkpoint()

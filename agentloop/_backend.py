@@ -30,6 +30,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextvars import Context
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import anyio
 from anyio.lowlevel import EventLoopToken, current_token
@@ -402,37 +403,74 @@ class CallersCancellation:
     """
     Tells a native cancellation of the current task, by its caller, from what an agent does to the task.
 
-    Both show in the count of the cancellations that were asked of the task (``Task.cancelling()``). Before
-    CPython 3.13 an ``asyncio.TaskGroup`` leaves that raised when one of its tasks fails while its block is
-    being left: it cancels the task that waits there, and never takes that back. So when a cancellation
-    reaches the agent, it is seen whether the agent waits in such a block.
+    Both show in the count of the cancellations that were asked of the task (``Task.cancelling()``), which is
+    not all of the truth:
+
+    - Before CPython 3.13 an ``asyncio.TaskGroup`` leaves the count raised when one of its tasks fails while
+      its block is being left: it cancels the task that waits there, and never takes that back. So when a
+      cancellation reaches the agent, it is seen whether the agent waits in such a block.
+    - AnyIO takes back too many where a task group is cancelled natively whose tasks have task groups. So a
+      cancellation that comes out of the agent as it went in is the caller's too.
     """
 
-    __slots__ = ("_before", "_groups", "_task")
+    __slots__ = ("_before", "_groups", "_leaked_before", "_native", "_task")
 
     def __init__(self) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
         self._before = 0
-        self._groups: set[int] | None = None
+        # How many marks task groups had left on the task; the groups that were seen to leave one since.
+        self._leaked_before = 0
+        self._groups: set[int] = set()
+        self._native: BaseException | None = None
 
     def begin(self) -> None:
         """Count from now on."""
         self._before = self._task.cancelling()
-        self._groups = None
+        self._leaked_before = _leaked.get(self._task, 0) if _leaked else 0
+        self._groups.clear()
+        self._native = None
 
-    def reaches(self, coroutine: object) -> None:
-        """Look at an agent that a cancellation is about to reach."""
+    def reaches(self, coroutine: object, thrown: BaseException) -> None:
+        """
+        Look at an agent that an exception is about to reach.
+
+        :param coroutine: the agent
+        :param thrown: the exception
+        """
         if sys.version_info < (3, 13):
             for group in _failing_groups(coroutine):
-                self._groups = self._groups or set()
-                self._groups.add(id(group))
+                if id(group) not in self._groups:
+                    self._groups.add(id(group))
+                    _leaked[self._task] = _leaked.get(self._task, 0) + 1
 
-    def came(self) -> bool:
-        """Tell whether the caller's task was cancelled natively since :meth:`begin`."""
-        cancelling = self._task.cancelling()
-        return cancelling > self._before and cancelling > self._before + len(self._groups or ())
+        if self._is_raised() and not _is_of_a_scope(thrown):
+            self._native = thrown
+
+    def came(self, raised: BaseException | None) -> bool:
+        """
+        Tell whether the caller's task was cancelled natively since :meth:`begin`.
+
+        :param raised: what came out of the agent
+        """
+        native, self._native = self._native, None
+        return self._is_raised() or (native is not None and native is raised)
+
+    def _is_raised(self) -> bool:
+        more = self._task.cancelling() - self._before
+        return more > 0 and more > (_leaked.get(self._task, 0) if _leaked else 0) - self._leaked_before
+
+
+# How many marks failing task groups were seen to leave on a task. An agent may run others in its own task,
+# which look after what they await themselves.
+_leaked: WeakKeyDictionary[asyncio.Task[Any], int] = WeakKeyDictionary()
+
+
+def _is_of_a_scope(exc: BaseException) -> bool:
+    """Tell whether a cancellation is AnyIO's, of a scope, which says so in its text."""
+    text = exc.args[0] if exc.args else None
+    return isinstance(text, str) and "cancel scope" in text
 
 
 def _failing_groups(awaited: Any) -> list[asyncio.TaskGroup]:

@@ -65,7 +65,7 @@ def call_in_context(
             # agent raises later on, even if it had handled it.
             thrown = exc
             if caller is not None:
-                caller.reaches(coroutine)
+                caller.reaches(coroutine, exc)
 
         try:
             if thrown is None:

@@ -315,6 +315,72 @@ async def test_stray_cancellation_in_the_callers_task_is_a_result() -> None:
         assert current_task().cancelling() == 0
 
 
+async def test_native_cancellation_of_task_groups_in_a_task_group_is_the_callers() -> None:
+    # AnyIO then takes back the mark that the cancellation has left on the task.
+    async def inner() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(anyio.sleep, 50)
+            await anyio.sleep(50)
+
+    async def agent() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(inner)
+
+    task = asyncio.ensure_future(AgentLoop().run_single("a", agent))
+    await asyncio.sleep(1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_agent_that_takes_its_own_cancellation_back_is_no_callers_cancellation() -> None:
+    async def agent() -> None:
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            try:
+                await anyio.sleep(1)
+            except asyncio.CancelledError as exc:
+                stored = exc
+
+        raise stored
+
+    async def bare() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            current_task().cancel(object())
+            await asyncio.sleep(1)
+
+        current_task().uncancel()
+        raise asyncio.CancelledError
+
+    for fn in (agent, bare):
+        assert (await AgentLoop().run_single("a", fn)).status is Status.CANCELLED
+
+
+@pytest.mark.parametrize("ending", [Status.ERROR, Status.TIMEOUT])
+async def test_task_group_that_fails_in_a_nested_invocation_is_no_callers_cancellation(
+    ending: Status,
+) -> None:
+    async def fail() -> None:
+        raise OSError
+
+    async def inner() -> None:
+        # Before CPython 3.13 this leaves a mark on the task, which is the outer agent's too.
+        with contextlib.suppress(ExceptionGroup):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(fail())
+
+    async def outer() -> None:
+        assert (await loop.run_single("inner", inner)).success
+        if ending is Status.ERROR:
+            raise ValueError("mine")
+
+        await asyncio.sleep(50)
+
+    loop = AgentLoop(LoopConfig(timeout_seconds=5, max_retries=0))
+    task = asyncio.ensure_future(loop.run_single("outer", outer))
+    assert (await task).status is ending
+
+
 async def test_native_cancellation_and_our_time_out_in_one_moment_is_the_callers() -> None:
     async def call() -> None:
         await AgentLoop(LoopConfig(timeout_seconds=1, max_retries=0)).run_single("a", asyncio.sleep, 100)
