@@ -7,6 +7,7 @@ __all__ = [
     "CallersCancellation",
     "LoopAlarm",
     "TaskAlarm",
+    "are_lost_early",
     "callers_cancellation",
     "cancellation_counter",
     "clock",
@@ -14,6 +15,7 @@ __all__ = [
     "is_alive",
     "is_error",
     "is_running",
+    "let_tasks_begin",
     "look_around",
     "look_inside",
     "make_alarm",
@@ -33,7 +35,7 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import anyio
-from anyio.lowlevel import EventLoopToken, current_token
+from anyio.lowlevel import EventLoopToken, cancel_shielded_checkpoint, current_token
 
 
 class Alarm(ABC):
@@ -497,6 +499,19 @@ def _failing_groups(awaited: Any) -> list[asyncio.TaskGroup]:
 
 
 _STEPS = ("async_generator_asend", "async_generator_athrow")
+
+
+def are_lost_early() -> bool:
+    """Return whether a task can be cancelled before its first step, so that it never runs: on asyncio."""
+    return anyio.get_cancelled_exc_class() is asyncio.CancelledError
+
+
+async def let_tasks_begin() -> None:
+    """Let the tasks that were just started begin, where not all of them may."""
+    if are_lost_early():
+        # The first of them may come before their first step.
+        for _ in range(2):
+            await cancel_shielded_checkpoint()
 
 
 async def forget_cancellations() -> None:

@@ -10,11 +10,12 @@ from typing import Any, Protocol
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from ._backend import cancellation_counter, forget_cancellations
+from ._backend import are_lost_early, cancellation_counter, forget_cancellations, let_tasks_begin
 from ._carriage import StartSoon
+from ._errors import InvocationCancelled
 from ._lifetime import Call, Lifetime
 from ._pool import current_slot
-from ._tasks import Tasks
+from ._tasks import LOST, Tasks
 
 
 class Producer(Call, Protocol):
@@ -55,19 +56,33 @@ class Background:
         self._lifetime = lifetime
         self._reader_slot = current_slot.get()
         self._tasks: Tasks | None = None
+        self._begun = False
         self._ended = anyio.Event()
         self._failure: BaseException | None = None
 
     async def start(self) -> None:
-        """Start the task."""
-        if self._lifetime.is_open:
-            self._lifetime.begin(self)
-        else:
+        """
+        Start the task.
+
+        :raises InvocationCancelled: if the task belongs to the loop, and was cancelled before it began
+        """
+        if not self._lifetime.is_open:
             tasks = Tasks()
             await tasks.__aenter__()
             self._tasks = tasks
+            self._start_soon(self._run, "agentloop producer")
+            return
 
+        self._lifetime.begin(self)
         self._start_soon(self._run, "agentloop producer")
+        # The end of a task of the loop cancels the loop's block, but not a reader in another task.
+        try:
+            await let_tasks_begin()
+            if not self._begun and are_lost_early():
+                raise InvocationCancelled(LOST)
+        except BaseException as exc:
+            await self.stop(exc)
+            raise
 
     async def stop(self, exc: BaseException | None) -> None:
         """
@@ -75,10 +90,17 @@ class Background:
 
         :param exc: what the reader's block is left by
         :raises BaseException: what ended the producer, unless it is an ``Exception``
+        :raises InvocationCancelled: if the reader was cancelled because one of the tasks was, natively
         """
         self._producer.leave()
+        lost: bool | None = False
         try:
             if self._tasks is None:
+                if not self._begun:
+                    await let_tasks_begin()
+                    if not self._begun and are_lost_early():
+                        await self._end_early()
+
                 # As in a task group: also a cancelled reader waits until nothing of it is left.
                 cancelled: BaseException | None = None
                 with anyio.CancelScope(shield=True):
@@ -93,14 +115,20 @@ class Background:
 
                 await checkpoint_if_cancelled()
             elif isinstance(exc, anyio.get_cancelled_exc_class()):
-                await self._tasks.__aexit__(type(exc), exc, exc.__traceback__)
+                lost = await self._tasks.__aexit__(type(exc), exc, exc.__traceback__)
             else:
                 # The tasks raise nothing, so what left the body goes on as the object that it is.
                 await self._tasks.__aexit__(None, None, None)
         finally:
+            if not self._ended.is_set():
+                await self._end_early()
+
             self._producer.drop()
             if self._failure is not exc:
                 self.raise_failure()
+
+        if lost:
+            raise InvocationCancelled(LOST) from exc
 
     def raise_failure(self) -> None:
         """Raise what ended the producer, such as a ``KeyboardInterrupt`` from an agent."""
@@ -128,6 +156,7 @@ class Background:
             self._tasks.start_soon(task, name)
 
     async def _run(self) -> None:
+        self._begun = True
         cancellations = cancellation_counter()()
         try:
             await self._producer.produce(self._start_soon)
@@ -145,10 +174,21 @@ class Background:
             if self._producer.left_open:
                 (self._tasks or self._lifetime).spoil()
 
-            self._producer.end()
-            self._ended.set()
-            if self._tasks is None:
-                self._lifetime.end(self)
+            self._end()
+
+    async def _end_early(self) -> None:
+        """Let each invocation have its result, in place of a task that was cancelled before it began."""
+        try:
+            # It has been left, so nothing starts.
+            await self._producer.produce(self._start_soon)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self._producer.end()
+        self._ended.set()
+        if self._tasks is None:
+            self._lifetime.end(self)
 
     def _fail(self, exc: BaseException) -> None:
         self._failure = exc

@@ -25,7 +25,7 @@ from ._job import Job, as_exception
 from ._limiter import Limiter, claim, pool_of
 from ._pool import Slot, current_slot
 from ._result import InvocationResult
-from ._tasks import Tasks
+from ._tasks import LOST, Tasks
 from ._timer import Timer
 from ._verdict import Verdict, VerdictKind
 
@@ -144,8 +144,7 @@ class Batch(ABC, Generic[T]):
                 await self._run_tasks()
                 if not self._done:
                     # Natively, and before it could begin, so that AnyIO has cancelled the others too.
-                    reason = "one of its own tasks was cancelled from outside"
-                    self.stop(reason, InvocationCancelled(reason))
+                    self.stop(LOST, InvocationCancelled(LOST))
 
             self._complete = True
         finally:

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import anyio
 
-from ._errors import LoopClosed
+from ._errors import InvocationCancelled, LoopClosed
 from ._limiter import Limiter, pool_of
 from ._pool import current_slot
-from ._tasks import Tasks
+from ._tasks import LOST, Tasks
 
 
 class Call(Protocol):
@@ -111,6 +111,7 @@ class Lifetime:
         Wait for what runs; cancel it if the block was left by an exception, or is cancelled meanwhile.
 
         :raises RuntimeError: if another task entered
+        :raises InvocationCancelled: if the block was cancelled because a task of the loop was, natively
         """
         tasks = self._tasks
         assert tasks is not None
@@ -118,6 +119,7 @@ class Lifetime:
             raise RuntimeError("a loop must be left by the task that entered it")
 
         self._left = True
+        lost: bool | None = False
         try:
             if exc is not None:
                 self._cancel(exc)
@@ -131,14 +133,22 @@ class Lifetime:
             with anyio.CancelScope(shield=True):
                 await self._wait_idle()
 
+            exc = cancelled
             raise
         finally:
             self._tasks = None
             # Its tasks have ended, and none of them raises; so this passes nothing but cancellation.
-            await tasks.__aexit__(None, None, None)
+            if isinstance(exc, anyio.get_cancelled_exc_class()):
+                lost = await tasks.__aexit__(type(exc), exc, exc.__traceback__)
+            else:
+                await tasks.__aexit__(None, None, None)
+
             failure, self.failure = self.failure, None
             if failure is not None and failure is not exc:
                 raise failure
+
+            if lost:
+                raise InvocationCancelled(LOST) from exc
 
     def _cancel(self, cause: BaseException) -> None:
         cancelled = isinstance(cause, anyio.get_cancelled_exc_class())

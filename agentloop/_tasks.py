@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Tasks"]
+__all__ = ["LOST", "Tasks"]
 
 from collections.abc import Callable, Coroutine
 from types import TracebackType
@@ -15,6 +15,8 @@ from ._backend import cancellation_counter, forget_cancellations
 
 # How long the tasks in a task group that an agent left open may take to end, in seconds.
 CLOSE_SECONDS = 5.0
+# Why what the tasks are for has ended, if one of them was cancelled natively before it could begin.
+LOST = "one of its own tasks was cancelled from outside"
 
 
 class Tasks:

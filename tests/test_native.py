@@ -7,7 +7,7 @@ import contextlib
 import gc
 import threading
 import warnings
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import anyio
@@ -1101,3 +1101,108 @@ async def test_limiter_that_another_event_loop_has_taken_meanwhile_is_taken_back
 
     over.set()
     thread.join()
+# -- native cancellation of the library's own tasks, before their first step
+
+
+@contextlib.contextmanager
+def losing(name: str) -> Iterator[None]:
+    """Cancel the first task of a name before it can begin."""
+    lost: list[str] = []
+
+    def make(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio.Task[Any]:
+        new: list[asyncio.Task[Any]] = []
+
+        def cancel() -> None:
+            if new[0].get_name() == name and not lost:
+                lost.append(name)
+                new[0].cancel()
+
+        # Before the first step of the task, which is scheduled next.
+        loop.call_soon(cancel)
+        new.append(asyncio.Task(coro, loop=loop, **options))
+        return new[0]
+
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(make)
+    try:
+        yield
+    finally:
+        loop.set_task_factory(None)
+
+    assert lost
+
+
+@pytest.fixture
+def never_begun() -> Iterator[None]:
+    """Let no other test find what AnyIO was to run in a task that never began, and does not close."""
+    yield
+    gc.collect()
+
+
+def loses_tasks(test: Any) -> Any:
+    """Mark a test in which tasks are cancelled before they can begin."""
+    ignore = pytest.mark.filterwarnings("ignore:coroutine 'Tasks._run' was never awaited")
+    return ignore(pytest.mark.usefixtures("never_begun")(test))
+
+
+@loses_tasks
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("entered", [False, True])
+@pytest.mark.parametrize("verb", [run_streaming, as_completed, stream_all])
+async def test_stream_whose_task_was_cancelled_before_it_began_raises(
+    verb: Any, entered: bool, elsewhere: bool
+) -> None:
+    loop = AgentLoop()
+
+    async def read() -> None:
+        with pytest.raises(InvocationCancelled, match="cancelled from outside"), losing("agentloop producer"):
+            await verb(loop, ok)
+
+    async def use() -> None:
+        if elsewhere:
+            await asyncio.ensure_future(read())
+        else:
+            await read()
+
+    if entered:
+        # What else the loop has to do would be cancelled too.
+        with pytest.raises(InvocationCancelled, match="cancelled from outside"):
+            async with loop:
+                await use()
+                await asyncio.sleep(1)
+    else:
+        await use()
+
+    counts = loop.metrics.snapshot().counts
+    assert sum(counts.values()) == counts[Status.SKIPPED] == (verb is run_streaming)
+
+
+@loses_tasks
+@pytest.mark.parametrize("entered", [False, True])
+async def test_stream_whose_watch_was_cancelled_before_it_began_raises(entered: bool) -> None:
+    loop = AgentLoop(LoopConfig(idle_timeout_seconds=5))
+
+    async def read() -> None:
+        with losing("agentloop watch"):
+            async with loop.run_streaming("a", slowly, 10) as stream:
+                async for _ in stream:
+                    pass
+
+    with pytest.raises(InvocationCancelled):
+        if entered:
+            async with loop:
+                await read()
+        else:
+            await read()
+
+    assert loop.metrics.snapshot().counts[Status.CANCELLED] == 1
+
+
+@loses_tasks
+async def test_reader_that_is_cancelled_while_its_stream_begins_leaves_nothing() -> None:
+    async with AgentLoop() as loop:
+        task = asyncio.ensure_future(run_streaming(loop, ok))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
