@@ -15,7 +15,7 @@ from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from ._backend import CallersCancellation
 from ._config import LoopConfig
-from ._context import await_it, call_in_context
+from ._context import await_it, call_in_context, wait_for_cancellation
 from ._errors import InvocationCancelled, LeftOpenError
 from ._foreign import foreign_code
 from ._job import Job
@@ -105,10 +105,8 @@ async def run_attempt(
         scope = timer.open(deadline)
         # While it was open nothing was awaited since this was looked at the last time.
         if fresh and slot.pool.is_cancelled_around(scope):
-            # Once cancelled, nothing starts, not even to its first checkpoint. It waits for the cancellation
-            # and does not poll for it, as checkpoint_if_cancelled() does on asyncio: while all else in the
-            # scope is shielded, anyio delivers none to a task that was just started.
-            await anyio.sleep_forever()
+            # Once cancelled, nothing starts, not even to its first checkpoint.
+            await wait_for_cancellation()
 
         context = new_context()
         context.run(_set_slot, slot)
@@ -214,11 +212,11 @@ async def _conclude(
 
         if job.left_open:
             # A scope that is still open may be cancelled too, which is the agent's doing.
-            if pool.is_cancelled_around(scope):
-                timer.abandon(caller is None)
-                await anyio.sleep_forever()
-
+            cancelled = pool.is_cancelled_around(scope)
             timer.abandon(caller is None)
+            if cancelled:
+                # It may also be shielded. Then the cancellation never reaches the task.
+                await checkpoint_if_cancelled()
         elif raised is not None:
             # An error made out of the caller's cancellation is that cancellation.
             await checkpoint_if_cancelled()

@@ -19,6 +19,7 @@ from anyio.lowlevel import checkpoint_if_cancelled
 
 from ._attempt import Plan, run_attempt
 from ._backend import TaskAlarm, forget_cancellations, is_error, make_task_alarm
+from ._context import wait_for_cancellation
 from ._errors import BatchStopped, InvocationCancelled, describe
 from ._invocation import Input, Inputs, Invocation, Mapped, as_invocation
 from ._job import Job, as_exception
@@ -358,7 +359,7 @@ class Batch(ABC, Generic[T]):
         while not self._done and not timer.is_spoilt:
             if is_cancelled_around(scope):
                 # Cancelled before it has anything, so that it holds nothing while that is on its way.
-                await anyio.sleep_forever()
+                await wait_for_cancellation()
 
             fresh = pulls and not self._fed
             job = self._next_job()

@@ -1,14 +1,16 @@
-"""Running a call inside a context of its own, without a task of its own."""
+"""Running a call inside a context of its own, without a task of its own; and waiting to be cancelled."""
 
 from __future__ import annotations
 
-__all__ = ["await_it", "call_in_context"]
+__all__ = ["await_it", "call_in_context", "wait_for_cancellation"]
 
 import inspect
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from contextvars import Context
 from typing import Any, TypeVar
+
+import anyio
 
 from ._backend import CallersCancellation
 from ._errors import not_async
@@ -78,6 +80,19 @@ def call_in_context(
         finally:
             # An exception refers to this frame, and trio sends exceptions too.
             thrown = sent = None
+
+
+async def wait_for_cancellation() -> None:
+    """
+    Wait for the cancellation of a scope around the current task that has been cancelled.
+
+    To poll for it, as ``checkpoint_if_cancelled()`` does on asyncio, can take for ever: while all else in the
+    scope is shielded, AnyIO delivers none to a task that was just started. To leave a scope makes it do so.
+    """
+    with anyio.CancelScope():
+        pass
+
+    await anyio.sleep_forever()
 
 
 async def await_it(awaitable: Awaitable[T]) -> T:

@@ -1289,3 +1289,40 @@ async def test_async_input_that_was_read_to_its_end_has_a_result_for_each() -> N
 
     results = await AgentLoop().run_all(inputs())
     assert [str(result.status) for result in results] == ["success", "success", "error", "success"]
+# -- agents that leave a scope open in a batch that is cancelled
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+@pytest.mark.parametrize("shield", [False, True])
+async def test_cancelled_batch_ends_although_its_agents_leave_scopes_open(shield: bool, limit: int) -> None:
+    async def agent() -> None:
+        anyio.CancelScope(shield=shield).__enter__()
+        await anyio.sleep(2)
+
+    loop = AgentLoop(LoopConfig(max_concurrency=limit))
+    with anyio.move_on_after(1) as scope:
+        await loop.run_all([Invocation("a", agent)] * 3)
+
+    assert scope.cancelled_caught
+    # A shielded agent hears nothing of the cancellation.
+    counts = loop.metrics.snapshot().counts
+    assert counts[Status.ERROR if shield else Status.CANCELLED] == sum(counts.values()) == limit
+
+
+async def test_worker_in_place_of_another_is_cancelled_although_all_else_in_its_batch_is_shielded() -> None:
+    async def agent() -> None:
+        anyio.CancelScope().__enter__()
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(2)
+
+    loop = AgentLoop(LoopConfig(max_concurrency=1))
+    with anyio.move_on_after(1) as scope:
+        async with loop.as_completed([Invocation("a", agent)] * 3) as results:
+            await anyio.sleep(0)
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(1.5)
+
+            async for _ in results:
+                pass
+
+    assert scope.cancelled_caught
