@@ -1289,6 +1289,8 @@ async def test_async_input_that_was_read_to_its_end_has_a_result_for_each() -> N
 
     results = await AgentLoop().run_all(inputs())
     assert [str(result.status) for result in results] == ["success", "success", "error", "success"]
+
+
 # -- agents that leave a scope open in a batch that is cancelled
 
 

@@ -262,7 +262,8 @@ async def test_no_sink_at_all_may_be_given_as_an_empty_list() -> None:
 async def test_cancellation_that_a_sink_raises_is_its_error(
     verb: str, caplog: pytest.LogCaptureFixture, events: list[Event]
 ) -> None:
-    errors = [asyncio.CancelledError(), GeneratorExit(), BaseExceptionGroup("", [KeyboardInterrupt()])]
+    cancelled = asyncio.CancelledError()
+    errors = [cancelled, BaseExceptionGroup("", [BaseExceptionGroup("", [cancelled, KeyError()])])]
     for error in errors:
 
         def on_event(event: Event, error: BaseException = error) -> None:
@@ -287,12 +288,14 @@ async def test_cancellation_that_a_sink_raises_is_its_error(
     assert [type(event) for event in events].count(ResultEvent) == len(caplog.records) == len(errors)
 
 
-@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
-def test_interrupt_leaves_a_sink(interrupt: type[BaseException]) -> None:
+@pytest.mark.parametrize(
+    "interrupt", [KeyboardInterrupt(), SystemExit(), BaseExceptionGroup("", [KeyError(), KeyboardInterrupt()])]
+)
+def test_interrupt_leaves_a_sink(interrupt: BaseException) -> None:
     def on_event(event: Event) -> None:
         raise interrupt
 
-    with pytest.raises(interrupt):
+    with pytest.raises(type(interrupt)):
         _observer.Sink([on_event])(LimitEvent(1))
 
 

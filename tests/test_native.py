@@ -1101,6 +1101,8 @@ async def test_limiter_that_another_event_loop_has_taken_meanwhile_is_taken_back
 
     over.set()
     thread.join()
+
+
 # -- native cancellation of the library's own tasks, before their first step
 
 
