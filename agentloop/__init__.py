@@ -5,7 +5,6 @@ An agent is an async callable: a model call, a tool loop, an HTTP request. See :
 """
 
 from ._backoff import Backoff
-from ._budget import RetryBudget
 from ._chunk import StreamChunk, StreamEvent, collect_text
 from ._config import LoopConfig
 from ._errors import (
@@ -29,16 +28,17 @@ from ._events import (
     StartedEvent,
     StopEvent,
 )
-from ._histogram import Distribution
 from ._invocation import Invocation
-from ._limiter import Limiter, LimiterStatistics
-from ._limiters import Limiters
+from ._limits.keyed import KeyedLimiter
+from ._limits.limiter import Limiter, LimiterStatistics
+from ._limits.rates import Rate
+from ._limits.retry_budget import RetryBudget
 from ._loop import AgentLoop, LoopStatistics
-from ._metrics import MetricsRecorder, MetricsSnapshot
-from ._rate import Rate
+from ._metrics.histogram import Distribution
+from ._metrics.recorder import MetricsRecorder, MetricsSnapshot
 from ._result import InvocationResult, Status
-from ._store import ContextStore
-from ._stream import AgentStream
+from ._runtime.stream import AgentStream
+from ._store.store import ContextStore
 from ._verdict import Verdict, VerdictKind, classify
 
 __all__ = [
@@ -58,11 +58,11 @@ __all__ = [
     "InvocationCancelled",
     "InvocationResult",
     "InvocationTimeout",
+    "KeyedLimiter",
     "LeftOpenError",
     "LimitEvent",
     "Limiter",
     "LimiterStatistics",
-    "Limiters",
     "LoopClosed",
     "LoopConfig",
     "LoopStatistics",

@@ -12,21 +12,21 @@ from typing import Any, ParamSpec, Self, TypeVar, cast
 import attrs
 
 from . import _validators as must
-from ._attempt import Plan
-from ._completed import Completed, Completing, Fanning
 from ._config import LoopConfig
 from ._events import ChunkEvent, Event, ResultEvent
-from ._gathered import Gathering
 from ._invocation import Inputs, Invocation, StreamInputs, check_inputs, make_invocation
-from ._lifetime import Lifetime
-from ._limiter import Limiter
-from ._limiters import Limiters
-from ._metrics import MetricsRecorder
+from ._limits.keyed import KeyedLimiter
+from ._limits.limiter import Limiter
+from ._metrics.recorder import MetricsRecorder
 from ._misuse import name_parameters
-from ._observer import Observer, Sink
 from ._result import InvocationResult
-from ._single import Single
-from ._stream import AgentStream, Streaming
+from ._runtime.attempt import RunOptions
+from ._runtime.collect import CollectingBatch
+from ._runtime.lifetime import Lifetime
+from ._runtime.observer import Observer, Sink
+from ._runtime.read import BatchReader, CompletionBatch, StreamBatch
+from ._runtime.single import Single
+from ._runtime.stream import AgentStream, Streaming
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -40,7 +40,7 @@ def _check_concurrency(value: int, limiter: Limiter) -> None:
     if value == _MAX_CONCURRENCY:
         return  # the default was not asked for
 
-    if isinstance(limiter, Limiters):
+    if isinstance(limiter, KeyedLimiter):
         raise ValueError(
             f"max_concurrency must be left out where each key has a limiter of its own, got {value}"
         )
@@ -161,9 +161,9 @@ class AgentLoop:
         view._plan = view._make_plan()
         return view
 
-    def _make_plan(self) -> Plan:
+    def _make_plan(self) -> RunOptions:
         metrics = self._metrics if self._config.collect_metrics else None
-        return Plan(self._config, Observer(metrics, self._sink))
+        return RunOptions(self._config, Observer(metrics, self._sink))
 
     def statistics(self) -> LoopStatistics:
         """Return the state at this moment."""
@@ -234,7 +234,7 @@ class AgentLoop:
         """
         check_inputs(invocations)
         self._lifetime.check()
-        batch = Gathering(invocations, self._limiter, self._plan)
+        batch = CollectingBatch(invocations, self._limiter, self._plan)
         if self._lifetime.is_open:
             with self._lifetime.call(batch):
                 await batch.run()
@@ -281,9 +281,9 @@ class AgentLoop:
         :raises LoopClosed: on entering, if the loop's ``async with`` block has been left
         """
         check_inputs(invocations)
-        return Completed(
+        return BatchReader(
             "as_completed",
-            lambda: Completing(invocations, self._limiter, self._plan),
+            lambda: CompletionBatch(invocations, self._limiter, self._plan),
             self._lifetime,
         )
 
@@ -349,9 +349,9 @@ class AgentLoop:
         :raises LoopClosed: as :meth:`as_completed`
         """
         check_inputs(invocations)
-        return Completed(
+        return BatchReader(
             "stream_all",
-            lambda: Fanning[T](cast("Inputs[None]", invocations), self._limiter, self._plan),
+            lambda: StreamBatch[T](cast("Inputs[None]", invocations), self._limiter, self._plan),
             self._lifetime,
         )
 

@@ -24,9 +24,9 @@ from typing import TypeAlias
 import anyio
 import attrs
 
-import agentloop._limiter
+import agentloop._limits.limiter
 from agentloop import AgentLoop, Event, Invocation, InvocationResult, Limiter, LimitEvent, LoopConfig
-from agentloop._overload import Governor
+from agentloop._limits.overload import AdaptiveLimit
 from agentloop.testing import virtual_clock
 
 MEAN_SECONDS, SIGMA = 2.0, 0.5
@@ -102,14 +102,14 @@ class Provider:
 # -- policies
 
 
-class WithoutCoolOff(Governor):
+class WithoutCoolOff(AdaptiveLimit):
     """Ours, but nobody waits for what a server has told somebody else."""
 
     def hold(self, now: float, seconds: float) -> None:
         pass
 
 
-class Timed(Governor):
+class Timed(AdaptiveLimit):
     """Additive increase by one each second, halved by an overload at most once in 15 seconds."""
 
     def __init__(self, ceiling: int) -> None:
@@ -137,12 +137,12 @@ class Timed(Governor):
         pass
 
 
-POLICIES: dict[str, tuple[int, type[Governor] | None]] = {
+POLICIES: dict[str, tuple[int, type[AdaptiveLimit] | None]] = {
     "fixed 64": (64, None),
     "AIMD by a timer": (64, Timed),
     "ours, no cool-off": (64, WithoutCoolOff),
-    "ours": (64, Governor),
-    "ours, over-set to 200": (200, Governor),
+    "ours": (64, AdaptiveLimit),
+    "ours, over-set to 200": (200, AdaptiveLimit),
 }
 
 # -- scenarios
@@ -218,7 +218,7 @@ def ideal(scenario: Scenario) -> float:
     return now
 
 
-def simulate(scenario: Scenario, ceiling: int, governor: type[Governor] | None, backend: str) -> Outcome:
+def simulate(scenario: Scenario, ceiling: int, governor: type[AdaptiveLimit] | None, backend: str) -> Outcome:
     async def main() -> Outcome:
         start = anyio.current_time()
         provider = Provider(
@@ -247,7 +247,7 @@ def simulate(scenario: Scenario, ceiling: int, governor: type[Governor] | None, 
         return Outcome(provider, results, limits, anyio.current_time() - start, ideal(scenario))
 
     if governor is not None:
-        agentloop._limiter.Governor = governor  # the one private place that this needs
+        agentloop._limits.limiter.AdaptiveLimit = governor  # the one private place that this needs
 
     random.seed(1)
     name, options = virtual_clock(backend, seed=1)

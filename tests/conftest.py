@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 from audit import assert_quiet
 
-from agentloop import _pool
+from agentloop._limits.slots import SlotPool
 from agentloop.testing import virtual_clock
 
 
@@ -45,16 +45,16 @@ async def quiet() -> AsyncIterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def pools(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_pool.Pool]]:
+def pools(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SlotPool]]:
     """Every pool of slots that the test made, each of which has to be idle when it ends."""
-    made: list[_pool.Pool] = []
-    init = _pool.Pool.__init__
+    made: list[SlotPool] = []
+    init = SlotPool.__init__
 
-    def remember(pool: _pool.Pool, *args: Any, **kwargs: Any) -> None:
+    def remember(pool: SlotPool, *args: Any, **kwargs: Any) -> None:
         init(pool, *args, **kwargs)
         made.append(pool)
 
-    monkeypatch.setattr(_pool.Pool, "__init__", remember)
+    monkeypatch.setattr(SlotPool, "__init__", remember)
     yield made
     for pool in made:
         assert pool.running == 0, "a slot was not given back"

@@ -1,6 +1,7 @@
 """How the package is put together: what imports what, and what is public."""
 
 import ast
+import graphlib
 import inspect
 import subprocess
 import sys
@@ -16,64 +17,18 @@ import agentloop
 
 PACKAGE = Path(agentloop.__file__).parent
 
-# From the bottom to the top: a module imports only modules that stand before it.
-ORDER = [
-    # foundations
-    "_foreign",
-    "_errors",
-    "_validators",
-    "_misuse",
-    "_backend",
-    "_tasks",
-    "_pace",
-    "_context",
-    # values
-    "_backoff",
-    "_verdict",
-    "_config",
-    "_invocation",
-    "_result",
-    "_chunk",
-    "_events",
-    "_rate",
-    "_budget",
-    # parts
-    "_overload",
-    "_pool",
-    "_limiter",
-    "_limiters",
-    "_histogram",
-    "_metrics",
-    "_channel",
-    "_frozen",
-    "_freezer",
-    "_draft",
-    "_watch",
-    "_state",
-    "_json",
-    "_store",
-    "_job",
-    "_observer",
-    "_timer",
-    "_attempt",
-    "_carriage",
-    "_single",
-    "_batch",
-    "_gathered",
-    "_lifetime",
-    "_background",
-    "_completed",
-    "_stream",
-    # the loop
-    "_loop",
-    "__init__",
-]
+# From the bottom to the top: a part imports only what is in it or below it. The other modules at the top of
+# the package are its vocabulary.
+VOCABULARY = "vocabulary"
+PARTS = ["_limits", "_metrics", "_store"]
+LAYERS = [[VOCABULARY], ["_eventloop"], PARTS, ["_runtime"], ["_loop"], ["__init__"]]
+HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
 
 OUTSIDE = {"anyio", "attrs"}
 # What a few modules may import besides, and nobody else may.
 RESERVED = {
-    "asyncio": {"_backend", "testing/_clock_asyncio"},
-    "trio": {"_backend", "testing/_clock_trio"},
+    "asyncio": {"_eventloop/backend", "testing/_clock_asyncio"},
+    "trio": {"_eventloop/backend", "testing/_clock_trio"},
     "outcome": {"testing/_clock_trio"},
     "rich": {"contrib/progress"},
     "opentelemetry": {"contrib/opentelemetry"},
@@ -145,7 +100,6 @@ def is_module(name: str) -> bool:
     return parts[0] == "agentloop" and (path.with_suffix(".py").exists() or path.is_dir())
 
 
-MODULES = sorted(PACKAGE.glob("*.py"))
 IMPORTS = [found for path in sorted(PACKAGE.rglob("*.py")) for found in imports_of(path)]
 
 # An alias of types has nothing of its own.
@@ -155,20 +109,34 @@ every_public_name = pytest.mark.parametrize("name", [name for name in agentloop.
 # --- what imports what
 
 
-def test_every_module_has_its_place_in_the_order() -> None:
-    assert sorted(ORDER) == [path.stem for path in MODULES]
+def part_of(module: str) -> str:
+    """Return the part of the package that a module belongs to, given by its path without ``.py``."""
+    part = module.partition("/")[0]
+    return part if part in HEIGHT or "/" in module else VOCABULARY
 
 
-def test_imports_run_downward_only() -> None:
-    upward = []
+def own_imports() -> Iterator[tuple[str, str]]:
     for found in IMPORTS:
-        if found.importer in ORDER and found.top == "agentloop":
-            imported = found.module.removeprefix("agentloop").removeprefix(".") or "__init__"
-            below = ORDER[: ORDER.index(found.importer)]
-            if imported not in below:
-                upward.append(f"{found.importer} imports {imported}")
+        if found.top == "agentloop":
+            yield found.importer, found.module.removeprefix("agentloop.").replace(".", "/")
 
+
+def test_parts_import_downward_only() -> None:
+    upward = [
+        f"{importer} imports {imported}"
+        for importer, imported in own_imports()
+        if part_of(importer) in HEIGHT and part_of(importer) != part_of(imported)
+        if HEIGHT[part_of(imported)] >= HEIGHT[part_of(importer)]
+    ]
     assert not upward
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for importer, imported in own_imports():
+        graph.setdefault(importer, set()).add(imported)
+
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 def test_import_outside_the_package_is_of_the_standard_library_or_of_what_it_depends_on() -> None:

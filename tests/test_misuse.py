@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from agentloop import AgentLoop, Backoff, Invocation, Limiter, Limiters, LoopConfig, Rate
+from agentloop import AgentLoop, Backoff, Invocation, KeyedLimiter, Limiter, LoopConfig, Rate
 
 
 def named(value: object) -> str:
@@ -86,8 +86,8 @@ TAKERS: dict[str, Callable[[Any], object]] = {
     "classify": lambda fn: LoopConfig(classify=fn),
     "cost": lambda fn: Rate(5, cost=fn),
     "settle": lambda fn: Rate(5, settle=fn),
-    "key": lambda fn: Limiters(fn, lambda _: Limiter(1)),
-    "make": lambda fn: Limiters(str, fn),
+    "by": lambda fn: KeyedLimiter(fn, lambda _: Limiter(1)),
+    "make": lambda fn: KeyedLimiter(str, fn),
     "on_event": lambda fn: AgentLoop(on_event=fn),
     "agent_id": lambda fn: Invocation.map(coroutine_function, [1], fn),
 }
@@ -198,7 +198,7 @@ def test_number_of_slots_that_a_limiter_would_override_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^max_concurrency must be the limiter's, 5, or left out, got 50$"):
         AgentLoop(LoopConfig(max_concurrency=50), limiter=Limiter(5))
 
-    limiters = Limiters(str, lambda _: Limiter(50))
+    limiters = KeyedLimiter(str, lambda _: Limiter(50))
     with pytest.raises(
         ValueError, match=r"^max_concurrency must be left out where each key has a limiter .* 50$"
     ):
@@ -212,7 +212,7 @@ def test_number_of_slots_that_a_limiter_would_override_is_refused() -> None:
 
 def test_number_of_slots_may_be_the_limiters_or_the_default() -> None:
     assert AgentLoop(LoopConfig(max_concurrency=5), limiter=Limiter(5)).config.max_concurrency == 5
-    for limiter in (Limiter(5), Limiters(str, lambda _: Limiter(5))):
+    for limiter in (Limiter(5), KeyedLimiter(str, lambda _: Limiter(5))):
         assert AgentLoop(LoopConfig(max_concurrency=10), limiter=limiter).limiter is limiter
         assert AgentLoop(limiter=limiter).with_config(timeout_seconds=1).limiter is limiter
 
@@ -257,7 +257,7 @@ def test_view_of_a_loop_whose_limiter_was_resized_is_none_of_that() -> None:
         (partial(Limiter, 10), "rate", "rates"),
         (partial(Limiter, 10), "budget", "retry_budget"),
         (Limiter, "limit", "max_concurrency"),
-        (partial(Limiters, str, Limiter), "max_limiter", "max_limiters"),
+        (partial(KeyedLimiter, str, Limiter), "max_limiter", "max_limiters"),
         (AgentLoop, "callback", "on_event"),
         (AgentLoop, "events", "on_event"),
     ],
@@ -293,7 +293,7 @@ def test_unknown_setting_of_a_view_is_answered_by_the_right_one() -> None:
         AgentLoop().with_config(timeout=3)
 
 
-@pytest.mark.parametrize("cls", [LoopConfig, Backoff, Rate, Limiter, Limiters, AgentLoop])
+@pytest.mark.parametrize("cls", [LoopConfig, Backoff, Rate, Limiter, KeyedLimiter, AgentLoop])
 def test_signature_is_that_of_the_constructor(cls: type) -> None:
     parameters = inspect.signature(cls).parameters.values()
     assert parameters

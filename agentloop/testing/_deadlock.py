@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
-from agentloop._context import call_in_context
 from agentloop._errors import AgentLoopError
+from agentloop._eventloop.context import call_in_context
 
 # The virtual time at which every run starts. Not zero: that would hide confusions of time and duration.
 START_SECONDS = 1000.0

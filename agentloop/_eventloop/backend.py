@@ -1,0 +1,572 @@
+"""The one place where the two backends differ."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CallersCancellation",
+    "DeadlineQueue",
+    "LoopDeadlineQueue",
+    "TaskDeadlineQueue",
+    "are_lost_early",
+    "callers_cancellation",
+    "cancellation_counter",
+    "clock",
+    "forget_cancellations",
+    "is_alive",
+    "is_error",
+    "is_running",
+    "let_tasks_begin",
+    "make_deadline_queue",
+    "make_is_cancelled",
+    "make_is_left_open",
+    "make_task_deadline_queue",
+    "runs_here",
+]
+
+import asyncio
+import gc
+import math
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextvars import Context
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import anyio
+from anyio.lowlevel import EventLoopToken, cancel_shielded_checkpoint, current_token
+
+
+class DeadlineQueue(ABC):
+    """
+    Cancels scopes when their time is up, with one timer for all of them.
+
+    Else each scope has one of its own. To set that and to cancel it, and on asyncio a heap full of cancelled
+    ones, take as long as all else about a short attempt. But what has one time-out ends in the order in which
+    it began, so that it is enough to watch the first. What ends before others that are watched has a timer of
+    its own.
+    """
+
+    __slots__ = ("_alone", "_latest", "_rests", "_rings_at", "_scopes", "spare")
+
+    def __init__(self, rests: bool) -> None:
+        # When to look at each: no later than its deadline, and in the order of these times.
+        self._scopes: dict[Any, float] = {}
+        # Those with a timer of their own.
+        self._alone: set[Any] = set()
+        self._latest = -math.inf
+        self._rings_at = math.inf
+        # Whether the timer is stopped while there is nothing to watch.
+        self._rests = rests
+        self.spare: list[Any] = []
+        """Scopes that were left and can be entered again."""
+
+    inner: Callable[[Any], Any]
+    """Returns that of AnyIO's scope which has the deadline: what :meth:`set` and :meth:`drop` are given."""
+
+    def set(self, scope: Any, deadline: float) -> None:
+        """Set or move the deadline of a scope that has been entered."""
+        scopes = self._scopes
+        if scope in scopes:
+            if scopes[scope] <= deadline:
+                # The timer finds out when it rings for it.
+                scope._deadline = deadline
+                return
+
+            del scopes[scope]
+
+        if deadline == math.inf or (scopes and deadline < self._latest) or scope in self._alone:
+            # It ends before others do; or did, and trio would still cancel it at that time.
+            self._alone.add(scope)
+            scope.deadline = deadline
+            return
+
+        scope._deadline = scopes[scope] = self._latest = deadline
+        if deadline < self._rings_at:
+            self._wind(deadline)
+
+    def drop(self, scope: Any) -> None:
+        """Forget a scope that is about to be left."""
+        self._scopes.pop(scope, None)
+        if self._alone:
+            self._alone.discard(scope)
+
+        if self._rests and not self._scopes:
+            self._rest()
+
+    @abstractmethod
+    def keep(self, scope: Any) -> None:
+        """Keep a scope that was left, if it can be entered again: to make one costs as much as to use it."""
+
+    @abstractmethod
+    def _wind(self, at: float) -> None:
+        """Ring at a time, and at no other."""
+
+    @abstractmethod
+    def _rest(self) -> None:
+        """Stop the timer."""
+
+    def _ring(self, now: float) -> None:
+        self._rings_at = math.inf
+        while self._scopes:
+            scope, deadline = next(iter(self._scopes.items()))
+            if deadline > now:
+                self._wind(deadline)
+                return
+
+            del self._scopes[scope]
+            if scope._deadline <= now:
+                scope.cancel("deadline exceeded")
+            else:
+                self.set(scope, scope._deadline)
+
+
+class LoopDeadlineQueue(DeadlineQueue):
+    """
+    One whose timer is asyncio's.
+
+    :param rests: whether the timer is stopped once it has nothing to watch, and not left to run out
+    """
+
+    __slots__ = ("_handle", "_loop", "keeps")
+
+    @staticmethod
+    def inner(scope: Any) -> Any:
+        return scope
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, rests: bool) -> None:
+        super().__init__(rests)
+        self._loop = loop
+        self.keeps = True
+        """Whether scopes can be entered again."""
+        self._handle: asyncio.TimerHandle | None = None
+
+    def keep(self, scope: Any) -> None:
+        # Others may still look at a scope that was cancelled; and a scope within that was never left would be
+        # cancelled with whatever comes next.
+        if self.keeps and not (scope._cancel_called or scope._child_scopes or scope._tasks):
+            # What else is left of the last time does not differ from a new scope's.
+            scope._parent_scope = None
+            scope._deadline = math.inf
+            self.spare.append(scope)
+
+    def _wind(self, at: float) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+
+        self._rings_at = at
+        # In no context of anybody's, which it would keep alive.
+        self._handle = self._loop.call_at(at, self._fire, context=Context())
+
+    def _rest(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+            self._rings_at = math.inf
+
+    def _fire(self) -> None:
+        self._handle = None
+        self._ring(self._loop.time())
+
+
+class TaskDeadlineQueue(DeadlineQueue):
+    """One whose timer is a task, on trio."""
+
+    __slots__ = ("_sleep", "_stopped")
+
+    @staticmethod
+    def inner(scope: Any) -> Any:
+        # What AnyIO's scope wraps.
+        return scope._CancelScope__original
+
+    def __init__(self) -> None:
+        super().__init__(rests=True)
+        self._sleep = anyio.CancelScope()
+        self._stopped = False
+
+    def keep(self, scope: Any) -> None:
+        """Trio's can be entered once."""
+
+    async def watch(self) -> None:
+        """Be the timer, until :meth:`stop`."""
+        while not self._stopped:
+            with anyio.CancelScope(deadline=self._rings_at) as self._sleep:
+                await anyio.sleep_forever()
+
+            self._ring(anyio.current_time())
+
+    def stop(self) -> None:
+        """Let :meth:`watch` end."""
+        self._stopped = True
+        self._sleep.cancel()
+
+    def _wind(self, at: float) -> None:
+        self._rings_at = self._sleep.deadline = at
+
+    def _rest(self) -> None:
+        self._wind(math.inf)
+
+
+def make_deadline_queue(backend: Any) -> LoopDeadlineQueue | None:
+    """
+    Return what times all scopes of the current event loop out, on asyncio.
+
+    :param backend: AnyIO's
+    """
+    if anyio.get_cancelled_exc_class() is not asyncio.CancelledError:
+        return None
+
+    loop = asyncio.get_running_loop()
+    # On a clock that jumps to the next timer, one that means nothing would mislead it.
+    rests = type(loop).time is not asyncio.BaseEventLoop.time
+    alarm = LoopDeadlineQueue(loop, rests)
+    alarm.keeps = _can_reuse(backend, alarm)
+    return alarm if _can_set(backend, LoopDeadlineQueue.inner) else None
+
+
+def make_task_deadline_queue(backend: Any) -> TaskDeadlineQueue | None:
+    """
+    Return what times scopes out on trio, while somebody runs :meth:`TaskDeadlineQueue.watch`.
+
+    :param backend: AnyIO's
+    """
+    if anyio.get_cancelled_exc_class() is asyncio.CancelledError:
+        return None
+
+    return TaskDeadlineQueue() if _can_set(backend, TaskDeadlineQueue.inner) else None
+
+
+def _can_set(backend: Any, inner: Callable[[Any], Any]) -> bool:
+    # The deadline is set in passing, past what sets a timer; nobody promises that this can be done.
+    deadline = anyio.current_time() + 1000
+    try:
+        with backend.create_cancel_scope() as scope:
+            inner(scope)._deadline = deadline
+            return bool(scope.deadline == deadline)
+    except Exception:
+        return False
+
+
+def _can_reuse(backend: Any, alarm: LoopDeadlineQueue) -> bool:
+    try:
+        scope = backend.create_cancel_scope()
+        new = _state(scope)
+        for _ in range(2):
+            with scope:
+                scope._deadline = anyio.current_time() + 1000
+
+            alarm.keep(scope)
+            if _state(alarm.spare.pop()) != new:
+                return False
+
+        return True
+    except Exception:
+        return False
+
+
+def _state(scope: Any) -> str:
+    return repr(scope.__getstate__())
+
+
+def make_is_cancelled(backend: Any) -> Callable[[Any], bool]:
+    """
+    Return what tells whether the current task is cancelled, given a scope that it is in: by one around that.
+
+    It means the same as ``current_effective_deadline() == -inf`` would outside of the scope. To find that out
+    goes through all scopes and their deadlines each time, which takes as long as a fifth of all else about a
+    short attempt; so here it is read off the scopes, as far as AnyIO and trio let us see them.
+
+    :param backend: AnyIO's
+    """
+
+    def ask(scope: Any) -> bool:
+        del scope
+        return bool(backend.current_effective_deadline() == -math.inf)
+
+    def look(scope: Any) -> bool:
+        scope = scope._parent_scope
+        while scope is not None:
+            if scope._cancel_called:
+                return True
+
+            if scope._shield:
+                return False
+
+            scope = scope._parent_scope
+
+        return False
+
+    if anyio.get_cancelled_exc_class() is not asyncio.CancelledError:
+
+        def look(scope: Any) -> bool:
+            return bool(scope._CancelScope__original._cancel_status._parent.effectively_cancelled)
+
+    try:
+        cancelled = ask(None)
+        with backend.create_cancel_scope() as scope:
+            return look if look(scope) is cancelled else ask
+    except Exception:
+        return ask
+
+
+def make_is_left_open(backend: Any) -> Callable[[Any], bool]:
+    """
+    Return a function that tells whether a scope which an agent was called in has another one left in it.
+
+    Without a look at AnyIO's and trio's own scopes this shows only when the scope cannot be left.
+
+    :param backend: AnyIO's
+    """
+
+    def look(scope: Any) -> bool:
+        return bool(scope._child_scopes)
+
+    if anyio.get_cancelled_exc_class() is not asyncio.CancelledError:
+
+        def look(scope: Any) -> bool:
+            return bool(scope._CancelScope__original._cancel_status._children)
+
+    try:
+        with backend.create_cancel_scope() as scope:
+            before = look(scope)
+            with backend.create_cancel_scope():
+                within = look(scope)
+
+            return look if (before, within, look(scope)) == (False, True, False) else _see_nothing
+    except Exception:
+        return _see_nothing
+
+
+def _see_nothing(scope: Any) -> bool:
+    del scope
+    return False
+
+
+def is_error(exc: BaseException) -> bool:
+    """
+    Tell whether a plain function of a user's has failed with an exception, rather than been interrupted.
+
+    A cancellation that it raises is an error of its own, since nothing can be cancelled where nothing waits.
+    """
+    kinds: tuple[type[BaseException], ...] = (Exception, asyncio.CancelledError)
+    trio = sys.modules.get("trio")
+    if trio is not None:
+        kinds = (*kinds, trio.Cancelled)
+
+    # By the type alone: what an exception says of its class may raise.
+    if issubclass(type(exc), BaseExceptionGroup):
+        return cast("BaseExceptionGroup[BaseException]", exc).split(kinds)[1] is None
+
+    return issubclass(type(exc), kinds)
+
+
+def clock() -> Callable[[], float]:
+    """
+    Return what reads the time of the current event loop, as ``anyio.current_time()`` does.
+
+    That finds out at each call which backend and which loop it runs in, which costs more than the reading.
+    """
+    if anyio.get_cancelled_exc_class() is asyncio.CancelledError:
+        loop = asyncio.get_running_loop()
+        # The method of all loops that have no clock of their own does nothing but call this.
+        return time.monotonic if type(loop).time is asyncio.BaseEventLoop.time else loop.time
+
+    import trio  # it is there, since we run on it
+
+    return trio.lowlevel.current_clock().current_time
+
+
+def cancellation_counter() -> Callable[[], Callable[[], int]]:
+    """
+    Return what gives, for the current task, what counts its native cancellations. On trio there are none.
+
+    On asyncio a task counts the cancellations asked of it (``Task.cancelling()``). An agent that calls
+    ``task.cancel()`` on its own task, or on CPython 3.11 just lets an ``asyncio.TaskGroup`` fail, leaves
+    the count raised, and then a later scope in the same task does not catch its own cancellation.
+    """
+    on_asyncio = anyio.get_cancelled_exc_class() is asyncio.CancelledError
+    return _count_cancellations if on_asyncio else lambda: int
+
+
+def _count_cancellations() -> Callable[[], int]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task.cancelling
+
+
+def callers_cancellation() -> CallersCancellation | None:
+    """Return what notices native cancellations of the current task, which is a caller's; on trio ``None``."""
+    on_asyncio = anyio.get_cancelled_exc_class() is asyncio.CancelledError
+    return CallersCancellation() if on_asyncio else None
+
+
+class CallersCancellation:
+    """
+    Tells a native cancellation of the current task, by its caller, from what an agent does to the task.
+
+    Both show in the count of the cancellations that were asked of the task (``Task.cancelling()``), which is
+    not all of the truth:
+
+    - Before CPython 3.13 an ``asyncio.TaskGroup`` leaves the count raised when one of its tasks fails while
+      its block is being left: it cancels the task that waits there, and never takes that back. So when a
+      cancellation reaches the agent, it is seen whether the agent waits in such a block.
+    - AnyIO takes back too many where a task group is cancelled natively whose tasks have task groups. So a
+      cancellation that comes out of the agent as it went in is the caller's too.
+    """
+
+    __slots__ = ("_before", "_groups", "_leaked_before", "_native", "_task")
+
+    def __init__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._before = 0
+        # How many marks task groups had left on the task; the groups that were seen to leave one since.
+        self._leaked_before = 0
+        self._groups: set[int] = set()
+        self._native: BaseException | None = None
+
+    def begin(self) -> None:
+        """Count from now on."""
+        self._before = self._task.cancelling()
+        self._leaked_before = _leaked.get(self._task, 0) if _leaked else 0
+        self._groups.clear()
+        self._native = None
+
+    def reaches(self, coroutine: object, thrown: BaseException) -> None:
+        """
+        Look at an agent that an exception is about to reach.
+
+        :param coroutine: the agent
+        :param thrown: the exception
+        """
+        if sys.version_info < (3, 13):
+            for group in _failing_groups(coroutine):
+                if id(group) not in self._groups:
+                    self._groups.add(id(group))
+                    _leaked[self._task] = _leaked.get(self._task, 0) + 1
+
+        if self._is_raised() and not _is_of_a_scope(thrown):
+            self._native = thrown
+
+    def came(self, raised: BaseException | None) -> bool:
+        """
+        Tell whether the caller's task was cancelled natively since :meth:`begin`.
+
+        :param raised: what came out of the agent
+        """
+        native, self._native = self._native, None
+        return self._is_raised() or (native is not None and native is raised)
+
+    def _is_raised(self) -> bool:
+        more = self._task.cancelling() - self._before
+        return more > 0 and more > (_leaked.get(self._task, 0) if _leaked else 0) - self._leaked_before
+
+
+# How many marks failing task groups were seen to leave on a task. An agent may run others in its own task,
+# which look after what they await themselves.
+_leaked: WeakKeyDictionary[asyncio.Task[Any], int] = WeakKeyDictionary()
+
+
+def _is_of_a_scope(exc: BaseException) -> bool:
+    """Tell whether a cancellation is AnyIO's, of a scope, which says so in its text."""
+    text = exc.args[0] if exc.args else None
+    return isinstance(text, str) and "cancel scope" in text
+
+
+def _failing_groups(awaited: Any) -> list[asyncio.TaskGroup]:
+    """Return the groups of asyncio's that a coroutine waits to leave, and that have cancelled its task."""
+    groups: list[asyncio.TaskGroup] = []
+    while awaited is not None:
+        for kind in ("cr", "ag", "gi"):
+            frame = getattr(awaited, f"{kind}_frame", None)
+            if frame is not None:
+                if frame.f_code is asyncio.TaskGroup.__aexit__.__code__:
+                    group, left_by = frame.f_locals["self"], frame.f_locals["et"]
+                    # One that was cancelled in its body takes that back.
+                    if group._parent_cancel_requested and left_by is not asyncio.CancelledError:
+                        groups.append(group)
+
+                awaited = getattr(awaited, f"{kind}_yieldfrom" if kind == "gi" else f"{kind}_await")
+                break
+        else:
+            # A step of an async generator does not say what it is a step of.
+            inside = gc.get_referents(awaited) if type(awaited).__name__ in _STEPS else []
+            awaited = next((one for one in inside if hasattr(one, "ag_frame")), None)
+
+    return groups
+
+
+_STEPS = ("async_generator_asend", "async_generator_athrow")
+
+
+def are_lost_early() -> bool:
+    """Return whether a task can be cancelled before its first step, so that it never runs: on asyncio."""
+    return anyio.get_cancelled_exc_class() is asyncio.CancelledError
+
+
+async def let_tasks_begin() -> None:
+    """Let the tasks that were just started begin, where not all of them may."""
+    if are_lost_early():
+        # The first of them may come before their first step.
+        for _ in range(2):
+            await cancel_shielded_checkpoint()
+
+
+async def forget_cancellations() -> None:
+    """Take back the native cancellations of the current task, which has to be ours."""
+    if anyio.get_cancelled_exc_class() is not asyncio.CancelledError:
+        return
+
+    task = asyncio.current_task()
+    assert task is not None
+    while task.cancelling():
+        task.uncancel()
+
+    # Before CPython 3.13 uncancel() leaves a cancellation that was not yet delivered in place, to be
+    # raised at the next await: this one.
+    try:
+        await asyncio.sleep(0)
+    except asyncio.CancelledError:
+        if anyio.current_effective_deadline() == -math.inf:
+            raise
+
+
+def runs_here(token: EventLoopToken) -> bool:
+    """Tell whether an event loop is the one that the current task runs in."""
+    native = token.native_token
+    try:
+        # Of a trio run that is the guest of an asyncio loop, AnyIO has to find out.
+        loop = asyncio.get_running_loop()
+        if loop is native and asyncio.current_task(loop) is not None:
+            return True
+    except RuntimeError:
+        pass
+
+    return current_token() == token
+
+
+def is_running(token: EventLoopToken) -> bool:
+    """Tell whether an event loop, this one or another, is running."""
+    native: Any = token.native_token
+    if isinstance(native, asyncio.AbstractEventLoop):
+        return native.is_running()
+
+    # What a trio token knows it tells only when it is used; trio.RunFinishedError is a RuntimeError.
+    try:
+        native.run_sync_soon(_do_nothing, idempotent=True)
+    except RuntimeError:
+        return False
+
+    return True
+
+
+def is_alive(token: EventLoopToken) -> bool:
+    """Tell whether an event loop is running, or stopped in a way that lets it go on."""
+    native: Any = token.native_token
+    return not native.is_closed() if isinstance(native, asyncio.AbstractEventLoop) else is_running(token)
+
+
+def _do_nothing() -> None:
+    pass

@@ -1,0 +1,139 @@
+"""The library's own tasks, and what agents and others may do to them."""
+
+from __future__ import annotations
+
+__all__ = ["LOST", "Tasks"]
+
+from collections.abc import Callable, Coroutine
+from types import TracebackType
+from typing import Any, Self
+
+import anyio
+from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
+
+from .backend import cancellation_counter, forget_cancellations
+
+# How long the tasks in a task group that an agent left open may take to end, in seconds.
+CLOSE_SECONDS = 5.0
+# Why what the tasks are for has ended, if one of them was cancelled natively before it could begin.
+LOST = "one of its own tasks was cancelled from outside"
+
+
+class Tasks:
+    """
+    A task group of tasks that run the code of users.
+
+    A task goes on, by calling its function again, when it is cancelled natively (asyncio's ``Task.cancel()``)
+    and no scope around it has asked for that: an agent may cancel all tasks that it did not know. What a task
+    raises cancels the others, and is kept in :attr:`failure`.
+
+    An agent that leaves a cancel scope or a task group open in a task spoils it: AnyIO and trio raise an
+    error when the task ends, which would cancel the others. So a spoilt task waits until the block was left
+    and all other tasks have ended, and that error is dropped.
+    """
+
+    def __init__(self) -> None:
+        self._group = anyio.create_task_group()
+        self._cancellations: Callable[[], int] = int
+        self._cancelled_before = 0
+        # How many tasks have begun and not ended, without the spoilt ones.
+        self._running = 0
+        self._spoilt: set[int] = set()
+        self._left = False
+        self._changed: anyio.Event | None = None
+        self.failure: BaseException | None = None
+        """What a task raised."""
+
+    async def __aenter__(self) -> Self:
+        self._cancellations = cancellation_counter()()
+        self._cancelled_before = self._cancellations()
+        await self._group.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        self._left = True
+        self._notify()
+        try:
+            return await self._group.__aexit__(exc_type, exc, traceback)
+        except BaseExceptionGroup as group:
+            # The tasks raise nothing of their own, so what is no interrupt is the end of spoilt ones.
+            await checkpoint_if_cancelled()
+            rest = group.split(RuntimeError)[1]
+            if rest is not None:
+                raise rest from None
+
+        # AnyIO forgets a native cancellation of this task where there are errors to raise.
+        if self._cancellations() > self._cancelled_before:
+            raise anyio.get_cancelled_exc_class()
+
+        return None
+
+    def cancel(self) -> None:
+        """Cancel all tasks."""
+        self._group.cancel_scope.cancel()
+
+    def start_soon(self, task: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
+        """Start a task."""
+        self._group.start_soon(self._run, task, name=name)
+
+    def spoil(self) -> None:
+        """Note that an agent has left a scope open in the current task, whose function is about to end."""
+        self._spoilt.add(anyio.get_current_task().id)
+
+    async def _run(self, task: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._running += 1
+        try:
+            while True:
+                try:
+                    await task()
+                    break
+                except anyio.get_cancelled_exc_class():
+                    await checkpoint_if_cancelled()
+                    await forget_cancellations()
+        except anyio.get_cancelled_exc_class():
+            raise
+        except BaseException as exc:
+            # A scope around the one that was left open cannot be left, and says so.
+            if not self._is_spoilt() or not isinstance(exc, RuntimeError):
+                self.failure = self.failure or exc
+                self.cancel()
+        finally:
+            self._running -= 1
+            self._notify()
+
+        if self._is_spoilt():
+            await self._park()
+
+    def _is_spoilt(self) -> bool:
+        return bool(self._spoilt) and anyio.get_current_task().id in self._spoilt
+
+    def _notify(self) -> None:
+        if self._changed is not None and self._left and not self._running:
+            self._changed.set()
+            self._changed = None
+
+    async def _park(self) -> None:
+        # A scope that was left open may have been cancelled, or be at any time.
+        with anyio.CancelScope(shield=True):
+            while True:
+                try:
+                    # A task that was started just now begins meanwhile.
+                    await checkpoint()
+                    await checkpoint()
+                    if self._left and not self._running:
+                        break
+
+                    if self._changed is None:
+                        self._changed = anyio.Event()
+
+                    await self._changed.wait()
+                except anyio.get_cancelled_exc_class():
+                    await forget_cancellations()
+
+        # The scope around the agent was cancelled, and with it the tasks in a task group that it left open.
+        me = anyio.get_current_task().id
+        with anyio.move_on_after(CLOSE_SECONDS, shield=True):
+            while any(task.parent_id == me for task in anyio.get_running_tasks()):
+                await anyio.sleep(0.01)

@@ -1,0 +1,1 @@
+"""How much may run: slots, rates, overload."""

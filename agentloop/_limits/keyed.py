@@ -1,0 +1,198 @@
+"""A limiter for each provider or model."""
+
+from __future__ import annotations
+
+__all__ = ["KeyedLimiter"]
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+from .. import _validators as must
+from .._events import Event, LimitEvent
+from .._invocation import Invocation
+from .._misuse import name_parameters
+from .limiter import Limiter, LimiterStatistics, claim, pool_of
+from .slots import SlotPool
+
+
+@name_parameters()
+class KeyedLimiter(Limiter):
+    """
+    A limiter for each provider or model, made when the first invocation for it comes::
+
+        limiters = KeyedLimiter(lambda invocation: invocation.kwargs["model"], lambda model: Limiter(20))
+        loop = AgentLoop(limiter=limiters)
+
+    It is given to loops like a single one. Invocations with different keys do not wait for each other, and
+    an invocation lends its slot only to those that it runs under its own key: agents of two keys that run
+    each other can come to wait for each other, so give them a time-out, or one key. In a batch as many
+    invocations are live as all limiters together have slots, so that inputs of one key can be a bounded
+    number ahead of those of another.
+
+    :param by: which limiter an invocation belongs to; what it raises is the invocation's error
+    :param make: makes the limiter for a key; what it raises is the invocation's error
+    :param max_limiters: how many there may be. When there are more, the one that was used least recently is
+        forgotten, with what it has learned, unless it is in use
+    :raises TypeError: if a parameter is of the wrong type
+    :raises ValueError: if ``max_limiters`` is less than 1
+    """
+
+    def __init__(
+        self,
+        by: Callable[[Invocation[Any]], Hashable],
+        make: Callable[[Any], Limiter],
+        *,
+        max_limiters: int = 1000,
+    ) -> None:
+        for name, value in (("by", by), ("make", make)):
+            must.check_plain_function(name, value)
+
+        must.check_whole("max_limiters", max_limiters, 1)
+        super().__init__(1)
+        self._by = by
+        self._make = make
+        self._max_limiters = max_limiters
+        self._limiters: OrderedDict[Hashable, Limiter] = OrderedDict()
+        # Kept alive by this attribute, since those who are told do not keep them.
+        self._on_resize = self._recount
+        self._on_event = self._pass_on
+
+    def __getitem__(self, key: Hashable) -> Limiter:
+        """
+        Return the limiter for a key, and make it if there is none.
+
+        :raises RuntimeError: if there are ``max_limiters`` already, and all of them are in use
+        """
+        limiter = self._limiters.get(key)
+        if limiter is not None:
+            self._limiters.move_to_end(key)
+            return limiter
+
+        limiter = self._make(key)
+        if not isinstance(limiter, Limiter) or isinstance(limiter, KeyedLimiter):
+            raise TypeError(f"make must return a Limiter, got {limiter!r} for the key {key!r}")
+
+        if len(self._limiters) >= self._max_limiters:
+            self._forget_one()
+
+        self._limiters[key] = limiter
+        limiter.tell(self._on_event)
+        limiter._on_change.add(self._on_resize)
+        if self._paused:
+            limiter.pause()
+
+        self._recount()
+        return limiter
+
+    def __len__(self) -> int:
+        """Return how many limiters there are."""
+        return len(self._limiters)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[Hashable]:
+        """Iterate over the keys for which there is a limiter, the one used least recently first."""
+        return iter(tuple(self._limiters))
+
+    @property
+    def max_concurrency(self) -> int:
+        """How many attempts may run at once, over all limiters that there are; it is set on each of them."""
+        return max(1, self._max_concurrency)
+
+    @max_concurrency.setter
+    def max_concurrency(self, value: int) -> None:
+        raise AttributeError(f"set max_concurrency on one limiter: limiters[key].max_concurrency = {value!r}")
+
+    def pause(self) -> None:
+        """
+        Pause all limiters, and those that are still to be made.
+
+        :raises RuntimeError: if one of them is in use in the event loop of another thread
+        """
+        self._check_thread("limiters in use can be paused")
+        self._paused = True
+        for limiter in self._limiters.values():
+            limiter.pause()
+
+    def resume(self) -> None:
+        """
+        Resume all limiters.
+
+        :raises RuntimeError: if one of them is in use in the event loop of another thread
+        """
+        self._check_thread("limiters in use can be resumed")
+        self._paused = False
+        for limiter in self._limiters.values():
+            limiter.resume()
+
+    def statistics(self) -> LimiterStatistics:
+        """Return the sums over all limiters; ``paused_until`` is the time when the first of them goes on."""
+        each = [limiter.statistics() for limiter in self._limiters.values()]
+        untils = [now.paused_until for now in each]
+        paused_until = min((until for until in untils if until is not None), default=None)
+        if not each and self._paused:
+            paused_until = math.inf
+        elif None in untils:
+            paused_until = None
+
+        pool = self._pool
+        return LimiterStatistics(
+            sum(now.running for now in each),
+            sum(now.waiting for now in each) + (0 if pool is None else pool.waiting),
+            self.max_concurrency,
+            max(1, sum(now.limit for now in each)),
+            sum(now.cuts for now in each),
+            paused_until,
+        )
+
+    def _check_thread(self, what: str) -> None:
+        """Refuse to change some of them and then fail at the next."""
+        for limiter in (self, *self._limiters.values()):
+            limiter._own_pool(what)
+
+    def _forget_one(self) -> None:
+        for key, limiter in self._limiters.items():
+            now = limiter.statistics()
+            if not now.running and not now.waiting and now.paused_until is None:
+                del self._limiters[key]
+                limiter._sinks.discard(self._on_event)
+                limiter._on_change.discard(self._on_resize)
+                self._recount()
+                return
+
+        raise RuntimeError(
+            f"there are max_limiters={self._max_limiters} limiters, all of them in use: "
+            "raise max_limiters, or give fewer different keys"
+        )
+
+    def _enter_run(self) -> SlotPool:
+        pool = super()._enter_run()
+        pool.route = self._route
+        pool.selective = True
+        return pool
+
+    def _route(self, invocation: Invocation[Any]) -> SlotPool:
+        limiter = self[self._by(invocation)]
+        pool = pool_of(limiter)
+        claim(limiter, pool)
+        pool.home = self._pool
+        return pool
+
+    def _recount(self) -> None:
+        self._max_concurrency = sum(limiter.max_concurrency for limiter in self._limiters.values())
+        if self._pool is not None:
+            for callback in tuple(self._pool.on_raise):
+                callback()
+
+    def _pass_on(self, event: Event) -> None:
+        # Not what one of them says: the number of running attempts compares with the sum.
+        if isinstance(event, LimitEvent) and self._pool is not None:
+            self._tell_limit(self._pool)
+
+    def _tell_limit(self, pool: SlotPool) -> None:
+        limit = self.statistics().limit
+        for sink in tuple(self._sinks):
+            sink(LimitEvent(limit, pool.now()))

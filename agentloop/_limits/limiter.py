@@ -1,0 +1,257 @@
+"""How many attempts may run at once, how many may start in a time, and what happens when that is too much."""
+
+from __future__ import annotations
+
+__all__ = ["Limiter", "LimiterStatistics", "claim", "pool_of"]
+
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+
+import attrs
+from anyio.lowlevel import current_token
+
+from .. import _validators as must
+from .._eventloop.backend import runs_here
+from .._events import Event, LimitEvent
+from .._misuse import name_parameters
+from .overload import AdaptiveLimit
+from .rates import Rate
+from .retry_budget import RetryBudget, RetryLedger
+from .slots import SlotPool
+
+
+@attrs.frozen
+class LimiterStatistics:
+    """
+    A limiter at this moment.
+
+    :param running: how many slots are in use
+    :param waiting: how many invocations wait for a slot or for their next retry, as in
+        :class:`LoopStatistics`
+    :param max_concurrency: how many slots there are at most
+    :param limit: how many there are now, as far as the provider bears them
+    :param cuts: how often overload has lowered that
+    :param paused_until: until when nothing new starts, in seconds of the event loop's clock, because a
+        server has asked for that; infinite after :meth:`Limiter.pause`; ``None`` if there is no such time
+    """
+
+    running: int
+    waiting: int
+    max_concurrency: int
+    limit: int
+    cuts: int = 0
+    paused_until: float | None = None
+
+
+@name_parameters()
+class Limiter:
+    """
+    One limit for everything that shares it: loops, views of loops, batches and single invocations.
+
+    An attempt starts when there is a slot for it and every rate lets it, first come, first served: what is
+    heavy is not overtaken by what is light. It starts at that very time, and until then has taken nothing.
+
+    With ``adaptive`` the limit follows what the provider bears. ``max_concurrency`` is its ceiling; an
+    overload (HTTP 429 or 529, say, see :func:`classify`) cuts it to four fifths, once for all attempts that
+    were under way at the last cut, and clean completions raise it again. When a server has asked to wait
+    (Retry-After), nothing starts for as long, at most ``Backoff.max_retry_after_seconds`` of the
+    invocation that was told, and then one after the other within a quarter of it. What runs is never
+    interrupted, and cancelled attempts never count.
+
+    A limiter can be made anywhere, inside an event loop or not, and serve several runs in turn, but not two
+    event loops at once. In each run its rates, its working limit and its budget begin anew.
+
+    :param max_concurrency: how many attempts may run at once
+    :param rates: how much may start in a time
+    :param adaptive: whether to slow down when the provider has too much to do; if not, the limit is
+        ``max_concurrency``, and a Retry-After concerns only the invocation that got it
+    :param retry_budget: how many retries there may be for each success; absent, there is no such bound
+    :raises TypeError: if a parameter is of the wrong type
+    :raises ValueError: if ``max_concurrency`` is less than 1
+    """
+
+    def __init__(
+        self,
+        max_concurrency: int,
+        *,
+        rates: Iterable[Rate] = (),
+        adaptive: bool = True,
+        retry_budget: RetryBudget | None = None,
+    ) -> None:
+        must.check_whole("max_concurrency", max_concurrency, 1)
+        if isinstance(rates, Rate) or not isinstance(rates, Iterable):
+            raise TypeError(f"rates must be an iterable of Rate, such as [Rate(60)], got {rates!r}")
+
+        rates = tuple(rates)
+        for rate in rates:
+            if not isinstance(rate, Rate):
+                raise TypeError(f"rates must be of type Rate, got {rate!r}")
+
+        if not isinstance(adaptive, bool):
+            raise TypeError(f"adaptive must be of type bool, got {adaptive!r}")
+
+        if retry_budget is not None and not isinstance(retry_budget, RetryBudget):
+            raise TypeError(f"retry_budget must be of type RetryBudget, got {retry_budget!r}")
+
+        self._max_concurrency = max_concurrency
+        self._rates = rates
+        self._adaptive = adaptive
+        self._retry_budget = retry_budget
+        self._paused = False
+        self._pool: SlotPool | None = None
+        # Held while it is found out whether another event loop uses the limiter, which is then noted.
+        self._lock = threading.Lock()
+        self._sinks: weakref.WeakSet[Callable[[Event], None]] = weakref.WeakSet()
+        self._on_change: weakref.WeakSet[Callable[[], None]] = weakref.WeakSet()
+
+    def __repr__(self) -> str:
+        now = self.statistics()
+        limit = f"{now.limit}" + (f" of {now.max_concurrency}" if now.limit < now.max_concurrency else "")
+        paused = "" if now.paused_until is None else ", paused"
+        return f"<{type(self).__name__} {now.running} running, {now.waiting} waiting, limit {limit}{paused}>"
+
+    @property
+    def max_concurrency(self) -> int:
+        """
+        How many attempts may run at once.
+
+        It can be set at any time. Raised, it lets those who wait start at once (but a limit that overload has
+        cut goes on growing from where it is); lowered, it interrupts nothing, and nothing new starts until
+        enough has ended.
+        """
+        return self._max_concurrency
+
+    @max_concurrency.setter
+    def max_concurrency(self, value: int) -> None:
+        must.check_whole("max_concurrency", value, 1)
+        pool = self._own_pool("max_concurrency of a limiter in use can be set")
+        self._max_concurrency = value
+        if pool is not None:
+            pool.resize(value)
+
+        for callback in tuple(self._on_change):
+            callback()
+
+    @property
+    def rates(self) -> tuple[Rate, ...]:
+        """How much may start in a time."""
+        return self._rates
+
+    def pause(self) -> None:
+        """
+        Let nothing new start until :meth:`resume`. What runs goes on, and may run others in its own slot.
+
+        :raises RuntimeError: if the limiter is in use in the event loop of another thread
+        """
+        pool = self._own_pool("a limiter in use can be paused")
+        self._paused = True
+        if pool is not None:
+            pool.pause()
+
+    def resume(self) -> None:
+        """
+        Let those who wait start again. Without a :meth:`pause` before, this does nothing.
+
+        :raises RuntimeError: if the limiter is in use in the event loop of another thread
+        """
+        pool = self._own_pool("a limiter in use can be resumed")
+        self._paused = False
+        if pool is not None:
+            pool.resume()
+
+    def tell(self, sink: Callable[[Event], None]) -> None:
+        """
+        Give a sink an event when a run begins to use the limiter, and whenever the limit changes meanwhile.
+
+        :param sink: must not raise; it is told as long as somebody else keeps it alive
+        """
+        self._sinks.add(sink)
+
+    def statistics(self) -> LimiterStatistics:
+        """Return the state at this moment."""
+        pool = self._pool
+        if pool is None:
+            until = math.inf if self._paused else None
+            return LimiterStatistics(0, 0, self._max_concurrency, self._max_concurrency, 0, until)
+
+        return LimiterStatistics(
+            pool.running,
+            pool.waiting,
+            self._max_concurrency,
+            pool.limit,
+            pool.governor.cuts if pool.governor is not None else 0,
+            math.inf if self._paused else pool.held_until,
+        )
+
+    def _own_pool(self, what: str) -> SlotPool | None:
+        """Return the state in the event loop of this thread, if there is one."""
+        pool = self._pool
+        if pool is not None and pool.busy and pool.in_another_thread:
+            raise RuntimeError(
+                f"{what} only in the thread of its event loop; go there by anyio.from_thread.run_sync()"
+            )
+
+        return pool
+
+    def _enter_run(self) -> SlotPool:
+        pool = self._pool
+        if pool is not None and runs_here(pool.token):
+            return pool
+
+        token = current_token()
+        with self._lock:
+            self._check_unused()
+            self._pool = pool = SlotPool(
+                token,
+                self._max_concurrency,
+                self._rates,
+                AdaptiveLimit(self._max_concurrency) if self._adaptive else None,
+                None if self._retry_budget is None else RetryLedger(self._retry_budget),
+                self._tell_limit,
+            )
+
+        pool.paused = self._paused
+        self._tell_limit(pool)
+        return pool
+
+    def _claim(self, pool: SlotPool) -> None:
+        with self._lock:
+            if self._pool is not pool:
+                # It was idle when it was looked at, and another event loop has come since.
+                self._check_unused()
+                self._pool = pool
+
+            pool.users += 1
+
+    def _check_unused(self) -> None:
+        pool = self._pool
+        if pool is not None and pool.busy:
+            raise RuntimeError(
+                f"this limiter is in use in another event loop, in thread {pool.thread.name!r}; "
+                "use one per event loop"
+            )
+
+    def _tell_limit(self, pool: SlotPool) -> None:
+        for sink in tuple(self._sinks):
+            sink(LimitEvent(pool.limit, pool.now()))
+
+
+def pool_of(limiter: Limiter) -> SlotPool:
+    """
+    Return the state of a limiter in the current event loop.
+
+    :raises RuntimeError: if it is in use in another event loop
+    """
+    return limiter._enter_run()  # pyright: ignore[reportPrivateUsage]  # not for users
+
+
+def claim(limiter: Limiter, pool: SlotPool) -> None:
+    """
+    Count one more user of a limiter's state in the current event loop, who counts itself off in ``users``.
+
+    :param pool: what :func:`pool_of` has returned
+    :raises RuntimeError: if the limiter is in use in another event loop
+    """
+    limiter._claim(pool)  # pyright: ignore[reportPrivateUsage]  # not for users

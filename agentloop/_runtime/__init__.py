@@ -1,0 +1,1 @@
+"""How invocations run: jobs, attempts, batches, streams."""

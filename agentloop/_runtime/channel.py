@@ -1,0 +1,264 @@
+"""A bounded buffer between producers and a slower reader."""
+
+from __future__ import annotations
+
+__all__ = ["BUFFER", "PATIENCE_SECONDS", "Channel"]
+
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import anyio
+from anyio.lowlevel import current_token
+
+T = TypeVar("T")
+
+BUFFER = 16
+"""How many items the buffer holds, and how many producers advance at once."""
+LOW = BUFFER // 4
+"""How many items are left when producers that wait for room go on."""
+TURN = BUFFER // 2
+"""How many items a producer puts before it makes room for those that wait."""
+STARVED_SECONDS = 0.001
+"""How long a reader waits for the producers that advance, before all others go on as well."""
+PATIENCE_SECONDS = 5.0
+"""How long a loop that is being left waits for a reader that takes nothing."""
+
+
+class _Place:
+    """A place in line."""
+
+    __slots__ = ("has_room", "wake")
+
+    wake: Callable[[], object]
+    """Is called when there is room."""
+
+    def __init__(self) -> None:
+        self.has_room = False
+
+
+class Channel(Generic[T]):
+    """
+    A memory object stream with a bounded buffer, in which no task waits.
+
+    An item that a memory object stream hands straight to a waiting receiver is lost when that one is
+    cancelled natively (``asyncio.wait_for(anext(stream), 1)``). So both sides wait on events beside the
+    stream, and what is in it is put and taken without waiting: that loses nothing, and costs less.
+
+    Producers share the buffer. One that has filled it waits in line. Once the reader has taken all but
+    ``LOW`` items, the first in line go on, as many as would fill the buffer with one item each: to wake a
+    producer for every item would cost a switch of tasks each, and to wake all of them at once would cost one
+    for each producer. After ``TURN`` items a producer joins the end of the line, if there is one. One that is
+    to begin waits in the same line. So however many there are, ``BUFFER`` of them advance at once, and all
+    together are less than twice ``BUFFER`` items ahead.
+
+    But an agent that advances most often waits for its model, and 16 requests at once may be too few. So
+    when the reader has waited with an empty buffer for ``STARVED_SECONDS``, and the line is not empty, all
+    of it goes on. No producer waits then until the buffer holds an item for each that advances, which says
+    that the reader is the slower side again.
+    """
+
+    def __init__(self) -> None:
+        # Producers wait for room before they produce, so that there is always room for what they produced.
+        self._send, self._receive = anyio.create_memory_object_stream[T](math.inf)
+        self._backend = current_token().backend_class
+        self._size = 0
+        self._arrived: anyio.Event | None = None
+        self._advancing = 0
+        self._line: deque[_Place] = deque()
+        # The place of the next producer that is to begin, and whether there was room for it.
+        self._next: _Place | None = None
+        self._admits = False
+        # Whether the producers that had room were too few for the reader.
+        self._starved = False
+        self._rest: deque[T] = deque()
+        self._ended = False
+        self._taken = 0
+        self.abandoned = False
+        """Whether no reader will take anything any more, so that waiting for room is in vain."""
+        self._on_stall: Callable[[], object] | None = None
+
+    def has_room(self, on_room: Callable[[], object]) -> bool:
+        """
+        Return whether one more producer may begin.
+
+        :param on_room: is called once it may, if it may not now
+        """
+        if self._admits or self.abandoned:
+            return True
+
+        if not self._is_full() and (self._starved or self._size + self._advancing < BUFFER):
+            return True
+
+        if self._next is None:
+            self._next = _Place()
+            self._next.wake = on_room
+            # Second, so that those that have begun and those that are to begin go on by turns.
+            self._join(self._next, 1)
+
+        return False
+
+    def enter(self) -> None:
+        """Count one more producer, which advances. It has to :meth:`leave`."""
+        self._advancing += 1
+        self._admits = False
+
+    def leave(self) -> None:
+        """Count a producer as ended. The room that it had is for the first in line."""
+        self._advancing -= 1
+        self._let_in()
+
+    def send(self, item: T, number: int = 0) -> bool:
+        """
+        Hand an item over; there is always room for one.
+
+        :param number: how many items the producer has put
+        :return: whether the producer has to :meth:`wait_for_room` before it advances again
+        """
+        self._send.send_nowait(item)
+        self._size = size = self._size + 1
+        if self._arrived is not None:
+            self._arrived.set()
+            self._arrived = None
+
+        # Most often it is not; a call for every chunk shows.
+        return (size >= BUFFER or bool(self._line)) and self._is_full(number)
+
+    def _is_full(self, number: int = 0) -> bool:
+        """Return whether a producer has to wait that has put ``number`` items."""
+        if self._starved:
+            # The line is empty.
+            self._starved = self._size < max(BUFFER, self._advancing)
+            return not self._starved
+
+        return self._size >= BUFFER or (bool(self._line) and number % TURN == 0)
+
+    async def wait_for_room(self) -> None:
+        """
+        Wait in line. The producer counts as advancing again afterwards, also if this raises: its agent may
+        yield once more.
+        """
+        if self.abandoned:
+            return
+
+        place = _Place()
+        self._join(place, len(self._line))
+        self._advancing -= 1
+        try:
+            while not place.has_room:
+                event = self._backend.create_event()
+                place.wake = event.set
+                if self._on_stall is None:
+                    await event.wait()
+                    continue
+
+                taken = self._taken
+                with anyio.move_on_after(PATIENCE_SECONDS):
+                    await event.wait()
+
+                if self._taken == taken and not place.has_room:
+                    self._on_stall()
+        except BaseException:
+            if not place.has_room:
+                self._line.remove(place)
+                self._advancing += 1
+
+            raise
+
+    def _join(self, place: _Place, index: int) -> None:
+        if not self._line and self._arrived is not None:
+            # The reader waits, and does not know that it has to set itself a time limit.
+            self._arrived.set()
+            self._arrived = None
+
+        self._line.insert(index, place)
+
+    def limit_patience(self, on_stall: Callable[[], object]) -> None:
+        """
+        From now on, be patient no longer than ``PATIENCE_SECONDS`` with a reader that takes nothing.
+
+        :param on_stall: is called then, and cancels the producers
+        """
+        self._on_stall = on_stall
+        for place in tuple(self._line):
+            # A producer then stays in line, and waits on with a time limit.
+            place.wake()
+
+    def abandon(self) -> None:
+        """Let no producer wait for room any more: the reader has left, or all is cancelled."""
+        self.abandoned = True
+        self._let_in(all_of_them=True)
+
+    def _let_in(self, all_of_them: bool = False) -> None:
+        """Let the first in line go on, once the buffer is low."""
+        line = self._line
+        room = BUFFER - self._size - self._advancing if self._size <= LOW else 0
+        while line and (room > 0 or all_of_them):
+            place = line.popleft()
+            place.has_room = True
+            room -= 1
+            if place is self._next:
+                self._next = None
+                self._admits = True
+            else:
+                self._advancing += 1
+
+            place.wake()
+
+    async def receive(self) -> T:
+        """
+        Wait for an item. Cancellation, native cancellation too, loses none.
+
+        :raises EndOfStream: when all were taken and no more will come
+        """
+        # To look for a cancellation costs a tenth of all that a chunk does. A reader that waits finds out
+        # anyway, and one that never waits after three more at the latest.
+        if not self._taken & 3:
+            await self._backend.checkpoint_if_cancelled()
+
+        while not self._size:
+            if self._ended:
+                raise anyio.EndOfStream
+
+            if self._arrived is None:
+                self._arrived = self._backend.create_event()
+
+            if not self._line:
+                await self._arrived.wait()
+                continue
+
+            with anyio.move_on_after(STARVED_SECONDS) as scope:
+                await self._arrived.wait()
+
+            if scope.cancelled_caught and not self._size:
+                self._starved = bool(self._line)
+                self._let_in(all_of_them=True)
+
+        # Nothing waits from here on, so what was taken is also returned.
+        self._size -= 1
+        self._taken += 1
+        if self._line and self._size <= LOW:
+            self._let_in()
+
+        return self._rest.popleft() if self._rest else self._receive.receive_nowait()
+
+    def close(self) -> None:
+        """Say that no item will come any more. What is there can still be taken."""
+        # The reader may never come back, and a stream that is left open would be reported.
+        while len(self._rest) < self._size:
+            self._rest.append(self._receive.receive_nowait())
+
+        self._send.close()
+        self._receive.close()
+        self._ended = True
+        # Neither of these is to be called any more, and they refer to the owner of this channel.
+        self._on_stall = None
+        self._let_in(all_of_them=True)
+        if self._arrived is not None:
+            self._arrived.set()
+
+    def drop(self) -> None:
+        """Drop what nobody will take any more, once it has ended."""
+        self._rest.clear()
+        self._size = 0

@@ -1,0 +1,206 @@
+"""A batch that is read while it runs."""
+
+from __future__ import annotations
+
+__all__ = ["BatchReader", "CompletionBatch", "StreamBatch"]
+
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar, cast
+
+import anyio
+
+from .._errors import LoopClosed
+from .._events import ChunkEvent, ResultEvent
+from .._invocation import Inputs
+from .._limits.limiter import Limiter
+from .._misuse import EnteredOnly
+from .._result import InvocationResult
+from .attempt import RunOptions
+from .batch import Batch
+from .channel import Channel
+from .job import Job
+from .lifetime import Lifetime
+from .observer import new_id
+from .producer import Background
+from .stream_attempt import StartSoon, carry
+
+T = TypeVar("T")
+ItemT = TypeVar("ItemT")
+
+
+class ReadBatch(Batch[T], Generic[T, ItemT]):
+    """A batch that hands items to a reader as they come."""
+
+    _keep_rest = False
+
+    def __init__(
+        self,
+        inputs: Inputs[T],
+        limiter: Limiter,
+        plan: RunOptions,
+    ) -> None:
+        super().__init__(inputs, limiter, plan)
+        self._channel: Channel[ItemT] = Channel()
+        self._scope = anyio.CancelScope()
+
+    @property
+    def left_open(self) -> bool:
+        """Whether an agent has left a scope open in the producing task; agents run in tasks of the batch."""
+        return False
+
+    async def produce(self, start_soon: StartSoon) -> None:
+        """Run the batch to its end, or until its reader leaves."""
+        del start_soon  # for batches of streams
+        with self._scope:
+            await self.run()
+
+    async def take(self) -> ItemT:
+        """
+        Wait for an item. Cancellation, native cancellation too, loses none.
+
+        :raises EndOfStream: when the batch has ended and all items were taken
+        """
+        item = await self._channel.receive()
+        if not isinstance(cast("object", item), ChunkEvent):
+            # It is the last item of its invocation.
+            self._taken()
+
+        return item
+
+    def end(self) -> None:
+        """Say that no item will come any more."""
+        self._channel.close()
+
+    def drop(self) -> None:
+        """Drop the items that no reader will take any more."""
+        self._channel.drop()
+        if self.input_error is not None:
+            # Its traceback refers to the reader's frame, which refers to this.
+            self.input_error = None
+            self.complete = False
+
+    def leave(self) -> None:
+        """Cancel all."""
+        self._cancelled_by = "the block that reads the results was left"
+        self._scope.cancel(self._cancelled_by)
+        self._channel.abandon()
+
+    def drain(self) -> None:
+        """Start nothing new, and be patient with the reader for a limited time only."""
+        self.stop("the loop was left", LoopClosed("the loop was left"))
+        self._channel.limit_patience(lambda: self.cancel("nobody read", LoopClosed("the loop was left")))
+
+    def cancel(self, reason: str, cause: BaseException) -> None:
+        """Cancel what runs; each invocation that was started still has its result."""
+        super().cancel(reason, cause)
+        self._channel.abandon()
+
+
+class CompletionBatch(ReadBatch[T, InvocationResult[T]]):
+    """A batch that hands over its results."""
+
+    def _deliver(self, job: Job[T], result: InvocationResult[T], now: float) -> None:
+        del job, now  # the result says whose it is
+        self._channel.send(result)
+
+
+class StreamBatch(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
+    """
+    A batch of streams, which hands over the chunks of all, and each one's result after its last chunk.
+
+    A stream begins when there is room for what it yields.
+    """
+
+    async def produce(self, start_soon: StartSoon) -> None:
+        """Run the batch to its end, or until its reader leaves."""
+        act = partial(carry, self._channel, _chunk_event, start_soon)
+        self._plan = RunOptions(self._plan.config, self._plan.observer, act)
+        try:
+            await super().produce(start_soon)
+        finally:
+            # It refers to the task's owner, which refers to this.
+            self._plan.act = None
+
+    def stop(self, reason: str, cause: BaseException, hint: str = "") -> None:
+        super().stop(reason, cause, hint)
+        self._changed()
+
+    def _has_work(self) -> bool:
+        # To give up what does not begin any more takes no room.
+        return super()._has_work() and (self._stopped is not None or self._channel.has_room(self._changed))
+
+    def _next_job(self) -> Job[None] | None:
+        return super()._next_job() if self._has_work() else None
+
+    def _deliver(self, job: Job[None], result: InvocationResult[None], now: float) -> None:
+        # The same as an event sink is given, if there is one.
+        self._channel.send(ResultEvent(job.invocation, result, job.id or new_id(), now))
+
+
+def _chunk_event(job: Job[Any], chunk: T) -> ChunkEvent[T]:
+    return ChunkEvent(job.invocation, chunk, job.index)
+
+
+class BatchReader(EnteredOnly, Generic[ItemT]):
+    """An async context manager that gives what a batch hands over."""
+
+    def __init__(self, verb: str, make: Callable[[], ReadBatch[Any, ItemT]], lifetime: Lifetime) -> None:
+        self._usage = f"write `async with loop.{verb}(...) as results:` around `async for ... in results:`"
+        self._make = make
+        self._lifetime = lifetime
+        self._batch: ReadBatch[Any, ItemT] | None = None
+        self._background: Background | None = None
+
+    async def __aenter__(self) -> Self:
+        if self._batch is not None:
+            raise RuntimeError("a batch can be read in one `async with` block only")
+
+        self._lifetime.check()
+        self._batch = self._make()
+        self._background = Background(self._batch, self._lifetime)
+        await self._background.start()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._background is not None
+        await self._background.stop(exc)
+
+    def __aiter__(self) -> AsyncIterator[ItemT]:
+        self._entered()
+        return self
+
+    async def __anext__(self) -> ItemT:
+        batch = self._entered()
+        try:
+            return await batch.take()
+        except anyio.EndOfStream:
+            pass
+
+        assert self._background is not None
+        self._background.raise_failure()
+        error = batch.input_error
+        try:
+            if isinstance(error, StopAsyncIteration):
+                raise RuntimeError("the input raised StopAsyncIteration") from error
+
+            if error is not None:
+                raise error
+        finally:
+            # Its traceback refers to this frame, and the batch to the error.
+            del error
+
+        # What is cut short must not look complete.
+        if batch.stopped is not None:
+            raise batch.stopped.with_traceback(None)
+
+        raise StopAsyncIteration
+
+    def _entered(self) -> ReadBatch[Any, ItemT]:
+        if self._batch is None:
+            raise RuntimeError(self._usage)
+
+        return self._batch

@@ -1,0 +1,205 @@
+"""A stream: what an agent yields, read while it runs."""
+
+from __future__ import annotations
+
+__all__ = ["AgentStream", "Streaming"]
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from functools import partial
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+import anyio
+
+from .._invocation import Invocation
+from .._limits.limiter import Limiter
+from .._misuse import EnteredOnly
+from .._result import InvocationResult
+from .attempt import RunOptions
+from .channel import Channel
+from .job import Job
+from .lifetime import Lifetime
+from .producer import Background
+from .single import Single
+from .stream_attempt import StartSoon, carry
+
+T = TypeVar("T")
+
+
+def _as_it_is(_: Job[Any], chunk: T) -> T:
+    return chunk
+
+
+class Streaming(Generic[T]):
+    """Runs one invocation whose chunks are read meanwhile."""
+
+    def __init__(
+        self,
+        invocation: Invocation[Any],
+        limiter: Limiter,
+        plan: RunOptions,
+    ) -> None:
+        self.result: InvocationResult[None] | None = None
+        self._plan = RunOptions(plan.config, plan.observer)
+        self._single: Single[None] = Single(invocation, limiter, self._plan, own_task=True)
+        # Last, since it has to be closed: a limiter that is in use elsewhere is refused above.
+        self.channel: Channel[T] = Channel()
+        self._scope = anyio.CancelScope()
+
+    @property
+    def left_open(self) -> bool:
+        return self._single.left_open
+
+    async def produce(self, start_soon: StartSoon) -> None:
+        self._plan.act = partial(carry, self.channel, _as_it_is, start_soon)
+        try:
+            with self._scope:
+                self.result = await self._single.run()
+        finally:
+            self.result = self.result or self._single.ended
+            # It refers to the task's owner, which refers to this.
+            self._plan.act = None
+
+    def end(self) -> None:
+        self.channel.close()
+
+    def leave(self) -> None:
+        self._cancel("the block that reads the stream was left")
+
+    def drain(self) -> None:
+        self.channel.limit_patience(lambda: self._cancel("the loop was left, and nobody read the stream"))
+
+    def cancel(self, reason: str, cause: BaseException) -> None:
+        del cause  # the reason names it
+        self._cancel(reason)
+
+    def drop(self) -> None:
+        self.channel.drop()
+
+    def _cancel(self, reason: str) -> None:
+        if not self._scope.cancel_called:
+            self._single.reason = reason
+            self._scope.cancel(reason)
+            self.channel.abandon()
+
+
+class AgentStream(EnteredOnly, Generic[T]):
+    """
+    What an agent yields: an async context manager, and an async iterable of chunks inside it::
+
+        async with loop.run_streaming("writer", write, "a haiku") as stream:
+            async for chunk in stream:
+                ...
+
+    The agent runs in a task of its own, at most a small buffer ahead of its reader. What it raises reaches
+    the reader as the object that it is, after the chunks that it yielded before. Being cancelled while
+    waiting for a chunk loses none. Leaving the block, by any path, cancels an agent that still runs, and
+    waits until its generator is closed; one that is suspended at a ``yield`` then has five seconds for its
+    cleanup.
+    """
+
+    _usage = "write `async with loop.run_streaming(...) as stream:` around `async for chunk in stream:`"
+
+    def __init__(self, agent_id: str, make: Callable[[], Streaming[T]], lifetime: Lifetime) -> None:
+        self._make = make
+        self._lifetime = lifetime
+        self._agent_id = agent_id
+        self._streaming: Streaming[T] | None = None
+        self._background: Background | None = None
+        self._raised_at: TracebackType | None = None
+        self._raised = False
+
+    def __repr__(self) -> str:
+        state = "not entered"
+        if self._streaming is not None:
+            result = self._streaming.result
+            state = "running" if result is None else f"{result.status} after {result.chunks} chunks"
+
+        return f"<AgentStream {self._agent_id!r} {state}>"
+
+    @property
+    def result(self) -> InvocationResult[None]:
+        """
+        What became of the invocation. Its ``output`` is ``None``: the chunks were the reader's.
+
+        :raises RuntimeError: while the agent may still run; at the end of the block it does not
+        """
+        if self._streaming is None or self._streaming.result is None:
+            raise RuntimeError(
+                "a stream has its result when it has ended: read it after the `async with` block"
+            )
+
+        return self._streaming.result
+
+    async def __aenter__(self) -> Self:
+        if self._streaming is not None:
+            raise RuntimeError("a stream can be read in one `async with` block only")
+
+        self._lifetime.check()
+        self._streaming = self._make()
+        self._background = Background(self._streaming, self._lifetime)
+        await self._background.start()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._background is not None
+        try:
+            await self._background.stop(exc)
+        finally:
+            if self._raised and exc is None:
+                # It was handled within the block. What was read there has a frame that refers to the stream.
+                self._forget_readers()
+
+    def _forget_readers(self) -> None:
+        error = self.result.exception
+        assert error is not None
+        with suppress(Exception):
+            error.__traceback__ = self._raised_at
+
+    def __aiter__(self) -> AsyncIterator[T]:
+        self._entered()
+        return self
+
+    async def __anext__(self) -> T:
+        """
+        Wait for a chunk.
+
+        :raises Exception: what the agent raised, after its chunks
+        :raises InvocationTimeout: if it took too long; :exc:`FirstChunkTimeout` and :exc:`IdleTimeout` are
+            such
+        :raises InvocationCancelled: if it was cancelled from within, or with its loop
+        """
+        streaming = self._entered()
+        try:
+            return await streaming.channel.receive()
+        except anyio.EndOfStream:
+            pass
+
+        assert self._background is not None
+        self._background.raise_failure()
+        error = self.result.exception
+        if error is None:
+            raise StopAsyncIteration
+
+        if isinstance(error, StopAsyncIteration):
+            raise RuntimeError("the agent raised StopAsyncIteration") from error
+
+        if not self._raised:
+            self._raised = True
+            self._raised_at = error.__traceback__
+
+        # Each time the same object, without the frames of the times before.
+        try:
+            raise error.with_traceback(self._raised_at)
+        finally:
+            # Its traceback refers to this frame, and the stream's result to the error.
+            del error, streaming, self
+
+    def _entered(self) -> Streaming[T]:
+        if self._streaming is None:
+            raise RuntimeError(self._usage)
+
+        return self._streaming

@@ -1,0 +1,329 @@
+"""One attempt of a stream: what an agent yields, chunk by chunk."""
+
+from __future__ import annotations
+
+__all__ = ["StartSoon", "carry"]
+
+import inspect
+import math
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine
+from contextvars import Context
+from functools import partial
+from typing import Any, Generic, TypeAlias, TypeVar
+
+import anyio
+from anyio.lowlevel import checkpoint_if_cancelled
+
+from .._errors import FirstChunkTimeout, IdleTimeout, not_async
+from .._eventloop.context import call_in_context
+from .._metrics.histogram import Histogram
+from .attempt import RunOptions, plumbing
+from .channel import Channel
+from .job import Job
+
+ItemT = TypeVar("ItemT")
+
+StartSoon: TypeAlias = Callable[[Callable[[], Coroutine[Any, Any, None]], str], None]
+"""Starts a task, which gets a name, beside the one that runs the agent."""
+
+CLOSE_SECONDS = 5.0
+"""How long an agent's generator may take to close when its stream ends early."""
+ADVANCES = 3
+"""How often one is advanced that goes on to yield."""
+GAPS_TOLD_AT_MOST = 200
+"""How many gaps between chunks are kept until they are counted."""
+
+
+def carry(
+    channel: Channel[ItemT],
+    as_item: Callable[[Job[Any], Any], ItemT],
+    start_soon: StartSoon,
+    job: Job[Any],
+    plan: RunOptions,
+    context: Context,
+    scope: anyio.CancelScope,
+    on_wait: Callable[[], object],
+) -> Awaitable[None]:
+    """
+    Call the agent, and hand over what it yields until it ends.
+
+    :param as_item: makes of a chunk what the channel carries
+    :param start_soon: starts the task that watches for idleness
+    :param context: what every step of the agent is taken in
+    :param scope: the attempt's scope
+    :param on_wait: called when the agent waits for the first time
+    """
+    carriage = _StreamAttempt(channel, as_item, start_soon, job, plan, scope)
+    return call_in_context(context, carriage.run, (), {}, on_wait)
+
+
+class _StreamAttempt(Generic[ItemT]):
+    def __init__(
+        self,
+        channel: Channel[ItemT],
+        as_item: Callable[[Job[Any], Any], ItemT],
+        start_soon: StartSoon,
+        job: Job[Any],
+        plan: RunOptions,
+        scope: anyio.CancelScope,
+    ) -> None:
+        assert job.slot is not None
+        self._pool = job.slot.pool
+        self._channel = channel
+        self._as_item = as_item
+        self._start_soon = start_soon
+        self._job = job
+        self._observer = plan.observer
+        config = plan.config
+        self._first_seconds = config.first_chunk_timeout_seconds
+        self._idle_seconds = config.idle_timeout_seconds
+        self._scope = scope
+        now = self._pool.now()
+        # When the attempt has to be over. The time for which its reader lets it wait is added.
+        self._end = math.inf if config.timeout_seconds is None else now + config.timeout_seconds
+        # Since when the agent has yielded nothing, while nobody but itself is to blame.
+        self._idle_since = math.inf
+        self._gaps: Histogram | None = None
+        # What is to be counted in there: many at once are counted faster.
+        self._gaps_told: list[float] = []
+        self._watching: anyio.CancelScope | None = None
+        self._closing = anyio.CancelScope()
+        # It may be that of the attempt before.
+        job.chunk_limit = None
+        if self._first_seconds is not None and now + self._first_seconds < scope.deadline:
+            scope.deadline = now + self._first_seconds
+            job.total_counts = False
+            job.chunk_limit = (FirstChunkTimeout, self._first_seconds)
+
+    @plumbing
+    async def run(self) -> None:
+        failure: BaseException | None = None
+        error: Exception | None = None
+        cut_short = False
+        # A generator that is suspended at a yield may have scopes open, which lie within this one. A scope
+        # that was entered only in order to close it would lie within those, and they would end first.
+        with self._closing:
+            iterator = self._open()
+            try:
+                cut_short = await self._pull(iterator)
+            except BaseException as exc:
+                failure = exc
+
+            # No timer of the attempt has a part in what comes now.
+            self._scope.deadline = math.inf
+            if self._watching is not None:
+                self._watching.cancel()
+
+            if self._gaps is not None:
+                self._gaps.add_all(self._gaps_told)
+                self._observer.streamed(self._gaps)
+
+            error = await self._close(iterator)
+            # Trio forgets it as the scope around it is left.
+            self._job.left_open = self._pool.is_left_open(self._closing)
+
+        if self._closing.cancelled_caught:
+            error = self._job.made_of_cancellation
+
+        try:
+            if failure is not None:
+                self._job.made_of_cancellation = error
+                raise failure
+
+            if cut_short:
+                # The agent yielded in a shielded scope of its own, so that it had to be closed first.
+                self._job.made_of_cancellation = error
+                await checkpoint_if_cancelled()
+
+            if error is not None:
+                raise error
+        finally:
+            # Their tracebacks refer to this frame; the frame must not refer back.
+            del failure, error
+
+    def _open(self) -> AsyncIterator[Any]:
+        invocation = self._job.invocation
+        returned: object = invocation.fn(*invocation.args, **invocation.kwargs)
+        if isinstance(returned, AsyncIterable):
+            return aiter(returned)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+
+        message = (
+            f"{invocation.fn!r} returned a {type(returned).__name__}, which `async for` cannot iterate over: "
+            "pass an async generator function"
+        )
+        if inspect.iscoroutine(returned):
+            returned.close()
+            raise TypeError(message)
+
+        raise not_async(message)
+
+    @plumbing
+    async def _pull(self, iterator: AsyncIterator[Any]) -> bool:
+        """
+        Hand over what the agent yields.
+
+        :return: whether that was given up, since nobody will read on
+        """
+        channel, job, as_item, now = self._channel, self._job, self._as_item, self._pool.now
+        gaps = self._gaps_told
+        next_chunk: Callable[[], Awaitable[Any]] = iterator.__anext__
+        step = next_chunk
+        channel.enter()
+        try:
+            while True:
+                try:
+                    chunk = await step()
+                except StopAsyncIteration:
+                    return False
+
+                step = next_chunk
+                if not job.chunks:
+                    self._first_chunk()
+                else:
+                    at = now()
+                    if self._gaps is not None:
+                        gaps.append((at - self._idle_since) * 1000.0)
+                        if len(gaps) >= GAPS_TOLD_AT_MOST:
+                            self._gaps.add_all(gaps)
+                            gaps.clear()
+
+                    self._idle_since = at
+
+                job.chunks += 1
+                if channel.send(as_item(job, chunk), job.chunks):
+                    try:
+                        await self._wait_for_reader()
+                    except anyio.get_cancelled_exc_class() as exc:
+                        if not isinstance(iterator, AsyncGenerator) or not self._is_cancelled_by_agent():
+                            raise
+
+                        # It would have reached an agent that waits; one that is suspended at a yield gets it
+                        # too.
+                        step = partial(iterator.athrow, exc)
+
+                    if channel.abandoned:
+                        return True
+        finally:
+            channel.leave()
+            # The traceback of what it throws in refers to this frame; the frame must not refer back.
+            del step
+
+    def _first_chunk(self) -> None:
+        self._idle_since = self._job.first_chunk_at = self._pool.now()
+        self._gaps = self._observer.first_chunk(self._job, self._idle_since)
+        if self._job.chunk_limit is not None:
+            self._set_deadline(self._end)
+
+        if self._idle_seconds is not None:
+            self._watching = anyio.CancelScope()
+            self._start_soon(self._watch, "agentloop watch")
+
+    def _set_deadline(self, end: float) -> None:
+        """Time the attempt out at ``end``, or when the invocation's total time is up."""
+        job, scope = self._job, self._scope
+        scope.deadline = min(job.deadline, end)
+        # An agent that yields once more, after its time was up, does not change why it was cancelled.
+        if not scope.cancel_called:
+            job.chunk_limit = None
+            job.total_counts = job.deadline <= end
+
+    def _is_cancelled_by_agent(self) -> bool:
+        """Whether a scope that the agent yields in is cancelled, and the agent has a slot to go on."""
+        self._closing.shield = True
+        cancelled = anyio.current_effective_deadline() == -math.inf
+        self._closing.shield = False
+        return cancelled and self._job.slot is not None
+
+    async def _wait_for_reader(self) -> None:
+        pool, job, slot = self._pool, self._job, self._job.slot
+        assert slot is not None
+        began = pool.now()
+        self._idle_since = math.inf
+        self._set_deadline(math.inf)
+        try:
+            if slot.lender is None:
+                await self._channel.wait_for_room()
+            else:
+                # The reader is itself an agent, and may run something else before it reads on: it needs back
+                # the slot that it has lent, or both would wait for each other.
+                job.slot = None
+                slot.suspend()
+                await self._channel.wait_for_room()
+                # Nothing is paid for it again, and neither a pause nor a cool-off holds it back.
+                granted = pool.acquire_nowait(None, slot.outer)
+                granted = granted or await pool.wait(pool.enqueue(None, slot.outer))
+                assert granted is not None
+                slot.resume(granted)
+                job.slot = slot
+        finally:
+            slot.released = job.slot is None
+            self._idle_since = pool.now()
+            self._end += self._idle_since - began
+            self._set_deadline(self._end)
+
+    async def _watch(self) -> None:
+        """
+        End an agent that yields nothing for too long.
+
+        A task, because a timer that is set anew for every chunk costs more than all else about a chunk.
+        """
+        assert self._watching is not None
+        assert self._idle_seconds is not None
+        with self._watching:
+            while True:
+                now = self._pool.now()
+                if now >= self._idle_since + self._idle_seconds:
+                    break
+
+                await anyio.sleep_until(min(self._idle_since, now) + self._idle_seconds)
+
+            if not self._scope.cancel_called:
+                self._job.total_counts = False
+                self._job.chunk_limit = (IdleTimeout, self._idle_seconds)
+                self._scope.cancel("idle")
+
+    async def _close(self, iterator: AsyncIterator[Any]) -> Exception | None:
+        """
+        Close the agent's generator, if it has not ended.
+
+        :return: what went wrong with that
+        """
+        aclose = getattr(iterator, "aclose", None)
+        if aclose is None or getattr(iterator, "ag_frame", iterator) is None:
+            return None
+
+        self._closing.shield = True
+        self._closing.deadline = self._pool.now() + CLOSE_SECONDS
+        error: Exception | None = None
+        try:
+            await aclose()
+        except BaseExceptionGroup as exc:
+            # A task group that the generator yields in puts our GeneratorExit into a group.
+            rest = exc.split(GeneratorExit)[1]
+            if rest is not None and not isinstance(rest, Exception):
+                raise
+
+            error = rest
+        except Exception as exc:
+            error = exc
+        except anyio.get_cancelled_exc_class():
+            # On asyncio the scope may let it pass, in favour of one further out that is cancelled as well.
+            if self._closing.cancel_called:
+                seconds = f"{CLOSE_SECONDS:.10g}s"
+                late = TimeoutError(f"the agent's generator took longer than {seconds} to close")
+                self._job.made_of_cancellation = late
+
+            raise
+
+        # To a generator that yields instead of closing, aclose() and athrow() do nothing any more. What is
+        # left of it runs when it is advanced.
+        for _ in range(ADVANCES):
+            if getattr(iterator, "ag_frame", None) is None:
+                break
+
+            try:
+                await anext(iterator)
+            except (Exception, GeneratorExit):
+                break
+
+        return error

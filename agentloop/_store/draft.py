@@ -1,0 +1,136 @@
+"""What an edit works on: the state of a store, with changes laid over it."""
+
+from __future__ import annotations
+
+__all__ = ["Draft", "check_key"]
+
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from typing import Any, Self
+
+from .freezer import Freezer, same
+from .frozen import FROZEN, thaw
+
+
+def check_key(key: Any) -> None:
+    """Refuse a key that is no ``str``."""
+    if not isinstance(key, str):
+        raise TypeError(f"a key of a ContextStore must be a str, got {key!r}")
+
+
+class Draft(MutableMapping[str, Any]):
+    """
+    A mutable mapping over a state that it leaves alone.
+
+    It costs what is touched, whatever the size of the state: a value is copied when it is first looked at.
+
+    :param state: the state, with frozen values; it must not change while the draft is in use
+    """
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self._state = state
+        self._owner = object()
+        # What was set, and what was looked at and may have been changed since.
+        self._touched: dict[str, Any] = {}
+        # Keys of the state; one that was set again is in both, and has its place at the end.
+        self._deleted: set[str] = set()
+        self._ended = False
+
+    def __repr__(self) -> str:
+        return "<draft that has ended>" if self._ended else f"<draft of {len(self)} keys>"
+
+    def __getitem__(self, key: str) -> Any:
+        self._check()
+        if key in self._touched:
+            return self._touched[key]
+
+        if key in self._deleted:
+            raise KeyError(key)
+
+        value = self._state[key]
+        if type(value) in FROZEN:
+            value = self._touched[key] = thaw(value, self._owner)
+
+        return value
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._check()
+        check_key(key)
+        self._touched[key] = thaw(value, self._owner)
+
+    def __delitem__(self, key: str) -> None:
+        if key not in self:
+            raise KeyError(key)
+
+        self._touched.pop(key, None)
+        if key in self._state:
+            self._deleted.add(key)
+
+    def __contains__(self, key: object) -> bool:
+        self._check()
+        return key in self._touched or (key in self._state and key not in self._deleted)
+
+    def __iter__(self) -> Iterator[str]:
+        self._check()
+        for key in self._state:
+            if key not in self._deleted:
+                yield key
+
+        yield from [*self._added()]
+
+    def __reversed__(self) -> Iterator[str]:
+        keys: list[str] = [*self]
+        return reversed(keys)
+
+    def __len__(self) -> int:
+        self._check()
+        return len(self._state) - len(self._deleted) + sum(1 for _ in self._added())
+
+    def __ior__(self, other: Any) -> Self:
+        self.update(other)
+        return self
+
+    def popitem(self) -> tuple[str, Any]:
+        """Remove the last item and return it, as ``dict`` does."""
+        for key in reversed(self):
+            return key, self.pop(key)
+
+        raise KeyError("popitem(): the draft is empty")
+
+    def clear(self) -> None:
+        """Remove all items."""
+        self._check()
+        self._touched.clear()
+        self._deleted.update(self._state)
+
+    def end(self) -> None:
+        """Refuse any further use."""
+        self._ended = True
+
+    def changes(self) -> tuple[dict[str, Any], Collection[str]]:
+        """
+        Freeze what was touched.
+
+        :return: what differs from the state, frozen, and the keys that were deleted, which come first
+        :raises TypeError: if a value is of a type that a store does not take
+        :raises ValueError: if a value contains itself
+        """
+        freezer, changes = Freezer(self._owner), dict[str, Any]()
+        for key, value in self._touched.items():
+            frozen = freezer.freeze(value, key)
+            if self._is_added(key) or not same(frozen, self._state[key]):
+                changes[key] = frozen
+
+        return changes, self._deleted
+
+    def _added(self) -> Iterator[str]:
+        return (key for key in self._touched if self._is_added(key))
+
+    def _is_added(self, key: str) -> bool:
+        return key not in self._state or key in self._deleted
+
+    def _check(self) -> None:
+        if self._ended:
+            raise RuntimeError(
+                "the block of this draft has ended: take a snapshot() to look at the store, or open another "
+                "`async with store.edit() as draft:`"
+            )

@@ -1,0 +1,113 @@
+"""The state of a store, and what it has in the event loop it is used in. Nothing here waits."""
+
+from __future__ import annotations
+
+__all__ = ["Run", "State", "freeze_all"]
+
+import threading
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import anyio
+from anyio.lowlevel import EventLoopToken, current_token
+
+from .._eventloop.backend import is_running
+from .draft import check_key
+from .freezer import Freezer
+from .frozen import LiveDict, thaw
+from .watch import Audience
+
+
+class Run:
+    """What a store has in one event loop: whose turn it is to write, and who waits for changes."""
+
+    def __init__(self, token: EventLoopToken) -> None:
+        self.token = token
+        self.thread = threading.current_thread()
+        self.lock = anyio.Lock()
+        self.editor: anyio.TaskInfo | None = None
+        self.audience = Audience()
+
+
+class State:
+    """
+    Frozen values by key.
+
+    Every change of it is synchronous, so that no cancellation can tear it.
+    """
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+        self.version = 0
+        self._run: Run | None = None
+
+    def read(self, key: str, default: Any) -> Any:
+        """Return a value that is the caller's own."""
+        return thaw(self.values.get(key, default), object())
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return all values, as a dict that is the caller's own."""
+        return LiveDict(self.values, object())
+
+    def commit(self, run: Run, changes: Mapping[str, Any], deleted: Collection[str] = ()) -> None:
+        """
+        Make a change, and tell whom it concerns. Only who holds the lock may.
+
+        :param run: what :meth:`enter_run` returned
+        :param changes: new values, frozen
+        :param deleted: keys to delete first; they exist
+        """
+        if not changes and not deleted:
+            return
+
+        # Whatever strikes here, a Ctrl-C included, the state is the old one or the new one: one call or one
+        # assignment makes the change.
+        if deleted:
+            state = {key: value for key, value in self.values.items() if key not in deleted}
+            state.update(changes)
+            self.values = state
+        else:
+            self.values.update(changes)
+
+        self.version += 1
+        run.audience.notify(self.values, {*changes, *deleted})
+
+    def enter_run(self) -> Run:
+        """
+        Return what the store has in the current event loop.
+
+        :raises RuntimeError: if it is in use in another event loop, or this task is inside an edit
+        """
+        run, token = self._run, current_token()
+        if run is None or run.token != token:
+            if run is not None and is_running(run.token):
+                raise RuntimeError(
+                    f"this store is in use in another event loop, in thread {run.thread.name!r}: use one "
+                    "store per event loop, or go there by anyio.from_thread.run()"
+                )
+
+            self._run = run = Run(token)
+        elif run.editor is not None and run.editor == anyio.get_current_task():
+            raise RuntimeError(
+                "this task is inside `async with store.edit() as draft:`, and would wait for itself: use the "
+                "draft, or leave the block first"
+            )
+
+        return run
+
+
+def freeze_all(name: str, mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Freeze the values of a mapping.
+
+    :param name: what to call it in the message of an error
+    """
+    if not isinstance(mapping, Mapping):
+        raise TypeError(f"{name} must be a mapping, got {type(mapping).__name__}")
+
+    freezer, frozen = Freezer(), dict[str, Any]()
+    for key, value in mapping.items():
+        check_key(key)
+        frozen[key] = freezer.freeze(value, key)
+
+    return frozen

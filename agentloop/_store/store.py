@@ -1,0 +1,369 @@
+"""State that concurrent agents share."""
+
+from __future__ import annotations
+
+__all__ = ["ContextStore"]
+
+import json
+import math
+from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast, overload
+
+import anyio
+from anyio.lowlevel import checkpoint
+
+from .. import _validators as must
+from .draft import Draft, check_key
+from .freezer import Freezer
+from .frozen import thaw
+from .json import check_json
+from .state import State, freeze_all
+from .watch import Watch, refuse_awaitable
+
+T = TypeVar("T")
+
+
+class ContextStore:
+    """
+    State that concurrent agents share: a mapping from strings to values, which changes one whole step at a
+    time.
+
+    It can be made anywhere, inside an event loop or not, and serve several runs in turn, on either backend,
+    but not two event loops at once. It is linearizable: each operation happens at one moment between its call
+    and its return. One that is cancelled, times out or raises has not happened. Writers take turns, first
+    come, first served; readers never wait, and see what was committed last.
+
+    What is put in is copied, and what is handed out is the reader's own, with all dicts, lists, sets and
+    tuples in it; objects of any other type are shared by reference, so let them be immutable. Copies are made
+    lazily, one level at a time: what is handed out are ``dict``, ``list`` and ``set`` of private subclasses,
+    complete for C code too, of which the parts that nobody looks at stay shared. ``copy.deepcopy()`` makes
+    exact ones of them, and so does ``pickle``. What is one object in two places becomes two. Subclasses such
+    as ``Counter`` are refused, since they could not be given back.
+
+    The task that is inside :meth:`edit` cannot use the store otherwise: it would wait for itself. The same
+    holds, unseen, for a task that it waits for inside the block, such as a nested agent, and that writes:
+    pass it the draft, or give it ``edit(timeout_seconds=...)``, which ends such a wait.
+
+    :param initial: what to begin with
+    :raises TypeError: if it is no mapping, a key is no ``str``, or a value is of a type that cannot be kept
+    :raises ValueError: if a value contains itself
+    """
+
+    def __init__(self, initial: Mapping[str, Any] | None = None) -> None:
+        self._state = State(freeze_all("initial", {} if initial is None else initial))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy, or what comes out of a pickle, is another store with the same state.
+        return type(self), (dict(self._state.values),)
+
+    def __repr__(self) -> str:
+        return f"<ContextStore {len(self._state.values)} keys, version {self._state.version}>"
+
+    async def get(self, key: str, default: Any = None) -> Any:
+        """
+        Return the value of a key, which is the caller's own.
+
+        :param key: which one
+        :param default: what to return if there is no such key
+        :raises TypeError: if the key is no ``str``
+        """
+        check_key(key)
+        self._state.enter_run()
+        await checkpoint()
+        return self._state.read(key, default)
+
+    async def set(self, key: str, value: Any) -> None:
+        """
+        Set a key to a copy of a value.
+
+        :param key: which one
+        :param value: what it becomes; it is copied before anything is waited for
+        :raises TypeError: if the key is no ``str``, or the value of a type that cannot be kept
+        :raises ValueError: if the value contains itself
+        """
+        check_key(key)
+        change = {key: Freezer().freeze(value, key)}
+        run = self._state.enter_run()
+        async with run.lock:
+            self._state.commit(run, change)
+
+    async def update(self, mapping: Mapping[str, Any]) -> None:
+        """
+        Set several keys at once.
+
+        :param mapping: their values, which are copied before anything is waited for
+        :raises TypeError: if it is no mapping, a key is no ``str``, or a value is of a type that cannot be
+            kept
+        :raises ValueError: if a value contains itself
+        """
+        changes = freeze_all("mapping", mapping)
+        run = self._state.enter_run()
+        async with run.lock:
+            self._state.commit(run, changes)
+
+    async def delete(self, key: str) -> bool:
+        """
+        Delete a key.
+
+        :param key: which one
+        :return: whether there was one
+        :raises TypeError: if the key is no ``str``
+        """
+        check_key(key)
+        run = self._state.enter_run()
+        async with run.lock:
+            if key not in self._state.values:
+                return False
+
+            self._state.commit(run, {}, [key])
+            return True
+
+    async def snapshot(self) -> dict[str, Any]:
+        """
+        Return all that was committed, as a dict which is the caller's own.
+
+        The store never changes it, and changing it does not change the store. Taking it copies one table of
+        references, and no value: about 20 ns for each key of the store, which a dict that C code may read
+        cannot do without. A nested container is copied, one level of it, when it is first looked at;
+        ``items()`` and ``values()`` look at all of them.
+        """
+        self._state.enter_run()
+        await checkpoint()
+        return self._state.snapshot()
+
+    async def transform(self, key: str, fn: Callable[[Any], T], default: Any = None) -> T:
+        """
+        Replace the value of a key by what a function makes of it, in one step.
+
+        :param key: which one
+        :param fn: a plain function of the value, which is its own to change; what it returns is the new
+            value. It runs once, while nobody else can write, so it should be quick
+        :param default: what ``fn`` is given a copy of if there is no such key
+        :return: the new value, which is the caller's own
+        :raises TypeError: if the key is no ``str``, ``fn`` is no plain function, or the new value is of a
+            type that cannot be kept; what ``fn`` raises is raised as it is. Then nothing has changed
+        :raises ValueError: if the new value contains itself
+        """
+        check_key(key)
+        _check_plain(
+            "fn", fn, "to await between reading and writing, use `async with store.edit() as draft:`"
+        )
+        frozen_default = Freezer().freeze(default, key)
+        run, owner = self._state.enter_run(), object()
+        async with run.lock:
+            value = fn(thaw(self._state.values.get(key, frozen_default), owner))
+            refuse_awaitable(
+                "fn", value, "to await between reading and writing, use `async with store.edit() as draft:`"
+            )
+            frozen = Freezer(owner).freeze(value, key)
+            self._state.commit(run, {key: frozen})
+
+        result: T = thaw(frozen, object())
+        return result
+
+    async def compare_and_set(self, key: str, expected: Any, new: Any) -> bool:
+        """
+        Set a key if its value is the expected one.
+
+        :param key: which one
+        :param expected: compared by ``==``; a key that does not exist has the value ``None``
+        :param new: what it becomes; it is copied before anything is waited for
+        :return: whether it was set
+        :raises TypeError: if the key is no ``str``, or the new value of a type that cannot be kept
+        :raises ValueError: if the new value contains itself
+        """
+        check_key(key)
+        change = {key: Freezer().freeze(new, key)}
+        run = self._state.enter_run()
+        async with run.lock:
+            value = self._state.values.get(key)
+            if not (value is expected or value == expected):
+                return False
+
+            self._state.commit(run, change)
+            return True
+
+    def edit(
+        self, *, timeout_seconds: float | None = None
+    ) -> AbstractAsyncContextManager[MutableMapping[str, Any], None]:
+        """
+        Change several things in one step, with time to think in between::
+
+            async with store.edit() as draft:
+                draft["plan"]["steps"].append(await ask("What next?"))
+
+        The draft is a mutable mapping of its own: nobody else sees what happens to it until the block ends,
+        and nobody else writes meanwhile. It is committed whole when the block ends, by ``return`` too; by an
+        error or a cancellation it is dropped. It costs what is touched, whatever the size of the store: each
+        dict or list on the way to a change is copied one level deep.
+
+        :param timeout_seconds: how long to wait for others to finish writing; ``None`` is without limit
+        :return: an async context manager that gives the draft
+        :raises TimeoutError: on entering, if others were not finished by then
+        :raises TypeError: if ``timeout_seconds`` is no number; on leaving, if a value cannot be kept
+        :raises ValueError: if ``timeout_seconds`` is not above 0; on leaving, if a value contains itself
+        :raises RuntimeError: on entering, if this task is inside another edit of the store already; on
+            leaving, if another task entered
+        """
+        must.check_number("timeout_seconds", timeout_seconds, above=0, optional=True)
+        return _Edit(self._state, math.inf if timeout_seconds is None else timeout_seconds)
+
+    async def wait_for(self, predicate: Callable[[Mapping[str, Any]], T]) -> T:
+        """
+        Wait until a condition holds.
+
+        The predicate is asked at once, and then at each commit before anything else can happen, so no state
+        is missed, however short-lived. It runs in the task that commits, so it should be quick.
+
+        :param predicate: a plain function of the state: a read-only mapping with read-only values, which
+            costs nothing to give
+        :return: the first true value that the predicate returned; the caller's own if it is of the store
+        :raises TypeError: if the predicate is no plain function; what it raises is raised here, as it is
+        """
+        _check_plain("predicate", predicate, "what it awaits it would miss; look at the state only")
+        run = self._state.enter_run()
+        await checkpoint()
+        result: T = thaw(await run.audience.wait_for(predicate, self._state.values), object())
+        return result
+
+    @overload
+    def watch(
+        self, key: None = None, default: None = None
+    ) -> AbstractAsyncContextManager[AsyncIterator[dict[str, Any]], None]: ...
+    @overload
+    def watch(
+        self, key: str, default: Any = None
+    ) -> AbstractAsyncContextManager[AsyncIterator[Any], None]: ...
+    def watch(
+        self, key: str | None = None, default: Any = None
+    ) -> AbstractAsyncContextManager[AsyncIterator[Any], None]:
+        """
+        See a key change::
+
+            async with store.watch("progress") as values:
+                async for value in values:
+                    print(value)
+
+        It gives the value that is there now and then, whenever that has been set again, the newest one: a
+        reader that is slow skips what came between, and costs a writer nothing. Being cancelled while waiting
+        for a value loses none. Leaving the block ends it.
+
+        :param key: which one; all of them if absent, and then each value is a :meth:`snapshot`
+        :param default: what is given while there is no such key
+        :return: an async context manager that gives an endless async iterable of values, the reader's own
+        :raises TypeError: if the key is no ``str``
+        """
+        if key is not None:
+            check_key(key)
+
+        return _Watching(self._state, key, default)
+
+    async def to_json(self) -> str:
+        """
+        Return all that was committed as a JSON object, for :meth:`from_json`.
+
+        Tuples become lists. It takes time in proportion to the state, and lets nobody else run meanwhile.
+
+        :raises TypeError: if there is something that JSON does not have, such as a set, or a key that is no
+            ``str``; the error says where
+        :raises ValueError: if there is a number that JSON does not have, such as NaN; the error says where
+        """
+        self._state.enter_run()
+        await checkpoint()
+        for key, value in self._state.values.items():
+            check_json(value, key)
+
+        return json.dumps(self._state.values)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """
+        Make a store of what :meth:`to_json` returned.
+
+        :param text: the JSON; bytes are UTF-8, or UTF-16 or UTF-32
+        :raises ValueError: if the text is no JSON, or no object
+        """
+        value: Any = json.loads(text)
+        if not issubclass(kind := type(cast("object", value)), dict):
+            raise ValueError(f"the text must be a JSON object, got a {kind.__name__}")
+
+        return cls(value)
+
+
+class _Edit(AbstractAsyncContextManager[MutableMapping[str, Any], None]):
+    def __init__(self, state: State, timeout_seconds: float) -> None:
+        self._state = state
+        self._timeout_seconds = timeout_seconds
+
+    async def __aenter__(self) -> Draft:
+        run = self._state.enter_run()
+        with anyio.move_on_after(self._timeout_seconds) as scope:
+            await run.lock.acquire()
+
+        if scope.cancelled_caught:
+            owner = run.lock.statistics().owner
+            raise TimeoutError(
+                f"waited {self._timeout_seconds:g} s to edit the store, while task "
+                f"{owner.name if owner else None!r} was writing: keep the block of its edit() short, or wait "
+                "longer"
+            )
+
+        # Nothing waits until the block begins, so nothing can keep the lock from being released.
+        run.editor = anyio.get_current_task()
+        self._run = run
+        self._draft = Draft(self._state.values)
+        return self._draft
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        run, draft = self._run, self._draft
+        if run.editor != anyio.get_current_task():
+            draft.end()
+            raise RuntimeError(
+                "an edit must be left by the task that entered it, which alone can release the lock: nothing "
+                "was committed"
+            )
+
+        # Nor does anything wait here: a commit cannot be cancelled halfway.
+        try:
+            if exc_type is None:
+                self._state.commit(run, *draft.changes())
+        finally:
+            draft.end()
+            run.editor = None
+            run.lock.release()
+
+
+class _Watching(AbstractAsyncContextManager[AsyncIterator[Any], None]):
+    def __init__(self, state: State, key: str | None, default: Any) -> None:
+        self._state = state
+        self._key = key
+        self._default = default
+
+    async def __aenter__(self) -> Watch:
+        self._audience = self._state.enter_run().audience
+        self._values = Watch(self._state.enter_run, self._read)
+        self._audience.add(self._key, self._values)
+        return self._values
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._audience.remove(self._key, self._values)
+
+    def _read(self) -> Any:
+        if self._key is None:
+            return self._state.snapshot()
+
+        return self._state.read(self._key, self._default)
+
+
+def _check_plain(name: str, fn: Any, instead: str) -> None:
+    if not callable(fn):
+        raise TypeError(f"{name} must be a function, got {fn!r}")
+
+    if must.is_async(fn):
+        raise TypeError(f"{name} must be a plain function, got an async one, {fn!r}: {instead}")

@@ -1,0 +1,158 @@
+"""Who waits for a store to change, in one event loop."""
+
+from __future__ import annotations
+
+__all__ = ["Audience", "Watch", "refuse_awaitable"]
+
+import inspect
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextvars import copy_context
+from types import MappingProxyType
+from typing import Any, Self
+
+import anyio
+from anyio.lowlevel import checkpoint
+
+from .frozen import LiveDict
+
+
+def refuse_awaitable(name: str, result: Any, instead: str) -> None:
+    """Refuse what an async function returned where a plain one was asked for."""
+    if inspect.isawaitable(result):
+        if inspect.iscoroutine(result):
+            result.close()
+
+        raise TypeError(f"{name} must be a plain function, but it returned an awaitable: {instead}")
+
+
+class _Wait:
+    """One who waits for a condition."""
+
+    def __init__(self, predicate: Callable[[Mapping[str, Any]], Any]) -> None:
+        self._predicate = predicate
+        self._context = copy_context()
+        self.event = anyio.Event()
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def is_over(self, state: Mapping[str, Any]) -> bool:
+        """Ask the predicate, in the context of the one who waits, and keep what it says."""
+        is_over = True
+        try:
+            now = MappingProxyType(state)
+            self.result = self._context.run(self._predicate, now)
+            if self.result is now:
+                # This would go on changing.
+                self.result = LiveDict(state, object())
+
+            refuse_awaitable("predicate", self.result, "what it awaits it would miss; look at the state only")
+            is_over = bool(self.result)
+        except BaseException as exc:  # it is the affair of the one who waits, and never of the one who writes
+            self.error = exc
+
+        return is_over
+
+
+class Watch(AsyncIterator[Any]):
+    """
+    The newest value, each time it may have changed since it was last read; first the one that is there.
+
+    :param check: refuses a task that may not wait here
+    :param read: returns the value at this moment
+    """
+
+    def __init__(self, check: Callable[[], object], read: Callable[[], Any]) -> None:
+        self._check = check
+        self._read = read
+        self._is_new = True
+        self._has_ended = False
+        self._news: anyio.Event | None = None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        self._check()
+        await checkpoint()
+        while not (self._is_new or self._has_ended):
+            if self._news is None:
+                self._news = anyio.Event()
+
+            await self._news.wait()
+
+        if self._has_ended:
+            raise StopAsyncIteration
+
+        # Nothing waits from here on, so what counts as read is also returned.
+        value = self._read()
+        self._is_new = False
+        return value
+
+    def wake(self) -> None:
+        """Tell it that the value may have changed."""
+        self._is_new = True
+        news, self._news = self._news, None
+        if news is not None:
+            news.set()
+
+    def end(self) -> None:
+        """Let whoever iterates come to an end."""
+        self._has_ended = True
+        self.wake()
+
+
+class Audience:
+    """Those who wait for a condition, and those who watch a key or, under ``None``, all of them."""
+
+    def __init__(self) -> None:
+        self._waits: dict[_Wait, None] = {}
+        self._watches: dict[str | None, dict[Watch, None]] = {}
+
+    def notify(self, state: Mapping[str, Any], keys: Iterable[str]) -> None:
+        """
+        Ask and wake whom a change concerns. It never fails, and nobody else runs meanwhile.
+
+        :param state: the state, as it is now
+        :param keys: what has changed in it
+        """
+        for wait in [*self._waits]:
+            if wait.is_over(state):
+                del self._waits[wait]
+                wait.event.set()
+
+        if self._watches:
+            for key in (*keys, None):
+                for watch in self._watches.get(key, ()):
+                    watch.wake()
+
+    async def wait_for(self, predicate: Callable[[Mapping[str, Any]], Any], state: Mapping[str, Any]) -> Any:
+        """
+        Return what the predicate returns as soon as that is true; ask it now and at each change.
+
+        :param state: the state, as it is now
+        """
+        wait = _Wait(predicate)
+        if not wait.is_over(state):
+            self._waits[wait] = None
+            try:
+                await wait.event.wait()
+            finally:
+                self._waits.pop(wait, None)
+
+        if wait.error is not None:
+            raise wait.error
+
+        return wait.result
+
+    def add(self, key: str | None, watch: Watch) -> None:
+        """Let a watch see a key; all keys if it is ``None``."""
+        self._watches.setdefault(key, {})[watch] = None
+
+    def remove(self, key: str | None, watch: Watch) -> None:
+        """Let it see no more, and whoever iterates over it come to an end."""
+        watches = self._watches[key]
+        del watches[watch]
+        if not watches:
+            del self._watches[key]
+
+        watch.end()

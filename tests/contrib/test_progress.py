@@ -1,0 +1,447 @@
+"""How far a loop is: what is shown, where, and that showing it changes nothing about the run."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+from rich.console import Console
+
+from agentloop import AgentLoop, Invocation, LoopConfig
+from agentloop.contrib.progress import progress
+
+ROOT = Path(__file__).parents[2]
+
+
+class Screen:
+    """A console, and what was written to it."""
+
+    def __init__(self, width: int = 200, terminal: bool = False, file: io.StringIO | None = None) -> None:
+        self.file = file or io.StringIO()
+        self.console = Console(
+            file=self.file, width=width, force_terminal=terminal, _environ={"TERM": "xterm"}
+        )
+
+    @property
+    def lines(self) -> list[str]:
+        """What was written, without colours and commands."""
+        return re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", self.file.getvalue()).splitlines()
+
+
+async def agent(seconds: float = 1.0) -> None:
+    await anyio.sleep(seconds)
+
+
+async def flaky(fails: list[Exception]) -> None:
+    await checkpoint()
+    if fails:
+        raise fails.pop()
+
+
+def jobs(count: int) -> list[Invocation[None]]:
+    return [Invocation(f"a{i}", agent) for i in range(count)]
+
+
+# --- what is shown
+
+
+async def test_log_gets_a_line_now_and_then_and_one_at_the_end() -> None:
+    screen, loop = Screen(), AgentLoop(LoopConfig(max_concurrency=2))
+    async with progress(loop, 20, console=screen.console):
+        await loop.run_all([Invocation("a", agent, (0.75,)) for _ in range(20)])
+
+    latency = "p50 750 ms, p95 750 ms"
+    assert screen.lines == [
+        f"12/20 (60%), 2 running, 6 waiting, 0 retries, 0 failures, 2.4/s, {latency}, 0:05, ETA 0:04",
+        f"20/20 (100%), 0 running, 0 waiting, 0 retries, 0 failures, 2.7/s, {latency}, 0:07",
+    ]
+
+
+async def test_retries_and_failures_are_counted_from_the_beginning_of_the_block() -> None:
+    screen, loop = Screen(), AgentLoop(LoopConfig(max_retries=1))
+    await loop.run_single("before", flaky, [OSError(), OSError()])
+    async with progress(loop, console=screen.console):
+        await loop.run_single("retried", flaky, [OSError()])
+        await loop.run_single("failed", flaky, [OSError(), OSError()])
+        await loop.run_single("wrong", flaky, [TypeError()])
+
+    assert screen.lines[-1].startswith("3 done, 0 running, 0 waiting, 2 retries, 2 failures, ")
+
+
+async def test_one_of_a_thing_is_said_in_the_singular() -> None:
+    screen, loop = Screen(), AgentLoop(LoopConfig(max_retries=1))
+    async with progress(loop, console=screen.console):
+        await loop.run_single("failed", flaky, [OSError(), OSError()])
+
+    assert ", 1 retry, 1 failure, " in screen.lines[-1]
+
+
+async def test_what_was_cancelled_or_skipped_is_not_done() -> None:
+    screen, loop = Screen(), AgentLoop(LoopConfig(max_concurrency=2))
+    async with progress(loop, 10, console=screen.console):
+        with anyio.move_on_after(1.5):
+            await loop.run_all([*jobs(3), Invocation("late", agent, (9.0,))])
+
+    assert screen.lines[-1].startswith(
+        "2/10 (20%), 0 running, 0 waiting, 0 retries, 0 failures, 2 cancelled, "
+    )
+
+    class Unauthorized(Exception):
+        status_code = 401
+
+    async with progress(loop, 9, console=screen.console):
+        fatal = Invocation("fatal", flaky, ([Unauthorized()],))
+        await AgentLoop(LoopConfig(max_concurrency=1), metrics=loop.metrics).run_all([fatal, *jobs(8)])
+
+    assert re.match(r"1/9 \(11%\), .*, 1 failure, 8 skipped, [^E]*$", screen.lines[-1])
+
+
+@pytest.mark.parametrize(
+    ("total", "shown"),
+    [
+        (None, "2 done, "),
+        (8, "2/8 (25%), "),
+        (1, "2/1 (200%), "),
+        (0, "2/0, "),
+        (["a", "b", "c"], "2/3 (66%), "),
+        (range(4), "2/4 (50%), "),
+    ],
+)
+async def test_total_is_a_number_or_as_long_as_something(total: Any, shown: str) -> None:
+    screen, loop = Screen(), AgentLoop()
+    async with progress(loop, total, console=screen.console):
+        await loop.run_all(jobs(2))
+
+    assert screen.lines[-1].startswith(shown)
+
+
+async def test_slow_runs_have_a_rate_per_minute_and_hours_to_go() -> None:
+    screen, loop = Screen(), AgentLoop(LoopConfig(max_concurrency=1))
+    async with progress(loop, 100, interval_seconds=600, console=screen.console):
+        await loop.run_all([Invocation("slow", agent, (119.0,)) for _ in range(6)])
+
+    assert screen.lines[0].endswith(", 0.5/min, p50 119.0 s, p95 119.0 s, 10:00, ETA 3:10:00")
+
+
+async def test_rate_is_that_of_late() -> None:
+    screen, loop = Screen(), AgentLoop(LoopConfig(max_concurrency=1))
+    async with progress(loop, interval_seconds=1, console=screen.console):
+        await loop.run_all([Invocation("quick", agent, (0.01,)) for _ in range(1000)])
+        await loop.run_all([Invocation("slow", agent, (0.5,)) for _ in range(80)])
+
+    rates = [float(re.findall(r"([\d.]+)/s", line)[0]) for line in screen.lines]
+    assert rates[5] == pytest.approx(100, rel=0.03)
+    assert rates[-1] == pytest.approx(2, rel=0.1)
+
+
+async def test_metrics_may_be_reset_meanwhile() -> None:
+    screen, loop = Screen(), AgentLoop()
+    await loop.run_all(jobs(2))
+    async with progress(loop, 2, console=screen.console):
+        await loop.run_all(jobs(1))
+        loop.reset_metrics()
+
+    assert screen.lines == ["0/2 (0%), 0 running, 0 waiting, 0 retries, 0 failures, 0:01"]
+
+
+# --- on a terminal
+
+
+async def test_terminal_is_drawn_in_place_and_gets_its_cursor_back() -> None:
+    screen, loop = Screen(100, True), AgentLoop(LoopConfig(max_concurrency=2))
+    async with progress(loop, 4, console=screen.console):
+        await loop.run_all(jobs(4))
+
+    text = screen.file.getvalue()
+    # The first frame, one every fifth of a second, and the last.
+    assert 11 <= text.count("waiting") <= 13
+    assert text.count("\x1b[1A") >= 10
+    assert text.startswith("\x1b[?25l")
+    assert text.endswith("\x1b[?25h")
+    assert screen.lines[-2].strip() == "━" * 40 + "  4/4 (100%)  0:02"
+    assert screen.lines[-1] == "0 running  0 waiting  0 retries  0 failures  2.0/s  p50 1000 ms  p95 1000 ms"
+
+
+async def test_narrow_terminal_gets_more_lines_and_no_broken_words() -> None:
+    screen, loop = Screen(40, True), AgentLoop(LoopConfig(max_concurrency=2))
+    async with progress(loop, 4, console=screen.console):
+        await loop.run_all(jobs(4))
+
+    assert [line.rstrip() for line in screen.lines[-4:]] == [
+        "━━━━━━━━━━━━━━━━━━━━━━  4/4 (100%)  0:02",
+        "0 running  0 waiting  0 retries",
+        "0 failures  2.0/s  p50 1000 ms",
+        "p95 1000 ms",
+    ]
+
+
+async def test_bar_has_a_line_of_its_own_where_there_is_no_room_beside_it() -> None:
+    screen, loop = Screen(20, True), AgentLoop()
+    async with progress(loop, 3, console=screen.console):
+        await loop.run_all(jobs(3))
+
+    lines = [line.rstrip() for line in screen.lines]
+    assert lines[lines.index("3/3 (100%)  0:01") - 1] == "━" * 20
+
+
+async def test_without_a_total_there_is_no_bar() -> None:
+    screen, loop = Screen(80, True), AgentLoop()
+    async with progress(loop, console=screen.console):
+        await loop.run_all(jobs(3))
+
+    assert "━" not in screen.file.getvalue()
+    assert "3 done  0:01" in [line.rstrip() for line in screen.lines]
+
+
+def standard_error(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> io.StringIO:
+    file = io.StringIO()
+    monkeypatch.setattr(file, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", file)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    return file
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+async def test_standard_error_is_drawn_on_only_if_it_is_a_terminal(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, loop = standard_error(monkeypatch, terminal), AgentLoop()
+    async with progress(loop, 1):
+        await loop.run_all(jobs(1))
+
+    assert ("\x1b[?25l" in file.getvalue()) is terminal
+    assert "1/1 (100%)" in file.getvalue()
+
+
+# --- nothing about the run changes
+
+
+class Odd(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("of the body"), StopAsyncIteration(), Odd(), ExceptionGroup("", [OSError()])]
+)
+async def test_error_of_the_body_comes_out_as_the_object_that_it_is(error: BaseException) -> None:
+    screen = Screen()
+    with pytest.raises(type(error)) as caught:
+        async with progress(AgentLoop(), console=screen.console):
+            await checkpoint()
+            raise error
+
+    assert caught.value is error
+    assert error.__context__ is None
+    assert len(screen.lines) == 1
+
+
+async def test_error_is_not_lost_to_a_cancellation_that_comes_with_it() -> None:
+    error = ValueError()
+    with anyio.CancelScope() as scope, pytest.raises(ValueError) as caught:
+        async with progress(AgentLoop(), console=Screen().console):
+            scope.cancel()
+            raise error
+
+    assert caught.value is error
+
+
+async def test_cancellation_goes_through_and_leaves_the_last_state() -> None:
+    screen, loop = Screen(), AgentLoop(LoopConfig(max_concurrency=2))
+    with anyio.move_on_after(2.5) as scope:
+        async with progress(loop, 9, console=screen.console):
+            await loop.run_all(jobs(9))
+
+    assert scope.cancelled_caught
+    assert screen.lines[-1].startswith("4/9 (44%), 0 running, 0 waiting, ")
+
+
+class Broken(io.StringIO):
+    """A file that raises."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+        self.writes = 0
+
+    def write(self, text: str) -> int:
+        self.writes += 1
+        raise self.error
+
+
+async def test_console_that_fails_harms_no_run_and_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    file, loop = Broken(OSError("gone")), AgentLoop(LoopConfig(max_concurrency=1))
+    async with progress(loop, interval_seconds=1, console=Screen(file=file).console):
+        results = await loop.run_all(jobs(5))
+
+    assert all(result.success for result in results)
+    assert file.writes == 1
+    assert [record.message for record in caplog.records] == ["progress cannot be shown any more"]
+    assert caplog.records[0].levelno == logging.ERROR
+
+
+async def test_ctrl_c_in_the_middle_of_drawing_ends_the_run_as_it_is() -> None:
+    interrupt = KeyboardInterrupt()
+    file = Broken(interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        async with progress(AgentLoop(), interval_seconds=1, console=Screen(file=file).console):
+            await interrupted_once(file)
+
+    assert caught.value is interrupt
+
+
+async def interrupted_once(file: Broken) -> None:
+    try:
+        await anyio.sleep_forever()
+    finally:
+        file.error = OSError("for the last line")
+
+
+async def test_ctrl_c_in_the_middle_of_drawing_is_not_replaced_by_what_the_body_makes_of_it() -> None:
+    interrupt = KeyboardInterrupt()
+    file = Broken(interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        async with progress(AgentLoop(), interval_seconds=1, console=Screen(file=file).console):
+            try:
+                await interrupted_once(file)
+            finally:
+                raise ValueError("cleaning up failed")
+
+    assert caught.value is interrupt
+
+
+@pytest.mark.parametrize(
+    ("total", "options", "error", "message"),
+    [
+        (-1, {}, ValueError, "total must be at least 0, got -1"),
+        (True, {}, TypeError, "total must be a whole number, something with a length, or None, got True"),
+        (1.5, {}, TypeError, "total must be a whole number, something with a length, or None, got 1.5"),
+        (iter(()), {}, TypeError, "total must be a whole number, something with a length, or None, got <"),
+        (
+            1,
+            {"interval_seconds": 0.05},
+            ValueError,
+            "interval_seconds must be finite and at least 0.1, got 0.05",
+        ),
+        (
+            1,
+            {"interval_seconds": float("inf")},
+            ValueError,
+            "interval_seconds must be finite and at least 0.1",
+        ),
+        (
+            1,
+            {"interval_seconds": float("nan")},
+            ValueError,
+            "interval_seconds must be finite and at least 0.1",
+        ),
+    ],
+)
+async def test_bad_value_is_refused(
+    total: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        async with progress(AgentLoop(), total, **options):
+            raise AssertionError("not reached")
+
+
+async def test_loop_that_measures_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="collect_metrics=False"):
+        async with progress(AgentLoop(LoopConfig(collect_metrics=False))):
+            raise AssertionError("not reached")
+
+
+# --- a real terminal
+
+PROGRAM = """
+import sys, anyio
+from agentloop import AgentLoop, Invocation, LoopConfig
+from agentloop.contrib.progress import progress
+
+async def main():
+    loop = AgentLoop(LoopConfig(max_concurrency=5))
+    async with progress(loop, 10):
+        print("printed by the body")
+        await loop.run_all([Invocation("a", anyio.sleep, (float(sys.argv[2]) * i,)) for i in range(10)])
+
+try:
+    anyio.run(main, backend=sys.argv[1])
+except* KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def on_a_terminal(
+    *arguments: str, once_seen: Callable[[bytes, Any], object] = lambda shown, process: None
+) -> tuple[int, str]:
+    """Run the program on a terminal, and return its status and what it wrote."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "60", "PYTHONIOENCODING": "utf-8"},
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while data := os.read(ours, 65536):
+            shown += data
+            once_seen(shown, process)
+    except OSError:  # how Linux reports the end of a terminal
+        pass
+    finally:
+        os.close(ours)
+
+    return process.wait(30), shown.decode()
+
+
+@pytest.fixture
+def children_hear_sigint() -> Any:
+    """Where tests run in the background of a shell, SIGINT is ignored, and children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX terminal")
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_real_terminal_shows_the_body_s_prints_and_the_last_state(backend: str) -> None:
+    status, shown = on_a_terminal(backend, "0.05")
+    assert status == 0
+    assert "printed by the body\r\n" in shown
+    assert "10/10 (100%)" in shown
+    assert shown.endswith("\x1b[?25h")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+@pytest.mark.usefixtures("children_hear_sigint")
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_ctrl_c_on_a_real_terminal_leaves_the_last_state_and_the_cursor(backend: str) -> None:
+    sent = []
+
+    def interrupt(shown: bytes, process: Any) -> None:
+        if b"5 running" in shown and not sent:
+            sent.append(True)
+            process.send_signal(signal.SIGINT)
+
+    status, shown = on_a_terminal(backend, "10", once_seen=interrupt)
+    assert status == 130
+    assert "1/10 (10%)" in shown
+    assert "5 cancelled" in shown
+    assert shown.endswith("\x1b[?25h")

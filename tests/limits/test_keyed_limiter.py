@@ -1,0 +1,504 @@
+"""KeyedLimiter: a limiter for each key, made when it is needed and forgotten when it is not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Callable
+from typing import Any, ClassVar
+
+import anyio
+import pytest
+from elsewhere import in_use_elsewhere
+
+from agentloop import (
+    AgentLoop,
+    Backoff,
+    Event,
+    Invocation,
+    KeyedLimiter,
+    Limiter,
+    LimiterStatistics,
+    LimitEvent,
+    LoopConfig,
+    Rate,
+    RetryBudget,
+    StartedEvent,
+    Status,
+)
+from agentloop.testing import virtual_clock
+
+backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
+ONCE = LoopConfig(max_retries=0)
+
+
+class Overloaded(Exception):
+    status_code = 429
+    headers: ClassVar = {"retry-after": "10"}
+
+
+async def overload() -> None:
+    raise Overloaded
+
+
+async def nothing(*_: object) -> None:
+    pass
+
+
+def by_id(invocation: Invocation[Any]) -> str:
+    """The key of ``"a/7"`` is ``"a"``."""
+    return invocation.agent_id.partition("/")[0]
+
+
+class Starts:
+    def __init__(self) -> None:
+        self.began = anyio.current_time()
+        self.by_key: dict[str, list[float]] = {}
+        self.limits: list[int] = []
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StartedEvent):
+            at = round(event.at - self.began, 6)
+            self.by_key.setdefault(by_id(event.invocation), []).append(at)
+        elif isinstance(event, LimitEvent):
+            self.limits.append(event.limit)
+
+
+# -- values
+
+
+def test_bad_parameters_are_refused() -> None:
+    bad: Any = 3
+    with pytest.raises(TypeError, match="by must be callable, got 3"):
+        KeyedLimiter(bad, Limiter)
+
+    with pytest.raises(TypeError, match="make must be callable, got 3"):
+        KeyedLimiter(by_id, bad)
+
+    with pytest.raises(ValueError, match="max_limiters must be at least 1, got 0"):
+        KeyedLimiter(by_id, lambda _: Limiter(1), max_limiters=0)
+
+
+def test_limiters_are_made_once_for_each_key_and_can_be_looked_at() -> None:
+    made: list[str] = []
+
+    def make(key: str) -> Limiter:
+        made.append(key)
+        return Limiter(len(made))
+
+    limiters = KeyedLimiter(by_id, make)
+    assert limiters
+    assert (len(limiters), list(limiters), limiters.max_concurrency) == (0, [], 1)
+    assert limiters.statistics() == LimiterStatistics(0, 0, 1, 1)
+    assert limiters["a"] is limiters["a"]
+    assert limiters["b"] is not limiters["a"]
+    assert made == ["a", "b"]
+    assert (len(limiters), list(limiters), limiters.max_concurrency) == (2, ["b", "a"], 3)
+    assert repr(limiters) == "<KeyedLimiter 0 running, 0 waiting, limit 3>"
+    limiters["a"].max_concurrency = 7
+    assert limiters.statistics() == LimiterStatistics(0, 0, 9, 9)
+
+
+def test_max_concurrency_is_set_on_one_of_them() -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(2))
+    with pytest.raises(AttributeError, match=r"limiters\[key\]\.max_concurrency = 5"):
+        limiters.max_concurrency = 5
+
+
+@pytest.mark.parametrize("wrong", [None, 3, Limiter, KeyedLimiter(by_id, lambda _: Limiter(1))])
+def test_what_make_returns_has_to_be_a_plain_limiter(wrong: Any) -> None:
+    limiters = KeyedLimiter(by_id, lambda _: wrong)
+    with pytest.raises(TypeError, match=r"make must return a Limiter, got .* for the key 'a'"):
+        limiters["a"]
+
+    assert len(limiters) == 0
+
+
+# -- keys
+
+
+async def test_each_key_has_a_limit_of_its_own() -> None:
+    limiters = KeyedLimiter(by_id, lambda key: Limiter({"a": 1, "b": 3}[key]))
+    starts = Starts()
+    loop = AgentLoop(ONCE, limiter=limiters, on_event=starts)
+    jobs = [Invocation(f"{'ab'[number % 2]}/{number}", anyio.sleep, (1,)) for number in range(12)]
+    results = await loop.run_all(jobs)
+    assert all(result.success for result in results)
+    assert starts.by_key["a"] == [0, 1, 2, 3, 4, 5]
+    # The input is pulled at most four ahead, and those for "a" are waited for.
+    assert max(starts.by_key["b"].count(at) for at in starts.by_key["b"]) <= 3
+    assert starts.by_key["b"][-1] < 5
+
+
+async def test_single_invocations_and_streams_go_by_key_too() -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(1))
+    starts = Starts()
+    loop = AgentLoop(ONCE, limiter=limiters, on_event=starts)
+
+    async def write() -> AsyncIterator[int]:
+        for number in range(3):
+            await anyio.sleep(1)
+            yield number
+
+    async def read(name: str) -> None:
+        async with loop.run_streaming(name, write) as stream:
+            assert [chunk async for chunk in stream] == [0, 1, 2]
+
+    async def fan() -> None:
+        async with loop.stream_all([Invocation(f"{key}/3", write) for key in "cb"]) as events:
+            assert len([event async for event in events]) == 8
+
+    async with anyio.create_task_group() as group:
+        for task in (
+            lambda: loop.run_single("a/1", anyio.sleep, 3),
+            lambda: read("b/1"),
+            lambda: read("a/2"),
+        ):
+            group.start_soon(task)
+            await anyio.wait_all_tasks_blocked()
+
+        assert (limiters["a"].statistics().running, limiters["a"].statistics().waiting) == (1, 1)
+        now = limiters.statistics()
+        assert (now.running, now.waiting, now.limit) == (2, 1, 2)
+        assert repr(loop) == "<AgentLoop 2 running, 1 waiting, limit 2>"
+        group.start_soon(fan)
+
+    assert starts.by_key == {"a": [0, 3], "b": [0, 3], "c": [0]}
+
+
+async def test_those_of_a_batch_that_wait_under_one_key_do_not_hold_up_those_under_another() -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(5))
+    limiters["b"].pause()
+    starts = Starts()
+    loop = AgentLoop(ONCE, limiter=limiters, on_event=starts)
+    async with anyio.create_task_group() as group:
+        group.start_soon(loop.run_all, [Invocation(key, anyio.sleep, (1,)) for key in "abaaa"])
+        await anyio.sleep(9)
+        limiters.resume()
+
+    assert starts.by_key == {"a": [0] * 4, "b": [9]}
+
+
+async def test_batch_reads_by_key_and_its_reader_may_leave_early() -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(2))
+    loop = AgentLoop(ONCE, limiter=limiters)
+    jobs = [Invocation(f"{number % 3}/{number}", anyio.sleep, (1,)) for number in range(30)]
+    async with loop.as_completed(iter(jobs)) as results:
+        assert len([result async for result in results]) == 30
+
+    async with loop.as_completed(iter(jobs)) as results:
+        async for _ in results:
+            break
+
+    assert limiters.statistics() == LimiterStatistics(0, 0, 6, 6)
+
+
+async def test_rates_and_budget_of_a_key_are_its_own() -> None:
+    def make(key: str) -> Limiter:
+        if key == "rate":
+            return Limiter(5, rates=[Rate(1, per_seconds=5)])
+
+        return Limiter(5, retry_budget=RetryBudget(0, 0) if key == "budget" else None)
+
+    limiters = KeyedLimiter(by_id, make)
+    starts = Starts()
+    config = LoopConfig(max_retries=1, backoff=Backoff(initial_seconds=1, jitter="none"))
+    loop = AgentLoop(config, limiter=limiters, on_event=starts)
+
+    async def fail() -> None:
+        raise OSError
+
+    async with anyio.create_task_group() as group:
+        for key in ("rate", "budget", "free"):
+            group.start_soon(loop.run_single, key, fail)
+
+    assert starts.by_key == {"rate": [0, 5], "budget": [0], "free": [0, 1]}
+
+
+async def test_what_key_and_make_raise_is_the_invocations_error() -> None:
+    def make(key: str) -> Limiter:
+        if key == "make":
+            raise LookupError("no such model")
+
+        return Limiter(2) if key != "wrong" else "a limiter"
+
+    def key(invocation: Invocation[Any]) -> Any:
+        if invocation.agent_id == "key":
+            raise ZeroDivisionError
+
+        return [] if invocation.agent_id == "unhashable" else invocation.agent_id
+
+    loop = AgentLoop(limiter=KeyedLimiter(key, make))
+    expected = {
+        "key": ZeroDivisionError,
+        "make": LookupError,
+        "wrong": TypeError,
+        "unhashable": TypeError,
+        "good": type(None),
+    }
+    results = [await loop.run_single(name, nothing) for name in expected]
+    results += await loop.run_all([Invocation(name, nothing) for name in expected])
+    assert [type(result.exception) for result in results] == [*expected.values()] * 2
+    assert [result.retries for result in results] == [0] * 10
+    snapshot = loop.metrics.snapshot()
+    assert (snapshot.counts[Status.ERROR], snapshot.counts[Status.SUCCESS]) == (8, 2)
+
+    async def write() -> AsyncIterator[int]:
+        yield 1
+
+    with pytest.raises(ZeroDivisionError):
+        async with loop.run_streaming("key", write) as stream:
+            async for _ in stream:
+                pass
+
+
+# -- how many
+
+
+async def test_one_used_least_recently_is_forgotten_unless_it_is_in_use() -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(1), max_limiters=2)
+    loop = AgentLoop(ONCE, limiter=limiters)
+    for name in ("a", "b", "a", "c"):
+        await loop.run_single(name, nothing)
+
+    assert list(limiters) == ["a", "c"]
+    assert limiters.max_concurrency == 2
+    async with anyio.create_task_group() as group:
+        group.start_soon(loop.run_single, "a", anyio.sleep, 5)
+        await anyio.wait_all_tasks_blocked()
+        await loop.run_single("c", nothing)
+        await loop.run_single("d", nothing)
+        assert list(limiters) == ["a", "d"]
+        group.start_soon(loop.run_single, "d", anyio.sleep, 5)
+        await anyio.wait_all_tasks_blocked()
+        result = await loop.run_single("e", nothing)
+        assert isinstance(result.exception, RuntimeError)
+        assert result.error == (
+            "RuntimeError: there are max_limiters=2 limiters, all of them in use: "
+            "raise max_limiters, or give fewer different keys"
+        )
+        with pytest.raises(RuntimeError, match="max_limiters=2"):
+            limiters["e"]
+
+    assert (await loop.run_single("e", nothing)).success
+
+
+async def test_limiter_that_is_held_is_in_use() -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(1), max_limiters=2)
+    loop = AgentLoop(ONCE, limiter=limiters)
+    limiters["paused"].pause()
+    await loop.run_single("told", overload)
+    assert not (await loop.run_single("other", nothing)).success
+    await anyio.sleep(10)
+    assert (await loop.run_single("other", nothing)).success
+    assert list(limiters) == ["paused", "other"]
+
+
+async def test_one_that_was_forgotten_is_heard_no_more() -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(4), max_limiters=1)
+    starts = Starts()
+    loop = AgentLoop(ONCE, limiter=limiters, on_event=starts)
+    await loop.run_single("a", nothing)
+    forgotten = limiters["a"]
+    await loop.run_single("b", nothing)
+    starts.limits.clear()
+    forgotten.max_concurrency = 9
+    await AgentLoop(ONCE, limiter=forgotten).run_single("a", overload)
+    assert starts.limits == []
+    assert limiters.max_concurrency == 4
+
+
+@pytest.mark.parametrize("verb", ["single", "batch"])
+async def test_limiter_of_an_invocation_that_waits_to_be_retried_is_in_use(verb: str) -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(1), max_limiters=1)
+    config = LoopConfig(backoff=Backoff(initial_seconds=5, max_seconds=5, jitter="none"), max_retries=1)
+    loop = AgentLoop(config, limiter=limiters)
+
+    async def fail() -> None:
+        raise OSError
+
+    async with anyio.create_task_group() as group:
+        if verb == "single":
+            group.start_soon(loop.run_single, "a", fail)
+        else:
+            group.start_soon(loop.run_all, [Invocation("a", fail)])
+
+        await anyio.sleep(1)
+        assert limiters["a"].statistics().waiting == 1
+        assert not (await loop.run_single("b", nothing)).success
+
+
+# -- all of them at once
+
+
+async def test_all_are_paused_and_resumed_and_those_to_come_too() -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(1))
+    limiters.pause()
+    assert limiters.statistics().paused_until == math.inf
+    starts = Starts()
+    loop = AgentLoop(ONCE, limiter=limiters, on_event=starts)
+    async with anyio.create_task_group() as group:
+        group.start_soon(loop.run_all, [Invocation(name, nothing) for name in "abc"])
+        await anyio.sleep(3)
+        now = limiters.statistics()
+        assert (now.running, now.waiting, now.paused_until) == (0, 3, math.inf)
+        limiters["a"].resume()
+        assert limiters.statistics().paused_until is None
+        await anyio.sleep(3)
+        limiters.resume()
+
+    assert starts.by_key == {"a": [3], "b": [6], "c": [6]}
+    limiters.pause()
+    limiters.resume()
+    assert (await loop.run_single("d", nothing)).success
+
+
+async def test_statistics_say_when_the_first_of_them_goes_on() -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(5))
+    loop = AgentLoop(ONCE, limiter=limiters)
+    await loop.run_single("a", overload)
+    until = anyio.current_time() + 10
+    assert limiters.statistics() == LimiterStatistics(0, 0, 5, 4, 1, until)
+    limiters["b"].pause()
+    assert limiters.statistics() == LimiterStatistics(0, 0, 10, 9, 1, until)
+    assert repr(limiters) == "<KeyedLimiter 0 running, 0 waiting, limit 9 of 10, paused>"
+    limiters["b"].resume()
+    assert limiters.statistics().paused_until is None
+
+
+async def test_limit_events_tell_the_sum() -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(5))
+    starts = Starts()
+    loop = AgentLoop(ONCE, limiter=limiters, on_event=starts)
+    await AgentLoop(limiter=limiters["a"]).run_single("a", nothing)
+    assert starts.limits == [], "it runs for somebody else only"
+    await loop.run_single("a", nothing)
+    await loop.run_single("b", overload)
+    limiters["a"].max_concurrency = 7
+    assert starts.limits[-3:] == [10, 9, 11]
+
+
+@backends
+def test_pause_from_another_thread_is_refused_and_changes_nothing(backend: str) -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(1))
+    limiters["idle"]
+    with in_use_elsewhere(AgentLoop(limiter=limiters), backend):
+        with pytest.raises(RuntimeError, match="only in the thread of its event loop"):
+            limiters.pause()
+
+        assert limiters["idle"].statistics().paused_until is None
+        assert limiters["new"].statistics().paused_until is None
+        limiters["idle"].pause()
+        with pytest.raises(RuntimeError, match="only in the thread of its event loop"):
+            limiters.resume()
+
+        assert limiters["idle"].statistics().paused_until == math.inf
+
+
+# -- how many workers
+
+
+@pytest.mark.parametrize("as_input", [list, iter])
+async def test_limit_of_one_that_is_raised_lets_a_running_batch_use_it(
+    as_input: Callable[[Any], Any],
+) -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(1))
+    starts = Starts()
+    loop = AgentLoop(ONCE, limiter=limiters, on_event=starts)
+    async with anyio.create_task_group() as group:
+        group.start_soon(loop.run_all, as_input([Invocation("a", anyio.sleep, (10,))] * 6))
+        await anyio.wait_all_tasks_blocked()
+        assert limiters.statistics().running == 1
+        limiters["a"].max_concurrency = 4
+        await anyio.sleep(1)
+        assert limiters.statistics().running == 4
+
+    assert starts.by_key["a"] == [0, 0, 0, 0, 10, 10]
+
+
+# -- nesting
+
+
+async def test_slot_is_lent_under_its_own_key_only_and_through_others() -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(1))
+    starts = Starts()
+    loop = AgentLoop(ONCE, limiter=limiters, on_event=starts)
+
+    async def nest(*keys: str) -> None:
+        if keys:
+            results = await loop.run_all([Invocation(keys[0], nest, keys[1:])] * 2)
+            assert all(result.success for result in results)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(loop.run_single, "b/hog", anyio.sleep, 5)
+        await anyio.wait_all_tasks_blocked()
+        with anyio.fail_after(100):
+            assert (await loop.run_single("a", nest, *"aaabbabc")).success
+
+    # Those under "a" are lent slots, and those under "b" have had to wait for a first one.
+    assert {*starts.by_key["a"][:4]} == {0}
+    assert starts.by_key["b"][:2] == [0, 5]
+
+
+@pytest.mark.xfail(strict=True, reason="two keys are two resources, and nobody says in which order")
+async def test_agents_that_run_each_others_key_do_not_wait_for_each_other() -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(1))
+    loop = AgentLoop(LoopConfig(timeout_seconds=None), limiter=limiters)
+
+    async def agent(other: str) -> None:
+        await anyio.sleep(1)
+        assert (await loop.run_single(other, anyio.sleep, 1)).success
+
+    with anyio.fail_after(100):
+        async with anyio.create_task_group() as group:
+            group.start_soon(loop.run_single, "a", agent, "b")
+            group.start_soon(loop.run_single, "b", agent, "a")
+
+
+async def test_loop_that_is_left_lets_what_runs_under_a_key_run_others() -> None:
+    loop = AgentLoop(ONCE, limiter=KeyedLimiter(by_id, lambda _: Limiter(1)))
+    reached = False
+
+    async def write() -> AsyncIterator[int]:
+        yield 1
+
+    async def agent() -> None:
+        nonlocal reached
+        await anyio.sleep(1)
+        assert (await loop.run_single("a", nothing)).success
+        assert (await loop.run_single("b", nothing)).success
+        # Through a loop that has nothing to do with it, too.
+        assert (await AgentLoop().run_single("other", loop.run_single, "a", nothing)).unwrap().success
+        async with loop.run_streaming("a", write) as stream:
+            assert [chunk async for chunk in stream] == [1]
+
+        reached = True
+
+    async with anyio.create_task_group() as group:
+        async with loop:
+            group.start_soon(loop.run_single, "a", agent)
+            await anyio.wait_all_tasks_blocked()
+
+        assert reached
+        with pytest.raises(RuntimeError, match="takes no new work"):
+            await loop.run_single("a", nothing)
+
+
+# -- one run after the other
+
+
+@backends
+def test_limiters_serve_one_run_after_the_other(backend: str) -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(5))
+    loop = AgentLoop(ONCE, limiter=limiters)
+
+    async def first() -> None:
+        await loop.run_single("a", overload)
+        assert limiters["a"].statistics().limit == 4
+
+    async def second() -> None:
+        jobs = [Invocation("ab"[number % 2], anyio.sleep, (1,)) for number in range(10)]
+        assert all(result.success for result in await loop.run_all(jobs))
+        assert limiters.statistics() == LimiterStatistics(0, 0, 10, 10)
+
+    for name, main in ((backend, first), ("asyncio", second), ("trio", first), (backend, second)):
+        anyio.run(main, backend=name, backend_options=virtual_clock(name)[1])

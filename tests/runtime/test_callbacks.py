@@ -1,0 +1,311 @@
+"""Exceptions out of a user's plain functions: a cancellation that nothing asked for is their error too."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+
+from agentloop import (
+    AgentLoop,
+    BatchStopped,
+    ChunkEvent,
+    Invocation,
+    InvocationCancelled,
+    InvocationResult,
+    KeyedLimiter,
+    Limiter,
+    LoopConfig,
+    Rate,
+    Status,
+    VerdictKind,
+    classify,
+)
+
+
+async def double(x: int) -> int:
+    await checkpoint()
+    return x * 2
+
+
+async def doubles(x: int) -> AsyncIterator[int]:
+    yield await double(x)
+
+
+def cancelled() -> BaseException:
+    """Make what the backend cancels with, as a future that was cancelled raises it."""
+    cancelled_class = anyio.get_cancelled_exc_class()
+    if cancelled_class is asyncio.CancelledError:
+        return asyncio.CancelledError("from a callback")
+
+    return cancelled_class._create(source="explicit")  # type: ignore[attr-defined, no-any-return]
+
+
+BATCHES = ["run_all", "as_completed", "stream_all"]
+KINDS = {
+    "exception": lambda: KeyError("callback"),
+    "cancellation": cancelled,
+    "group": lambda: BaseExceptionGroup("all", [cancelled(), KeyError("callback")]),
+}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+class Bad:
+    """A function that fails at its second call."""
+
+    def __init__(self, kind: str, returns: Any = 1) -> None:
+        self.make = KINDS[kind]
+        self.returns = returns
+        self.calls = 0
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls += 1
+        if self.calls == 2:
+            raise self.make()
+
+        return self.returns
+
+
+async def run(verb: str, loop: AgentLoop, agent: Any = double, count: int = 4) -> list[InvocationResult[Any]]:
+    """Run a few invocations by a verb."""
+    stream = doubles if agent is double else agent
+    with anyio.fail_after(60):
+        if verb == "run_single":
+            return [await loop.run_single("a", agent, x) for x in range(count)]
+
+        if verb == "run_all":
+            return await loop.run_all(Invocation.map(agent, range(count), "a"))
+
+        results = []
+        if verb == "as_completed":
+            async with loop.as_completed(Invocation.map(agent, range(count), "a")) as done:
+                results = [result async for result in done]
+        elif verb == "stream_all":
+            async with loop.stream_all(Invocation.map(stream, range(count), "a")) as events:
+                results = [event.result async for event in events if not isinstance(event, ChunkEvent)]
+        else:
+            for x in range(count):
+                with contextlib.suppress(Exception):
+                    async with loop.run_streaming("a", stream, x) as chunks:
+                        [_ async for _ in chunks]
+
+                results.append(chunks.result)
+
+        return sorted(results, key=lambda result: result.index)
+
+
+every_verb = pytest.mark.parametrize(
+    "verb", ["run_single", "run_all", "as_completed", "run_streaming", "stream_all"]
+)
+
+
+@each_kind
+@every_verb
+@pytest.mark.parametrize("callback", ["cost", "key", "make"])
+async def test_input_whose_cost_or_key_fails_is_an_error_alone(callback: str, verb: str, kind: str) -> None:
+    bad = Bad(kind)
+    if callback == "cost":
+        limiter = Limiter(2, rates=[Rate(1000, cost=bad)])
+    elif callback == "key":
+        limiter = KeyedLimiter(bad, lambda key: Limiter(2))
+    else:
+        bad.calls = 1
+        keys = iter("bcde")
+        limiter = KeyedLimiter(lambda invocation: next(keys), lambda key: bad() and Limiter(2))
+
+    results = await run(verb, AgentLoop(limiter=limiter))
+    assert sorted(str(result.status) for result in results) == ["error", "success", "success", "success"]
+    [failed] = [result for result in results if not result.success]
+    assert (failed.latency_ms, failed.retries, failed.failures) == (0, 0, ())
+    if kind == "exception":
+        assert isinstance(failed.exception, KeyError)
+    else:
+        assert isinstance(failed.exception, InvocationCancelled)
+        assert failed.exception.__cause__ is not None
+
+    assert limiter.statistics().running == limiter.statistics().waiting == 0
+
+
+@each_kind
+@every_verb
+async def test_settle_that_fails_is_logged_and_changes_nothing(
+    verb: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = AgentLoop(limiter=Limiter(2, rates=[Rate(1000, settle=Bad(kind))]))
+    assert [result.status for result in await run(verb, loop)] == [Status.SUCCESS] * 4
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+    assert "settle=" in caplog.text
+
+
+@each_kind
+@every_verb
+async def test_classify_that_fails_is_logged_once_and_its_failure_is_final(
+    verb: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def judge(exc: Exception) -> Any:
+        raise KINDS[kind]()
+
+    async def fail(x: int) -> None:
+        await checkpoint()
+        raise OSError(x)
+
+    async def fail_stream(x: int) -> AsyncIterator[int]:
+        await fail(x)
+        yield x
+
+    loop = AgentLoop(LoopConfig(classify=judge))
+    results = await run(verb, loop, fail_stream if "stream" in verb else fail)
+    assert [(result.status, result.retries) for result in results] == [(Status.ERROR, 0)] * 4
+    assert all(isinstance(result.exception, OSError) for result in results)
+    assert all("classify failed" in result.exception.__notes__[0] for result in results if result.exception)
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+    assert "classify=" in caplog.text
+
+
+async def test_classify_that_gives_a_coroutine_is_said_to_be_no_plain_function() -> None:
+    async def judge(exc: Exception) -> Any:
+        return classify(exc)
+
+    async def fail() -> None:
+        raise OSError
+
+    result = await AgentLoop(LoopConfig(classify=lambda exc: judge(exc))).run_single("a", fail)  # type: ignore[arg-type,return-value]
+    assert result.exception is not None
+    assert "classify must be a plain function that returns a Verdict" in result.exception.__notes__[0]
+
+
+@each_kind
+@pytest.mark.parametrize(
+    ("source", "verb"),
+    # run_all() reads a generator to its end, and then there is nothing left to close.
+    [
+        *itertools.product(["agent_id", "generator"], BATCHES),
+        ("close", "as_completed"),
+        ("close", "stream_all"),
+    ],
+)
+async def test_input_that_fails_raises_after_the_last_result(source: str, verb: str, kind: str) -> None:
+    agent = doubles if verb == "stream_all" else double
+
+    def generator() -> Iterator[Any]:
+        try:
+            yield ("a", agent, (1,), {})
+            yield ("a", agent, (2,), {})
+            if source == "generator":
+                raise KINDS[kind]()
+
+            yield ("a", fatal_stream if verb == "stream_all" else fatal, (3,), {})
+            yield from [("a", agent, (4,), {})] * 50
+        finally:
+            if source == "close":
+                raise KINDS[kind]()
+
+    inputs = generator() if source != "agent_id" else Invocation.map(agent, range(9), Bad(kind, "name"))
+    expected: Any = KeyError if kind == "exception" else InvocationCancelled
+    done = 0
+    with anyio.fail_after(60), pytest.raises(expected):
+        if verb == "run_all":
+            await AgentLoop(LoopConfig(max_concurrency=1)).run_all(inputs)
+        else:
+            loop = AgentLoop(LoopConfig(max_concurrency=1))
+            reader = loop.as_completed(inputs) if verb == "as_completed" else loop.stream_all(inputs)
+            async with reader as items:  # type: ignore[attr-defined]
+                async for item in items:
+                    done += not isinstance(item, ChunkEvent)
+
+    if verb != "run_all":
+        assert done == {"agent_id": 1, "generator": 2, "close": 3}[source]
+
+
+class Unauthorized(Exception):
+    status_code = 401
+
+
+async def fatal(x: int) -> None:
+    raise Unauthorized
+
+
+async def fatal_stream(x: int) -> AsyncIterator[int]:
+    raise Unauthorized
+    yield x
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("callback", ["cost", "settle", "classify", "input", "close"])
+async def test_interrupt_out_of_a_callback_ends_the_batch(callback: str, kind: Any) -> None:
+    def interrupt(*args: Any) -> Any:
+        raise kind
+
+    async def fail(x: int) -> None:
+        raise OSError
+
+    def inputs() -> Iterator[Any]:
+        try:
+            yield ("a", fail if callback == "classify" else double, (1,), {})
+            if callback == "input":
+                interrupt()
+
+            yield ("a", fatal, (1,), {})
+            yield ("a", double, (1,), {})
+        finally:
+            if callback == "close":
+                interrupt()
+
+    rate = {callback: interrupt} if callback in ("cost", "settle") else {}
+    config = LoopConfig(classify=interrupt if callback == "classify" else classify)
+    limiter = Limiter(10, rates=[Rate(100, **rate)])
+    with pytest.raises(kind):
+        async with AgentLoop(config, limiter=limiter).as_completed(inputs()) as results:
+            async for _ in results:
+                if callback == "close":
+                    break
+
+    assert limiter.statistics().running == 0
+
+
+# -- functions that are not async
+
+
+@pytest.mark.parametrize("verb", BATCHES)
+async def test_blocking_function_stops_the_batch_at_its_first_call(verb: str) -> None:
+    calls = 0
+
+    def blocking(x: int) -> int:
+        nonlocal calls
+        calls += 1
+        return x
+
+    loop = AgentLoop(LoopConfig(max_concurrency=10))
+    if verb == "run_all":
+        results = await loop.run_all(Invocation.map(blocking, range(500)))  # type: ignore[call-overload]
+        assert len(results) == 500
+        assert {result.status for result in results[1:]} == {Status.SKIPPED}
+        error = results[0].exception
+    else:
+        results = []
+        with pytest.raises(BatchStopped) as caught:
+            reader = loop.as_completed if verb == "as_completed" else loop.stream_all
+            async with reader(Invocation.map(blocking, range(500))) as items:  # type: ignore[call-overload]
+                async for item in items:
+                    results.append(item)
+
+        error = caught.value.__cause__
+
+    assert calls == 1
+    assert isinstance(error, TypeError)
+    assert classify(error).kind is VerdictKind.FATAL
+    assert "blocking" in str(error)
+
+
+async def test_blocking_function_in_a_single_invocation_stops_nothing_else() -> None:
+    loop = AgentLoop()
+    result = await loop.run_single("a", lambda: 1)  # type: ignore[arg-type,return-value]
+    assert (result.status, result.retries) == (Status.ERROR, 0)
+    assert (await loop.run_single("b", double, 1)).output == 2

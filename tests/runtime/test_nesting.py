@@ -1,0 +1,348 @@
+"""Invocations that run others on the same loop."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+
+from agentloop import AgentLoop, Backoff, Invocation, Limiter, LoopConfig, Status
+from agentloop._limits.limiter import pool_of
+from agentloop._limits.slots import Slot
+
+
+class Meter:
+    """Counts the agents that do something of their own, rather than wait for others that they run."""
+
+    def __init__(self) -> None:
+        self.working = self.peak = self.total = 0
+
+    async def work(self, seconds: float = 1) -> None:
+        self.working += 1
+        self.total += 1
+        self.peak = max(self.peak, self.working)
+        try:
+            await anyio.sleep(seconds)
+        finally:
+            self.working -= 1
+
+
+@pytest.fixture
+def meter() -> Meter:
+    return Meter()
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5])
+@pytest.mark.parametrize("depth", [1, 3, 10])
+async def test_single_in_single_never_deadlocks(limit: int, depth: int, meter: Meter) -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=limit))
+
+    async def agent(depth: int) -> int:
+        await meter.work()
+        if depth:
+            return 1 + (await loop.run_single("child", agent, depth - 1)).unwrap()
+
+        return 0
+
+    results = await loop.run_all(Invocation.map(agent, [depth] * 4))
+    assert [result.unwrap() for result in results] == [depth] * 4
+    assert meter.peak == min(limit, 4)
+
+
+@pytest.mark.parametrize("verb", ["run_all", "as_completed"])
+@pytest.mark.parametrize("limit", [1, 2, 3, 7])
+async def test_batches_in_batches_never_deadlock(limit: int, verb: str, meter: Meter) -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=limit))
+
+    async def agent(depth: int) -> int:
+        await meter.work()
+        if not depth:
+            return 1
+
+        jobs = [Invocation("child", agent, (depth - 1,)) for _ in range(3)]
+        if verb == "run_all":
+            return sum(result.unwrap() for result in await loop.run_all(jobs))
+
+        async with loop.as_completed(jobs) as results:
+            return sum([result.unwrap() async for result in results])
+
+    results = await loop.run_all(Invocation.map(agent, [3] * 3))
+    assert [result.unwrap() for result in results] == [27] * 3
+    assert meter.total == 3 * (1 + 3 + 9 + 27)
+    assert meter.peak == limit
+
+
+@pytest.mark.parametrize("limit", [1, 2, 4])
+async def test_several_nested_calls_at_once_share_the_parents_slot(limit: int, meter: Meter) -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=limit))
+
+    async def parent() -> None:
+        async with anyio.create_task_group() as group:
+            for _ in range(6):
+                group.start_soon(loop.run_single, "child", meter.work)
+
+            group.start_soon(loop.run_all, [Invocation("child", meter.work)] * 4)
+
+    start = anyio.current_time()
+    await loop.run_single("parent", parent)
+    assert meter.peak == limit
+    assert meter.total == 10
+    assert anyio.current_time() - start == pytest.approx(-(-10 // limit), abs=1.01)
+
+
+async def test_reader_of_a_batch_may_run_others_in_between(meter: Meter) -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=1))
+
+    async def parent() -> None:
+        async with loop.as_completed([Invocation("child", meter.work)] * 5) as results:
+            async for _ in results:
+                await loop.run_single("between", meter.work)
+
+    await loop.run_single("parent", parent)
+    await parent()
+    assert (meter.total, meter.peak) == (20, 1)
+
+
+async def test_views_and_other_loops_with_the_same_limiter_lend_too(meter: Meter) -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=1))
+    view = loop.with_config(timeout_seconds=100)
+    other = AgentLoop(limiter=loop.limiter)
+
+    async def parent() -> None:
+        await view.run_single("view", meter.work)
+        await other.run_single("other", meter.work)
+
+    assert (await loop.run_single("parent", parent)).success
+    assert meter.total == 2
+
+
+async def test_slots_are_lent_through_a_loop_with_another_limiter(meter: Meter) -> None:
+    one, two = AgentLoop(LoopConfig(max_concurrency=1)), AgentLoop(LoopConfig(max_concurrency=1))
+
+    async def outer() -> None:
+        assert (await two.run_single("middle", middle)).success
+
+    async def middle() -> None:
+        assert (await one.run_single("inner", meter.work)).success
+
+    assert (await one.run_single("outer", outer)).success
+    assert meter.total == 1
+
+
+async def test_nested_invocation_that_waits_to_retry_lends_the_slot_on(meter: Meter) -> None:
+    loop = AgentLoop(
+        LoopConfig(max_concurrency=1, backoff=Backoff(initial_seconds=100, max_seconds=100, jitter="none"))
+    )
+    failed = False
+
+    async def flaky() -> None:
+        nonlocal failed
+        if not failed:
+            failed = True
+            raise OSError
+
+    async def parent() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(loop.run_single, "flaky", flaky)
+            await anyio.wait_all_tasks_blocked()
+            with anyio.fail_after(2):
+                await loop.run_single("other", meter.work)
+
+    assert (await loop.run_single("parent", parent)).success
+
+
+async def test_fatal_verdict_in_a_nested_batch_ends_that_batch_only() -> None:
+    class Unauthorized(Exception):
+        status_code = 401
+
+    async def fatal() -> None:
+        raise Unauthorized
+
+    async def parent(x: int) -> list[Status]:
+        return [result.status for result in await loop.run_all([Invocation("a", fatal)] * 2)]
+
+    loop = AgentLoop(LoopConfig(max_concurrency=1))
+    results = await loop.run_all(Invocation.map(parent, range(2)))
+    assert [result.output for result in results] == [[Status.ERROR, Status.SKIPPED]] * 2
+
+
+async def test_time_out_of_the_parent_cancels_the_children(meter: Meter) -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=2, max_retries=0, timeout_seconds=5))
+    unlimited = loop.with_config(timeout_seconds=None)
+
+    async def parent() -> None:
+        await unlimited.run_all([Invocation("child", meter.work, (100,))] * 4)
+
+    result = await loop.run_single("parent", parent)
+    assert result.status is Status.TIMEOUT
+    assert meter.working == 0
+    assert meter.total == 2
+
+
+async def test_child_that_outlives_its_parent_keeps_the_slot_until_it_ends(meter: Meter) -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=1))
+    async with anyio.create_task_group() as group:
+
+        async def parent() -> None:
+            group.start_soon(loop.run_single, "child", meter.work, 5)
+            await checkpoint()
+            await checkpoint()
+
+        await loop.run_single("parent", parent)
+        assert loop.statistics().running == 1
+        start = anyio.current_time()
+        await loop.run_single("next", meter.work)
+        assert anyio.current_time() - start == pytest.approx(6)
+
+    assert meter.peak == 1
+
+
+async def test_child_that_waits_when_its_parent_ends_is_lent_the_next_slot_further_out(meter: Meter) -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=1))
+
+    async def grandparent() -> None:
+        async with anyio.create_task_group() as group:
+
+            async def parent() -> None:
+                group.start_soon(loop.run_single, "first", meter.work, 3)
+                group.start_soon(loop.run_single, "second", meter.work, 3)
+                await anyio.sleep(1)
+
+            await loop.run_single("parent", parent)
+
+    with anyio.fail_after(100):
+        assert (await loop.run_single("grandparent", grandparent)).success
+
+    assert (meter.total, meter.peak) == (2, 1)
+
+
+async def test_child_that_waits_while_its_parent_and_the_slot_are_cancelled_leaves_nothing() -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=1))
+
+    async def parent() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(loop.run_single, "first", anyio.sleep, 10)
+            group.start_soon(loop.run_single, "second", anyio.sleep, 10)
+
+    for seconds in (1, 5, 9.5, 10, 10.5, 15):
+        with anyio.move_on_after(seconds):
+            await loop.run_single("parent", parent)
+
+        assert loop.statistics().running == 0
+
+
+async def test_chain_of_invocations_that_start_the_next_in_the_background_forgets_its_past() -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=1))
+    slots = 0
+
+    async def link(left: int) -> None:
+        nonlocal slots
+        if left:
+            group.start_soon(loop.run_single, "link", link, left - 1)
+            await checkpoint()
+        else:
+            gc.collect()
+            slots = sum(isinstance(thing, Slot) for thing in gc.get_objects())
+
+    async with anyio.create_task_group() as group:
+        await loop.run_single("link", link, 1500)
+
+    assert loop.statistics().running == 0
+    assert slots <= 10
+
+
+async def test_nested_calls_count_the_slot_once() -> None:
+    limiter = Limiter(3)
+    loop = AgentLoop(limiter=limiter)
+    seen: list[int] = []
+
+    async def child() -> None:
+        seen.append(loop.statistics().running)
+
+    async def parent() -> None:
+        await loop.run_single("child", child)
+
+    await loop.run_single("parent", parent)
+    assert seen == [1]
+
+
+async def test_recursion_through_fifty_levels_works() -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=1, timeout_seconds=None))
+
+    async def agent(n: int) -> Any:
+        return n if n == 0 else (await loop.run_single("a", agent, n - 1)).unwrap()
+
+    assert (await loop.run_single("a", agent, 50)).output == 0
+
+
+async def test_who_waits_for_the_slot_further_out_is_lent_the_one_that_is_resumed() -> None:
+    # A stream comes back for its slot after its own reader has asked for it, and before that one has it: it
+    # would wait for what its reader holds, while its reader waits for it.
+    pool = pool_of(Limiter(1))
+    outer = pool.acquire_nowait((), None)
+    middle = pool.acquire_nowait((), outer)
+    inner = pool.acquire_nowait((), middle)
+    assert outer is not None
+    assert middle is not None
+    assert inner is not None
+    inner.suspend()
+    middle.suspend()
+    other = pool.acquire_nowait((), outer)
+    assert other is not None
+    first, second = pool.enqueue(None, middle.outer), pool.enqueue(None, inner.outer)
+    other.release()
+    assert first.slot is not None
+    assert second.slot is None
+    middle.resume(first.slot)
+    assert second.slot is not None
+    inner.resume(second.slot)
+    assert inner.lender is middle
+    assert middle.lender is outer
+    for slot in (inner, middle, outer):
+        slot.release()
+
+    assert (pool.running, pool.waiting) == (0, 0)
+
+
+async def test_slot_that_is_resumed_with_a_token_gives_that_back() -> None:
+    pool = pool_of(Limiter(2))
+    outer = pool.acquire_nowait((), None)
+    inner = pool.acquire_nowait((), outer)
+    assert outer is not None
+    assert inner is not None
+    inner.suspend()
+    other, granted = pool.acquire_nowait((), outer), pool.acquire_nowait((), inner.outer)
+    assert other is not None
+    assert granted is not None
+    inner.resume(granted)
+    assert pool.running == 2
+    assert inner.lender is None
+    inner.release()
+    assert pool.running == 1
+    other.release()
+    outer.release()
+    assert (pool.running, pool.waiting) == (0, 0)
+
+
+async def test_slot_that_is_resumed_after_the_one_around_it_has_ended_lends_itself() -> None:
+    pool = pool_of(Limiter(1))
+    outer = pool.acquire_nowait((), None)
+    inner = pool.acquire_nowait((), outer)
+    assert outer is not None
+    assert inner is not None
+    inner.suspend()
+    outer.release()
+    other = pool.acquire_nowait((), None)
+    assert other is not None
+    first, second = pool.enqueue(None, inner.outer), pool.enqueue(None, inner)
+    other.release()
+    assert first.slot is not None
+    inner.resume(first.slot)
+    assert second.slot is not None
+    assert second.slot.lender is inner
+    second.slot.release()
+    inner.release()
+    assert (pool.running, pool.waiting) == (0, 0)

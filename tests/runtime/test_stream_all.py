@@ -1,0 +1,657 @@
+"""stream_all: many streams, fanned into one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from typing import Any, assert_never
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+
+from agentloop import (
+    AgentLoop,
+    Backoff,
+    BatchStopped,
+    ChunkEvent,
+    FirstChunkTimeout,
+    IdleTimeout,
+    Invocation,
+    InvocationCancelled,
+    InvocationTimeout,
+    LoopConfig,
+    ResultEvent,
+    Status,
+)
+from agentloop._runtime.channel import BUFFER
+from agentloop.testing import virtual_clock
+
+PLAIN = Backoff(initial_seconds=1, jitter="none")
+
+
+async def count(upto: int) -> AsyncGenerator[int]:
+    for i in range(upto):
+        await checkpoint()
+        yield i
+
+
+async def count_at_once(upto: int) -> AsyncGenerator[int]:
+    for i in range(upto):
+        yield i
+
+
+async def one_a_second(upto: int) -> AsyncGenerator[int]:
+    for i in range(upto):
+        await anyio.sleep(1)
+        yield i
+
+
+class Unauthorized(Exception):
+    status_code = 401
+
+
+def make_loop(**settings: Any) -> AgentLoop:
+    return AgentLoop(LoopConfig(**{"max_retries": 0, "backoff": PLAIN, **settings}))
+
+
+async def read(events: Any) -> tuple[dict[int, list[Any]], dict[int, Any]]:
+    """Read all events, and return chunks and result by index; check that no chunk follows its result."""
+    chunks: dict[int, list[Any]] = {}
+    results: dict[int, Any] = {}
+    async for event in events:
+        match event:
+            case ChunkEvent(invocation, chunk, index):
+                assert isinstance(invocation, Invocation)
+                assert index not in results
+                chunks.setdefault(index, []).append(chunk)
+            case ResultEvent(invocation, result):
+                assert isinstance(invocation, Invocation)
+                assert result.index not in results
+                results[result.index] = result
+            case _:
+                assert_never(event)
+
+    return chunks, results
+
+
+async def run(loop: AgentLoop, inputs: Any) -> tuple[dict[int, list[Any]], dict[int, Any]]:
+    async with loop.stream_all(inputs) as events:
+        return await read(events)
+
+
+# -- events
+
+
+@pytest.mark.parametrize("agent", [count, count_at_once, one_a_second])
+@pytest.mark.parametrize("limit", [1, 2, 7, 100])
+async def test_each_stream_is_whole_and_in_order_and_then_has_its_result(agent: Any, limit: int) -> None:
+    sizes = [0, 1, 15, 16, 17, 40, 0, 3]
+    chunks, results = await run(make_loop(max_concurrency=limit), Invocation.map(agent, sizes))
+    assert chunks == {index: list(range(size)) for index, size in enumerate(sizes) if size}
+    assert sorted(results) == list(range(len(sizes)))
+    assert [results[index].chunks for index in range(len(sizes))] == sizes
+    assert all(result.success for result in results.values())
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_events_hold_their_order_in_any_schedule(backend: Any) -> None:
+    for seed in range(20):
+        name, options = virtual_clock(backend, seed=seed)
+
+        async def main(seed: int = seed) -> None:
+            async def agent(x: int) -> AsyncGenerator[tuple[int, int]]:
+                for i in range(x):
+                    if (x + i + seed) % 3:
+                        await anyio.sleep((x * i + seed) % 5)
+
+                    yield x, i
+
+                if x % 2:
+                    raise OSError(x)
+
+            loop = make_loop(max_concurrency=1 + seed % 4)
+            chunks, results = await run(loop, Invocation.map(agent, range(25)))
+            assert chunks == {x: [(x, i) for i in range(x)] for x in range(1, 25)}
+            assert [results[x].success for x in range(25)] == [x % 2 == 0 for x in range(25)]
+
+        anyio.run(main, backend=name, backend_options=options)
+
+
+async def test_events_are_values_that_say_whose_they_are() -> None:
+    inputs = [Invocation("a", count, (1,)), Invocation("b", count, (1,))]
+    async with make_loop(max_concurrency=1).stream_all(inputs) as events:
+        seen = [event async for event in events]
+
+    assert [type(event) for event in seen] == [ChunkEvent, ResultEvent] * 2
+    assert [event.invocation for event in seen] == [inputs[0], inputs[0], inputs[1], inputs[1]]
+    assert seen[0] == ChunkEvent(inputs[0], 0, 0)
+    assert seen[2] == ChunkEvent(inputs[1], 0, 1)
+    for event in seen:
+        with pytest.raises(AttributeError):
+            event.invocation = inputs[0]
+
+
+async def result_events(loop: AgentLoop) -> list[ResultEvent]:
+    async with loop.stream_all(Invocation.map(one_a_second, [3, 1, 2])) as events:
+        return [event async for event in events if isinstance(event, ResultEvent)]
+
+
+async def test_result_is_told_as_an_event_sink_is_told() -> None:
+    told: list[Any] = []
+    loop = AgentLoop(LoopConfig(max_concurrency=3), on_event=told.append)
+    events = await result_events(loop)
+    assert events == [event for event in told if isinstance(event, ResultEvent)]
+    assert [event.result.index for event in events] == [1, 2, 0]
+
+
+async def test_result_has_an_id_and_a_time_without_an_event_sink() -> None:
+    start = anyio.current_time()
+    events = [event for _ in range(2) for event in await result_events(make_loop())]
+    assert len({event.id for event in events} - {0}) == 6
+    assert [event.at - start for event in events] == pytest.approx([1, 2, 3, 4, 5, 6])
+
+
+async def test_chunks_of_many_streams_come_as_they_are_produced() -> None:
+    async def agent(offset: float) -> AsyncGenerator[float]:
+        await anyio.sleep(offset)
+        for _ in range(3):
+            yield anyio.current_time()
+            await anyio.sleep(1)
+
+    times = []
+    async with make_loop().stream_all(Invocation.map(agent, [0.0, 0.25, 0.5])) as events:
+        async for event in events:
+            if isinstance(event, ChunkEvent):
+                assert event.chunk == anyio.current_time()
+                times.append(event.index)
+
+    assert times == [0, 1, 2] * 3
+
+
+async def test_all_kinds_of_input_are_accepted() -> None:
+    def generator() -> Iterator[Any]:
+        yield ("a", count, (1,), {})
+        yield ("b", count, [], {"upto": 2})
+        yield Invocation("c", count, (3,))
+
+    async def async_generator() -> AsyncIterator[Any]:
+        for item in generator():
+            await checkpoint()
+            yield item
+
+    for inputs in (list(generator()), generator(), async_generator(), tuple(generator())):
+        chunks, results = await run(make_loop(), inputs)
+        assert chunks == {0: [0], 1: [0, 1], 2: [0, 1, 2]}
+        assert [results[index].agent_id for index in range(3)] == ["a", "b", "c"]
+
+    assert await run(make_loop(), []) == ({}, {})
+
+
+@pytest.mark.parametrize("bad", [None, 3, "text", {"a": 1}, Invocation("a", count)])
+async def test_what_is_no_batch_is_refused(bad: Any) -> None:
+    with pytest.raises(TypeError, match="expected a sync or async iterable of invocations"):
+        make_loop().stream_all(bad)
+
+
+async def test_function_that_gives_no_async_iterable_fails_alone() -> None:
+    async def coroutine(x: int) -> int:
+        return x
+
+    inputs = [Invocation("a", coroutine, (1,)), Invocation("b", count, (2,))]
+    chunks, results = await run(make_loop(max_retries=3), inputs)
+    assert chunks == {1: [0, 1]}
+    assert "cannot iterate over: pass an async generator function" in results[0].error
+    assert results[0].retries == 0
+
+
+async def test_iterating_without_async_with_says_what_to_write() -> None:
+    events: Any = make_loop().stream_all([])
+    with pytest.raises(RuntimeError, match=r"write `async with loop.stream_all\(...\) as results:`"):
+        async for _ in events:
+            pass
+
+    async with events:
+        with pytest.raises(RuntimeError, match="in one `async with` block only"):
+            await events.__aenter__()
+
+
+# -- limits
+
+
+async def test_no_more_streams_than_the_limit_run_and_all_of_it_is_used() -> None:
+    running = peak = 0
+
+    async def agent(x: int) -> AsyncGenerator[int]:
+        nonlocal running, peak
+        running += 1
+        peak = max(peak, running)
+        for i in range(x):
+            await anyio.sleep(1)
+            yield i
+
+        running -= 1
+
+    await run(make_loop(max_concurrency=3), Invocation.map(agent, range(12)))
+    assert peak == 3
+
+
+async def test_all_streams_together_are_no_more_than_the_buffer_ahead() -> None:
+    produced = 0
+    limit = 4
+
+    async def agent(x: int) -> AsyncGenerator[int]:
+        nonlocal produced
+        for i in range(100):
+            await checkpoint()
+            produced += 1
+            yield i
+
+    taken = 0
+    async with make_loop(max_concurrency=limit).stream_all(Invocation.map(agent, range(8))) as events:
+        await anyio.wait_all_tasks_blocked()
+        assert BUFFER <= produced <= BUFFER + limit
+        async for event in events:
+            taken += isinstance(event, ChunkEvent)
+            await anyio.wait_all_tasks_blocked()
+            # Each may have one that it produced before it found the buffer full.
+            assert produced <= taken + BUFFER + limit
+
+    assert produced == 800
+
+
+async def test_input_is_pulled_lazily() -> None:
+    pulled = 0
+
+    def inputs() -> Iterator[Any]:
+        nonlocal pulled
+        for i in range(100):
+            pulled += 1
+            yield Invocation(f"q{i}", count, (2,))
+
+    results = 0
+    async with make_loop(max_concurrency=3).stream_all(inputs()) as events:
+        await anyio.wait_all_tasks_blocked()
+        assert pulled == 3
+        async for event in events:
+            results += isinstance(event, ResultEvent)
+            await anyio.wait_all_tasks_blocked()
+            assert pulled <= results + 3
+
+    assert pulled == results == 100
+
+
+async def test_time_that_the_reader_takes_is_not_counted() -> None:
+    loop = make_loop(timeout_seconds=5, idle_timeout_seconds=1, max_concurrency=3)
+    async with loop.stream_all(Invocation.map(count, [30] * 5)) as events:
+        seen = Counter[Any]()
+        async for event in events:
+            seen[type(event)] += 1
+            if isinstance(event, ResultEvent):
+                assert event.result.success
+
+            await anyio.sleep(2)
+
+    assert seen == {ChunkEvent: 150, ResultEvent: 5}
+
+
+# -- failures
+
+
+async def test_failed_stream_leaves_its_siblings_running() -> None:
+    error = ValueError("mine")
+
+    async def agent(x: int) -> AsyncGenerator[int]:
+        for i in range(5):
+            await anyio.sleep(1)
+            yield i
+            if x % 2 and i == x:
+                raise error
+
+    chunks, results = await run(make_loop(), Invocation.map(agent, range(6)))
+    assert [len(chunks[x]) for x in range(6)] == [5, 2, 5, 4, 5, 5]
+    assert [results[x].exception for x in range(6)] == [None, error, None, error, None, None]
+
+
+async def test_time_outs_are_those_of_each_stream() -> None:
+    async def agent(name: str) -> AsyncGenerator[str]:
+        if name == "first":
+            await anyio.sleep_forever()
+
+        yield name
+        if name == "idle":
+            await anyio.sleep_forever()
+
+        while True:
+            await anyio.sleep(1)
+            yield name
+
+    loop = make_loop(first_chunk_timeout_seconds=2, idle_timeout_seconds=3, timeout_seconds=10.5)
+    chunks, results = await run(loop, Invocation.map(agent, ["first", "idle", "long"]))
+    assert [type(results[x].exception) for x in range(3)] == [
+        FirstChunkTimeout,
+        IdleTimeout,
+        InvocationTimeout,
+    ]
+    assert [len(chunks.get(x, [])) for x in range(3)] == [0, 1, 11]
+
+
+async def test_failure_before_the_first_chunk_is_retried_and_none_after_it() -> None:
+    calls = Counter[int]()
+
+    async def agent(x: int) -> AsyncGenerator[int]:
+        calls[x] += 1
+        if x == 0 and calls[x] < 3:
+            raise OSError
+
+        yield x
+        if x == 1:
+            raise OSError
+
+    chunks, results = await run(make_loop(max_retries=3), Invocation.map(agent, range(3)))
+    assert chunks == {0: [0], 1: [1], 2: [2]}
+    assert calls == {0: 3, 1: 1, 2: 1}
+    assert [(results[x].status, results[x].retries) for x in range(3)] == [
+        (Status.SUCCESS, 2),
+        (Status.ERROR, 0),
+        (Status.SUCCESS, 0),
+    ]
+
+
+async def test_stream_that_waits_to_be_retried_holds_no_slot() -> None:
+    calls = 0
+
+    async def agent(x: int) -> AsyncGenerator[int]:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise OSError
+
+        yield x
+
+    async with make_loop(max_retries=1, max_concurrency=1).stream_all(
+        Invocation.map(agent, range(3))
+    ) as events:
+        order = [event.index async for event in events if isinstance(event, ChunkEvent)]
+
+    assert order == [1, 2, 0]
+
+
+async def test_fatal_verdict_starts_nothing_new_and_what_runs_finishes() -> None:
+    async def agent(x: int) -> AsyncGenerator[int]:
+        yield x
+        await anyio.sleep(1 + x)
+        if x == 0:
+            raise Unauthorized
+
+        yield x
+
+    seen: list[Any] = []
+    with pytest.raises(BatchStopped, match="'agent-0' failed with Unauthorized"):
+        async with make_loop(max_concurrency=2).stream_all(Invocation.map(agent, range(9))) as events:
+            async for event in events:
+                seen.append(event)
+
+    assert [event.chunk for event in seen if isinstance(event, ChunkEvent)] == [0, 1, 1]
+    results = [event.result for event in seen if isinstance(event, ResultEvent)]
+    assert [(result.index, result.status) for result in results] == [(0, Status.ERROR), (1, Status.SUCCESS)]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_input_that_raises_does_so_after_the_events_of_what_was_started(asynchronous: bool) -> None:
+    error = KeyError("input")
+
+    def inputs() -> Iterator[Any]:
+        yield Invocation("a", one_a_second, (3,))
+        yield Invocation("b", one_a_second, (2,))
+        raise error
+
+    async def async_inputs() -> AsyncIterator[Any]:
+        for item in inputs():
+            yield item
+
+    seen: list[Any] = []
+    async with make_loop().stream_all(async_inputs() if asynchronous else inputs()) as events:
+        for _ in range(2):
+            with pytest.raises(KeyError) as caught:
+                async for event in events:
+                    seen.append(event)
+
+            assert caught.value is error
+
+    assert Counter(type(event) for event in seen) == {ChunkEvent: 5, ResultEvent: 2}
+
+
+async def test_input_that_is_none_is_refused_when_it_is_met() -> None:
+    with pytest.raises(TypeError, match="expected an Invocation or a tuple"):
+        await run(make_loop(), [Invocation("a", count, (1,)), 5])
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("entered", [False, True])
+async def test_what_is_no_error_of_an_agents_leaves_the_block(kind: Any, entered: bool) -> None:
+    async def agent(x: int) -> AsyncGenerator[int]:
+        yield x
+        await anyio.sleep(1)
+        if x == 1:
+            raise kind
+
+        await anyio.sleep_forever()
+
+    loop = make_loop()
+    with pytest.raises(kind):
+        if entered:
+            async with loop:
+                await run(loop, Invocation.map(agent, range(3)))
+        else:
+            await run(loop, Invocation.map(agent, range(3)))
+
+    assert loop.metrics.snapshot().counts[Status.CANCELLED] == 3
+
+
+# -- ends
+
+
+@pytest.mark.parametrize("entered", [False, True])
+@pytest.mark.parametrize("how", ["leave", "raise", "cancel"])
+async def test_leaving_early_closes_every_generator(how: str, entered: bool) -> None:
+    opened = closed = 0
+
+    async def agent(x: int) -> AsyncGenerator[int]:
+        nonlocal opened, closed
+        opened += 1
+        try:
+            # All begin before one has filled the buffer.
+            await anyio.sleep(1)
+            for i in range(100):
+                if x % 2:
+                    await anyio.sleep(1)
+
+                yield i
+        finally:
+            await anyio.sleep(0) if x % 2 == 0 else None
+            closed += 1
+
+    async def body() -> None:
+        async with loop.stream_all(Invocation.map(agent, range(10))) as events:
+            for _ in range(5):
+                await anext(events)
+
+            await anyio.sleep(2)
+            if how == "raise":
+                raise KeyError
+
+            if how == "cancel":
+                await anyio.sleep_forever()
+
+    loop = make_loop(max_concurrency=4)
+    if entered:
+        await loop.__aenter__()
+
+    with anyio.move_on_after(5) as scope:
+        if how == "raise":
+            with pytest.raises(KeyError):
+                await body()
+        else:
+            await body()
+
+    assert scope.cancelled_caught == (how == "cancel")
+    assert opened == closed == 4
+    assert loop.metrics.snapshot().counts[Status.CANCELLED] == 4
+    if entered:
+        await loop.__aexit__(None, None, None)
+
+
+@pytest.mark.parametrize("entered", [False, True])
+async def test_what_was_left_early_does_not_look_complete(entered: bool) -> None:
+    loop = make_loop()
+    if entered:
+        await loop.__aenter__()
+
+    async with loop.stream_all(Invocation.map(one_a_second, [5, 5])) as events:
+        await anext(events)
+
+    with pytest.raises(BatchStopped, match="the block that reads the results was left"):
+        await anext(events)
+
+    if entered:
+        await loop.__aexit__(None, None, None)
+
+
+async def test_cancellation_while_waiting_for_an_event_loses_none() -> None:
+    chunks: dict[int, list[int]] = {}
+    results = []
+    async with make_loop(max_concurrency=3).stream_all(Invocation.map(one_a_second, [10] * 6)) as events:
+        while True:
+            with anyio.move_on_after(0.3):
+                try:
+                    event = await anext(events)
+                except StopAsyncIteration:
+                    break
+
+                if isinstance(event, ChunkEvent):
+                    chunks.setdefault(event.index, []).append(event.chunk)
+                else:
+                    results.append(event.result.index)
+
+    assert chunks == {index: list(range(10)) for index in range(6)}
+    assert sorted(results) == list(range(6))
+
+
+@pytest.mark.parametrize("scope", ["scope", "group"])
+async def test_agents_that_yield_in_scopes_of_their_own_can_be_left(scope: str) -> None:
+    async def agent(x: int) -> AsyncGenerator[int]:
+        # All begin before one has filled the buffer.
+        await anyio.sleep(1)
+        if scope == "scope":
+            with anyio.CancelScope(shield=x % 2 == 0):
+                for i in range(50):
+                    yield i
+        else:
+            async with anyio.create_task_group() as group:
+                group.start_soon(anyio.sleep, 1000)
+                for i in range(50):
+                    yield i
+
+    loop = make_loop()
+    with anyio.fail_after(50):
+        async with loop.stream_all(Invocation.map(agent, range(4))) as events:
+            await anext(events)
+            await anyio.wait_all_tasks_blocked()
+
+    assert loop.metrics.snapshot().counts[Status.CANCELLED] == 4
+
+
+# -- nested use
+
+
+@pytest.mark.parametrize("entered", [False, True])
+@pytest.mark.parametrize("agent", [count, count_at_once, one_a_second])
+async def test_agent_fans_in_and_runs_others_between_events_at_limit_1(agent: Any, entered: bool) -> None:
+    loop = make_loop(max_concurrency=1, timeout_seconds=None)
+
+    async def double(x: int) -> int:
+        await checkpoint()
+        return 2 * x
+
+    async def parent() -> int:
+        total = 0
+        async with loop.stream_all(Invocation.map(agent, [40, 40, 40])) as events:
+            async for event in events:
+                if isinstance(event, ChunkEvent):
+                    total += (await loop.run_single("b", double, event.chunk)).unwrap()
+
+        return total
+
+    if entered:
+        await loop.__aenter__()
+
+    with anyio.fail_after(1000):
+        result = await loop.run_single("a", parent)
+
+    assert result.unwrap() == 2 * 3 * sum(range(40))
+    if entered:
+        await loop.__aexit__(None, None, None)
+
+
+# -- in an entered loop
+
+
+async def test_leaving_the_loop_starts_nothing_new_and_ends_what_nobody_reads() -> None:
+    loop = make_loop(max_concurrency=2)
+    async with loop:
+        reader = loop.stream_all(Invocation.map(count, [50] * 5))
+        events = await reader.__aenter__()
+        await anyio.sleep(1)
+
+    seen = []
+    with pytest.raises(BatchStopped, match="the loop was left"):
+        async for event in events:
+            seen.append(event)
+
+    results = [event.result for event in seen if isinstance(event, ResultEvent)]
+    assert [result.status for result in results] == [Status.CANCELLED] * 2
+    assert all(isinstance(result.exception, InvocationCancelled) for result in results)
+    assert len(seen) - 2 == sum(result.chunks for result in results)
+    await reader.__aexit__(None, None, None)
+
+
+async def test_leaving_the_loop_by_an_exception_gives_each_stream_its_result() -> None:
+    loop = make_loop(max_concurrency=2)
+    results: list[Any] = []
+
+    async def go() -> None:
+        async with loop.stream_all(Invocation.map(one_a_second, [50] * 5)) as events:
+            with pytest.raises(BatchStopped, match="the loop was left by KeyError"):
+                async for event in events:
+                    if isinstance(event, ResultEvent):
+                        results.append(event.result)
+
+    async with anyio.create_task_group() as group:
+        with pytest.raises(KeyError):
+            async with loop:
+                group.start_soon(go)
+                await anyio.sleep(2.5)
+                raise KeyError
+
+    assert [(result.status, result.chunks) for result in results] == [(Status.CANCELLED, 2)] * 2
+
+
+async def test_events_can_be_read_in_an_async_generator_that_is_closed_by_another_task() -> None:
+    async def read() -> AsyncIterator[Any]:
+        async with loop.stream_all(Invocation.map(count, [50] * 5)) as events:
+            async for event in events:
+                yield event
+
+    # Each stream holds its slot while its reader pauses.
+    async with make_loop(max_concurrency=15) as loop:
+        generators = [read() for _ in range(3)]
+        for generator in generators:
+            await anext(generator)
+
+        await anyio.wait_all_tasks_blocked()
+        async with anyio.create_task_group() as group:
+            for generator in (generators[1], generators[0], generators[2]):
+                group.start_soon(generator.aclose)
+
+    assert loop.metrics.snapshot().counts[Status.CANCELLED] == 15

@@ -1,0 +1,236 @@
+"""The audit finds what was left behind on purpose, and nothing where nothing was."""
+
+import asyncio
+import gc
+import logging
+import threading
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+import trio
+from audit import assert_quiet, leak_audit, open_generators, other_tasks
+
+from agentloop.testing import virtual_clock
+
+both_backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
+kept: list[Any] = []
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Any:
+    yield
+    kept.clear()
+
+
+def run(main: Callable[[], Awaitable[Any]], backend: Any) -> Any:
+    name, options = virtual_clock(backend)
+    return anyio.run(main, backend=name, backend_options=options)
+
+
+async def count() -> AsyncIterator[int]:
+    for number in range(3):
+        yield number
+
+
+@both_backends
+def test_clean_run_passes(backend: Any) -> None:
+    async def main() -> list[int]:
+        await assert_quiet()
+        send, receive = anyio.create_memory_object_stream[int](1)
+        async with anyio.create_task_group() as tg, send, receive:
+            tg.start_soon(send.send, 1)
+            await receive.receive()
+
+        numbers = [number async for number in count()]
+        await anyio.to_thread.run_sync(int)
+        await assert_quiet()
+        return numbers
+
+    with leak_audit():
+        assert run(main, backend) == [0, 1, 2]
+
+
+@both_backends
+def test_task_left_is_found(backend: Any) -> None:
+    async def main() -> None:
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(anyio.sleep_forever)
+            with pytest.raises(AssertionError, match=r"tasks left: .*sleep"):
+                await assert_quiet()
+
+            await assert_quiet(other_tasks())
+            tg.cancel_scope.cancel()
+
+    run(main, backend)
+
+
+@both_backends
+def test_ancestors_and_siblings_of_the_host_are_told_apart(backend: Any) -> None:
+    async def main() -> None:
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(anyio.sleep, 1)
+            tg.start_soon(anyio.sleep, 1)
+            await anyio.lowlevel.checkpoint()
+            assert len(other_tasks()) == 2
+
+        assert not other_tasks()
+
+    run(main, backend)
+
+
+@both_backends
+def test_open_generator_is_found(backend: Any) -> None:
+    async def main() -> None:
+        generator: Any = count()
+        await anext(generator)
+        with pytest.raises(AssertionError, match=r"async generators left open: .*count"):
+            await assert_quiet()
+
+        await assert_quiet(open_generators())
+        await generator.aclose()
+        await assert_quiet()
+
+    run(main, backend)
+
+
+def test_cancellation_that_nobody_took_back_is_found() -> None:
+    async def main() -> None:
+        host = asyncio.current_task()
+        assert host is not None
+        host.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.sleep(1)
+
+        with pytest.raises(AssertionError, match="1 cancellations of the host"):
+            await assert_quiet()
+
+        host.uncancel()
+        await assert_quiet()
+
+    run(main, "asyncio")
+
+
+def assert_found(what: str, main: Callable[[], Awaitable[Any]], backend: Any = "asyncio") -> None:
+    with pytest.raises(AssertionError, match=what):
+        with leak_audit():
+            run(main, backend)
+
+
+@both_backends
+def test_stream_that_nobody_closed_is_found(backend: Any) -> None:
+    async def collected() -> None:
+        anyio.create_memory_object_stream[int](1)
+
+    async def still_there() -> None:
+        kept.append(anyio.create_memory_object_stream[int](1))
+
+    assert_found("unraisable .*Unclosed <MemoryObject", collected, backend)
+    assert_found("left open: .*MemoryObjectSendStream", still_there, backend)
+    for stream in kept.pop():
+        stream.close()
+
+
+@both_backends
+def test_coroutine_that_nobody_awaited_is_found(backend: Any) -> None:
+    async def main() -> None:
+        anyio.sleep(1)
+
+    assert_found("never awaited", main, backend)
+
+
+@both_backends
+def test_error_in_a_finalizer_is_found_even_in_a_cycle(backend: Any) -> None:
+    class Broken:
+        def __init__(self) -> None:
+            self.cycle = self
+
+        def __del__(self) -> None:
+            raise ValueError("in a finalizer")
+
+    async def main() -> None:
+        Broken()
+
+    assert_found("in a finalizer", main, backend)
+
+
+@both_backends
+def test_thread_that_died_is_found(backend: Any) -> None:
+    def work() -> None:
+        raise ValueError("in a thread")
+
+    async def main() -> None:
+        thread = threading.Thread(target=work)
+        thread.start()
+        await anyio.to_thread.run_sync(thread.join)
+
+    assert_found("died: ValueError", main, backend)
+
+
+def test_error_in_the_log_of_asyncio_is_found() -> None:
+    async def main() -> None:
+        logging.getLogger("asyncio").error("something is wrong")
+
+    assert_found("asyncio logged: something is wrong", main)
+
+
+def test_exception_handler_of_any_kind_is_found() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda loop, context: None)
+        loop.call_soon(lambda: 1 / 0)
+        await asyncio.sleep(0)
+
+    assert_found("exception handler was called: .*ZeroDivisionError", main)
+
+
+def test_future_whose_error_nobody_looked_at_is_found() -> None:
+    async def main() -> None:
+        asyncio.get_running_loop().create_future().set_exception(ValueError("unseen"))
+
+    assert_found("unseen", main)
+
+
+@both_backends
+def test_error_of_the_run_passes_through(backend: Any) -> None:
+    async def main() -> None:
+        kept.append(anyio.create_memory_object_stream[int](1))
+        raise LookupError("the run's own")
+
+    with pytest.raises(LookupError, match="the run's own"), leak_audit():
+        run(main, backend)
+
+    for stream in kept.pop():
+        stream.close()
+
+
+def test_audit_leaves_no_trace_itself() -> None:
+    before = [asyncio.BaseEventLoop.call_exception_handler, threading.excepthook, list(warnings.filters)]
+    handlers = list(logging.getLogger("asyncio").handlers)
+    with leak_audit():
+        trio.run(trio.sleep, 0)
+        gc.collect()
+
+    assert before == [
+        asyncio.BaseEventLoop.call_exception_handler,
+        threading.excepthook,
+        list(warnings.filters),
+    ]
+    assert handlers == logging.getLogger("asyncio").handlers
+
+
+@pytest.fixture
+async def opened(anyio_backend: Any) -> AsyncIterator[None]:
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(anyio.sleep_forever)
+        yield
+        tg.cancel_scope.cancel()
+
+
+async def test_fixtures_of_a_plugin_test_can_be_known(opened: None) -> None:
+    known = other_tasks() | open_generators()
+    assert len(other_tasks()) == 1
+    await assert_quiet(known)

@@ -1,0 +1,19 @@
+"""The random programs catch deliberate defects: that is how we know they test something."""
+
+from __future__ import annotations
+
+import pytest
+from mutants import MUTANTS, ROOT, Mutant, catch_quickly
+
+
+# Some of them here: each takes a second or two.
+@pytest.mark.parametrize("mutant", MUTANTS[::12], ids=lambda mutant: mutant.name)
+def test_random_programs_catch_the_defect(mutant: Mutant) -> None:
+    # Each on one backend, in turn; by hand, ``python tests/tools/mutants.py`` looks for all of them on both.
+    turn = ("asyncio", "trio")[MUTANTS.index(mutant) // 12 % 2]
+    assert catch_quickly(mutant, turn if mutant.backend == "either" else mutant.backend)
+
+
+def test_every_deliberate_defect_can_still_be_made() -> None:
+    for mutant in MUTANTS:
+        assert (ROOT / "agentloop" / mutant.file).read_text().count(mutant.old) == 1, mutant.name
