@@ -57,7 +57,7 @@ class Streaming(Generic[T]):
             with self._scope:
                 self.result = await self._single.run()
         finally:
-            self.result = self.result or self._single.ended
+            self.result, self._single.ended = self.result or self._single.ended, None
             # It refers to the task's owner, which refers to this.
             self._plan.act = None
 
@@ -106,6 +106,7 @@ class AgentStream(EnteredOnly, Generic[T]):
         self._lifetime = lifetime
         self._agent_id = agent_id
         self._streaming: Streaming[T] | None = None
+        self._result: InvocationResult[None] | None = None
         self._background: Background | None = None
         self._raised_at: TracebackType | None = None
         self._raised = False
@@ -113,7 +114,7 @@ class AgentStream(EnteredOnly, Generic[T]):
     def __repr__(self) -> str:
         state = "not entered"
         if self._streaming is not None:
-            result = self._streaming.result
+            result = self._take_result()
             state = "running" if result is None else f"{result.status} after {result.chunks} chunks"
 
         return f"<AgentStream {self._agent_id!r} {state}>"
@@ -125,12 +126,22 @@ class AgentStream(EnteredOnly, Generic[T]):
 
         :raises RuntimeError: while the agent may still run; at the end of the block it does not
         """
-        if self._streaming is None or self._streaming.result is None:
+        result = self._take_result()
+        if result is None:
             raise RuntimeError(
                 "a stream has its result when it has ended: read it after the `async with` block"
             )
 
-        return self._streaming.result
+        return result
+
+    def _take_result(self) -> InvocationResult[None] | None:
+        """Return the result, if the agent has ended."""
+        streaming = self._streaming
+        if streaming is not None and streaming.result is not None:
+            # Not left there: the frames that an error refers to, and those below them, refer to that object.
+            self._result, streaming.result = streaming.result, None
+
+        return self._result
 
     async def __aenter__(self) -> Self:
         if self._streaming is not None:
@@ -149,6 +160,7 @@ class AgentStream(EnteredOnly, Generic[T]):
         try:
             await self._background.stop(exc)
         finally:
+            self._take_result()
             if self._raised and exc is None:
                 # It was handled within the block. What was read there has a frame that refers to the stream.
                 self._forget_readers()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import anyio
@@ -40,6 +40,12 @@ async def leave_deadline() -> None:
 
 # Kept, as a client that was opened and never closed would be.
 groups: list[Any] = []
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    yield
+    groups.clear()
 
 
 async def leave_group() -> None:
