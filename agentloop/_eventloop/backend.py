@@ -508,10 +508,19 @@ def are_lost_early() -> bool:
 
 async def let_tasks_begin() -> None:
     """Let the tasks that were just started begin, where not all of them may."""
-    if are_lost_early():
-        # The first of them may come before their first step.
-        for _ in range(2):
+    if not are_lost_early():
+        return
+
+    cancelled: BaseException | None = None
+    # The first may come before their first step. Where this is cancelled natively, they begin all the same.
+    for _ in range(2):
+        try:
             await cancel_shielded_checkpoint()
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+
+    if cancelled is not None:
+        raise cancelled
 
 
 async def forget_cancellations() -> None:

@@ -96,17 +96,15 @@ class Background:
         lost: bool | None = False
         try:
             if self._tasks is None:
-                if not self._begun:
-                    await let_tasks_begin()
-                    if not self._begun and are_lost_early():
-                        await self._end_early()
-
                 # As in a task group: also a cancelled reader waits until nothing of it is left.
                 cancelled: BaseException | None = None
                 with anyio.CancelScope(shield=True):
                     while not self._ended.is_set():
                         try:
-                            await self._ended.wait()
+                            if self._begun or not are_lost_early():
+                                await self._ended.wait()
+                            else:
+                                await self._end_early()
                         except anyio.get_cancelled_exc_class() as native:
                             cancelled = native
 
@@ -121,6 +119,7 @@ class Background:
                 await self._tasks.__aexit__(None, None, None)
         finally:
             if not self._ended.is_set():
+                # All tasks of the group have ended, and this one never began.
                 await self._end_early()
 
             self._producer.drop()

@@ -381,6 +381,34 @@ async def test_task_group_that_fails_in_a_nested_invocation_is_no_callers_cancel
     assert (await task).status is ending
 
 
+async def test_callers_cancellation_while_a_task_group_fails_is_the_callers() -> None:
+    calls = 0
+
+    async def fail() -> None:
+        raise OSError
+
+    async def end_slowly() -> None:
+        try:
+            await asyncio.sleep(50)
+        finally:
+            await asyncio.sleep(2)
+
+    async def agent() -> None:
+        nonlocal calls
+        calls += 1
+        async with asyncio.TaskGroup() as group:
+            group.create_task(end_slowly())
+            group.create_task(fail())
+
+    task = asyncio.ensure_future(AgentLoop().run_single("a", agent))
+    await asyncio.sleep(1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert calls == 1
+
+
 async def test_native_cancellation_and_our_time_out_in_one_moment_is_the_callers() -> None:
     async def call() -> None:
         await AgentLoop(LoopConfig(timeout_seconds=1, max_retries=0)).run_single("a", asyncio.sleep, 100)

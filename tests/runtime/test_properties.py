@@ -42,10 +42,7 @@ def test_a_worker_called_into_a_cancelled_batch_waits_for_its_cancellation() -> 
 @backends
 def test_random_programs_are_the_same_at_each_run(backend: str) -> None:
     def story(seed: int) -> Any:
-        program = fuzz.Program(seed, backend)
-        name, options = virtual_clock(backend, seed=seed)
-        fuzz.random.seed(seed)
-        anyio.run(program.main, backend=name, backend_options=options)
+        program = fuzz.run_seed(backend, seed)
         return {
             agent_id: [(result.status, result.retries, result.latency_ms) for result in results]
             for agent_id, results in program.metrics.results.items()
