@@ -20,6 +20,7 @@ from agentloop import (
     Invocation,
     InvocationCancelled,
     InvocationTimeout,
+    LeftOpenError,
     LoopConfig,
     ResultEvent,
     Status,
@@ -655,3 +656,38 @@ async def test_events_can_be_read_in_an_async_generator_that_is_closed_by_anothe
                 group.start_soon(generator.aclose)
 
     assert loop.metrics.snapshot().counts[Status.CANCELLED] == 15
+
+
+@pytest.mark.parametrize("early", [False, True])
+async def test_stream_that_leaves_a_scope_open_is_an_error_and_costs_the_others_nothing(early: bool) -> None:
+    async def forgetful() -> AsyncGenerator[int]:
+        if early:
+            anyio.CancelScope().__enter__()
+
+        yield 1
+        anyio.CancelScope().__enter__()
+
+    async def fine() -> AsyncGenerator[int]:
+        yield 1
+        await anyio.sleep(1)
+        yield 2
+
+    loop = AgentLoop(LoopConfig(max_concurrency=2))
+    streams = [Invocation("a", forgetful), *[Invocation("b", fine)] * 5]
+    chunks, results = [], []
+    async with loop.stream_all(streams) as events:
+        async for event in events:
+            if isinstance(event, ChunkEvent):
+                chunks.append(event.chunk)
+            else:
+                results.append(event.result)
+
+    assert sorted(chunks) == [1] * 6 + [2] * 5
+    by_index = sorted(results, key=lambda result: result.index)
+    assert [result.status for result in by_index] == [Status.ERROR] + [Status.SUCCESS] * 5
+    assert isinstance(by_index[0].exception, LeftOpenError)
+
+    with pytest.raises(LeftOpenError):
+        async with loop.run_streaming("a", forgetful) as stream:
+            async for _ in stream:
+                pass
