@@ -1383,7 +1383,7 @@ def run_seed(backend: str, seed: int) -> Program:
             warnings.simplefilter("error")
             if program.sabotaged:
                 # AnyIO does not close what it was to run in a task that was cancelled before it began.
-                warnings.filterwarnings("ignore", "coroutine 'Tasks._run' was never awaited")
+                warnings.filterwarnings("ignore", r"coroutine '(Tasks|Program)\..*' was never awaited")
 
             random.seed(seed)
             anyio.run(program.main, backend=name, backend_options=options)

@@ -647,6 +647,7 @@ CAUGHT_BY: dict[str, dict[str, int]] = {
     "an error made out of the caller's native cancellation is retried": {"asyncio": 1886},
     "a native cancellation whose mark was taken back is nobody's": {"asyncio": 252},
     "what was cut short looks complete": {"asyncio": 23, "trio": 316},
+    "a worker that is to be cancelled is not": {"asyncio": 436},
     "a cancellation that a cost raises ends the batch": {"asyncio": 1318, "trio": 46},
     "a cancellation that an event hook raises harms the run": {"asyncio": 20, "trio": 20},
     "a stream whose task never began has no end": {"asyncio": 143},
