@@ -63,15 +63,10 @@ class Single(Generic[T]):
         :raises BaseException: the caller's cancellation, and what the agent raised that is no ``Exception``
         :raises LeftOpenError: if the agent has left a scope open in the caller's task
         """
-        claim(self._limiter, self._pool)
-        try:
-            return await self._run()
-        finally:
-            self._pool.users -= 1
-
-    async def _run(self) -> InvocationResult[T]:
         job, plan, pool, own_task = self._job, self._plan, self._pool, self._own_task
         observer = plan.observer
+        # From here on it has to come to its end, by _end().
+        claim(self._limiter, pool)
         if not observer.is_plain:
             observer.queued(job)
 
@@ -150,6 +145,7 @@ class Single(Generic[T]):
 
     def _end(self, now: float) -> InvocationResult[T]:
         job = self._job
+        self._pool.users -= 1
         job.leave_pool(self._pool)
         result = self._plan.observer.finish(job, now)
         if job.charges is not None:
