@@ -386,3 +386,14 @@ async def test_stream_of_invocations_is_an_input_all_the_same() -> None:
     loop = AgentLoop()
     async with loop.run_streaming("planner", plan) as stream:
         assert [result.output for result in await loop.run_all(stream)] == ["a", "b"]
+
+
+async def test_what_is_printed_instead_of_read_says_what_to_write() -> None:
+    loop = AgentLoop()
+    reader: Any = loop.as_completed([])
+    assert repr(reader) == (
+        "<as_completed not entered: write `async with loop.as_completed(...) as results:` around "
+        "`async for ... in results:`>"
+    )
+    async with reader:
+        assert repr(reader) == "<as_completed entered>"

@@ -147,11 +147,15 @@ class BatchReader(EnteredOnly, Generic[ItemT]):
     """An async context manager that gives what a batch hands over."""
 
     def __init__(self, verb: str, make: Callable[[], ReadBatch[Any, ItemT]], lifetime: Lifetime) -> None:
+        self._verb = verb
         self._usage = f"write `async with loop.{verb}(...) as results:` around `async for ... in results:`"
         self._make = make
         self._lifetime = lifetime
         self._batch: ReadBatch[Any, ItemT] | None = None
         self._background: Background | None = None
+
+    def __repr__(self) -> str:
+        return f"<{self._verb} {f'not entered: {self._usage}' if self._batch is None else 'entered'}>"
 
     async def __aenter__(self) -> Self:
         if self._batch is not None:
