@@ -640,23 +640,27 @@ class Batch(ABC, Generic[T]):
     async def _feed(self) -> None:
         assert self._stream is not None
         with self._feeding:
-            iterator = aiter(self._stream)
+            iterator, ended = aiter(self._stream), False
             try:
                 while True:
                     await self._wait_for_room()
                     self._fed.append(self._make_job(await anext(iterator)))
                     self._changed()
             except StopAsyncIteration:
-                pass
+                ended = True
             except Exception as exc:
                 await checkpoint_if_cancelled()
                 self.input_error = exc
+                ended = True
             except anyio.get_cancelled_exc_class() as exc:
                 await checkpoint_if_cancelled()
                 # It ends the input like a StopAsyncIteration would, but truncated is not complete.
                 self.input_error = as_exception(exc, INPUT_CANCELLED)
+                ended = True
             finally:
                 self._exhausted = True
+                # Cancelled by stop(), or with all tasks of the batch.
+                self.cut_short = self.cut_short or not ended
                 if isinstance(iterator, AsyncGenerator):
                     await self._close_generator(cast("AsyncGenerator[Any]", iterator))
 

@@ -982,10 +982,11 @@ async def test_own_task_that_is_cancelled_from_outside_costs_no_result(
         assert statuses.count(Status.CANCELLED) <= cancelled
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("verb", ["run_all", "as_completed", "stream_all"])
 @pytest.mark.parametrize("at", [0, 1, 3])
 async def test_own_task_that_is_cancelled_before_it_begins_stops_the_batch(
-    verb: str, at: int, monkeypatch: pytest.MonkeyPatch
+    verb: str, at: int, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[int] = []
     event_loop = asyncio.get_running_loop()
@@ -1008,15 +1009,21 @@ async def test_own_task_that_is_cancelled_before_it_begins_stops_the_batch(
         yield await agent(x)
 
     jobs = [Invocation("a", stream if verb == "stream_all" else agent, (x,)) for x in range(9)]
+
+    async def one_a_second() -> AsyncGenerator[Any]:
+        for job in jobs:
+            yield job
+            await asyncio.sleep(1)
+
     loop = AgentLoop(LoopConfig(max_concurrency=4))
     monkeypatch.setattr(event_loop, "create_task", create_and_cancel)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # its coroutine was never awaited
-        results, error = await results_of(verb, loop, jobs)
+        results, error = await results_of(verb, loop, one_a_second() if asynchronous else jobs)
         gc.collect()
 
     reason = "one of its own tasks was cancelled from outside"
-    if verb == "run_all":
+    if verb == "run_all" and not asynchronous:
         assert [result.index for result in results] == list(range(9))
         error = results[-1].exception
 
