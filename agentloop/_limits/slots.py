@@ -1,4 +1,35 @@
-"""The slots of one event loop: who has one, who waits for one, and who lends to whom."""
+"""
+The slots of one event loop.
+
+**A slot is the right to run one attempt.** A pool has ``limit`` of them. An attempt that runs other
+invocations, and waits for them, *lends* them its slot, one at a time, as GNU make's jobserver does. A
+borrower can lend on. So at most ``limit`` invocations do work of their own, and however deep they are nested,
+the innermost one has a slot to run in: nested use never deadlocks. More than one at a time needs further
+slots of the pool.
+
+**A waiter stands in up to two lines**: one of the pool's, and the one of its lender, which is the innermost
+invocation around it that still runs. The first grant takes it out of both. The pool has three lines, each
+first come, first served:
+
+- ``_returning``: attempts that gave their slot up while they waited for a reader. They go first and pay
+  nothing.
+- ``_queue``: attempts that have not begun. They need a slot, and all at once the costs of all rates and the
+  end of a cool-off.
+- ``_borrowing``: the same with a slot on loan, which wait for rates or a cool-off alone. A pause does not
+  hold them, since their lender runs already.
+
+**All decisions are in ``_grant()``**, which serves every waiter that can be served, and sets one alarm for
+the first that has to wait for a time. Later arrivals never overtake it. It is called whenever something
+changes that a waiter may wait for: a slot is given back, a limit is raised, a cost is paid, given back or
+settled, a pause ends, an alarm rings. Every change is synchronous. The one ``await`` is in ``wait()``, and a
+cancellation there gives up the place in line, or the slot if it was granted in the same moment.
+
+**When an invocation ends whose slot is on loan**, the loan becomes the borrower's own slot, and waiters in
+its line move on to the lender around it.
+
+**Rates are reserved at the grant and paid when the agent is called** (``pay()``): in between, the event loop
+may be busy with other tasks for longer than the time that a rate is about.
+"""
 
 from __future__ import annotations
 
