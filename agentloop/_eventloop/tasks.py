@@ -135,5 +135,9 @@ class Tasks:
         # The scope around the agent was cancelled, and with it the tasks in a task group that it left open.
         me = anyio.get_current_task().id
         with anyio.move_on_after(CLOSE_SECONDS, shield=True):
-            while any(task.parent_id == me for task in anyio.get_running_tasks()):
+            # Nothing tells when they end.
+            while True:
+                if not any(task.parent_id == me for task in anyio.get_running_tasks()):
+                    break
+
                 await anyio.sleep(0.01)
