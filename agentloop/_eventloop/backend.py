@@ -349,11 +349,9 @@ def is_error(exc: BaseException) -> bool:
 
     A cancellation that it raises is an error of its own, since nothing can be cancelled where nothing waits.
     """
-    kinds: tuple[type[BaseException], ...] = (Exception, asyncio.CancelledError)
-    trio = sys.modules.get("trio")
-    if trio is not None:
-        kinds = (*kinds, trio.Cancelled)
-
+    # Trio's, if it has been imported.
+    cancelled = getattr(sys.modules.get("trio"), "Cancelled", asyncio.CancelledError)
+    kinds = (Exception, asyncio.CancelledError, cancelled)
     # By the type alone: what an exception says of its class may raise.
     if issubclass(type(exc), BaseExceptionGroup):
         return cast("BaseExceptionGroup[BaseException]", exc).split(kinds)[1] is None
@@ -401,6 +399,9 @@ def callers_cancellation() -> CallersCancellation | None:
     return CallersCancellation() if on_asyncio else None
 
 
+GROUPS_LEAVE_MARKS = sys.version_info < (3, 13)
+
+
 class CallersCancellation:
     """
     Tells a native cancellation of the current task, by its caller, from what an agent does to the task.
@@ -441,11 +442,10 @@ class CallersCancellation:
         :param coroutine: the agent
         :param thrown: the exception
         """
-        if sys.version_info < (3, 13):
-            for group in _failing_groups(coroutine):
-                if id(group) not in self._groups:
-                    self._groups.add(id(group))
-                    _leaked[self._task] = _leaked.get(self._task, 0) + 1
+        for group in _failing_groups(coroutine) if GROUPS_LEAVE_MARKS else ():
+            if id(group) not in self._groups:
+                self._groups.add(id(group))
+                _leaked[self._task] = _leaked.get(self._task, 0) + 1
 
         if self._is_raised() and not _is_of_a_scope(thrown):
             self._native = thrown

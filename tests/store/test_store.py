@@ -1226,3 +1226,11 @@ async def test_agents_share_a_store_and_lose_nothing_to_time_outs_and_retries() 
     assert all(result.success for result in results)
     assert sorted(await store.get("done")) == list(range(12))
     assert (await store.get("log"))["3"] == 2
+
+
+async def test_predicate_that_gives_a_coroutine_is_refused() -> None:
+    async def ready() -> bool:
+        return True
+
+    with pytest.raises(TypeError, match="must be a plain function, but it returned an awaitable"):
+        await ContextStore().wait_for(lambda state: ready())
