@@ -352,7 +352,7 @@ def is_error(exc: BaseException) -> bool:
     # Trio's, if it has been imported.
     cancelled = getattr(sys.modules.get("trio"), "Cancelled", asyncio.CancelledError)
     kinds = (Exception, asyncio.CancelledError, cancelled)
-    # By the type alone: what an exception says of its class may raise.
+    # Only the type is asked: `__class__` may be a property that raises.
     if issubclass(type(exc), BaseExceptionGroup):
         return cast("BaseExceptionGroup[BaseException]", exc).split(kinds)[1] is None
 
@@ -465,7 +465,7 @@ class CallersCancellation:
 
 
 # How many marks failing task groups were seen to leave on a task. An agent may run others in its own task,
-# which look after what they await themselves.
+# which count what they await themselves.
 _leaked: WeakKeyDictionary[asyncio.Task[Any], int] = WeakKeyDictionary()
 
 

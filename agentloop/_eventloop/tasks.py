@@ -15,7 +15,7 @@ from .backend import cancellation_counter, forget_cancellations
 
 # How long the tasks in a task group that an agent left open may take to end, in seconds.
 CLOSE_SECONDS = 5.0
-# Why what the tasks are for has ended, if one of them was cancelled natively before it could begin.
+# The reason for the end of a batch or a stream whose task was cancelled natively before it could begin.
 LOST = "one of its own tasks was cancelled from outside"
 
 
@@ -24,8 +24,8 @@ class Tasks:
     A task group of tasks that run the code of users.
 
     A task goes on, by calling its function again, when it is cancelled natively (asyncio's ``Task.cancel()``)
-    and no scope around it has asked for that: an agent may cancel all tasks that it did not know. What a task
-    raises cancels the others, and is kept in :attr:`failure`.
+    and no scope around it has asked for that: an agent may cancel all tasks that it did not know. The first
+    exception of a task cancels the others, and is kept in :attr:`failure`.
 
     An agent that leaves a cancel scope or a task group open in a task spoils it: AnyIO and trio raise an
     error when the task ends, which would cancel the others. So a spoilt task waits until the block was left
@@ -42,7 +42,7 @@ class Tasks:
         self._left = False
         self._changed: anyio.Event | None = None
         self.failure: BaseException | None = None
-        """What a task raised."""
+        """The first exception of a task."""
 
     async def __aenter__(self) -> Self:
         self._cancellations = cancellation_counter()()
@@ -58,7 +58,7 @@ class Tasks:
         try:
             return await self._group.__aexit__(exc_type, exc, traceback)
         except BaseExceptionGroup as group:
-            # The tasks raise nothing of their own, so what is no interrupt is the end of spoilt ones.
+            # The tasks raise nothing of their own, so each RuntimeError is of the end of a spoilt one.
             await checkpoint_if_cancelled()
             rest = group.split(RuntimeError)[1]
             if rest is not None:

@@ -191,7 +191,7 @@ async def _conclude(
     try:
         job.left_open = job.left_open or pool.is_left_open(scope)
         if not job.left_open:
-            # By the type alone, here and below: what an exception says of its class may raise.
+            # Only the type is asked, here and below: `__class__` may be a property that raises.
             if timed_out and issubclass(type(raised), cancelled_class):
                 assert raised is not None
                 # The scope is about to drop it, but trio holds on to it in a cycle: without this,
