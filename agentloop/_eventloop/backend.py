@@ -393,10 +393,13 @@ def _count_cancellations() -> Callable[[], int]:
     return task.cancelling
 
 
-def callers_cancellation() -> CallersCancellation | None:
-    """Return what notices native cancellations of the current task, which is a caller's; on trio ``None``."""
+def callers_cancellation() -> Callable[[], CallersCancellation | None]:
+    """
+    Return what makes, for the current task, which is a caller's, what notices its native cancellations. On
+    trio there are none, and it makes ``None``.
+    """
     on_asyncio = anyio.get_cancelled_exc_class() is asyncio.CancelledError
-    return CallersCancellation() if on_asyncio else None
+    return CallersCancellation if on_asyncio else lambda: None
 
 
 GROUPS_LEAVE_MARKS = sys.version_info < (3, 13)
@@ -422,18 +425,14 @@ class CallersCancellation:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
-        self._before = 0
-        # How many marks task groups had left on the task; the groups that were seen to leave one since.
-        self._leaked_before = 0
-        self._groups: set[int] = set()
-        self._native: BaseException | None = None
 
     def begin(self) -> None:
-        """Count from now on."""
+        """Count from now on. This has to be called first."""
         self._before = self._task.cancelling()
+        # How many marks task groups had left on the task; the groups that were seen to leave one since.
         self._leaked_before = _leaked.get(self._task, 0) if _leaked else 0
-        self._groups.clear()
-        self._native = None
+        self._groups: tuple[int, ...] = ()
+        self._native: BaseException | None = None
 
     def reaches(self, coroutine: object, thrown: BaseException) -> None:
         """
@@ -444,7 +443,7 @@ class CallersCancellation:
         """
         for group in _failing_groups(coroutine) if GROUPS_LEAVE_MARKS else ():
             if id(group) not in self._groups:
-                self._groups.add(id(group))
+                self._groups += (id(group),)
                 _leaked[self._task] = _leaked.get(self._task, 0) + 1
 
         if self._is_raised() and not _is_of_a_scope(thrown):

@@ -259,7 +259,7 @@ class SlotPool:
         self.backend = token.backend_class
         self.now = clock()
         self.count_cancellations = cancellation_counter()
-        self.callers_cancellation = callers_cancellation
+        self.callers_cancellation = callers_cancellation()
         self.is_cancelled_around = make_is_cancelled(self.backend)
         self.is_left_open = make_is_left_open(self.backend)
         self.alarm = make_deadline_queue(self.backend)
