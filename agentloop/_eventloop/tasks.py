@@ -134,10 +134,13 @@ class Tasks:
 
         # The scope around the agent was cancelled, and with it the tasks in a task group that it left open.
         me = anyio.get_current_task().id
-        with anyio.move_on_after(CLOSE_SECONDS, shield=True):
+        until = anyio.current_time() + CLOSE_SECONDS
+        with anyio.CancelScope(shield=True):
             # Nothing tells when they end.
-            while True:
-                if not any(task.parent_id == me for task in anyio.get_running_tasks()):
-                    break
-
-                await anyio.sleep(0.01)
+            while anyio.current_time() < until and any(
+                task.parent_id == me for task in anyio.get_running_tasks()
+            ):
+                try:
+                    await anyio.sleep(0.01)
+                except anyio.get_cancelled_exc_class():
+                    await forget_cancellations()

@@ -1243,3 +1243,35 @@ async def test_reader_that_is_cancelled_while_its_stream_begins_leaves_nothing()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+
+
+async def test_spoilt_task_that_is_cancelled_natively_waits_for_the_tasks_left_in_it() -> None:
+    ended = False
+    groups: list[Any] = []
+
+    async def slow() -> None:
+        nonlocal ended
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(2)
+
+            ended = True
+
+    async def agent() -> None:
+        groups.append(anyio.create_task_group())
+        await groups[0].__aenter__()
+        groups[0].start_soon(slow)
+        await checkpoint()
+
+    async def sabotage() -> None:
+        await asyncio.sleep(1)
+        for task in tasks_named("worker"):
+            task.cancel()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(sabotage)
+        [result] = await AgentLoop(LoopConfig(max_concurrency=2)).run_all([Invocation("a", agent)])
+        assert isinstance(result.exception, LeftOpenError)
+        assert ended
