@@ -407,7 +407,7 @@ GROUPS_LEAVE_MARKS = sys.version_info < (3, 13)
 
 class CallersCancellation:
     """
-    Tells a native cancellation of the current task, by its caller, from what an agent does to the task.
+    Tells a native cancellation of the current task by its caller from one that an agent causes in the task.
 
     Both show in the count of the cancellations that were asked of the task (``Task.cancelling()``), which is
     not all of the truth:
@@ -464,7 +464,7 @@ class CallersCancellation:
 
 
 # How many marks failing task groups were seen to leave on a task. An agent may run others in its own task,
-# which count what they await themselves.
+# which count the marks on their own agents.
 _leaked: WeakKeyDictionary[asyncio.Task[Any], int] = WeakKeyDictionary()
 
 
@@ -490,7 +490,7 @@ def _failing_groups(awaited: Any) -> list[asyncio.TaskGroup]:
                 awaited = getattr(awaited, f"{kind}_yieldfrom" if kind == "gi" else f"{kind}_await")
                 break
         else:
-            # A step of an async generator does not say what it is a step of.
+            # A step of an async generator does not name its generator.
             inside = gc.get_referents(awaited) if type(awaited).__name__ in _STEPS else []
             awaited = next((one for one in inside if hasattr(one, "ag_frame")), None)
 

@@ -124,7 +124,7 @@ class Meter(ABC):
         return Charge(cost)
 
     def pay(self, charge: Charge, now: float) -> None:
-        """Pay what was reserved."""
+        """Pay a cost that was reserved."""
         self.release(charge)
         charge.at = now
         self._pay(charge)

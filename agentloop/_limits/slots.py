@@ -103,7 +103,7 @@ class Slot:
         self.lent: Slot | None = None
         self.released = False
         self.suspended = False
-        # What is reserved for the attempt, until it calls its agent.
+        # The costs that are reserved for the attempt, until it calls its agent.
         self.charges: list[Charge] | None = None
         # Who would take this slot on loan; made when the first one asks.
         self.waiters: OrderedDict[Waiter, None] | None = None

@@ -201,7 +201,7 @@ class Job(Generic[T]):
         elif self.status is Status.ERROR:
             assert error is not None
             try:
-                verdict: Any = config.classify(error)  # type: ignore[arg-type]
+                verdict: Any = config.classify(cast("Exception", error))
                 if not isinstance(verdict, Verdict):
                     if inspect.iscoroutine(verdict):
                         verdict.close()

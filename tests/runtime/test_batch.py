@@ -1213,7 +1213,7 @@ def source_of_sync(fn: Any, items: Iterator[int]) -> Iterator[Any]:
         for x in items:
             yield ("a", fn, (x,), {})
     finally:
-        items.close()  # type: ignore[attr-defined]
+        items.close()
 
 
 async def source_of(fn: Any, items: AsyncIterator[int]) -> AsyncIterator[Any]:
@@ -1221,7 +1221,7 @@ async def source_of(fn: Any, items: AsyncIterator[int]) -> AsyncIterator[Any]:
         async for x in items:
             yield ("a", fn, (x,), {})
     finally:
-        await items.aclose()  # type: ignore[attr-defined]
+        await items.aclose()
 
 
 # -- a clock that goes back

@@ -45,7 +45,7 @@ def cancelled() -> BaseException:
     if cancelled_class is asyncio.CancelledError:
         return asyncio.CancelledError("from a callback")
 
-    return cancelled_class._create(source="explicit")  # type: ignore[attr-defined, no-any-return]
+    return cancelled_class._create(source="explicit")
 
 
 BATCHES = ["run_all", "as_completed", "stream_all"]
@@ -176,7 +176,7 @@ async def test_classify_that_gives_a_coroutine_is_said_to_be_no_plain_function()
     async def fail() -> None:
         raise OSError
 
-    result = await AgentLoop(LoopConfig(classify=lambda exc: judge(exc))).run_single("a", fail)  # type: ignore[arg-type,return-value]
+    result = await AgentLoop(LoopConfig(classify=lambda exc: judge(exc))).run_single("a", fail)
     assert result.exception is not None
     assert "classify must be a plain function that returns a Verdict" in result.exception.__notes__[0]
 
@@ -216,7 +216,7 @@ async def test_input_that_fails_raises_after_the_last_result(source: str, verb: 
         else:
             loop = AgentLoop(LoopConfig(max_concurrency=1))
             reader = loop.as_completed(inputs) if verb == "as_completed" else loop.stream_all(inputs)
-            async with reader as items:  # type: ignore[attr-defined]
+            async with reader as items:
                 async for item in items:
                     done += not isinstance(item, ChunkEvent)
 
@@ -284,7 +284,7 @@ async def test_blocking_function_stops_the_batch_at_its_first_call(verb: str) ->
 
     loop = AgentLoop(LoopConfig(max_concurrency=10))
     if verb == "run_all":
-        results = await loop.run_all(Invocation.map(blocking, range(500)))  # type: ignore[call-overload]
+        results = await loop.run_all(Invocation.map(blocking, range(500)))
         assert len(results) == 500
         assert {result.status for result in results[1:]} == {Status.SKIPPED}
         error = results[0].exception
@@ -292,7 +292,7 @@ async def test_blocking_function_stops_the_batch_at_its_first_call(verb: str) ->
         results = []
         with pytest.raises(BatchStopped) as caught:
             reader = loop.as_completed if verb == "as_completed" else loop.stream_all
-            async with reader(Invocation.map(blocking, range(500))) as items:  # type: ignore[call-overload]
+            async with reader(Invocation.map(blocking, range(500))) as items:
                 async for item in items:
                     results.append(item)
 
@@ -306,6 +306,6 @@ async def test_blocking_function_stops_the_batch_at_its_first_call(verb: str) ->
 
 async def test_blocking_function_in_a_single_invocation_stops_nothing_else() -> None:
     loop = AgentLoop()
-    result = await loop.run_single("a", lambda: 1)  # type: ignore[arg-type,return-value]
+    result = await loop.run_single("a", lambda: 1)
     assert (result.status, result.retries) == (Status.ERROR, 0)
     assert (await loop.run_single("b", double, 1)).output == 2
