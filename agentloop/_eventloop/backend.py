@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 __all__ = [
-    "CallersCancellation",
     "DeadlineQueue",
     "LoopDeadlineQueue",
     "TaskDeadlineQueue",
@@ -24,7 +23,6 @@ __all__ = [
 ]
 
 import asyncio
-import gc
 import math
 import sys
 import time
@@ -32,10 +30,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextvars import Context
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import anyio
 from anyio.lowlevel import EventLoopToken, cancel_shielded_checkpoint, current_token
+
+from .callers import CallersCancellation
 
 
 class DeadlineQueue(ABC):
@@ -400,104 +399,6 @@ def callers_cancellation() -> Callable[[], CallersCancellation | None]:
     """
     on_asyncio = anyio.get_cancelled_exc_class() is asyncio.CancelledError
     return CallersCancellation if on_asyncio else lambda: None
-
-
-GROUPS_LEAVE_MARKS = sys.version_info < (3, 13)
-
-
-class CallersCancellation:
-    """
-    Tells a native cancellation of the current task by its caller from one that an agent causes in the task.
-
-    Both show in the count of the cancellations that were asked of the task (``Task.cancelling()``), which is
-    not all of the truth:
-
-    - Before CPython 3.13 an ``asyncio.TaskGroup`` leaves the count raised when one of its tasks fails while
-      its block is being left: it cancels the task that waits there, and never takes that back. So when a
-      cancellation reaches the agent, it is seen whether the agent waits in such a block.
-    - AnyIO takes back too many where a task group is cancelled natively whose tasks have task groups. So a
-      cancellation that comes out of the agent as it went in is the caller's too.
-    """
-
-    __slots__ = ("_before", "_groups", "_leaked_before", "_native", "_task")
-
-    def __init__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
-
-    def begin(self) -> None:
-        """Count from now on. This has to be called first."""
-        self._before = self._task.cancelling()
-        # How many marks task groups had left on the task; the groups that were seen to leave one since.
-        self._leaked_before = _leaked.get(self._task, 0) if _leaked else 0
-        self._groups: tuple[int, ...] = ()
-        self._native: BaseException | None = None
-
-    def reaches(self, coroutine: object, thrown: BaseException) -> None:
-        """
-        Look at an agent that an exception is about to reach.
-
-        :param coroutine: the agent
-        :param thrown: the exception
-        """
-        for group in _failing_groups(coroutine) if GROUPS_LEAVE_MARKS else ():
-            if id(group) not in self._groups:
-                self._groups += (id(group),)
-                _leaked[self._task] = _leaked.get(self._task, 0) + 1
-
-        if self._is_raised() and not _is_of_a_scope(thrown):
-            self._native = thrown
-
-    def came(self, raised: BaseException | None) -> bool:
-        """
-        Tell whether the caller's task was cancelled natively since :meth:`begin`.
-
-        :param raised: what came out of the agent
-        """
-        native, self._native = self._native, None
-        return self._is_raised() or (native is not None and native is raised)
-
-    def _is_raised(self) -> bool:
-        more = self._task.cancelling() - self._before
-        return more > 0 and more > (_leaked.get(self._task, 0) if _leaked else 0) - self._leaked_before
-
-
-# How many marks failing task groups were seen to leave on a task. An agent may run others in its own task,
-# which count the marks on their own agents.
-_leaked: WeakKeyDictionary[asyncio.Task[Any], int] = WeakKeyDictionary()
-
-
-def _is_of_a_scope(exc: BaseException) -> bool:
-    """Tell whether a cancellation is AnyIO's, of a scope, which says so in its text."""
-    text = exc.args[0] if exc.args else None
-    return isinstance(text, str) and "cancel scope" in text
-
-
-def _failing_groups(awaited: Any) -> list[asyncio.TaskGroup]:
-    """Return the groups of asyncio's that a coroutine waits to leave, and that have cancelled its task."""
-    groups: list[asyncio.TaskGroup] = []
-    while awaited is not None:
-        for kind in ("cr", "ag", "gi"):
-            frame = getattr(awaited, f"{kind}_frame", None)
-            if frame is not None:
-                if frame.f_code is asyncio.TaskGroup.__aexit__.__code__:
-                    group, left_by = frame.f_locals["self"], frame.f_locals["et"]
-                    # One that was cancelled in its body takes that back.
-                    if group._parent_cancel_requested and left_by is not asyncio.CancelledError:
-                        groups.append(group)
-
-                awaited = getattr(awaited, f"{kind}_yieldfrom" if kind == "gi" else f"{kind}_await")
-                break
-        else:
-            # A step of an async generator does not name its generator.
-            inside = gc.get_referents(awaited) if type(awaited).__name__ in _STEPS else []
-            awaited = next((one for one in inside if hasattr(one, "ag_frame")), None)
-
-    return groups
-
-
-_STEPS = ("async_generator_asend", "async_generator_athrow")
 
 
 def are_lost_early() -> bool:

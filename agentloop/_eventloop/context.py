@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import anyio
 
 from .._errors import not_async
-from .backend import CallersCancellation
+from .callers import CallersCancellation
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from .._config import LoopConfig
 from .._errors import InvocationCancelled, LeftOpenError
-from .._eventloop.backend import CallersCancellation
+from .._eventloop.callers import CallersCancellation
 from .._eventloop.context import await_it, call_in_context, wait_for_cancellation
 from .._foreign import foreign_code
 from .._limits.slots import Slot, SlotPool, current_slot

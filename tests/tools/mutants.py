@@ -477,7 +477,7 @@ MUTANTS = [
     ),
     Mutant(
         "a native cancellation whose mark was taken back is nobody's",
-        "_eventloop/backend.py",
+        "_eventloop/callers.py",
         "        return self._is_raised() or (native is not None and native is raised)\n",
         "        return self._is_raised()\n",
         "asyncio",
