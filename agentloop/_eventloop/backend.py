@@ -1,4 +1,4 @@
-"""The one place where the two backends differ."""
+"""Our use of the insides of AnyIO's and trio's cancel scopes, and what stands in where it is not possible."""
 
 from __future__ import annotations
 
@@ -6,35 +6,22 @@ __all__ = [
     "DeadlineQueue",
     "LoopDeadlineQueue",
     "TaskDeadlineQueue",
-    "are_lost_early",
-    "callers_cancellation",
-    "cancellation_counter",
-    "clock",
-    "forget_cancellations",
-    "is_alive",
     "is_error",
-    "is_running",
-    "let_tasks_begin",
     "make_deadline_queue",
     "make_is_cancelled",
     "make_is_left_open",
     "make_task_deadline_queue",
-    "runs_here",
 ]
 
 import asyncio
 import math
 import sys
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextvars import Context
 from typing import Any, cast
 
 import anyio
-from anyio.lowlevel import EventLoopToken, cancel_shielded_checkpoint, current_token
-
-from .callers import CallersCancellation
 
 
 class DeadlineQueue(ABC):
@@ -356,126 +343,3 @@ def is_error(exc: BaseException) -> bool:
         return cast("BaseExceptionGroup[BaseException]", exc).split(kinds)[1] is None
 
     return issubclass(type(exc), kinds)
-
-
-def clock() -> Callable[[], float]:
-    """
-    Return what reads the time of the current event loop, as ``anyio.current_time()`` does.
-
-    That finds out at each call which backend and which loop it runs in, which costs more than the reading.
-    """
-    if anyio.get_cancelled_exc_class() is asyncio.CancelledError:
-        loop = asyncio.get_running_loop()
-        # The method of all loops that have no clock of their own does nothing but call this.
-        return time.monotonic if type(loop).time is asyncio.BaseEventLoop.time else loop.time
-
-    import trio  # it is there, since we run on it
-
-    return trio.lowlevel.current_clock().current_time
-
-
-def cancellation_counter() -> Callable[[], Callable[[], int]]:
-    """
-    Return what gives, for the current task, what counts its native cancellations. On trio there are none.
-
-    On asyncio a task counts the cancellations asked of it (``Task.cancelling()``). An agent that calls
-    ``task.cancel()`` on its own task, or on CPython 3.11 just lets an ``asyncio.TaskGroup`` fail, leaves
-    the count raised, and then a later scope in the same task does not catch its own cancellation.
-    """
-    on_asyncio = anyio.get_cancelled_exc_class() is asyncio.CancelledError
-    return _count_cancellations if on_asyncio else lambda: int
-
-
-def _count_cancellations() -> Callable[[], int]:
-    task = asyncio.current_task()
-    assert task is not None
-    return task.cancelling
-
-
-def callers_cancellation() -> Callable[[], CallersCancellation | None]:
-    """
-    Return what makes, for the current task, which is a caller's, what notices its native cancellations. On
-    trio there are none, and it makes ``None``.
-    """
-    on_asyncio = anyio.get_cancelled_exc_class() is asyncio.CancelledError
-    return CallersCancellation if on_asyncio else lambda: None
-
-
-def are_lost_early() -> bool:
-    """Return whether a task can be cancelled before its first step, so that it never runs: on asyncio."""
-    return anyio.get_cancelled_exc_class() is asyncio.CancelledError
-
-
-async def let_tasks_begin() -> None:
-    """Let the tasks that were just started begin, where not all of them may."""
-    if not are_lost_early():
-        return
-
-    cancelled: BaseException | None = None
-    # The first may come before their first step. Where this is cancelled natively, they begin all the same.
-    for _ in range(2):
-        try:
-            await cancel_shielded_checkpoint()
-        except asyncio.CancelledError as exc:
-            cancelled = exc
-
-    if cancelled is not None:
-        raise cancelled
-
-
-async def forget_cancellations() -> None:
-    """Take back the native cancellations of the current task, which has to be ours."""
-    if anyio.get_cancelled_exc_class() is not asyncio.CancelledError:
-        return
-
-    task = asyncio.current_task()
-    assert task is not None
-    while task.cancelling():
-        task.uncancel()
-
-    # Before CPython 3.13 uncancel() leaves a cancellation that was not yet delivered in place, to be
-    # raised at the next await: this one.
-    try:
-        await asyncio.sleep(0)
-    except asyncio.CancelledError:
-        if anyio.current_effective_deadline() == -math.inf:
-            raise
-
-
-def runs_here(token: EventLoopToken) -> bool:
-    """Tell whether an event loop is the one that the current task runs in."""
-    native = token.native_token
-    try:
-        # Of a trio run that is the guest of an asyncio loop, AnyIO has to find out.
-        loop = asyncio.get_running_loop()
-        if loop is native and asyncio.current_task(loop) is not None:
-            return True
-    except RuntimeError:
-        pass
-
-    return current_token() == token
-
-
-def is_running(token: EventLoopToken) -> bool:
-    """Tell whether an event loop, this one or another, is running."""
-    native: Any = token.native_token
-    if isinstance(native, asyncio.AbstractEventLoop):
-        return native.is_running()
-
-    # What a trio token knows it tells only when it is used; trio.RunFinishedError is a RuntimeError.
-    try:
-        native.run_sync_soon(_do_nothing, idempotent=True)
-    except RuntimeError:
-        return False
-
-    return True
-
-
-def is_alive(token: EventLoopToken) -> bool:
-    """Tell whether an event loop is running, or stopped in a way that lets it go on."""
-    native: Any = token.native_token
-    return not native.is_closed() if isinstance(native, asyncio.AbstractEventLoop) else is_running(token)
-
-
-def _do_nothing() -> None:
-    pass

@@ -11,7 +11,7 @@ from typing import Any, Self
 import anyio
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
-from .backend import cancellation_counter, forget_cancellations
+from .loop import kind_of_loop
 
 # How long the tasks in a task group that an agent left open may take to end, in seconds.
 CLOSE_SECONDS = 5.0
@@ -33,6 +33,7 @@ class Tasks:
     """
 
     def __init__(self) -> None:
+        self._kind = kind_of_loop()
         self._group = anyio.create_task_group()
         self._cancellations: Callable[[], int] = int
         self._cancelled_before = 0
@@ -45,7 +46,7 @@ class Tasks:
         """The first exception of a task."""
 
     async def __aenter__(self) -> Self:
-        self._cancellations = cancellation_counter()()
+        self._cancellations = self._kind.count_cancellations()
         self._cancelled_before = self._cancellations()
         await self._group.__aenter__()
         return self
@@ -91,7 +92,7 @@ class Tasks:
                     break
                 except anyio.get_cancelled_exc_class():
                     await checkpoint_if_cancelled()
-                    await forget_cancellations()
+                    await self._kind.forget_cancellations()
         except anyio.get_cancelled_exc_class():
             raise
         except BaseException as exc:
@@ -130,7 +131,7 @@ class Tasks:
 
                     await self._changed.wait()
                 except anyio.get_cancelled_exc_class():
-                    await forget_cancellations()
+                    await self._kind.forget_cancellations()
 
         # The scope around the agent was cancelled, and with it the tasks in a task group that it left open.
         me = anyio.get_current_task().id
@@ -143,4 +144,4 @@ class Tasks:
                 try:
                     await anyio.sleep(0.01)
                 except anyio.get_cancelled_exc_class():
-                    await forget_cancellations()
+                    await self._kind.forget_cancellations()

@@ -195,4 +195,4 @@ class KeyedLimiter(Limiter):
     def _tell_limit(self, pool: SlotPool) -> None:
         limit = self.statistics().limit
         for sink in tuple(self._sinks):
-            sink(LimitEvent(limit, pool.now()))
+            sink(LimitEvent(limit, pool.loop.now()))

@@ -13,7 +13,7 @@ import attrs
 from anyio.lowlevel import current_token
 
 from .. import _validators as must
-from .._eventloop.backend import runs_here
+from .._eventloop.loop import kind_of_loop
 from .._events import Event, LimitEvent
 from .._misuse import name_parameters
 from .overload import AdaptiveLimit
@@ -197,14 +197,14 @@ class Limiter:
 
     def _enter_run(self) -> SlotPool:
         pool = self._pool
-        if pool is not None and runs_here(pool.token):
+        if pool is not None and pool.loop.is_current(pool.loop.token.native_token):
             return pool
 
         token = current_token()
         with self._lock:
             self._check_unused()
             self._pool = pool = SlotPool(
-                token,
+                kind_of_loop()(token),
                 self._max_concurrency,
                 self._rates,
                 AdaptiveLimit(self._max_concurrency) if self._adaptive else None,
@@ -235,7 +235,7 @@ class Limiter:
 
     def _tell_limit(self, pool: SlotPool) -> None:
         for sink in tuple(self._sinks):
-            sink(LimitEvent(pool.limit, pool.now()))
+            sink(LimitEvent(pool.limit, pool.loop.now()))
 
 
 def pool_of(limiter: Limiter) -> SlotPool:

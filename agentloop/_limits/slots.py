@@ -45,21 +45,10 @@ from contextvars import ContextVar
 from typing import Any
 
 import anyio
-from anyio.lowlevel import EventLoopToken
 
 from .. import _validators as must
-from .._eventloop.backend import (
-    callers_cancellation,
-    cancellation_counter,
-    clock,
-    is_alive,
-    is_error,
-    is_running,
-    make_deadline_queue,
-    make_is_cancelled,
-    make_is_left_open,
-)
-from .._eventloop.time_slice import TimeSlice
+from .._eventloop.backend import is_error
+from .._eventloop.loop import EventLoop
 from .._foreign import foreign_code
 from .._invocation import Invocation
 from .._result import InvocationResult
@@ -247,27 +236,18 @@ class SlotPool:
 
     def __init__(
         self,
-        token: EventLoopToken,
+        loop: EventLoop,
         max_concurrency: int,
         rates: Iterable[Rate] = (),
         governor: AdaptiveLimit | None = None,
         ledger: RetryLedger | None = None,
         tell_limit: Callable[[SlotPool], None] | None = None,
     ) -> None:
-        self.token = token
-        # Looked up once: anyio's own functions find out at each call which backend they run on.
-        self.backend = token.backend_class
-        self.now = clock()
-        self.count_cancellations = cancellation_counter()
-        self.callers_cancellation = callers_cancellation()
-        self.is_cancelled_around = make_is_cancelled(self.backend)
-        self.is_left_open = make_is_left_open(self.backend)
-        self.alarm = make_deadline_queue(self.backend)
+        self.loop = loop
         self.thread = threading.current_thread()
         self._process = os.getpid()
         self.users = 0
         """How many calls are in progress, which run, wait or pull input."""
-        self.pace = TimeSlice(self.now)
         self.asleep = 0
         """How many invocations wait to be retried."""
         self.to_come = 0
@@ -320,9 +300,9 @@ class SlotPool:
         if not self.in_another_thread:
             # Two event loops take turns in one thread if a trio run is the guest of an asyncio loop. A run
             # that was torn down there leaves slots behind that nothing will give back.
-            return is_running(self.token)
+            return self.loop.is_running(self.loop.token.native_token)
 
-        return self.thread.is_alive() and is_alive(self.token)
+        return self.thread.is_alive() and self.loop.can_go_on(self.loop.token.native_token)
 
     @property
     def in_another_thread(self) -> bool:
@@ -332,7 +312,7 @@ class SlotPool:
     def held_until(self) -> float | None:
         """When the cool-off ends, if there is one."""
         until = -math.inf if self.governor is None else self.governor.held_until
-        return until if until > self.now() else None
+        return until if until > self.loop.now() else None
 
     def resize(self, max_concurrency: int) -> None:
         """Change the limit, or what is the ceiling of it."""
@@ -368,7 +348,7 @@ class SlotPool:
 
     def settle(self, charges: list[Charge], result: InvocationResult[Any]) -> None:
         """Correct what was paid for the last attempt of an invocation, now that it has ended."""
-        now = self.now()
+        now = self.loop.now()
         for meter, charge in zip(self.meters, charges, strict=True):
             settle = meter.rate.settle
             if settle is None:
@@ -392,7 +372,7 @@ class SlotPool:
 
     def pay(self, charges: list[Charge]) -> None:
         """Pay what was reserved for an attempt, which calls its agent now."""
-        now = self.now()
+        now = self.loop.now()
         for meter, charge in zip(self.meters, charges, strict=True):
             meter.pay(charge, now)
 
@@ -416,7 +396,7 @@ class SlotPool:
         governor = self.governor
         if verdict is None:
             if self.ledger is not None:
-                self.ledger.succeeded(self.now())
+                self.ledger.succeeded(self.loop.now())
 
             if governor is None or not self._recovers:
                 return
@@ -425,7 +405,7 @@ class SlotPool:
         elif governor is None or verdict.kind is not VerdictKind.OVERLOAD:
             return
         else:
-            now = self.now()
+            now = self.loop.now()
             if verdict.retry_after is not None:
                 governor.hold(now, min(verdict.retry_after, longest_hold))
 
@@ -492,7 +472,7 @@ class SlotPool:
 
         charges: list[Charge] | None = None
         if self._gated and costs is not None:
-            now = self.now()
+            now = self.loop.now()
             if self._next() is not None or self._ready_at(costs, now) > now:
                 return None
 
@@ -629,7 +609,7 @@ class SlotPool:
 
             return
 
-        now = self.now()
+        now = self.loop.now()
         while (waiter := self._next()) is not None:
             assert waiter.costs is not None
             at = self._ready_at(waiter.costs, now)

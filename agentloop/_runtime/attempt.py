@@ -104,7 +104,7 @@ async def run_attempt(
         fresh = timer.scope is None
         scope = timer.open(deadline)
         # While it was open nothing was awaited since this was looked at the last time.
-        if fresh and slot.pool.is_cancelled_around(scope):
+        if fresh and slot.pool.loop.is_cancelled_around(scope):
             # Once cancelled, nothing starts, not even to its first checkpoint.
             await wait_for_cancellation()
 
@@ -142,8 +142,8 @@ async def run_attempt(
         except BaseException as exc:
             await _conclude(job, plan, pool, caller, timer, exc)
         else:
-            ended_at = pool.now()
-            if not pool.is_left_open(scope):
+            ended_at = pool.loop.now()
+            if not pool.loop.is_left_open(scope):
                 # It may have been cancelled before the agent returned; and a stream moves the deadline.
                 if ended_at >= deadline or act is not None:
                     timer.close()
@@ -158,7 +158,7 @@ async def run_attempt(
             await _conclude(job, plan, pool, caller, timer, None)
 
         job.judge(plan.config, plan.observer.log_classify)
-        return pool.now()
+        return pool.loop.now()
     finally:
         # A stream may be without one while it waits for its reader.
         held = job.slot
@@ -189,7 +189,7 @@ async def _conclude(
     timed_out = scope.cancel_called
     error: Exception | None = None
     try:
-        job.left_open = job.left_open or pool.is_left_open(scope)
+        job.left_open = job.left_open or pool.loop.is_left_open(scope)
         if not job.left_open:
             # Only the type is asked, here and below: `__class__` may be a property that raises.
             if timed_out and issubclass(type(raised), cancelled_class):
@@ -212,7 +212,7 @@ async def _conclude(
 
         if job.left_open:
             # A scope that is still open may be cancelled too, which is the agent's doing.
-            cancelled = pool.is_cancelled_around(scope)
+            cancelled = pool.loop.is_cancelled_around(scope)
             timer.abandon(caller is None)
             if cancelled:
                 # It may also be shielded. Then the cancellation never reaches the task.

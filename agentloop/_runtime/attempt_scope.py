@@ -25,7 +25,7 @@ class AttemptScope:
 
     def __init__(self, pool: SlotPool, alarm: DeadlineQueue | None) -> None:
         # Scopes are made without looking up what backend this is, as AnyIO's own function does.
-        self._backend = pool.backend
+        self._backend = pool.loop.backend
         self._alarm = alarm
         self.scope: anyio.CancelScope | None = None
         """The scope, while it is open."""

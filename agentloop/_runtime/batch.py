@@ -18,7 +18,7 @@ import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from .._errors import BatchStopped, InvocationCancelled, describe
-from .._eventloop.backend import TaskDeadlineQueue, forget_cancellations, is_error, make_task_deadline_queue
+from .._eventloop.backend import TaskDeadlineQueue, is_error, make_task_deadline_queue
 from .._eventloop.context import wait_for_cancellation
 from .._eventloop.tasks import LOST, Tasks
 from .._invocation import Input, Inputs, Invocation, Mapped, as_invocation
@@ -78,7 +78,7 @@ class Batch(ABC, Generic[T]):
         # How many of those have their final result.
         self._ended = 0
         # Where all inputs are there from the start, they wait from the start.
-        self._began = self._pool.now() if self._keep_rest and isinstance(inputs, Sequence) else None
+        self._began = self._pool.loop.now() if self._keep_rest and isinstance(inputs, Sequence) else None
         self._to_come = 0 if self._began is None else len(cast("Sequence[Any]", inputs))
 
         # A sync input is pulled by the workers, in one context whichever of them does it.
@@ -166,7 +166,7 @@ class Batch(ABC, Generic[T]):
                 if self._stream is not None and not self._exhausted:
                     tasks.start_soon(self._feed, "agentloop feeder")
 
-                self._task_alarm = make_task_deadline_queue(self._pool.backend)
+                self._task_alarm = make_task_deadline_queue(self._pool.loop.backend)
                 if self._task_alarm is not None:
                     tasks.start_soon(self._task_alarm.watch, "agentloop timer")
 
@@ -213,7 +213,7 @@ class Batch(ABC, Generic[T]):
         if self._stream is not None or not self._keep_rest:
             self._cut_input()
 
-        now = self._pool.now()
+        now = self._pool.loop.now()
         self._plan.observer.stopped(self._stopped.reason, now)
         for job in self._pop_resting():
             self._give_up(job)
@@ -258,7 +258,7 @@ class Batch(ABC, Generic[T]):
 
     def _abandon(self) -> None:
         """End what a cancelled batch has not started again, so that every invocation is accounted for."""
-        now = self._pool.now()
+        now = self._pool.loop.now()
         for job in (*self._fed, *self._pop_resting()):
             job.cancel(self._reason)
             self._finish(job, now)
@@ -320,8 +320,8 @@ class Batch(ABC, Generic[T]):
     # -- workers
 
     async def _work(self) -> None:
-        cancellations = self._pool.count_cancellations()
-        timer = AttemptScope(self._pool, self._pool.alarm or self._task_alarm)
+        cancellations = self._pool.loop.count_cancellations()
+        timer = AttemptScope(self._pool, self._pool.loop.alarm or self._task_alarm)
         while not self._done and not timer.is_spoilt:
             # Left by cancel(): then the worker's job has its result, and there may be more to skip. Left by
             # a cancellation that an agent asked for long ago, from a callback: no reason to end.
@@ -334,7 +334,7 @@ class Batch(ABC, Generic[T]):
                         timer.close()
                 except anyio.get_cancelled_exc_class():
                     await checkpoint_if_cancelled()
-                    await forget_cancellations()
+                    await self._pool.loop.forget_cancellations()
                 finally:
                     self._workers.discard(scope)
 
@@ -351,8 +351,8 @@ class Batch(ABC, Generic[T]):
                 self._changed()
 
         pool, plan = self._pool, self._plan
-        now_at, is_cancelled_around = pool.now, pool.is_cancelled_around
-        selective, pace = pool.selective, pool.pace
+        now_at, is_cancelled_around = pool.loop.now, pool.loop.is_cancelled_around
+        selective, pace = pool.selective, pool.loop.pace
         # Whether inputs are pulled here and start at once: they do not wait from the start, and nobody takes
         # time to say what they cost.
         pulls = self._iterator is not None and self._began is None and not selective
@@ -392,7 +392,7 @@ class Batch(ABC, Generic[T]):
                     if timer.is_spoilt:
                         self._replace_worker(job)
 
-                    self._finish(job, self._pool.now())
+                    self._finish(job, self._pool.loop.now())
                     raise
 
                 self._seeking += 1
@@ -406,12 +406,12 @@ class Batch(ABC, Generic[T]):
 
                 if cancellations() and not timer.is_spoilt:
                     timer.close()
-                    await forget_cancellations()
+                    await self._pool.loop.forget_cancellations()
             else:
                 if slot is not None:
                     slot.release()
 
-                now = self._pool.now()
+                now = self._pool.loop.now()
                 self._give_up(job)
                 self._finish(job, now)
 
@@ -469,7 +469,7 @@ class Batch(ABC, Generic[T]):
 
     def _make_job(self, item: Input[T]) -> Job[T]:
         pool, observer = self._pool, self._plan.observer
-        now = pool.now() if self._began is None else self._began
+        now = pool.loop.now() if self._began is None else self._began
         invocation = item if type(item) is Invocation else as_invocation(item)
         index = self._pulled
         self._pulled = index + 1
@@ -614,7 +614,7 @@ class Batch(ABC, Generic[T]):
             with anyio.CancelScope(deadline=self._heap[0][0]):
                 await self._alarm.wait()
 
-            self._ring(self._pool.now())
+            self._ring(self._pool.loop.now())
 
         self._alarm = None
 
@@ -667,7 +667,7 @@ class Batch(ABC, Generic[T]):
         self._check_done()
 
     async def _close_generator(self, iterator: AsyncGenerator[Any]) -> None:
-        with anyio.CancelScope(deadline=self._pool.now() + CLOSE_SECONDS, shield=True) as scope:
+        with anyio.CancelScope(deadline=self._pool.loop.now() + CLOSE_SECONDS, shield=True) as scope:
             try:
                 await iterator.aclose()
             except Exception as exc:
@@ -676,7 +676,7 @@ class Batch(ABC, Generic[T]):
                 if scope.cancel_called:
                     raise
 
-                await forget_cancellations()
+                await self._pool.loop.forget_cancellations()
 
     async def _wait_for_room(self) -> None:
         # Once the input counts as exhausted, there is no room any more, and this is about to be cancelled.
@@ -687,4 +687,4 @@ class Batch(ABC, Generic[T]):
             except anyio.get_cancelled_exc_class():
                 # It is not the input's fault if this task is cancelled natively.
                 await checkpoint_if_cancelled()
-                await forget_cancellations()
+                await self._pool.loop.forget_cancellations()

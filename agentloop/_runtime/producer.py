@@ -11,7 +11,7 @@ import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from .._errors import InvocationCancelled
-from .._eventloop.backend import are_lost_early, cancellation_counter, forget_cancellations, let_tasks_begin
+from .._eventloop.loop import kind_of_loop
 from .._eventloop.tasks import LOST, Tasks
 from .._limits.slots import current_slot
 from .lifetime import Call, Lifetime
@@ -54,6 +54,7 @@ class Background:
     def __init__(self, producer: Producer, lifetime: Lifetime) -> None:
         self._producer = producer
         self._lifetime = lifetime
+        self._kind = kind_of_loop()
         self._reader_slot = current_slot.get()
         self._tasks: Tasks | None = None
         self._begun = False
@@ -77,8 +78,8 @@ class Background:
         self._start_soon(self._run, "agentloop producer")
         # The end of a task of the loop cancels the loop's block, but not a reader in another task.
         try:
-            await let_tasks_begin()
-            if not self._begun and are_lost_early():
+            await self._kind.let_tasks_begin()
+            if not self._begun and self._kind.loses_tasks:
                 raise InvocationCancelled(LOST)
         except BaseException as exc:
             await self.stop(exc)
@@ -101,7 +102,7 @@ class Background:
                 with anyio.CancelScope(shield=True):
                     while not self._ended.is_set():
                         try:
-                            if self._begun or not are_lost_early():
+                            if self._begun or not self._kind.loses_tasks:
                                 await self._ended.wait()
                             else:
                                 await self._end_early()
@@ -156,15 +157,15 @@ class Background:
 
     async def _run(self) -> None:
         self._begun = True
-        cancellations = cancellation_counter()()
+        cancellations = self._kind.count_cancellations()
         try:
             await self._producer.produce(self._start_soon)
             if cancellations():
-                await forget_cancellations()
+                await self._kind.forget_cancellations()
         except anyio.get_cancelled_exc_class():
             # One that an agent asked for, from a callback that came late, ends this task and nothing else.
             await checkpoint_if_cancelled()
-            await forget_cancellations()
+            await self._kind.forget_cancellations()
         except BaseException as exc:
             # A scope around the one that was left open cannot be left, and says so.
             if not self._producer.left_open or not isinstance(exc, RuntimeError):

@@ -11,7 +11,6 @@ import anyio
 from anyio.lowlevel import cancel_shielded_checkpoint
 
 from .._errors import LeftOpenError
-from .._eventloop.backend import forget_cancellations
 from .._invocation import Invocation
 from .._limits.limiter import Limiter, claim, pool_of
 from .._limits.slots import Slot, current_slot
@@ -47,7 +46,7 @@ class Single(Generic[T]):
         self._pool = pool_of(limiter)
         self._plan = plan
         self._outer: Slot | None = current_slot.get()
-        self._job = Job(invocation, 0, self._pool.now(), self._pool)
+        self._job = Job(invocation, 0, self._pool.loop.now(), self._pool)
         self._own_task = own_task
         self._waited = False
 
@@ -71,21 +70,21 @@ class Single(Generic[T]):
             observer.queued(job)
 
         try:
-            timer = AttemptScope(pool, pool.alarm)
-            caller = None if own_task else pool.callers_cancellation()
+            timer = AttemptScope(pool, pool.loop.alarm)
+            caller = None if own_task else pool.loop.callers_cancellation()
             now = job.queued_at
             ready = True
             selective = pool.selective
             if selective:
                 ready = job.resolve_limits()
                 # Whoever said what it costs may have taken his time.
-                now = pool.now()
+                now = pool.loop.now()
 
             while ready:
                 slot = job.pool.acquire_nowait(job.costs if selective else (), self._outer)
                 if slot is None:
                     slot = await self._wait_in_line()
-                    now = pool.now()
+                    now = pool.loop.now()
 
                 if slot is None:
                     job.expire()
@@ -104,13 +103,13 @@ class Single(Generic[T]):
                     break
 
                 await self._rest(wake_at, now)
-                now = pool.now()
+                now = pool.loop.now()
 
             if not self._waited and not own_task:
                 await cancel_shielded_checkpoint()
         except BaseException:
             job.cancel(self.reason)
-            self.ended = self._end(pool.now())
+            self.ended = self._end(pool.loop.now())
             raise
 
         if job.left_open and not own_task:
@@ -155,17 +154,17 @@ class Single(Generic[T]):
 
     async def _rest(self, wake_at: float, now: float) -> None:
         """Wait until it is time for the next attempt."""
-        job = self._job
+        job, pool = self._job, self._job.pool
         self._plan.observer.retrying(job, now)
         self._waited = True
-        job.pool.asleep += 1
+        pool.asleep += 1
         try:
-            if self._own_task and job.pool.count_cancellations()():
-                await forget_cancellations()
+            if self._own_task and pool.loop.count_cancellations()():
+                await pool.loop.forget_cancellations()
 
             await anyio.sleep_until(wake_at)
         finally:
-            job.pool.asleep -= 1
+            pool.asleep -= 1
 
     async def _wait_in_line(self) -> Slot | None:
         job, pool = self._job, self._job.pool

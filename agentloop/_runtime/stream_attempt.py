@@ -78,7 +78,7 @@ class _StreamAttempt(Generic[ItemT]):
         self._first_seconds = config.first_chunk_timeout_seconds
         self._idle_seconds = config.idle_timeout_seconds
         self._scope = scope
-        now = self._pool.now()
+        now = self._pool.loop.now()
         # When the attempt has to be over. The time for which its reader lets it wait is added.
         self._end = math.inf if config.timeout_seconds is None else now + config.timeout_seconds
         # Since when the agent has yielded nothing, while nobody but itself is to blame.
@@ -120,7 +120,7 @@ class _StreamAttempt(Generic[ItemT]):
 
             error = await self._close(iterator)
             # Trio forgets it as the scope around it is left.
-            self._job.left_open = self._pool.is_left_open(self._closing)
+            self._job.left_open = self._pool.loop.is_left_open(self._closing)
 
         if self._closing.cancelled_caught:
             error = self._job.made_of_cancellation
@@ -164,7 +164,7 @@ class _StreamAttempt(Generic[ItemT]):
 
         :return: whether that was given up, since nobody will read on
         """
-        channel, job, as_item, now = self._channel, self._job, self._as_item, self._pool.now
+        channel, job, as_item, now = self._channel, self._job, self._as_item, self._pool.loop.now
         gaps = self._gaps_told
         next_chunk: Callable[[], Awaitable[Any]] = iterator.__anext__
         step = next_chunk
@@ -209,7 +209,7 @@ class _StreamAttempt(Generic[ItemT]):
             del step
 
     def _first_chunk(self) -> None:
-        self._idle_since = self._job.first_chunk_at = self._pool.now()
+        self._idle_since = self._job.first_chunk_at = self._pool.loop.now()
         self._gaps = self._observer.first_chunk(self._job, self._idle_since)
         if self._job.chunk_limit is not None:
             self._set_deadline(self._end)
@@ -237,7 +237,7 @@ class _StreamAttempt(Generic[ItemT]):
     async def _wait_for_reader(self) -> None:
         pool, job, slot = self._pool, self._job, self._job.slot
         assert slot is not None
-        began = pool.now()
+        began = pool.loop.now()
         self._idle_since = math.inf
         self._set_deadline(math.inf)
         try:
@@ -257,7 +257,7 @@ class _StreamAttempt(Generic[ItemT]):
                 job.slot = slot
         finally:
             slot.released = job.slot is None
-            self._idle_since = pool.now()
+            self._idle_since = pool.loop.now()
             self._end += self._idle_since - began
             self._set_deadline(self._end)
 
@@ -271,7 +271,7 @@ class _StreamAttempt(Generic[ItemT]):
         assert self._idle_seconds is not None
         with self._watching:
             while True:
-                now = self._pool.now()
+                now = self._pool.loop.now()
                 if now >= self._idle_since + self._idle_seconds:
                     break
 
@@ -293,7 +293,7 @@ class _StreamAttempt(Generic[ItemT]):
             return None
 
         self._closing.shield = True
-        self._closing.deadline = self._pool.now() + CLOSE_SECONDS
+        self._closing.deadline = self._pool.loop.now() + CLOSE_SECONDS
         error: Exception | None = None
         try:
             await aclose()

@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 from anyio.lowlevel import EventLoopToken, current_token
 
-from .._eventloop.backend import is_running
+from .._eventloop.loop import kind_of_loop
 from .draft import check_key
 from .freezer import Freezer
 from .frozen import LiveDict, thaw
@@ -23,6 +23,7 @@ class Run:
 
     def __init__(self, token: EventLoopToken) -> None:
         self.token = token
+        self.kind = kind_of_loop()
         self.thread = threading.current_thread()
         self.lock = anyio.Lock()
         self.editor: anyio.TaskInfo | None = None
@@ -80,7 +81,7 @@ class State:
         """
         run, token = self._run, current_token()
         if run is None or run.token != token:
-            if run is not None and is_running(run.token):
+            if run is not None and run.kind.is_running(run.token.native_token):
                 raise RuntimeError(
                     f"this store is in use in another event loop, in thread {run.thread.name!r}: use one "
                     "store per event loop, or go there by anyio.from_thread.run()"

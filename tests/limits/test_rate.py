@@ -274,8 +274,8 @@ async def test_time_that_a_cost_takes_to_tell_is_not_the_agents(verb: str) -> No
 
     limiter = Limiter(1, rates=[Rate(10, cost=slow)])
     pool = pool_of(limiter)
-    now = pool.now
-    pool.now = lambda: now() + late  # no virtual clock goes on while nobody waits
+    now = pool.loop.now
+    pool.loop.now = lambda: now() + late  # no virtual clock goes on while nobody waits
     loop = AgentLoop(limiter=limiter)
     if verb == "single":
         result = await loop.run_single("a", nothing)

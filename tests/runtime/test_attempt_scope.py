@@ -13,13 +13,13 @@ import pytest
 from anyio.abc import TaskStatus
 
 from agentloop import AgentLoop, Backoff, Invocation, Limiter, LoopConfig, Status
+from agentloop._eventloop import loop as event_loop
 from agentloop._eventloop.backend import (
     DeadlineQueue,
     TaskDeadlineQueue,
     make_deadline_queue,
     make_task_deadline_queue,
 )
-from agentloop._limits import slots
 from agentloop._limits.limiter import pool_of
 from agentloop._runtime import batch
 from agentloop._runtime.attempt_scope import AttemptScope
@@ -36,7 +36,7 @@ async def sleep(seconds: float) -> float:
 @pytest.fixture(params=["as it is", "without an alarm"])
 def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AgentLoop:
     if request.param == "without an alarm":
-        monkeypatch.setattr(slots, "make_deadline_queue", lambda backend: None)
+        monkeypatch.setattr(event_loop, "make_deadline_queue", lambda backend: None)
         monkeypatch.setattr(batch, "make_task_deadline_queue", lambda backend: None)
 
     return AgentLoop(LoopConfig(max_concurrency=1, timeout_seconds=5, max_retries=0))
@@ -251,7 +251,7 @@ class TestAlarm:
     @pytest.mark.parametrize("anyio_backend", [virtual_clock("asyncio")])
     async def test_scope_is_entered_again(self) -> None:
         pool = pool_of(Limiter(1))
-        timer = AttemptScope(pool, pool.alarm)
+        timer = AttemptScope(pool, pool.loop.alarm)
         with anyio.CancelScope():
             first = timer.open(anyio.current_time() + 5)
             assert not timer.close()
@@ -274,7 +274,7 @@ class TestAlarm:
     @pytest.mark.parametrize("anyio_backend", [virtual_clock("asyncio")])
     async def test_scope_that_is_entered_again_in_a_task_without_scopes_is_in_none(self) -> None:
         pool = pool_of(Limiter(1))
-        timer = AttemptScope(pool, pool.alarm)
+        timer = AttemptScope(pool, pool.loop.alarm)
         with anyio.CancelScope() as around:
             timer.open(anyio.current_time() + 5)
             timer.close()
@@ -292,7 +292,7 @@ class TestAlarm:
     @pytest.mark.parametrize("anyio_backend", [virtual_clock("asyncio")])
     @pytest.mark.parametrize("mark", ["_child_scopes", "_tasks"])
     async def test_scope_that_somebody_is_still_in_is_not_entered_again(self, mark: str) -> None:
-        alarm = pool_of(Limiter(1)).alarm
+        alarm = pool_of(Limiter(1)).loop.alarm
         assert alarm is not None
         scope: Any = anyio.CancelScope()
         getattr(scope, mark).add(object())

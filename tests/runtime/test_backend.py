@@ -13,12 +13,8 @@ import anyio
 import anyio.lowlevel
 
 from agentloop import AgentLoop
-from agentloop._eventloop.backend import (
-    cancellation_counter,
-    forget_cancellations,
-    make_is_cancelled,
-    make_is_left_open,
-)
+from agentloop._eventloop.backend import make_is_cancelled, make_is_left_open
+from agentloop._eventloop.loop import kind_of_loop
 
 
 def tell() -> bool:
@@ -80,7 +76,8 @@ async def test_anyio_is_asked_each_time_where_its_insides_have_other_names() -> 
 async def test_native_cancellations_are_forgotten_and_cancel_nothing_afterwards(
     anyio_backend_name: str,
 ) -> None:
-    pending = cancellation_counter()()
+    kind = kind_of_loop()
+    pending = kind.count_cancellations()
     if anyio_backend_name == "asyncio":
         task = asyncio.current_task()
         assert task is not None
@@ -88,7 +85,7 @@ async def test_native_cancellations_are_forgotten_and_cancel_nothing_afterwards(
         task.cancel()
         assert pending() == 2
 
-    await forget_cancellations()
+    await kind.forget_cancellations()
     await anyio.sleep(0)
     assert pending() == 0
 

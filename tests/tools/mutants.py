@@ -105,8 +105,8 @@ MUTANTS = [
     Mutant(
         "those who are lent a slot pay nothing",
         "_limits/slots.py",
-        "        if self._gated and costs is not None:\n            now = self.now()\n",
-        "        if self._gated and costs is not None and lender is None:\n            now = self.now()\n",
+        "        if self._gated and costs is not None:\n            now = self.loop.now()\n",
+        "        if self._gated and costs is not None and lender is None:\n            now = self.loop.now()\n",
     ),
     Mutant(
         "those who wait for a loan pay nothing",
@@ -123,8 +123,8 @@ MUTANTS = [
     Mutant(
         "rates are paid before there is a slot",
         "_limits/slots.py",
-        "        now = self.now()\n        while (waiter := self._next()) is not None:\n",
-        "        now = self.now()\n"
+        "        now = self.loop.now()\n        while (waiter := self._next()) is not None:\n",
+        "        now = self.loop.now()\n"
         "        for waiter in self._queue:\n"
         "            if self._ready_at(waiter.costs, now) <= now:\n"
         "                for meter, cost in zip(self.meters, waiter.costs, strict=True):\n"
@@ -241,7 +241,7 @@ MUTANTS = [
     Mutant(
         "the marks that an agent left on its task are not removed",
         "_runtime/batch.py",
-        "                    timer.close()\n                    await forget_cancellations()\n",
+        "                    timer.close()\n                    await self._pool.loop.forget_cancellations()\n",
         "                    pass\n",
         "asyncio",
     ),
@@ -438,20 +438,20 @@ MUTANTS = [
     Mutant(
         "a native cancellation of a task of ours ends it",
         "_eventloop/tasks.py",
-        "                    await checkpoint_if_cancelled()\n                    await forget_cancellations()\n        except",
+        "                    await checkpoint_if_cancelled()\n                    await self._kind.forget_cancellations()\n        except",
         "                    raise\n        except",
         "asyncio",
     ),
     Mutant(
         "a scope that was left open is not noticed",
         "_runtime/attempt.py",
-        "            if not pool.is_left_open(scope):\n",
+        "            if not pool.loop.is_left_open(scope):\n",
         "            if True:\n",
     ),
     Mutant(
         "a scope that a stream leaves open is not noticed",
         "_runtime/stream_attempt.py",
-        "            self._job.left_open = self._pool.is_left_open(self._closing)\n",
+        "            self._job.left_open = self._pool.loop.is_left_open(self._closing)\n",
         "            pass\n",
         # On asyncio that the scope cannot be left says the same.
         "trio",
