@@ -14,6 +14,7 @@ from .._errors import InvocationCancelled
 from .._eventloop.loop import kind_of_loop
 from .._eventloop.tasks import LOST, Tasks
 from .._limits.slots import current_slot
+from .channel import Channel
 from .lifetime import Call, Lifetime
 from .stream_attempt import StartSoon
 
@@ -21,12 +22,20 @@ from .stream_attempt import StartSoon
 class Producer(Call, Protocol):
     """What produces."""
 
+    @property
+    def channel(self) -> Channel[Any]:
+        """Where the items are."""
+        ...
+
     async def produce(self, start_soon: StartSoon) -> None:
         """
         Produce everything. When it returns or raises, nothing of it is left that will not end by itself.
 
         :param start_soon: starts a task beside this one, which must not raise
         """
+
+    def taken(self, item: Any) -> None:
+        """Take notice that the reader has an item."""
 
     def end(self) -> None:
         """Tell the reader that nothing comes any more."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 __all__ = ["BatchReader", "CompletionBatch", "StreamBatch"]
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from functools import partial
-from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import anyio
 
@@ -15,7 +14,6 @@ from .._errors import LoopClosed
 from .._events import ChunkEvent, ResultEvent
 from .._invocation import Inputs
 from .._limits.limiter import Limiter
-from .._misuse import EnteredOnly
 from .._result import InvocationResult
 from .attempt import RunOptions
 from .batch import Batch
@@ -23,7 +21,7 @@ from .channel import Channel
 from .job import Job
 from .lifetime import Lifetime
 from .observer import new_id
-from .producer import Background
+from .reader import Reader
 from .stream_attempt import StartSoon, carry
 
 T = TypeVar("T")
@@ -42,7 +40,7 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
         plan: RunOptions,
     ) -> None:
         super().__init__(inputs, limiter, plan)
-        self._channel: Channel[ItemT] = Channel()
+        self.channel: Channel[ItemT] = Channel()
         self._scope = anyio.CancelScope()
 
     @property
@@ -56,26 +54,19 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
         with self._scope:
             await self.run()
 
-    async def take(self) -> ItemT:
-        """
-        Wait for an item. Cancellation, native cancellation too, loses none.
-
-        :raises EndOfStream: when the batch has ended and all items were taken
-        """
-        item = await self._channel.receive()
+    def taken(self, item: ItemT) -> None:
+        """Take notice that the reader has an item."""
         if not isinstance(cast("object", item), ChunkEvent):
             # It is the last item of its invocation.
             self._taken()
 
-        return item
-
     def end(self) -> None:
         """Say that no item will come any more."""
-        self._channel.close()
+        self.channel.close()
 
     def drop(self) -> None:
         """Drop the items that no reader will take any more."""
-        self._channel.drop()
+        self.channel.drop()
         if self.input_error is not None:
             # Its traceback refers to the reader's frame, which refers to this.
             self.input_error = None
@@ -85,17 +76,17 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
         """Cancel all."""
         self._cancelled_by = "the block that reads the results was left"
         self._scope.cancel(self._cancelled_by)
-        self._channel.abandon()
+        self.channel.abandon()
 
     def drain(self) -> None:
         """Start nothing new, and be patient with the reader for a limited time only."""
         self.stop("the loop was left", LoopClosed("the loop was left"))
-        self._channel.limit_patience(lambda: self.cancel("nobody read", LoopClosed("the loop was left")))
+        self.channel.limit_patience(lambda: self.cancel("nobody read", LoopClosed("the loop was left")))
 
     def cancel(self, reason: str, cause: BaseException) -> None:
         """Cancel what runs; each invocation that was started still has its result."""
         super().cancel(reason, cause)
-        self._channel.abandon()
+        self.channel.abandon()
 
 
 class CompletionBatch(ReadBatch[T, InvocationResult[T]]):
@@ -103,7 +94,7 @@ class CompletionBatch(ReadBatch[T, InvocationResult[T]]):
 
     def _deliver(self, job: Job[T], result: InvocationResult[T], now: float) -> None:
         del job, now  # the result says whose it is
-        self._channel.send(result)
+        self.channel.send(result)
 
 
 class StreamBatch(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
@@ -115,7 +106,7 @@ class StreamBatch(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
 
     async def produce(self, start_soon: StartSoon) -> None:
         """Run the batch to its end, or until its reader leaves."""
-        act = partial(carry, self._channel, _chunk_event, start_soon)
+        act = partial(carry, self.channel, _chunk_event, start_soon)
         self._plan = RunOptions(self._plan.config, self._plan.observer, act)
         try:
             await super().produce(start_soon)
@@ -129,82 +120,38 @@ class StreamBatch(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
 
     def _has_work(self) -> bool:
         # To give up what does not begin any more takes no room.
-        return super()._has_work() and (self._stopped is not None or self._channel.has_room(self._changed))
+        return super()._has_work() and (self._stopped is not None or self.channel.has_room(self._changed))
 
     def _next_job(self) -> Job[None] | None:
         return super()._next_job() if self._has_work() else None
 
     def _deliver(self, job: Job[None], result: InvocationResult[None], now: float) -> None:
         # The same as an event sink is given, if there is one.
-        self._channel.send(ResultEvent(job.invocation, result, job.id or new_id(), now))
+        self.channel.send(ResultEvent(job.invocation, result, job.id or new_id(), now))
 
 
 def _chunk_event(job: Job[Any], chunk: T) -> ChunkEvent[T]:
     return ChunkEvent(job.invocation, chunk, job.index)
 
 
-class BatchReader(EnteredOnly, Generic[ItemT]):
-    """An async context manager that gives what a batch hands over."""
+class BatchReader(Reader[ItemT, ReadBatch[Any, ItemT]]):
+    """Reads what a batch hands over."""
+
+    _kind = "batch"
+    _source = "the input"
 
     def __init__(self, verb: str, make: Callable[[], ReadBatch[Any, ItemT]], lifetime: Lifetime) -> None:
+        super().__init__(make, lifetime)
         self._verb = verb
         self._usage = f"write `async with loop.{verb}(...) as results:` around `async for ... in results:`"
-        self._make = make
-        self._lifetime = lifetime
-        self._batch: ReadBatch[Any, ItemT] | None = None
-        self._background: Background | None = None
 
     def __repr__(self) -> str:
-        return f"<{self._verb} {f'not entered: {self._usage}' if self._batch is None else 'entered'}>"
+        return f"<{self._verb} {f'not entered: {self._usage}' if self._producer is None else 'entered'}>"
 
-    async def __aenter__(self) -> Self:
-        if self._batch is not None:
-            raise RuntimeError("a batch can be read in one `async with` block only")
-
-        self._lifetime.check()
-        self._batch = self._make()
-        self._background = Background(self._batch, self._lifetime)
-        await self._background.start()
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        assert self._background is not None
-        await self._background.stop(exc)
-
-    def __aiter__(self) -> AsyncIterator[ItemT]:
-        self._entered()
-        return self
-
-    async def __anext__(self) -> ItemT:
+    def _error(self) -> BaseException | None:
         batch = self._entered()
-        try:
-            return await batch.take()
-        except anyio.EndOfStream:
-            pass
-
-        assert self._background is not None
-        self._background.raise_failure()
-        error = batch.input_error
-        try:
-            if isinstance(error, StopAsyncIteration):
-                raise RuntimeError("the input raised StopAsyncIteration") from error
-
-            if error is not None:
-                raise error
-        finally:
-            # Its traceback refers to this frame, and the batch to the error.
-            del error
+        if batch.input_error is not None:
+            return batch.input_error
 
         # What is cut short must not look complete.
-        if batch.stopped is not None:
-            raise batch.stopped.with_traceback(None)
-
-        raise StopAsyncIteration
-
-    def _entered(self) -> ReadBatch[Any, ItemT]:
-        if self._batch is None:
-            raise RuntimeError(self._usage)
-
-        return self._batch
+        return None if batch.stopped is None else batch.stopped.with_traceback(None)

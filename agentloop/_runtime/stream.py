@@ -4,23 +4,22 @@ from __future__ import annotations
 
 __all__ = ["AgentStream", "Streaming"]
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import anyio
 
 from .._invocation import Invocation
 from .._limits.limiter import Limiter
-from .._misuse import EnteredOnly
 from .._result import InvocationResult
 from .attempt import RunOptions
 from .channel import Channel
 from .job import Job
 from .lifetime import Lifetime
-from .producer import Background
+from .reader import Reader
 from .single import Single
 from .stream_attempt import StartSoon, carry
 
@@ -61,6 +60,9 @@ class Streaming(Generic[T]):
             # It refers to the task's owner, which refers to this.
             self._plan.act = None
 
+    def taken(self, item: T) -> None:
+        pass
+
     def end(self) -> None:
         self.channel.close()
 
@@ -84,7 +86,7 @@ class Streaming(Generic[T]):
             self.channel.abandon()
 
 
-class AgentStream(EnteredOnly, Generic[T]):
+class AgentStream(Reader[T, Streaming[T]]):
     """
     What an agent yields: an async context manager, and an async iterable of chunks inside it::
 
@@ -93,27 +95,28 @@ class AgentStream(EnteredOnly, Generic[T]):
                 ...
 
     The agent runs in a task of its own, at most a small buffer ahead of its reader. What it raises reaches
-    the reader as the object that it is, after the chunks that it yielded before. Being cancelled while
+    the reader as the object that it is, after the chunks that it yielded before. If it took too long, that
+    is an :exc:`InvocationTimeout`, of which :exc:`FirstChunkTimeout` and :exc:`IdleTimeout` are kinds; if it
+    was cancelled from within, or with its loop, an :exc:`InvocationCancelled`. Being cancelled while
     waiting for a chunk loses none. Leaving the block, by any path, cancels an agent that still runs, and
     waits until its generator is closed; one that is suspended at a ``yield`` then has five seconds for its
     cleanup.
     """
 
     _usage = "write `async with loop.run_streaming(...) as stream:` around `async for chunk in stream:`"
+    _kind = "stream"
+    _source = "the agent"
 
     def __init__(self, agent_id: str, make: Callable[[], Streaming[T]], lifetime: Lifetime) -> None:
-        self._make = make
-        self._lifetime = lifetime
+        super().__init__(make, lifetime)
         self._agent_id = agent_id
-        self._streaming: Streaming[T] | None = None
         self._result: InvocationResult[None] | None = None
-        self._background: Background | None = None
         self._raised_at: TracebackType | None = None
         self._raised = False
 
     def __repr__(self) -> str:
         state = "not entered"
-        if self._streaming is not None:
+        if self._producer is not None:
             result = self._take_result()
             state = "running" if result is None else f"{result.status} after {result.chunks} chunks"
 
@@ -136,29 +139,18 @@ class AgentStream(EnteredOnly, Generic[T]):
 
     def _take_result(self) -> InvocationResult[None] | None:
         """Return the result, if the agent has ended."""
-        streaming = self._streaming
+        streaming = self._producer
         if streaming is not None and streaming.result is not None:
             # Not left there: the frames that an error refers to, and those below them, refer to that object.
             self._result, streaming.result = streaming.result, None
 
         return self._result
 
-    async def __aenter__(self) -> Self:
-        if self._streaming is not None:
-            raise RuntimeError("a stream can be read in one `async with` block only")
-
-        self._lifetime.check()
-        self._streaming = self._make()
-        self._background = Background(self._streaming, self._lifetime)
-        await self._background.start()
-        return self
-
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._background is not None
         try:
-            await self._background.stop(exc)
+            await super().__aexit__(exc_type, exc, traceback)
         finally:
             self._take_result()
             if self._raised and exc is None:
@@ -171,47 +163,14 @@ class AgentStream(EnteredOnly, Generic[T]):
         with suppress(Exception):
             error.__traceback__ = self._raised_at
 
-    def __aiter__(self) -> AsyncIterator[T]:
-        self._entered()
-        return self
-
-    async def __anext__(self) -> T:
-        """
-        Wait for a chunk.
-
-        :raises Exception: what the agent raised, after its chunks
-        :raises InvocationTimeout: if it took too long; :exc:`FirstChunkTimeout` and :exc:`IdleTimeout` are
-            such
-        :raises InvocationCancelled: if it was cancelled from within, or with its loop
-        """
-        streaming = self._entered()
-        try:
-            return await streaming.channel.receive()
-        except anyio.EndOfStream:
-            pass
-
-        assert self._background is not None
-        self._background.raise_failure()
+    def _error(self) -> BaseException | None:
         error = self.result.exception
         if error is None:
-            raise StopAsyncIteration
-
-        if isinstance(error, StopAsyncIteration):
-            raise RuntimeError("the agent raised StopAsyncIteration") from error
+            return None
 
         if not self._raised:
             self._raised = True
             self._raised_at = error.__traceback__
 
         # Each time the same object, without the frames of the times before.
-        try:
-            raise error.with_traceback(self._raised_at)
-        finally:
-            # Its traceback refers to this frame, and the stream's result to the error.
-            del error, streaming, self
-
-    def _entered(self) -> Streaming[T]:
-        if self._streaming is None:
-            raise RuntimeError(self._usage)
-
-        return self._streaming
+        return error.with_traceback(self._raised_at)

@@ -280,8 +280,8 @@ MUTANTS = [
     Mutant(
         "a result is lost",
         "_runtime/read.py",
-        "        self._channel.send(result)\n",
-        "        if self._channel._size < 2:\n            self._channel.send(result)\n",
+        "        self.channel.send(result)\n",
+        "        if self.channel._size < 2:\n            self.channel.send(result)\n",
     ),
     Mutant(
         "a result is delivered to the wrong input",
@@ -413,8 +413,8 @@ MUTANTS = [
     Mutant(
         "a truncated stream looks complete",
         "_runtime/stream.py",
-        "        if error is None:\n            raise StopAsyncIteration\n",
-        "        if error is None or self.result.chunks:\n            raise StopAsyncIteration\n",
+        "        if error is None:\n            return None\n",
+        "        if error is None or self.result.chunks:\n            return None\n",
     ),
     Mutant(
         "chunks of one stream pass for another's",
@@ -425,8 +425,8 @@ MUTANTS = [
     Mutant(
         "the result of a stream overtakes its chunks",
         "_runtime/read.py",
-        "        self._channel.send(ResultEvent(job.invocation, result, job.id or new_id(), now))\n",
-        "        self._channel._rest.append(ResultEvent(job.invocation, result))\n        self._channel._size += 1\n",
+        "        self.channel.send(ResultEvent(job.invocation, result, job.id or new_id(), now))\n",
+        "        self.channel._rest.append(ResultEvent(job.invocation, result))\n        self.channel._size += 1\n",
     ),
     Mutant(
         "an agent that cancelled its own task loses what it returned",
@@ -485,8 +485,8 @@ MUTANTS = [
     Mutant(
         "what was cut short looks complete",
         "_runtime/read.py",
-        "        if batch.stopped is not None:\n",
-        "        if False:\n",
+        "        return None if batch.stopped is None else batch.stopped.with_traceback(None)\n",
+        "        return None\n",
     ),
     Mutant(
         "a cancellation that a cost raises ends the batch",

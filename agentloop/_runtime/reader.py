@@ -1,0 +1,95 @@
+"""The reader's side of what is read while it is produced."""
+
+from __future__ import annotations
+
+__all__ = ["Reader"]
+
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+import anyio
+
+from .._misuse import EnteredOnly
+from .lifetime import Lifetime
+from .producer import Background, Producer
+
+ItemT = TypeVar("ItemT")
+ProducerT = TypeVar("ProducerT", bound=Producer)
+
+
+class Reader(EnteredOnly, Generic[ItemT, ProducerT]):
+    """
+    An async context manager that runs a producer, and an async iterable of its items inside the block.
+
+    Subclasses say which error is raised after the last item.
+    """
+
+    _kind: ClassVar[str]
+    """What the block reads, as error messages call it."""
+    _source: ClassVar[str]
+    """Whose error is raised after the last item, as error messages call it."""
+
+    def __init__(self, make: Callable[[], ProducerT], lifetime: Lifetime) -> None:
+        self._make = make
+        self._lifetime = lifetime
+        self._producer: ProducerT | None = None
+        self._background: Background | None = None
+
+    async def __aenter__(self) -> Self:
+        if self._producer is not None:
+            raise RuntimeError(f"a {self._kind} can be read in one `async with` block only")
+
+        self._lifetime.check()
+        self._producer = self._make()
+        self._background = Background(self._producer, self._lifetime)
+        await self._background.start()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._background is not None
+        await self._background.stop(exc)
+
+    def __aiter__(self) -> AsyncIterator[ItemT]:
+        self._entered()
+        return self
+
+    async def __anext__(self) -> ItemT:
+        """
+        Wait for an item. Being cancelled, also natively, loses none.
+
+        :raises BaseException: what ended the producer, or what the subclass says, after the last item
+        """
+        producer: Any = self._entered()
+        try:
+            item: ItemT = await producer.channel.receive()
+        except anyio.EndOfStream:
+            pass
+        else:
+            producer.taken(item)
+            return item
+
+        assert self._background is not None
+        self._background.raise_failure()
+        error = self._error()
+        try:
+            if isinstance(error, StopAsyncIteration):
+                raise RuntimeError(f"{self._source} raised StopAsyncIteration") from error
+
+            raise StopAsyncIteration if error is None else error
+        finally:
+            # Its traceback refers to this frame, and what this frame refers to leads to the error.
+            del error, producer, self
+
+    @abstractmethod
+    def _error(self) -> BaseException | None:
+        """Return what to raise after the last item, with the traceback that it is to begin with."""
+
+    def _entered(self) -> ProducerT:
+        if self._producer is None:
+            raise RuntimeError(self._usage)
+
+        return self._producer
