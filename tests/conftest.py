@@ -59,4 +59,5 @@ def pools(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SlotPool]]:
     for pool in made:
         assert pool.running == 0, "a slot was not given back"
         assert pool.waiting == 0, "somebody still waits for a slot or a retry"
+        assert pool.users == 0, "a call that has ended still counts as a user"
         assert not pool.on_raise, "a batch still listens to its limiter"

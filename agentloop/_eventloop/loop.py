@@ -79,9 +79,9 @@ class EventLoop(ABC):
 
     @staticmethod
     @abstractmethod
-    def is_current(native: Any) -> bool:
+    def make_is_current(native: Any) -> Callable[[], bool]:
         """
-        Return whether the current task runs in an event loop.
+        Return a function that returns whether the current task runs in an event loop.
 
         :param native: AnyIO's ``native_token`` of it, which is of this backend
         """
@@ -145,15 +145,19 @@ class AsyncioLoop(EventLoop):
             raise cancelled
 
     @staticmethod
-    def is_current(native: asyncio.AbstractEventLoop) -> bool:
-        try:
-            # Of a trio run that is the guest of an asyncio loop, AnyIO has to find out.
-            if asyncio.get_running_loop() is native and asyncio.current_task(native) is not None:
-                return True
-        except RuntimeError:
-            pass
+    def make_is_current(native: asyncio.AbstractEventLoop) -> Callable[[], bool]:
+        def is_current() -> bool:
+            try:
+                # Of a trio run that is the guest of an asyncio loop, AnyIO has to find out.
+                if get_running_loop() is native and current_task(native) is not None:
+                    return True
+            except RuntimeError:
+                pass
 
-        return current_token().native_token is native
+            return current_token().native_token is native
+
+        get_running_loop, current_task = asyncio.get_running_loop, asyncio.current_task
+        return is_current
 
     @staticmethod
     def is_running(native: asyncio.AbstractEventLoop) -> bool:
@@ -193,8 +197,17 @@ class TrioLoop(EventLoop):
         pass
 
     @staticmethod
-    def is_current(native: Any) -> bool:
-        return current_token().native_token is native
+    def make_is_current(native: Any) -> Callable[[], bool]:
+        import trio
+
+        def is_current() -> bool:
+            if in_trio_task():
+                return current_trio_token() is native
+
+            return current_token().native_token is native
+
+        in_trio_task, current_trio_token = trio.lowlevel.in_trio_task, trio.lowlevel.current_trio_token
+        return is_current
 
     @staticmethod
     def is_running(native: Any) -> bool:

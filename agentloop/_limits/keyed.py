@@ -138,7 +138,7 @@ class KeyedLimiter(Limiter):
         elif None in untils:
             paused_until = None
 
-        pool = self._pool
+        pool = self._pools.state
         return LimiterStatistics(
             sum(now.running for now in each),
             sum(now.waiting for now in each) + (0 if pool is None else pool.waiting),
@@ -178,19 +178,19 @@ class KeyedLimiter(Limiter):
         limiter = self[self._by(invocation)]
         pool = pool_of(limiter)
         claim(limiter, pool)
-        pool.home = self._pool
+        pool.home = self._pools.state
         return pool
 
     def _recount(self) -> None:
         self._max_concurrency = sum(limiter.max_concurrency for limiter in self._limiters.values())
-        if self._pool is not None:
-            for callback in tuple(self._pool.on_raise):
+        if self._pools.state is not None:
+            for callback in tuple(self._pools.state.on_raise):
                 callback()
 
     def _pass_on(self, event: Event) -> None:
         # Not what one of them says: the number of running attempts compares with the sum.
-        if isinstance(event, LimitEvent) and self._pool is not None:
-            self._tell_limit(self._pool)
+        if isinstance(event, LimitEvent) and self._pools.state is not None:
+            self._tell_limit(self._pools.state)
 
     def _tell_limit(self, pool: SlotPool) -> None:
         limit = self.statistics().limit

@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = ["Limiter", "LimiterStatistics", "claim", "pool_of"]
 
 import math
-import threading
 import weakref
 from collections.abc import Callable, Iterable
 
@@ -13,7 +12,7 @@ import attrs
 from anyio.lowlevel import current_token
 
 from .. import _validators as must
-from .._eventloop.loop import kind_of_loop
+from .._eventloop.handover import Handover
 from .._events import Event, LimitEvent
 from .._misuse import name_parameters
 from .overload import AdaptiveLimit
@@ -100,9 +99,7 @@ class Limiter:
         self._adaptive = adaptive
         self._retry_budget = retry_budget
         self._paused = False
-        self._pool: SlotPool | None = None
-        # Held while it is found out whether another event loop uses the limiter, which is then noted.
-        self._lock = threading.Lock()
+        self._pools = Handover[SlotPool]("limiter", "; use one per event loop")
         self._sinks: weakref.WeakSet[Callable[[Event], None]] = weakref.WeakSet()
         self._on_change: weakref.WeakSet[Callable[[], None]] = weakref.WeakSet()
 
@@ -171,7 +168,7 @@ class Limiter:
 
     def statistics(self) -> LimiterStatistics:
         """Return the state at this moment."""
-        pool = self._pool
+        pool = self._pools.state
         if pool is None:
             until = math.inf if self._paused else None
             return LimiterStatistics(0, 0, self._max_concurrency, self._max_concurrency, 0, until)
@@ -187,8 +184,8 @@ class Limiter:
 
     def _own_pool(self, what: str) -> SlotPool | None:
         """Return the state in the event loop of this thread, if there is one."""
-        pool = self._pool
-        if pool is not None and pool.busy and pool.in_another_thread:
+        pool = self._pools.state
+        if pool is not None and pool.is_in_use() and pool.in_another_thread:
             raise RuntimeError(
                 f"{what} only in the thread of its event loop; go there by anyio.from_thread.run_sync()"
             )
@@ -196,42 +193,21 @@ class Limiter:
         return pool
 
     def _enter_run(self) -> SlotPool:
-        pool = self._pool
-        if pool is not None and pool.loop.is_current(pool.loop.token.native_token):
-            return pool
-
-        token = current_token()
-        with self._lock:
-            self._check_unused()
-            self._pool = pool = SlotPool(
-                kind_of_loop()(token),
+        pool = self._pools.current()
+        if pool is None:
+            pool = SlotPool(
+                current_token(),
                 self._max_concurrency,
                 self._rates,
                 AdaptiveLimit(self._max_concurrency) if self._adaptive else None,
                 None if self._retry_budget is None else RetryLedger(self._retry_budget),
                 self._tell_limit,
             )
+            self._pools.take(pool)
+            pool.paused = self._paused
+            self._tell_limit(pool)
 
-        pool.paused = self._paused
-        self._tell_limit(pool)
         return pool
-
-    def _claim(self, pool: SlotPool) -> None:
-        with self._lock:
-            if self._pool is not pool:
-                # It was idle when it was looked at, and another event loop has come since.
-                self._check_unused()
-                self._pool = pool
-
-            pool.users += 1
-
-    def _check_unused(self) -> None:
-        pool = self._pool
-        if pool is not None and pool.busy:
-            raise RuntimeError(
-                f"this limiter is in use in another event loop, in thread {pool.thread.name!r}; "
-                "use one per event loop"
-            )
 
     def _tell_limit(self, pool: SlotPool) -> None:
         for sink in tuple(self._sinks):
@@ -254,4 +230,4 @@ def claim(limiter: Limiter, pool: SlotPool) -> None:
     :param pool: what :func:`pool_of` has returned
     :raises RuntimeError: if the limiter is in use in another event loop
     """
-    limiter._claim(pool)  # pyright: ignore[reportPrivateUsage]  # not for users
+    limiter._pools.claim(pool)  # pyright: ignore[reportPrivateUsage]  # not for users

@@ -37,18 +37,17 @@ __all__ = ["Slot", "SlotPool", "Waiter", "current_slot"]
 
 import logging
 import math
-import os
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
 import anyio
+from anyio.lowlevel import EventLoopToken
 
 from .. import _validators as must
 from .._eventloop.backend import is_error
-from .._eventloop.loop import EventLoop
+from .._eventloop.handover import LoopState
 from .._foreign import foreign_code
 from .._invocation import Invocation
 from .._result import InvocationResult
@@ -216,7 +215,7 @@ class Waiter:
             self.scope.deadline = at
 
 
-class SlotPool:
+class SlotPool(LoopState):
     """
     The state that a limiter has in one event loop.
 
@@ -236,18 +235,15 @@ class SlotPool:
 
     def __init__(
         self,
-        loop: EventLoop,
+        token: EventLoopToken,
         max_concurrency: int,
         rates: Iterable[Rate] = (),
         governor: AdaptiveLimit | None = None,
         ledger: RetryLedger | None = None,
         tell_limit: Callable[[SlotPool], None] | None = None,
     ) -> None:
-        self.loop = loop
-        self.thread = threading.current_thread()
-        self._process = os.getpid()
-        self.users = 0
-        """How many calls are in progress, which run, wait or pull input."""
+        super().__init__(token)
+        self.loop = self._kind(token)
         self.asleep = 0
         """How many invocations wait to be retried."""
         self.to_come = 0
@@ -290,23 +286,6 @@ class SlotPool:
     @property
     def in_line(self) -> int:
         return len(self._queue) + len(self._returning) + len(self._borrowing)
-
-    @property
-    def busy(self) -> bool:
-        """Whether it is in use in an event loop that runs, or can go on, now or later."""
-        if not (self.users or self.running or self.waiting) or self._process != os.getpid():
-            return False
-
-        if not self.in_another_thread:
-            # Two event loops take turns in one thread if a trio run is the guest of an asyncio loop. A run
-            # that was torn down there leaves slots behind that nothing will give back.
-            return self.loop.is_running(self.loop.token.native_token)
-
-        return self.thread.is_alive() and self.loop.can_go_on(self.loop.token.native_token)
-
-    @property
-    def in_another_thread(self) -> bool:
-        return self.thread is not threading.current_thread()
 
     @property
     def held_until(self) -> float | None:

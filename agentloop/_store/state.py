@@ -4,30 +4,31 @@ from __future__ import annotations
 
 __all__ = ["Run", "State", "freeze_all"]
 
-import threading
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import anyio
 from anyio.lowlevel import EventLoopToken, current_token
 
-from .._eventloop.loop import kind_of_loop
+from .._eventloop.handover import Handover, LoopState
 from .draft import check_key
 from .freezer import Freezer
 from .frozen import LiveDict, thaw
 from .watch import Audience
 
 
-class Run:
+class Run(LoopState):
     """What a store has in one event loop: whose turn it is to write, and who waits for changes."""
 
     def __init__(self, token: EventLoopToken) -> None:
-        self.token = token
-        self.kind = kind_of_loop()
-        self.thread = threading.current_thread()
+        super().__init__(token)
         self.lock = anyio.Lock()
         self.editor: anyio.TaskInfo | None = None
         self.audience = Audience()
+
+    def is_in_use(self) -> bool:
+        """Return whether the event loop is running: a store is its own for as long."""
+        return self.is_running()
 
 
 class State:
@@ -40,7 +41,9 @@ class State:
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = values
         self.version = 0
-        self._run: Run | None = None
+        self._runs = Handover[Run](
+            "store", ": use one store per event loop, or go there by anyio.from_thread.run()"
+        )
 
     def read(self, key: str, default: Any) -> Any:
         """Return a value that is the caller's own."""
@@ -79,15 +82,10 @@ class State:
 
         :raises RuntimeError: if it is in use in another event loop, or this task is inside an edit
         """
-        run, token = self._run, current_token()
-        if run is None or run.token != token:
-            if run is not None and run.kind.is_running(run.token.native_token):
-                raise RuntimeError(
-                    f"this store is in use in another event loop, in thread {run.thread.name!r}: use one "
-                    "store per event loop, or go there by anyio.from_thread.run()"
-                )
-
-            self._run = run = Run(token)
+        run = self._runs.current()
+        if run is None:
+            run = Run(current_token())
+            self._runs.take(run)
         elif run.editor is not None and run.editor == anyio.get_current_task():
             raise RuntimeError(
                 "this task is inside `async with store.edit() as draft:`, and would wait for itself: use the "
