@@ -15,7 +15,8 @@ from .._eventloop.backend import is_error
 from .._events import Event, FirstChunkEvent, QueuedEvent, ResultEvent, RetryEvent, StartedEvent, StopEvent
 from .._foreign import foreign_code
 from .._metrics.histogram import Histogram
-from .._metrics.recorder import TOLD_AT_MOST, MetricsRecorder
+from .._metrics.meters import TOLD_AT_MOST
+from .._metrics.recorder import MetricsRecorder, meters_of
 from .._result import SUCCESS, InvocationResult, success
 from .._verdict import VerdictKind
 from .job import Job
@@ -65,7 +66,8 @@ class Observer:
     __slots__ = (
         "_classify_failed",
         "_ended",
-        "_metrics",
+        "_meters",
+        "_record",
         "_sink",
         "_tell_latency",
         "_tell_queue",
@@ -74,16 +76,17 @@ class Observer:
     )
 
     def __init__(self, metrics: MetricsRecorder | None, sink: Sink | None) -> None:
-        self._metrics = metrics
+        self._meters = meters = None if metrics is None else meters_of(metrics)
         self._sink = sink
         self._ended = 0
         self._classify_failed = False
         # Whether at most a recorder is told, and of most invocations no more than that they are in flight,
         # how long they took and how long they were queued.
         self.is_plain = sink is None and (metrics is None or type(metrics) is MetricsRecorder)
-        self.tell_in_flight: Callable[[int], object] = id if metrics is None else metrics.tell_in_flight
-        self._tell_latency: Callable[[float], object] = id if metrics is None else metrics.tell_latency
-        self._tell_queue: Callable[[float], object] = id if metrics is None else metrics.tell_queue
+        self._record: Callable[[InvocationResult[Any]], object] = id if metrics is None else metrics.record
+        self.tell_in_flight: Callable[[int], object] = id if meters is None else meters.tell_in_flight
+        self._tell_latency: Callable[[float], object] = id if meters is None else meters.tell_latency
+        self._tell_queue: Callable[[float], object] = id if meters is None else meters.tell_queue
 
     def queued(self, job: Job[Any]) -> None:
         """A job waits for its first slot."""
@@ -93,12 +96,12 @@ class Observer:
 
     def started(self, job: Job[Any], now: float, context: Context) -> None:
         """An attempt is about to begin, in a context."""
-        metrics = self._metrics
-        if metrics is not None:
+        meters = self._meters
+        if meters is not None:
             if job.attempts == 1:
                 self.tell_in_flight(1)
             else:
-                metrics.add_attempt(job.pending_attempt_ms)
+                meters.add_attempt(job.pending_attempt_ms)
 
         job.attempt_at = now
         if self._sink is not None:
@@ -113,20 +116,20 @@ class Observer:
         if self._sink is not None:
             self._sink(FirstChunkEvent(job.invocation, job.id, now))
 
-        return None if self._metrics is None else self._metrics.new_histogram()
+        return None if self._meters is None else self._meters.new_histogram()
 
     def streamed(self, gaps: Histogram) -> None:
         """A stream has ended."""
-        assert self._metrics is not None
-        self._metrics.add_chunk_gaps(gaps)
+        assert self._meters is not None
+        self._meters.add_chunk_gaps(gaps)
 
     def retrying(self, job: Job[Any], now: float) -> None:
         """An attempt has failed, and there will be another one."""
         assert job.verdict is not None
         assert job.error is not None
         delay = job.wake_at - now
-        if self._metrics is not None:
-            self._metrics.add_backoff(delay * 1000, job.verdict.kind is VerdictKind.OVERLOAD)
+        if self._meters is not None:
+            self._meters.add_backoff(delay * 1000, job.verdict.kind is VerdictKind.OVERLOAD)
             assert job.attempt_at is not None
             job.pending_attempt_ms = max(0.0, now - job.attempt_at) * 1000
 
@@ -137,9 +140,9 @@ class Observer:
     def finish(self, job: Job[T], now: float) -> InvocationResult[T]:
         """Return the result of a job that has ended, once everybody was told."""
         self._ended += 1
-        if self._ended >= TOLD_AT_MOST and self._metrics is not None:
+        if self._ended >= TOLD_AT_MOST and self._meters is not None:
             self._ended = 0
-            self._metrics.count()
+            self._meters.count()
 
         started_at = job.started_at
         if (
@@ -171,14 +174,14 @@ class Observer:
         return success(job.invocation.agent_id, output, latency, queue, job.index)
 
     def _finished(self, job: Job[Any], result: InvocationResult[Any], now: float) -> None:
-        metrics = self._metrics
-        if metrics is not None:
+        meters = self._meters
+        if meters is not None:
             if job.attempts:
                 self.tell_in_flight(-1)
                 if job.attempts > 1:
                     # One that waits to be retried has ended its last attempt before.
                     began = job.attempt_at
-                    metrics.add_attempt(
+                    meters.add_attempt(
                         job.pending_attempt_ms if began is None else max(0.0, now - began) * 1000
                     )
 
@@ -188,9 +191,9 @@ class Observer:
                     and verdict.kind is VerdictKind.OVERLOAD
                     and job.attempt_at is not None
                 ):
-                    metrics.add_overload()
+                    meters.add_overload()
 
-            metrics.record(result)
+            self._record(result)
 
         if self._sink is not None:
             self._sink(ResultEvent(job.invocation, result, job.id, now))

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentloop import Distribution, InvocationResult, MetricsRecorder, MetricsSnapshot, Status
+from agentloop._metrics.recorder import meters_of
 
 # Below a nanosecond all durations are alike.
 NANOSECOND_MS = 1e-6
@@ -252,6 +253,11 @@ def test_threads_record_at_once_without_losing_any() -> None:
     assert snapshot.latency.mean_ms == 999.5
 
 
+def test_recorder_shows_four_methods_and_nothing_else() -> None:
+    public = [name for name in dir(MetricsRecorder()) if not name.startswith("_")]
+    assert public == ["merge", "record", "reset", "snapshot"]
+
+
 # --- many recorders
 
 
@@ -271,8 +277,8 @@ def recorder_of(found: list[InvocationResult[Any]], scale: int = 6) -> MetricsRe
     recorder = MetricsRecorder(scale)
     for one in found:
         recorder.record(one)
-        recorder.add_attempt(one.latency_ms / 3)
-        recorder.add_backoff(one.queue_ms, overload=one.retries == 1)
+        meters_of(recorder).add_attempt(one.latency_ms / 3)
+        meters_of(recorder).add_backoff(one.queue_ms, overload=one.retries == 1)
 
     return recorder
 
@@ -299,12 +305,12 @@ def test_merged_recorders_of_two_scales_have_the_coarser_one() -> None:
 
 def test_what_is_in_flight_elsewhere_is_not_in_flight_here() -> None:
     one, other = MetricsRecorder(), MetricsRecorder()
-    one.tell_in_flight(1)
-    other.tell_in_flight(1)
+    meters_of(one).tell_in_flight(1)
+    meters_of(other).tell_in_flight(1)
     one.merge(other)
     assert one.snapshot().in_flight == 1
     assert pickle.loads(pickle.dumps(other)).snapshot().in_flight == 0
-    one.tell_in_flight(-1)
+    meters_of(one).tell_in_flight(-1)
     assert one.snapshot().in_flight == 0
 
 
