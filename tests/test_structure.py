@@ -11,10 +11,7 @@ import anyio
 import attrs
 import pytest
 from frames import frames_each, run_batch, run_singles, under_a_chunk
-
-import agentloop
-
-PACKAGE = Path(agentloop.__file__).parent
+from planting import PACKAGE, definitions
 
 ATTRIBUTES = 22
 MODULE_LINES = 350
@@ -116,17 +113,6 @@ class Class:
 
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
-
-
-def definitions(node: ast.AST, outer: str = "") -> Iterator[tuple[str, ast.AST]]:
-    """Yield the qualified name and the node of each class and function, however deep."""
-    for child in ast.iter_child_nodes(node):
-        name = outer
-        if isinstance(child, ast.ClassDef | FunctionNode):
-            name = f"{outer}.{child.name}".lstrip(".")
-            yield name, child
-
-        yield from definitions(child, name)
 
 
 def writes_in(node: ast.AST) -> Iterator[ast.Attribute]:

@@ -5,7 +5,6 @@ Those of the store are caught by its random histories.
 ``python tests/tools/mutants.py`` applies them one by one to a copy of the package, and says what caught each.
 """
 
-# ruff: noqa: E501  # the texts stand as they do in the package
 from __future__ import annotations
 
 import argparse
@@ -17,6 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from planting import plant
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = 5000
 # A defect may make a program run for ever; then this catches it.
@@ -25,556 +26,655 @@ SECONDS = 60
 
 class Mutant(NamedTuple):
     name: str
-    file: str
+    where: str
+    """The qualified name of a function or a class, after a file and ``::`` where it is not the only one."""
     old: str
+    """An expression, or statements, that stand there once; see :func:`planting.plant`."""
     new: str
     backend: str = "either"
     program: str = "fuzz.py"
+
+    def plant(self) -> tuple[str, str]:
+        """
+        Return the path of the module that has the defect, in the package, and its text.
+
+        :raises LookupError: if what is to be replaced does not stand there exactly once
+        """
+        try:
+            return plant(self.where, self.old, self.new)
+        except LookupError as exc:
+            raise LookupError(f"{self.name!r} cannot be planted: {exc}") from None
 
 
 MUTANTS = [
     Mutant(
         "a slot granted in the moment of a cancellation is not given back",
-        "_limits/slots.py",
-        "                waiter.slot.release()\n",
-        "                pass\n",
+        "SlotPool.wait",
+        "waiter.slot.release()",
+        "",
     ),
     Mutant(
         "a cancelled waiter stays in line",
-        "_limits/slots.py",
-        "            if waiter.slot is None:\n                self.withdraw(waiter)\n            else:",
-        "            if waiter.slot is None:\n                pass\n            else:",
+        "SlotPool.wait",
+        "self.withdraw(waiter)",
+        "",
     ),
     Mutant(
         "a loan is never returned",
-        "_limits/slots.py",
-        "            lender.lent = None\n",
+        "Slot._pass_on",
+        "lender.lent = None",
         "",
     ),
     Mutant(
         "the loan of an invocation that has ended is given back under its borrower",
-        "_limits/slots.py",
-        "        if borrower is not None:\n",
-        "        if borrower is not None and lender is not None:\n",
+        "Slot._pass_on",
+        "borrower is not None",
+        "borrower is not None and lender is not None",
     ),
     Mutant(
         "a slot is lent to any number at once",
-        "_limits/slots.py",
-        "        if lender is not None and lender.lent:\n            lender = None\n",
-        "        if lender is not None and lender.lent:\n            pass\n",
+        "SlotPool.acquire_nowait",
+        "lender = None",
+        "",
     ),
     Mutant(
         "a nested invocation is lent no slot",
-        "_limits/slots.py",
-        "        while slot is not None and (\n"
-        "            slot.released or ((slot.suspended or slot.pool is not self) and not anyones)\n"
-        "        ):\n",
-        "        while slot is not None:\n",
+        "SlotPool.lender",
+        "slot is not None and (slot.released or ((slot.suspended or slot.pool is not self) and not anyones))",
+        "slot is not None",
     ),
     Mutant(
         "a freed token is offered to nobody",
-        "_limits/slots.py",
-        "        if self._queue or self._returning:\n            self._grant()\n",
+        "SlotPool.give_back",
+        """
+        if self._queue or self._returning:
+            ...
+        """,
         "",
     ),
     Mutant(
         "what was paid for an attempt that never began is kept",
-        "_limits/slots.py",
-        "            pool.refund(self.charges)\n",
-        "            pass\n",
+        "Slot.release",
+        "pool.refund(self.charges)",
+        "",
     ),
     Mutant(
         "a pause does not look who is first in line now",
-        "_limits/slots.py",
-        "        # Who is first in line now may be another one.\n        self._grant()\n",
+        "SlotPool.pause",
+        "self._grant()",
         "",
         "asyncio",  # the only one on which programs catch it
     ),
     Mutant(
         "a pause holds nobody",
-        "_limits/slots.py",
-        "        if not self._queue or self.paused or self.running",
-        "        if not self._queue or self.running",
+        "SlotPool._next",
+        "self.paused",
+        "False",
     ),
     Mutant(
         "nobody is woken when the first in line gives up",
-        "_limits/slots.py",
-        "        # Whoever stood behind it may have waited for nothing else.\n        if self._gated:\n            self._grant()\n",
+        "SlotPool.withdraw",
+        """
+        if self._gated:
+            ...
+        """,
         "",
     ),
     Mutant(
         "those who are lent a slot pay nothing",
-        "_limits/slots.py",
-        "        if self._gated and costs is not None:\n            now = self.loop.now()\n",
-        "        if self._gated and costs is not None and lender is None:\n            now = self.loop.now()\n",
+        "SlotPool.acquire_nowait",
+        "self._gated and costs is not None",
+        "self._gated and costs is not None and lender is None",
     ),
     Mutant(
         "those who wait for a loan pay nothing",
-        "_limits/slots.py",
-        "        if waiter.costs is None or not self._gated:\n",
-        "        if True:\n",
+        "SlotPool.offer_loan",
+        "waiter.costs is None or not self._gated",
+        "True",
     ),
     Mutant(
         "loans begin in spite of a cool-off",
-        "_limits/slots.py",
-        "        if waiter.costs is None or not self._gated:\n",
-        "        if waiter.costs is None or not self.meters:\n",
+        "SlotPool.offer_loan",
+        "waiter.costs is None or not self._gated",
+        "waiter.costs is None or not self.meters",
     ),
     Mutant(
         "rates are paid before there is a slot",
-        "_limits/slots.py",
-        "        now = self.loop.now()\n        while (waiter := self._next()) is not None:\n",
-        "        now = self.loop.now()\n"
-        "        for waiter in self._queue:\n"
-        "            if self._ready_at(waiter.costs, now) <= now:\n"
-        "                for meter, cost in zip(self.meters, waiter.costs, strict=True):\n"
-        "                    meter.pay(meter.reserve(cost), now)\n\n"
-        "                waiter.costs = tuple(0 for _ in waiter.costs)\n\n"
-        "        while (waiter := self._next()) is not None:\n",
+        "SlotPool._grant",
+        "now = self.now()",
+        """
+        now = self.now()
+        for waiter in self._queue:
+            if self._ready_at(waiter.costs, now) <= now:
+                for meter, cost in zip(self.meters, waiter.costs, strict=True):
+                    meter.pay(meter.reserve(cost), now)
+
+                waiter.costs = tuple(0 for _ in waiter.costs)
+        """,
     ),
     Mutant(
         "a loan that was not used is not given back",
-        "_limits/slots.py",
-        "        if loan is not None:\n            loan.release()\n",
+        "SlotPool.withdraw",
+        """
+        if loan is not None:
+            ...
+        """,
         "",
     ),
     Mutant(
         "a cool-off concerns only the one who was told",
-        "_limits/slots.py",
-        "                governor.hold(now, min(verdict.retry_after, longest_hold))\n",
-        "                pass\n",
+        "SlotPool.learn",
+        "governor.hold(now, min(verdict.retry_after, longest_hold))",
+        "",
     ),
     Mutant(
         "any failure cuts the limit",
-        "_limits/slots.py",
-        "        elif governor is None or verdict.kind is not VerdictKind.OVERLOAD:\n",
-        "        elif governor is None:\n",
+        "SlotPool.learn",
+        "governor is None or verdict.kind is not VerdictKind.OVERLOAD",
+        "governor is None",
     ),
     Mutant(
         "a burst of rejections cuts the limit more than once",
-        "_limits/overload.py",
-        "        if epoch != self.epoch:\n            return\n",
+        "AdaptiveLimit.reject",
+        """
+        if epoch != self.epoch:
+            ...
+        """,
         "",
     ),
     Mutant(
         "the limit grows above its ceiling",
-        "_limits/overload.py",
-        "self.limit = min(self.ceiling, self.limit + max(1, int(self.limit * growth)))",
-        "self.limit = self.limit + 2",
+        "AdaptiveLimit.complete",
+        "min(self.ceiling, self.limit + max(1, int(self.limit * growth)))",
+        "self.limit + 2",
     ),
     Mutant(
         "what has left a window is given back",
-        "_limits/rates.py",
-        "        if charge.at + self.rate.per_seconds > now:\n",
-        "        if True:\n",
+        "_Window.correct",
+        "charge.at + self.rate.per_seconds > now",
+        "True",
     ),
     Mutant(
         "what has flowed back into a bucket is given back too",
-        "_limits/rates.py",
-        "        back = min(-more, max(0.0, self._full_at - now), *(missing for _, missing in later[:1]))\n",
-        "        back = -more\n",
+        "_Bucket.correct",
+        "min(-more, max(0.0, self._full_at - now), *(missing for _, missing in later[:1]))",
+        "-more",
     ),
     Mutant(
         "a window opens too early",
-        "_limits/rates.py",
-        "        while charges and charges[0].at + seconds <= now:\n",
-        "        while charges and charges[0].at + seconds * 0.8 <= now:\n",
+        "_Window.ready_at",
+        "charges[0].at + seconds <= now",
+        "charges[0].at + seconds * 0.8 <= now",
     ),
     Mutant(
         "a bucket fills too fast",
-        "_limits/rates.py",
-        "        self._seconds_each = rate.per_seconds / rate.limit\n",
-        "        self._seconds_each = rate.per_seconds / (rate.limit + 1)\n",
+        "_Bucket.__init__",
+        "rate.per_seconds / rate.limit",
+        "rate.per_seconds / (rate.limit + 1)",
     ),
     Mutant(
         "the retry budget bounds nothing",
-        "_runtime/job.py",
-        "        elif self.pool.ledger is not None and not self.pool.ledger.may_retry(now):\n",
-        "        elif False:\n",
+        "Job.next_start",
+        "self.pool.ledger is not None and not self.pool.ledger.may_retry(now)",
+        "False",
     ),
     Mutant(
         "a stream that goes on pays again",
-        "_runtime/stream_attempt.py",
-        "                granted = pool.acquire_nowait(None, slot.outer)\n"
-        "                granted = granted or await pool.wait(pool.enqueue(None, slot.outer))\n",
-        "                granted = pool.acquire_nowait(job.costs, slot.outer)\n"
-        "                granted = granted or await pool.wait(pool.enqueue(job.costs, slot.outer))\n",
+        "_StreamAttempt._wait_for_reader",
+        """
+        granted = pool.acquire_nowait(None, slot.outer)
+        granted = granted or await pool.wait(pool.enqueue(None, slot.outer))
+        """,
+        """
+        granted = pool.acquire_nowait(job.costs, slot.outer)
+        granted = granted or await pool.wait(pool.enqueue(job.costs, slot.outer))
+        """,
     ),
     Mutant(
         "a time-out is judged by the type of the exception",
-        "_runtime/attempt.py",
-        "        elif timed_out or raised is None:\n",
-        "        elif isinstance(error, TimeoutError) or raised is None:\n",
+        "_conclude",
+        "timed_out or raised is None",
+        "isinstance(error, TimeoutError) or raised is None",
     ),
     Mutant(
         "a result that was ready is thrown away",
-        "_runtime/attempt.py",
-        "                return ended_at\n",
-        "                if not scope.cancel_called:\n                    return ended_at\n",
+        "run_attempt",
+        "return ended_at",
+        """
+        if not scope.cancel_called:
+            return ended_at
+        """,
     ),
     Mutant(
         "attempts share a context",
-        "_runtime/attempt.py",
-        "        context = new_context()\n",
-        "        context = vars(run_attempt).setdefault(id(plan), new_context())\n",
+        "run_attempt",
+        "new_context()",
+        "vars(run_attempt).setdefault(id(plan), new_context())",
     ),
     Mutant(
         "an agent is started after its cancellation",
-        "_runtime/attempt.py",
-        "            # Once cancelled, nothing starts, not even to its first checkpoint.\n"
-        "            await wait_for_cancellation()\n",
-        "            pass\n",
+        "run_attempt",
+        "await wait_for_cancellation()",
+        "pass",
     ),
     Mutant(
         "an error made out of the caller's cancellation is an error",
-        "_runtime/attempt.py",
-        "            # An error made out of the caller's cancellation is that cancellation.\n"
-        "            await checkpoint_if_cancelled()\n",
-        "            pass\n",
+        "_conclude",
+        """
+        if raised is not None:
+            await checkpoint_if_cancelled()
+        """,
+        """
+        if raised is not None:
+            pass
+        """,
     ),
     Mutant(
         "a stray cancellation ends the batch",
-        "_runtime/attempt.py",
-        '            stray = InvocationCancelled("the agent was cancelled from within")\n',
-        "            raise raised\n",
+        "_conclude",
+        "job.fail(Status.CANCELLED, _from(stray, raised))",
+        "raise raised",
     ),
     Mutant(
         "the marks that an agent left on its task are not removed",
-        "_runtime/batch.py",
-        "                    timer.close()\n                    await self._pool.loop.forget_cancellations()\n",
-        "                    pass\n",
+        "Batch._take_jobs",
+        """
+        timer.close()
+        await forget_cancellations()
+        """,
+        "",
         "asyncio",
     ),
     Mutant(
         "a slot is held while its invocation waits to be retried",
-        "_runtime/single.py",
-        "            await anyio.sleep_until(wake_at)\n",
-        "            held = self._pool.acquire_nowait(job.costs if selective else (), self._outer)\n"
-        "            await anyio.sleep_until(wake_at)\n"
-        "            _ = held.release() if held else None\n",
+        "Single._rest",
+        "await anyio.sleep_until(wake_at)",
+        """
+        held = self._pool.acquire_nowait(job.costs if selective else (), self._outer)
+        await anyio.sleep_until(wake_at)
+        _ = held.release() if held else None
+        """,
     ),
     Mutant(
         "a wait crosses the total time-out",
-        "_runtime/job.py",
-        "        elif wake_at >= self.deadline:\n",
-        "        elif wake_at >= self.deadline + 100:\n",
+        "Job.next_start",
+        "wake_at >= self.deadline",
+        "wake_at >= self.deadline + 100",
     ),
     Mutant(
         "there is one retry too many",
-        "_runtime/job.py",
+        "Job.next_start",
         "self.counted_retries >= config.max_retries",
         "self.counted_retries > config.max_retries",
     ),
     Mutant(
         "retries are guessed",
-        "_runtime/job.py",
-        "            max(0, self.attempts - 1),\n",
-        "            len(self.failures or ()),\n",
+        "Job.result",
+        "max(0, self.attempts - 1)",
+        "len(self.failures or ())",
     ),
     Mutant(
         "a fatal verdict stops nothing",
-        "_runtime/batch.py",
-        "        if verdict.kind is VerdictKind.FATAL:\n",
-        "        if False:\n",
+        "Batch._settle",
+        "verdict.kind is VerdictKind.FATAL",
+        "False",
     ),
     Mutant(
         "a result is lost",
-        "_runtime/read.py",
-        "        self.channel.send(result)\n",
-        "        if self.channel._size < 2:\n            self.channel.send(result)\n",
+        "CompletionBatch._deliver",
+        "self._channel.send(result)",
+        """
+        if self._channel._size < 2:
+            self._channel.send(result)
+        """,
     ),
     Mutant(
         "a result is delivered to the wrong input",
-        "_runtime/batch.py",
-        "= Job(invocation, index, now, pool)",
-        "= Job(invocation, max(0, index - 1), now, pool)",
+        "Batch._make_job",
+        "Job(invocation, index, now, pool)",
+        "Job(invocation, max(0, index - 1), now, pool)",
     ),
     Mutant(
         "a reader that is cancelled loses a result",
-        "_runtime/channel.py",
-        "        return self._rest.popleft() if self._rest else self._receive.receive_nowait()\n",
-        "        item = self._rest.popleft() if self._rest else self._receive.receive_nowait()\n"
-        "        await self._backend.checkpoint()\n        return item\n",
+        "Channel.receive",
+        "return self._rest.popleft() if self._rest else self._receive.receive_nowait()",
+        """
+        item = self._rest.popleft() if self._rest else self._receive.receive_nowait()
+        await self._backend.checkpoint()
+        return item
+        """,
     ),
     Mutant(
         "the end of the input ends nothing",
-        "_runtime/batch.py",
-        "            self._exhausted = True\n            self._check_done()\n\n        return None\n",
-        "            self._exhausted = True\n\n        return None\n",
+        "Batch._next_job",
+        "self._check_done()",
+        "",
     ),
     Mutant(
         "a parked worker counts as looking for work",
-        "_runtime/batch.py",
-        "        self._parked[event] = None\n        self._seeking -= 1\n",
-        "        self._parked[event] = None\n",
+        "Batch._park",
+        "self._seeking -= 1",
+        "",
     ),
     Mutant(
         "what a cancelled batch had yet to retry is forgotten",
-        "_runtime/batch.py",
-        "            self._abandon()\n            self._close_input()\n",
-        "            self._close_input()\n",
+        "Batch.run",
+        "self._abandon()",
+        "",
     ),
     Mutant(
         "a batch runs without slots",
-        "_runtime/batch.py",
-        "                slot = job.pool.acquire_nowait(job.costs if selective else (), self._outer)\n",
-        "                slot = Slot(pool, Slot(pool, None, None), None)\n",
+        "Batch._take_jobs",
+        "job.pool.acquire_nowait(job.costs if selective else (), self._outer)",
+        "Slot(pool, Slot(pool, None, None), None)",
     ),
     Mutant(
         "who does not end first is never timed out",
-        "_eventloop/backend.py",
-        "                self._wind(deadline)\n                return\n",
-        "                return\n",
+        "DeadlineQueue._ring",
+        "self._wind(deadline)",
+        "",
     ),
     Mutant(
         "a time-out that comes before others is put behind them",
-        "_eventloop/backend.py",
-        "        if deadline == math.inf or (scopes and deadline < self._latest) or scope in self._alone:\n",
-        "        if deadline == math.inf or scope in self._alone:\n",
+        "DeadlineQueue.set",
+        "scopes and deadline < self._latest",
+        "False",
     ),
     Mutant(
         "an attempt is timed out when that of its worker before would have been",
-        "_eventloop/backend.py",
-        "            if scope._deadline <= now:\n",
-        "            if True:\n",
+        "DeadlineQueue._ring",
+        "scope._deadline <= now",
+        "True",
     ),
     Mutant(
         "a moved deadline is not seen to any more",
-        "_eventloop/backend.py",
-        "                self.set(scope, scope._deadline)\n",
-        "                pass\n",
+        "DeadlineQueue._ring",
+        "self.set(scope, scope._deadline)",
+        "",
         "asyncio",  # the only one on which programs catch it
     ),
     Mutant(
         "a timer goes on while its worker waits for something else",
-        "_runtime/batch.py",
-        "                    timer.close()\n                    slot = await",
-        "                    slot = await",
+        "Batch._take_jobs",
+        """
+        timer.close()
+        slot = await self._wait_in_line(job)
+        """,
+        "slot = await self._wait_in_line(job)",
         "asyncio",
     ),
     Mutant(
         "what was not read when a stream ended is lost",
-        "_runtime/channel.py",
-        "            self._rest.append(self._receive.receive_nowait())\n",
-        "            self._receive.receive_nowait()\n            self._size -= 1\n",
+        "Channel.close",
+        "self._rest.append(self._receive.receive_nowait())",
+        """
+        self._receive.receive_nowait()
+        self._size -= 1
+        """,
     ),
     Mutant(
         "a stream is retried after a chunk",
-        "_runtime/job.py",
-        "        if config.max_retries == 0 or self.chunks:\n",
-        "        if config.max_retries == 0:\n",
+        "Job.next_start",
+        "config.max_retries == 0 or self.chunks",
+        "config.max_retries == 0",
     ),
     Mutant(
         "a stream that waits for its reader keeps the slot that it was lent",
-        "_runtime/stream_attempt.py",
-        "        if slot.lender is None:\n",
-        "        if slot.lender is None or True:\n",
+        "_StreamAttempt._wait_for_reader",
+        "slot.lender is None",
+        "True",
         "trio",  # the only one on which programs catch it
     ),
     Mutant(
         "a stream goes on without the slot that it gave back",
-        "_runtime/stream_attempt.py",
-        "                granted = pool.acquire_nowait(None, slot.outer)\n"
-        "                granted = granted or await pool.wait(pool.enqueue(None, slot.outer))\n"
-        "                assert granted is not None\n"
-        "                slot.resume(granted)\n",
-        "                slot.suspended = False\n                slot.lender = pool.lender(slot.outer)\n",
+        "_StreamAttempt._wait_for_reader",
+        """
+        granted = pool.acquire_nowait(None, slot.outer)
+        granted = granted or await pool.wait(pool.enqueue(None, slot.outer))
+        assert granted is not None
+        slot.resume(granted)
+        """,
+        """
+        slot.suspended = False
+        slot.lender = pool.lender(slot.outer)
+        """,
     ),
     Mutant(
         "the time that a reader takes is the agent's idleness",
-        "_runtime/stream_attempt.py",
-        "        self._idle_since = math.inf\n        self._set_deadline(math.inf)\n",
-        "        self._set_deadline(math.inf)\n",
+        "_StreamAttempt._wait_for_reader",
+        "self._idle_since = math.inf",
+        "",
     ),
     Mutant(
         "the time that a reader takes counts for the attempt",
-        "_runtime/stream_attempt.py",
-        "        self._set_deadline(math.inf)\n",
+        "_StreamAttempt._wait_for_reader",
+        "self._set_deadline(math.inf)",
         "",
     ),
     Mutant(
         "idleness is measured from the first chunk",
-        "_runtime/stream_attempt.py",
-        "                    self._idle_since = at\n",
-        "                    self._idle_since = min(self._idle_since, at)\n",
+        "_StreamAttempt._pull",
+        "self._idle_since = at",
+        "self._idle_since = min(self._idle_since, at)",
     ),
     Mutant(
         "an agent that yields when its time is up changes the name of its time-out",
-        "_runtime/stream_attempt.py",
-        "        if not scope.cancel_called:\n            job.chunk_limit = None\n",
-        "        if True:\n            job.chunk_limit = None\n",
+        "_StreamAttempt._set_deadline",
+        "not scope.cancel_called",
+        "True",
     ),
     Mutant(
         "the generator of a stream that was left is not closed",
-        "_runtime/stream_attempt.py",
-        "            error = await self._close(iterator)\n",
+        "_StreamAttempt.run",
+        "error = await self._close(iterator)",
         "",
     ),
     Mutant(
         "a truncated stream looks complete",
-        "_runtime/stream.py",
-        "        if error is None:\n            return None\n",
-        "        if error is None or self.result.chunks:\n            return None\n",
+        "AgentStream.__anext__",
+        "error is None",
+        "error is None or self.result.chunks",
     ),
     Mutant(
         "chunks of one stream pass for another's",
-        "_runtime/read.py",
-        "    return ChunkEvent(job.invocation, chunk, job.index)\n",
-        "    return ChunkEvent(job.invocation, chunk, job.index // 2)\n",
+        "_chunk_event",
+        "job.index",
+        "job.index // 2",
     ),
     Mutant(
         "the result of a stream overtakes its chunks",
-        "_runtime/read.py",
-        "        self.channel.send(ResultEvent(job.invocation, result, job.id or new_id(), now))\n",
-        "        self.channel._rest.append(ResultEvent(job.invocation, result))\n        self.channel._size += 1\n",
+        "StreamBatch._deliver",
+        "self._channel.send(ResultEvent(job.invocation, result, job.id or new_id(), now))",
+        """
+        self._channel._rest.append(ResultEvent(job.invocation, result))
+        self._channel._size += 1
+        """,
     ),
     Mutant(
         "an agent that cancelled its own task loses what it returned",
-        "_runtime/single.py",
-        "            if not self._waited and not own_task:\n",
-        "            if not self._waited:\n",
+        "Single.run",
+        "not self._waited and not own_task",
+        "not self._waited",
         "asyncio",
     ),
     Mutant(
         "a native cancellation of a task of ours ends it",
-        "_eventloop/tasks.py",
-        "                    await checkpoint_if_cancelled()\n                    await self._kind.forget_cancellations()\n        except",
-        "                    raise\n        except",
+        "Tasks._run",
+        """
+        await checkpoint_if_cancelled()
+        await forget_cancellations()
+        """,
+        "raise",
         "asyncio",
     ),
     Mutant(
         "a scope that was left open is not noticed",
-        "_runtime/attempt.py",
-        "            if not pool.loop.is_left_open(scope):\n",
-        "            if True:\n",
+        "run_attempt",
+        "not pool.is_left_open(scope)",
+        "True",
     ),
     Mutant(
         "a scope that a stream leaves open is not noticed",
-        "_runtime/stream_attempt.py",
-        "            self._job.left_open = self._pool.loop.is_left_open(self._closing)\n",
-        "            pass\n",
+        "_StreamAttempt.run",
+        "self._job.left_open = self._pool.is_left_open(self._closing)",
+        "",
         # On asyncio that the scope cannot be left says the same.
         "trio",
     ),
     Mutant(
         "a task that a scope was left open in does not wait for the others",
-        "_eventloop/tasks.py",
-        "        if self._is_spoilt():\n            await self._park()\n",
+        "Tasks._run",
+        """
+        if self._is_spoilt():
+            ...
+        """,
         "",
     ),
     Mutant(
         "agents may leave scopes open for ever",
-        "_runtime/batch.py",
-        "        if self._spoilt >= self._limit:\n",
-        "        if False:\n",
+        "Batch._replace_worker",
+        "self._spoilt >= self._limit",
+        "False",
     ),
     Mutant(
         "an error made out of the caller's native cancellation is retried",
-        "_runtime/attempt.py",
-        "        if caller is not None and caller.came(raised):\n",
-        "        if caller is not None and caller.came(raised) and error is None:\n",
+        "_conclude",
+        "caller is not None and caller.came(raised)",
+        "caller is not None and caller.came(raised) and error is None",
         "asyncio",
     ),
     Mutant(
         "a native cancellation whose mark was taken back is nobody's",
-        "_eventloop/callers.py",
-        "        return self._is_raised() or (native is not None and native is raised)\n",
-        "        return self._is_raised()\n",
+        "CallersCancellation.came",
+        "native is not None and native is raised",
+        "False",
         "asyncio",
     ),
     Mutant(
         "what was cut short looks complete",
-        "_runtime/read.py",
-        "        return None if batch.stopped is None else batch.stopped.with_traceback(None)\n",
-        "        return None\n",
+        "BatchReader.__anext__",
+        "batch.stopped is not None",
+        "False",
     ),
     Mutant(
         "a cancellation that a cost raises ends the batch",
-        "_runtime/job.py",
-        "            if not is_error(exc):\n                raise\n\n            self.status = Status.ERROR\n",
-        "            if not isinstance(exc, Exception):\n                raise\n\n            self.status = Status.ERROR\n",
+        "Job.resolve_limits",
+        "is_error(exc)",
+        "isinstance(exc, Exception)",
     ),
     Mutant(
         "a cancellation that an event hook raises harms the run",
-        "_runtime/observer.py",
-        "            if not is_error(exc):\n",
-        "            if not isinstance(exc, Exception):\n",
+        "Sink.__call__",
+        "is_error(exc)",
+        "isinstance(exc, Exception)",
     ),
     Mutant(
         "a stream whose task never began has no end",
-        "_runtime/producer.py",
-        "                # All tasks of the group have ended, and this one never began.\n"
-        "                await self._end_early()\n",
-        "                pass\n",
+        "Background.stop",
+        """
+        if not self._ended.is_set():
+            await self._end_early()
+        """,
+        "",
         "asyncio",
     ),
     Mutant(
         "a worker that is to be cancelled is not",
-        "_eventloop/context.py",
-        "    anyio.CancelScope().__enter__().__exit__(None, None, None)\n",
+        "wait_for_cancellation",
+        "anyio.CancelScope().__enter__().__exit__(None, None, None)",
         "",
         "asyncio",
     ),
     Mutant(
         "a value is set without the lock",
-        "_store/store.py",
-        "        change = {key: Freezer().freeze(value, key)}\n        run = self._state.enter_run()\n        async with run.lock:\n",
-        "        change = {key: Freezer().freeze(value, key)}\n        run = self._state.enter_run()\n        if await checkpoint() is None:\n",
+        "ContextStore.set",
+        """
+        async with run.lock:
+            ...
+        """,
+        """
+        if await checkpoint() is None:
+            ...
+        """,
         program="linearizability.py",
     ),
     Mutant(
         "a transform reads before it has the lock",
-        "_store/store.py",
-        "        async with run.lock:\n            value = fn(thaw(self._state.values.get(key, frozen_default), owner))\n",
-        "        old = self._state.values.get(key, frozen_default)\n        async with run.lock:\n            value = fn(thaw(old, owner))\n",
+        "ContextStore.transform",
+        """
+        async with run.lock:
+            value = fn(thaw(self._state.values.get(key, frozen_default), owner))
+            ...
+        """,
+        """
+        old = self._state.values.get(key, frozen_default)
+        async with run.lock:
+            value = fn(thaw(old, owner))
+            ...
+        """,
         program="linearizability.py",
     ),
     Mutant(
         "a comparison is made before the lock is there",
-        "_store/store.py",
-        "        async with run.lock:\n            value = self._state.values.get(key)\n",
-        "        value = self._state.values.get(key)\n        async with run.lock:\n",
+        "ContextStore.compare_and_set",
+        """
+        async with run.lock:
+            value = self._state.values.get(key)
+            ...
+        """,
+        """
+        value = self._state.values.get(key)
+        async with run.lock:
+            ...
+        """,
         program="linearizability.py",
     ),
     Mutant(
         "a cancelled edit is committed",
-        "_store/store.py",
-        "            if exc_type is None:\n",
-        "            if exc_type is None or not issubclass(exc_type, Exception):\n",
+        "_Edit.__aexit__",
+        "exc_type is None",
+        "exc_type is None or not issubclass(exc_type, Exception)",
         program="linearizability.py",
     ),
     Mutant(
         "a draft writes into the state",
-        "_store/draft.py",
-        "        self._touched[key] = thaw(value, self._owner)\n",
-        "        self._touched[key] = self._state[key] = thaw(value, self._owner)\n",
+        "Draft.__setitem__",
+        "self._touched[key] = thaw(value, self._owner)",
+        "self._touched[key] = self._state[key] = thaw(value, self._owner)",
         program="linearizability.py",
     ),
     Mutant(
         "an edit is committed in two steps",
-        "_store/store.py",
-        "                self._state.commit(run, *draft.changes())\n",
-        "                for name, new in draft.changes()[0].items():\n                    self._state.commit(run, {name: new})\n                    await checkpoint()\n",
+        "_Edit.__aexit__",
+        "self._state.commit(run, *draft.changes())",
+        """
+        for name, new in draft.changes()[0].items():
+            self._state.commit(run, {name: new})
+            await checkpoint()
+        """,
         program="linearizability.py",
     ),
     Mutant(
         "a cancelled edit keeps the lock",
-        "_store/store.py",
-        "            run.lock.release()\n",
-        "            if exc_type is None:\n                run.lock.release()\n",
+        "_Edit.__aexit__",
+        "run.lock.release()",
+        """
+        if exc_type is None:
+            run.lock.release()
+        """,
         program="linearizability.py",
     ),
     Mutant(
         "who waits is asked only when it runs",
-        "_store/watch.py",
-        "            if wait.is_over(state):\n                del",
-        "            if not wait.event.set():\n                del",
+        "Audience.notify",
+        "wait.is_over(state)",
+        "not wait.event.set()",
         program="linearizability.py",
     ),
 ]
 
-# Which program was the first to catch each one, when that was last looked at. Whether it still does is quickly
-# known; if it does not, another one has to.
+# Which program was the first to catch each one, when that was last looked at. It is tried first: if it does
+# not catch the defect any more, another one has to.
 CAUGHT_BY: dict[str, dict[str, int]] = {
     "a slot granted in the moment of a cancellation is not given back": {"asyncio": 2, "trio": 90},
     "a cancelled waiter stays in line": {"asyncio": 2, "trio": 2},
@@ -677,14 +777,8 @@ def catch(mutant: Mutant, backend: str, first: int = 0, last: int = PROGRAMS) ->
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "agentloop"
         shutil.copytree(ROOT / "agentloop", package, ignore=shutil.ignore_patterns("__pycache__"))
-        target = package / mutant.file
-        text = target.read_text()
-        if text.count(mutant.old) != 1:
-            raise LookupError(
-                f"{mutant.name!r}: its text stands {text.count(mutant.old)} times in {mutant.file}"
-            )
-
-        target.write_text(text.replace(mutant.old, mutant.new))
+        module, text = mutant.plant()
+        (package / module).write_text(text, "utf-8")
         command = [
             sys.executable,
             str(ROOT / "tests" / "tools" / mutant.program),
