@@ -9,9 +9,8 @@ from typing import Any
 
 import hypothesis
 import pytest
-from audit import assert_quiet
+from audit import assert_quiet, audit_limiters
 
-from agentloop._limits.slots import SlotPool
 from agentloop.testing import virtual_clock
 
 
@@ -45,19 +44,7 @@ async def quiet() -> AsyncIterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def pools(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SlotPool]]:
-    """Every pool of slots that the test made, each of which has to be idle when it ends."""
-    made: list[SlotPool] = []
-    init = SlotPool.__init__
-
-    def remember(pool: SlotPool, *args: Any, **kwargs: Any) -> None:
-        init(pool, *args, **kwargs)
-        made.append(pool)
-
-    monkeypatch.setattr(SlotPool, "__init__", remember)
-    yield made
-    for pool in made:
-        assert pool.running == 0, "a slot was not given back"
-        assert pool.waiting == 0, "somebody still waits for a slot or a retry"
-        assert pool.users == 0, "a call that has ended still counts as a user"
-        assert not pool.on_raise, "a batch still listens to its limiter"
+def idle() -> Iterator[None]:
+    """Each limiter that a test used is idle when the test ends."""
+    with audit_limiters():
+        yield

@@ -195,19 +195,22 @@ class Limiter:
     def _enter_run(self) -> SlotPool:
         pool = self._pools.current()
         if pool is None:
-            pool = SlotPool(
-                current_token(),
-                self._max_concurrency,
-                self._rates,
-                AdaptiveLimit(self._max_concurrency) if self._adaptive else None,
-                None if self._retry_budget is None else RetryLedger(self._retry_budget),
-                self._tell_limit,
-            )
+            pool = self._make_pool()
             self._pools.take(pool)
             pool.paused = self._paused
             self._tell_limit(pool)
 
         return pool
+
+    def _make_pool(self) -> SlotPool:
+        return SlotPool(
+            current_token(),
+            self._max_concurrency,
+            self._rates,
+            AdaptiveLimit(self._max_concurrency) if self._adaptive else None,
+            None if self._retry_budget is None else RetryLedger(self._retry_budget),
+            self._tell_limit,
+        )
 
     def _tell_limit(self, pool: SlotPool) -> None:
         for sink in tuple(self._sinks):

@@ -132,9 +132,7 @@ def test_one_loop_serves_several_runs_on_either_backend(backend: str) -> None:
 
 
 @backends
-def test_slots_that_a_run_was_torn_down_with_are_not_missed_in_the_next(
-    backend: str, pools: list[Any]
-) -> None:
+def test_slots_that_a_run_was_torn_down_with_are_not_missed_in_the_next(backend: str) -> None:
     loop = AgentLoop(LoopConfig(max_concurrency=1))
 
     async def torn_down() -> None:
@@ -149,7 +147,6 @@ def test_slots_that_a_run_was_torn_down_with_are_not_missed_in_the_next(
     assert loop.statistics().running == 1
     anyio.run(main, backend=backend)
     assert loop.statistics().running == 0
-    del pools[0]
 
 
 @backends

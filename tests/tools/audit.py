@@ -1,7 +1,8 @@
 """
 Nothing is left behind: what every test, and every run of the fuzzer, has to hold.
 
-Within the event loop ``await assert_quiet()``; around a whole run ``with leak_audit():``.
+Within the event loop ``await assert_quiet()``; around a whole run ``with leak_audit():`` and
+``with audit_limiters():``.
 """
 
 import asyncio
@@ -21,6 +22,8 @@ import anyio
 import anyio.lowlevel
 import trio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from agentloop import Limiter
 
 # The tasks of AnyIO's pytest plugin, by the code they run.
 _RUNNER = {"TestRunner._call_in_runner_task", "TestRunner._run_tests_and_fixtures"}
@@ -81,6 +84,40 @@ async def assert_quiet(known: Iterable[object] = ()) -> None:
         host = asyncio.current_task()
         assert host is not None
         assert host.cancelling() == 0, f"{host.cancelling()} cancellations of the host were not taken back"
+
+
+@contextmanager
+def audit_limiters() -> Iterator[None]:
+    """
+    Assert that each limiter which is used within the block is idle at its end.
+
+    An error that is raised inside passes through, with no audit.
+    """
+    used: list[tuple[Limiter, Any]] = []
+    make_pool = Limiter._make_pool
+
+    def follow(limiter: Limiter) -> Any:
+        pool = make_pool(limiter)
+        used.append((limiter, pool))
+        return pool
+
+    with patch.object(Limiter, "_make_pool", follow):
+        yield
+
+    for limiter, pool in used:
+        assert_idle(limiter, pool)
+
+
+def assert_idle(limiter: Limiter, pool: Any) -> None:
+    """
+    Assert that no slot of a limiter is taken, and that nothing waits for one.
+
+    :param pool: its state in one event loop, looked at for what the limiter's statistics do not say
+    """
+    now = limiter.statistics()
+    assert now.running == 0, "a slot was not given back"
+    assert now.waiting == 0, "something still waits for a slot or a retry"
+    assert not pool.on_raise, "a batch still listens to its limiter"
 
 
 @contextmanager

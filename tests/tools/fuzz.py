@@ -24,6 +24,7 @@ from typing import Any
 
 import anyio
 from anyio.lowlevel import checkpoint
+from audit import assert_idle
 
 from agentloop import (
     AgentLoop,
@@ -1344,9 +1345,7 @@ class Program:
     def check_end(self) -> None:
         assert not self.violations
         pool = self.limiter._enter_run()
-        assert pool.running == 0, "a slot was not given back"
-        assert pool.waiting == 0, "somebody still waits"
-        assert not pool.on_raise
+        assert_idle(self.limiter, pool)
         assert pool._alarmed is None, "an alarm is set for nobody"
         for name, results in self.metrics.results.items():
             assert len(results) == 1, f"{name} was recorded {len(results)} times"

@@ -12,8 +12,9 @@ import anyio
 import anyio.lowlevel
 import pytest
 import trio
-from audit import assert_quiet, leak_audit, open_generators, other_tasks
+from audit import assert_quiet, audit_limiters, leak_audit, open_generators, other_tasks
 
+from agentloop import AgentLoop, Invocation, Limiter
 from agentloop.testing import virtual_clock
 
 both_backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
@@ -234,3 +235,35 @@ async def test_fixtures_of_a_plugin_test_can_be_known(opened: None) -> None:
     known = other_tasks() | open_generators()
     assert len(other_tasks()) == 1
     await assert_quiet(known)
+
+
+# --- limiters
+
+
+async def nothing_yet() -> AsyncIterator[Invocation[None]]:
+    await anyio.sleep(1)
+    yield Invocation("a", anyio.sleep, (0,))
+
+
+@pytest.mark.parametrize(
+    ("paused", "inputs", "message"),
+    [
+        (False, [Invocation("a", anyio.sleep, (1,))], "a slot was not given back"),
+        (True, [Invocation("a", anyio.sleep, (1,))], "something still waits for a slot or a retry"),
+        (False, nothing_yet, "a batch still listens to its limiter"),
+    ],
+    ids=["running", "waiting", "listening"],
+)
+async def test_limiter_that_is_not_idle_is_found(paused: bool, inputs: Any, message: str) -> None:
+    limiter = Limiter(1)
+    async with anyio.create_task_group() as tg:
+        with pytest.raises(AssertionError, match=message):
+            with audit_limiters():
+                if paused:
+                    limiter.pause()
+
+                loop = AgentLoop(limiter=limiter)
+                tg.start_soon(loop.run_all, inputs() if callable(inputs) else inputs)
+                await anyio.wait_all_tasks_blocked()
+
+        limiter.resume()
