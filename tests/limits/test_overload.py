@@ -31,7 +31,6 @@ from agentloop import (
     StartedEvent,
     Status,
 )
-from agentloop._limits.limiter import pool_of
 from agentloop._limits.overload import AdaptiveLimit
 from agentloop._limits.slots import SlotPool
 
@@ -702,16 +701,26 @@ async def test_pool_of_nobody_can_be_resized() -> None:
     assert (pool.limit, pool.running) == (5, 0)
 
 
-async def test_loan_of_a_waiter_that_is_withdrawn_goes_to_the_next() -> None:
-    pool = pool_of(Limiter(1, rates=[Rate(1, per_seconds=5)]))
-    outer = pool.acquire_nowait((1,), None)
-    assert outer is not None
-    first, second = pool.enqueue((1,), outer), pool.enqueue((0,), outer)
-    assert first.slot is None
-    pool.withdraw(first)
-    assert second.slot is not None
-    second.slot.release()
-    outer.release()
+async def test_loan_of_a_waiter_that_is_cancelled_goes_to_the_next() -> None:
+    rate = Rate(1, per_seconds=5, cost=lambda invocation: invocation.args[0])
+    loop = AgentLoop(ONCE, limiter=Limiter(1, rates=[rate]))
+    begin = anyio.current_time()
+    times: list[float] = []
+
+    async def second(_: float) -> None:
+        times.append(anyio.current_time() - begin)
+
+    async def outer(_: float) -> None:
+        async with anyio.create_task_group() as group:
+            with anyio.move_on_after(1):
+                async with anyio.create_task_group() as inner:
+                    # The first one has the loan, and waits for the rate; the second one could pay.
+                    inner.start_soon(loop.run_single, "first", second, 1)
+                    await anyio.wait_all_tasks_blocked()
+                    group.start_soon(loop.run_single, "second", second, 0)
+
+    await loop.run_single("outer", outer, 1)
+    assert times == [1]
 
 
 # -- pausing

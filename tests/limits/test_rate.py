@@ -28,7 +28,6 @@ from agentloop import (
     StartedEvent,
     Status,
 )
-from agentloop._limits.limiter import pool_of
 from agentloop._limits.rates import Charge, Meter, make_meter
 from agentloop.testing import virtual_clock
 
@@ -232,22 +231,17 @@ async def test_those_behind_a_cancelled_heavy_one_start_in_that_moment() -> None
 
 
 async def test_what_was_paid_in_the_moment_of_a_cancellation_is_given_back() -> None:
-    limiter = Limiter(1, rates=[Rate(1, per_seconds=100)])
-    loop = AgentLoop(limiter=limiter)
     for steps in range(6):
+        limiter = Limiter(1, rates=[Rate(1, per_seconds=100)])
+        loop = AgentLoop(limiter=limiter)
+        limiter.pause()
         async with anyio.create_task_group() as group:
-            pool = pool_of(limiter)
-            slot = pool.acquire_nowait((1,), None)
-            assert slot is not None
-            with anyio.CancelScope() as scope:
-                async with anyio.create_task_group() as inner:
-                    inner.start_soon(loop.run_single, "a", nothing)
-                    await anyio.wait_all_tasks_blocked()
-                    slot.release()  # it never began, so that the one that waits may start
-                    for _ in range(steps):
-                        await anyio.lowlevel.checkpoint()
-
-                    scope.cancel()
+            group.start_soon(loop.run_single, "a", nothing)
+            await anyio.wait_all_tasks_blocked()
+            limiter.resume()
+            assert limiter.statistics().running == 1
+            for _ in range(steps):
+                await anyio.lowlevel.checkpoint()
 
             group.cancel_scope.cancel()
 
@@ -257,26 +251,17 @@ async def test_what_was_paid_in_the_moment_of_a_cancellation_is_given_back() -> 
         begin = anyio.current_time()
         await loop.run_single("b", nothing)
         assert anyio.current_time() == begin, f"cancelled after {steps} steps"
-        limiter = Limiter(1, rates=[Rate(1, per_seconds=100)])
-        loop = AgentLoop(limiter=limiter)
 
     assert steps > 0
 
 
 @pytest.mark.parametrize("verb", ["single", "batch"])
 async def test_time_that_a_cost_takes_to_tell_is_not_the_agents(verb: str) -> None:
-    late = 0.0
-
     def slow(_: object) -> int:
-        nonlocal late
-        late += 5
+        compute(5)
         return 1
 
-    limiter = Limiter(1, rates=[Rate(10, cost=slow)])
-    pool = pool_of(limiter)
-    now = pool.loop.now
-    pool.loop.now = lambda: now() + late  # no virtual clock goes on while nobody waits
-    loop = AgentLoop(limiter=limiter)
+    loop = AgentLoop(limiter=Limiter(1, rates=[Rate(10, cost=slow)]))
     if verb == "single":
         result = await loop.run_single("a", nothing)
     else:
@@ -606,16 +591,16 @@ def most_within(starts: list[float], seconds: float) -> int:
     return max(sum(first <= start < first + seconds for start in starts) for first in starts)
 
 
-def compute() -> None:
-    """Keep the event loop busy for 4 ms of its virtual clock."""
+def compute(seconds: float = 0.004) -> None:
+    """Keep the event loop busy for a time of its virtual clock."""
     try:
         asyncio_loop = asyncio.get_running_loop()
     except RuntimeError:
         clock = trio.lowlevel.current_clock()
         assert isinstance(clock, trio.testing.MockClock)
-        clock.jump(0.004)
+        clock.jump(seconds)
     else:
-        vars(asyncio_loop)["_virtual_time"] += 0.004
+        vars(asyncio_loop)["_virtual_time"] += seconds
 
 
 async def singles(loop: AgentLoop, agent: Any) -> None:
