@@ -237,10 +237,10 @@ class SlotPool(LoopState):
         self,
         token: EventLoopToken,
         max_concurrency: int,
-        rates: Iterable[Rate] = (),
-        governor: AdaptiveLimit | None = None,
-        ledger: RetryLedger | None = None,
-        tell_limit: Callable[[SlotPool], None] | None = None,
+        rates: Iterable[Rate],
+        governor: AdaptiveLimit | None,
+        ledger: RetryLedger | None,
+        tell_limit: Callable[[SlotPool], None],
     ) -> None:
         super().__init__(token)
         self.loop = self._kind(token)
@@ -402,9 +402,7 @@ class SlotPool(LoopState):
 
     def _set_limit(self, limit: int) -> None:
         self.limit = self._tokens.total_tokens = limit
-        if self._tell_limit is not None:
-            self._tell_limit(self)
-
+        self._tell_limit(self)
         self._grant()
 
     # -- slots

@@ -14,7 +14,6 @@ from typing import Any
 import anyio
 import attrs
 import pytest
-from anyio.lowlevel import current_token
 from elsewhere import in_use_elsewhere
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +31,6 @@ from agentloop import (
     Status,
 )
 from agentloop._limits.overload import AdaptiveLimit
-from agentloop._limits.slots import SlotPool
 
 backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 ONCE = LoopConfig(max_retries=0)
@@ -693,12 +691,6 @@ async def test_limit_goes_on_growing_up_to_a_ceiling_that_was_raised() -> None:
     limiter.max_concurrency = 7
     await loop.run_all([Invocation("a", anyio.sleep, (1,))] * 100)
     assert starts.limits == [5, 4, 5, 6, 7]
-
-
-async def test_pool_of_nobody_can_be_resized() -> None:
-    pool = SlotPool(current_token(), 2)
-    pool.resize(5)
-    assert (pool.limit, pool.running) == (5, 0)
 
 
 async def test_loan_of_a_waiter_that_is_cancelled_goes_to_the_next() -> None:
