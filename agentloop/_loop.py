@@ -20,7 +20,7 @@ from ._limits.limiter import Limiter
 from ._metrics.recorder import MetricsRecorder
 from ._misuse import name_parameters
 from ._result import InvocationResult
-from ._runtime.attempt import RunOptions
+from ._runtime.options import RunOptions
 from ._runtime.collect import CollectingBatch
 from ._runtime.lifetime import Lifetime
 from ._runtime.observer import Observer, Sink

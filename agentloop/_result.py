@@ -1,6 +1,6 @@
 """What became of an invocation."""
 
-__all__ = ["SKIPPED", "SUCCESS", "InvocationResult", "Status", "success"]
+__all__ = ["SUCCESS", "Draft", "InvocationResult", "Status"]
 
 import enum
 from typing import Any, Generic, TypeVar, cast
@@ -34,7 +34,6 @@ class Status(enum.StrEnum):
 
 
 # To look a member of an enumeration up takes long on CPython 3.11.
-SKIPPED = Status.SKIPPED
 SUCCESS = Status.SUCCESS
 
 
@@ -122,26 +121,10 @@ class InvocationResult(Referable, Generic[T_co]):
             del self
 
 
-class _Draft(Referable):
-    """A result in the making: of the same layout, and not frozen, which would take twice as long."""
+class Draft(Referable):
+    """
+    A result in the making: of the same layout, and not frozen, which would take twice as long. Its class is then
+    set to :class:`InvocationResult`.
+    """
 
     __slots__ = tuple(field.name for field in attrs.fields(InvocationResult))
-
-
-def success(agent_id: str, output: T, latency_ms: float, queue_ms: float, index: int) -> InvocationResult[T]:
-    """Return the result of an invocation that succeeded at its first attempt, without checking anything."""
-    draft: Any = _Draft()
-    draft.agent_id = agent_id
-    draft.status = SUCCESS
-    draft.output = output
-    draft.exception = None
-    draft.latency_ms = latency_ms
-    draft.queue_ms = queue_ms
-    draft.retries = 0
-    draft.failures = ()
-    draft.index = index
-    draft.chunks = 0
-    draft.first_chunk_ms = None
-    draft.__class__ = InvocationResult
-    result: InvocationResult[T] = draft
-    return result

@@ -14,8 +14,9 @@ from typing import Any
 import anyio
 from anyio.lowlevel import EventLoopToken, cancel_shielded_checkpoint, current_token
 
-from .backend import make_deadline_queue, make_is_cancelled, make_is_left_open
 from .callers import CallersCancellation
+from .deadlines import AsyncioQueue, AttemptScope, DeadlineQueue, PublicScope, TrioQueue
+from .insides import AsyncioScope, TrioScope, works_here
 from .time_slice import TimeSlice
 
 
@@ -28,23 +29,49 @@ class EventLoop(ABC):
     class that :func:`kind_of_loop` returns.
 
     :param token: of the current event loop
+    :param public: whether to use nothing of AnyIO's and trio's insides, even if that works
     """
 
-    __slots__ = ("alarm", "backend", "is_cancelled_around", "is_left_open", "now", "pace", "token")
+    __slots__ = ("_deadlines", "_new_scope", "_scope_kind", "backend", "now", "pace", "token")
 
     loses_tasks: bool
     """Whether a task can be cancelled before its first step, so that it never runs."""
+    inside_scope: type[AttemptScope]
+    """The kind of attempt scopes that looks at the insides."""
 
-    def __init__(self, token: EventLoopToken) -> None:
+    def __init__(self, token: EventLoopToken, public: bool = False) -> None:
         self.token = token
         self.backend = token.backend_class
         """AnyIO's."""
         self.now = self.clock()
         """Returns the time, as ``anyio.current_time()`` does."""
-        self.is_cancelled_around = make_is_cancelled(self.backend)
-        self.is_left_open = make_is_left_open(self.backend)
-        self.alarm = make_deadline_queue(self.backend)
         self.pace = TimeSlice(self.now)
+        self._new_scope: Callable[..., anyio.CancelScope] = self.backend.create_cancel_scope
+        works = not public and works_here(self.inside_scope, self._new_scope)
+        self._scope_kind = self.inside_scope if works else PublicScope
+        self._deadlines = self.loop_deadlines() if works else None
+
+    @property
+    def looks_inside(self) -> bool:
+        """Whether attempt scopes look at AnyIO's and trio's insides."""
+        return self._scope_kind is not PublicScope
+
+    def attempt_scope(self, deadlines: DeadlineQueue | None = None) -> AttemptScope:
+        """
+        Return the scope for the attempts of the current task.
+
+        :param deadlines: what cancels it in time, if that is not the event loop
+        """
+        return self._scope_kind(self._new_scope, self._deadlines or deadlines)
+
+    @staticmethod
+    @abstractmethod
+    def loop_deadlines() -> DeadlineQueue | None:
+        """Return what cancels all attempts of the event loop in time, if it has timers of its own."""
+
+    @abstractmethod
+    def batch_deadlines(self) -> TrioQueue | None:
+        """Return what cancels the attempts of a batch in time, if the event loop does not."""
 
     @staticmethod
     @abstractmethod
@@ -102,7 +129,12 @@ class AsyncioLoop(EventLoop):
 
     __slots__ = ()
     loses_tasks = True
+    inside_scope = AsyncioScope
+    loop_deadlines = AsyncioQueue
     callers_cancellation = CallersCancellation
+
+    def batch_deadlines(self) -> None:
+        return None
 
     @staticmethod
     def clock() -> Callable[[], float]:
@@ -173,6 +205,14 @@ class TrioLoop(EventLoop):
 
     __slots__ = ()
     loses_tasks = False
+    inside_scope = TrioScope
+
+    @staticmethod
+    def loop_deadlines() -> None:
+        return None
+
+    def batch_deadlines(self) -> TrioQueue | None:
+        return TrioQueue() if self.looks_inside else None
 
     @staticmethod
     def clock() -> Callable[[], float]:

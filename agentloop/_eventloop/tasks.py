@@ -4,7 +4,9 @@ from __future__ import annotations
 
 __all__ = ["LOST", "Tasks"]
 
-from collections.abc import Callable, Coroutine
+import math
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -83,18 +85,19 @@ class Tasks:
         """Note that an agent has left a scope open in the current task, whose function is about to end."""
         self._spoilt.add(anyio.get_current_task().id)
 
-    async def _run(self, task: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def start_member(self, task: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
+        """Start a task that enters :meth:`member` itself, so that no coroutine of ours is around it."""
+        self._group.start_soon(task, name=name)
+
+    @asynccontextmanager
+    async def member(self) -> AsyncIterator[Self]:
+        """Count the current task as one that runs, and keep what it raises."""
         self._running += 1
         try:
-            while True:
-                try:
-                    await task()
-                    break
-                except anyio.get_cancelled_exc_class():
-                    await checkpoint_if_cancelled()
-                    await self._kind.forget_cancellations()
+            yield self
         except anyio.get_cancelled_exc_class():
-            raise
+            if not self._is_spoilt():
+                raise
         except BaseException as exc:
             # A scope around the one that was left open cannot be left, and says so.
             if not self._is_spoilt() or not isinstance(exc, RuntimeError):
@@ -106,6 +109,26 @@ class Tasks:
 
         if self._is_spoilt():
             await self._park()
+
+    async def go_on(self) -> None:
+        """Go on in a task that was cancelled, unless a scope around it has asked for that."""
+        while True:
+            try:
+                await checkpoint_if_cancelled()
+                await self._kind.forget_cancellations()
+                return
+            except anyio.get_cancelled_exc_class():
+                if anyio.current_effective_deadline() == -math.inf:
+                    raise
+
+    async def _run(self, task: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        async with self.member():
+            while True:
+                try:
+                    await task()
+                    return
+                except anyio.get_cancelled_exc_class():
+                    await self.go_on()
 
     def _is_spoilt(self) -> bool:
         return bool(self._spoilt) and anyio.get_current_task().id in self._spoilt

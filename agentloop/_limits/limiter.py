@@ -15,6 +15,7 @@ from .. import _validators as must
 from .._eventloop.handover import Handover
 from .._events import Event, LimitEvent
 from .._misuse import name_parameters
+from .admission import Admission
 from .overload import AdaptiveLimit
 from .rates import Rate
 from .retry_budget import RetryBudget, RetryLedger
@@ -178,7 +179,7 @@ class Limiter:
             pool.waiting,
             self._max_concurrency,
             pool.limit,
-            pool.governor.cuts if pool.governor is not None else 0,
+            pool.admission.cuts,
             math.inf if self._paused else pool.held_until,
         )
 
@@ -206,9 +207,11 @@ class Limiter:
         return SlotPool(
             current_token(),
             self._max_concurrency,
-            self._rates,
-            AdaptiveLimit(self._max_concurrency) if self._adaptive else None,
-            None if self._retry_budget is None else RetryLedger(self._retry_budget),
+            Admission(
+                self._rates,
+                AdaptiveLimit(self._max_concurrency) if self._adaptive else None,
+                None if self._retry_budget is None else RetryLedger(self._retry_budget),
+            ),
             self._tell_limit,
         )
 

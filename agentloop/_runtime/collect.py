@@ -10,9 +10,8 @@ from typing import TypeVar
 from .._invocation import Inputs
 from .._limits.limiter import Limiter
 from .._result import InvocationResult
-from .attempt import RunOptions
 from .batch import Batch
-from .job import Job
+from .options import RunOptions
 
 T = TypeVar("T")
 
@@ -22,23 +21,13 @@ class CollectingBatch(Batch[T]):
 
     _keep_rest = True
 
-    def __init__(
-        self,
-        inputs: Inputs[T],
-        limiter: Limiter,
-        plan: RunOptions,
-    ) -> None:
-        super().__init__(inputs, limiter, plan)
-        self._results: list[InvocationResult[T]] = []
+    def __init__(self, inputs: Inputs[T], limiter: Limiter, options: RunOptions) -> None:
+        super().__init__(inputs, limiter, options)
+        self._results = []
 
     def results(self) -> list[InvocationResult[T]]:
         """Return the results of a batch that has run, and forget them."""
         # The frames of workers can stay alive with an error that a result holds; they refer to the batch.
-        results, self._results = self._results, []
+        results, self._results = self._results or [], []
         results.sort(key=attrgetter("index"))
         return results
-
-    def _deliver(self, job: Job[T], result: InvocationResult[T], now: float) -> None:
-        del job, now  # the result says whose it is
-        self._results.append(result)
-        self._taken()

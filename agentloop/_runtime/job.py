@@ -2,354 +2,582 @@
 
 from __future__ import annotations
 
-__all__ = ["Job"]
+__all__ = ["Job", "Progress", "State", "plumbing"]
 
-import inspect
+import enum
 import math
-import random
-from collections.abc import Callable
-from typing import Any, Generic, TypeVar, cast
+import types
+from collections.abc import Callable, Generator
+from contextvars import Context
+from types import CodeType
+from typing import Any, Generic, TypeVar
 
-from .._config import LoopConfig
-from .._errors import InvocationCancelled, InvocationTimeout, describe
-from .._eventloop.backend import is_error
+import anyio
+from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
+
+from .._errors import InvocationCancelled
+from .._eventloop.errors import is_error
+from .._eventloop.callers import CallersCancellation
+from .._eventloop.context import as_coroutine, await_it, wait_for_cancellation
+from .._eventloop.deadlines import AttemptScope, TimeLimit
 from .._foreign import foreign_code
 from .._invocation import Invocation
-from .._limits.rates import Charge
-from .._limits.slots import Slot, SlotPool, Waiter
-from .._result import SKIPPED, SUCCESS, InvocationResult, Status
-from .._verdict import Verdict, VerdictKind
+from .._limits.slots import HELD, Slot, SlotPool, Waiter, current_slot
+from .._result import SUCCESS, Draft, InvocationResult, Status
+from .._verdict import Verdict
+from .observer import COUNTED_AT_ONCE, Observer
+from .options import RunOptions
+from .outcome import Failures, Outcome, as_exception, drop_frames, outcome_of, without_cancellation
+from .workers import Crew
 
 T = TypeVar("T")
+FnT = TypeVar("FnT", bound=Callable[..., Any])
 
-_TRANSIENT = Verdict(VerdictKind.TRANSIENT)
-_PERMANENT = Verdict(VerdictKind.PERMANENT)
+_set_slot = current_slot.set
+_PLAIN: type[types.CoroutineType[Any, Any, Any]] = types.CoroutineType
+_send = _PLAIN.send
 
-# How many exceptions are looked at that an exception was caused by, or has as members.
-CHAIN = 100
+_PLUMBING: set[CodeType] = {await_it.__code__}
 
 
-class Job(Generic[T]):
+def plumbing(fn: FnT) -> FnT:
+    """Mark a function as one that stands between the loop and an agent, and that tracebacks leave out."""
+    _PLUMBING.add(fn.__code__)
+    return fn
+
+
+class Progress:
     """
-    The state of one invocation. Nothing in here waits.
+    How far a stream has come.
+
+    :param first_at: when it handed over the first chunk
+    :ivar chunks: how many it has handed over
+    """
+
+    __slots__ = ("chunks", "first_at")
+
+    def __init__(self, first_at: float) -> None:
+        self.chunks = 0
+        self.first_at = first_at
+
+
+class State(enum.Enum):
+    """Where a job is. Each method of :class:`Job` that moves it says from where to where."""
+
+    QUEUED = enum.auto()
+    RUNNING = enum.auto()
+    RETRYING = enum.auto()
+    ENDED = enum.auto()
+
+
+QUEUED, RUNNING, RETRYING, ENDED = State
+
+
+class Job(Slot, Generic[T]):
+    """
+    One invocation, its attempts one after the other, and the slot of the first of them.
+
+    It is its own first slot because most invocations need no other, and one object for each is faster than
+    two. Only its own methods write it.
 
     :param invocation: what is run
     :param index: its place in the input
     :param now: the time at which it began to wait for a slot
     :param pool: where it gets its slots from
+    :param outer: the slot of the invocation that runs it, if one does
     """
 
-    # What every invocation needs is in slots, which are quick to read; what most never need, in the class.
     __slots__ = (
-        "__dict__",
-        "attempt_at",
         "attempts",
-        "charges",
-        "chunks",
         "deadline",
-        "error",
+        "failures",
+        "id",
         "index",
         "invocation",
         "output",
-        "pool",
+        "progress",
         "queued_at",
-        "slot",
         "started_at",
-        "status",
-        "verdict",
+        "state",
+        "waited",
+        "waiter",
     )
 
-    total_counts = False
-    total_seconds = math.inf
-    counted_retries = 0
-    overloaded_at: float | None = None
-    wake_at = -math.inf
-    expired = False
-    waiter: Waiter | None = None
-    failures: list[Exception] | None = None
-    # What each attempt costs.
-    costs: tuple[float, ...] = ()
-    id = 0
-    pending_attempt_ms = 0.0
-    made_of_cancellation: Exception | None = None
-    # Whether the agent left a cancel scope or a task group open in its task.
-    left_open = False
-    # Of a stream only.
-    first_chunk_at: float | None = None
-    chunk_limit: tuple[type[InvocationTimeout], float] | None = None
-
-    def __init__(self, invocation: Invocation[T], index: int, now: float, pool: SlotPool) -> None:
+    def __init__(
+        self, invocation: Invocation[T], index: int, now: float, pool: SlotPool, outer: Slot | None
+    ) -> None:
+        # As Slot does it; a call for every invocation shows.
+        self.pool = pool
+        self.outer = outer
+        self.bill = None
+        self.epoch = pool.admission.epoch
+        self.hold = HELD
+        self.lender = self.lent = self.waiters = None
         self.invocation = invocation
         self.index = index
         self.queued_at = now
-        self.pool = pool
-        self.started_at: float | None = None
-        self.attempt_at: float | None = None
-        self.deadline = math.inf
+        self.state = QUEUED
         self.attempts = 0
-        self.status = SKIPPED
+        self.started_at: float | None = None
+        # When all its attempts have to be over.
+        self.deadline = math.inf
         self.output: T | None = None
-        self.error: BaseException | None = None
-        self.verdict: Verdict | None = None
-        self.slot: Slot | None = None
-        # What the last attempt has paid.
-        self.charges: list[Charge] | None = None
-        # How many of a stream were handed over.
-        self.chunks = 0
+        self.failures: Failures | None = None
+        self.progress: Progress | None = None
+        # Its place in line, while it waits for a slot.
+        self.waiter: Waiter | None = None
+        # Whether it has let other tasks run.
+        self.waited = False
+        # What events call it.
+        self.id = 0
 
-    def resolve_limits(self) -> bool:
+    @property
+    def wake_at(self) -> float:
+        """When its next attempt begins, if it waits for that."""
+        return -math.inf if self.failures is None else self.failures.wake_at
+
+    @property
+    def failed(self) -> Outcome | None:
+        """What became of it, unless that was a success."""
+        return None if self.failures is None else self.failures.last
+
+    def queue(self, observer: Observer) -> None:
+        """Report that it waits for its first slot."""
+        self.id = observer.queued(self.invocation, self.queued_at)
+
+    def make_progress(self, now: float) -> Progress:
+        """Return what counts the chunks of a stream, which hands over its first one now."""
+        self.progress = Progress(now)
+        return self.progress
+
+    def resolve(self) -> bool:
         """
         Find out where the invocation gets its slots from, and what it costs, before its first attempt.
 
+        QUEUED -> QUEUED, or ENDED if that fails.
+
         :return: whether it can be run at all
         """
+        if self.bill is not None:
+            return True
+
         try:
             if self.pool.route is not None:
                 # In use from now on, as the one that led here is.
                 self.pool = self.pool.route(self.invocation)
 
-            self.costs = self.pool.price(self.invocation)
+            self.bill = self.pool.admission.price(self.invocation)
         except BaseException as exc:
             if not is_error(exc):
                 raise
 
-            self.status = Status.ERROR
-            self.error = as_exception(exc, f"its cost or its key raised {type(exc).__name__}")
+            error = as_exception(exc, f"its cost or its key raised {type(exc).__name__}")
+            self._end(Outcome(Status.ERROR, error))
             return False
 
         return True
 
-    def leave_pool(self, first: SlotPool) -> None:
-        """
-        Say that the invocation has ended to the pool that it was led to.
-
-        :param first: the pool that led there, which its call keeps in use
-        """
-        if self.pool is not first:
-            self.pool.users -= 1
-
-    def bound(self, now: float, deadline: float, total: float) -> float:
-        """
-        Bound an attempt by the time that all of them may take together.
-
-        :param now: when it begins
-        :param deadline: when it has to be over for its own sake
-        :param total: how long all of them may take
-        :return: when it has to be over
-        """
+    def next_slot(self) -> Slot:
+        """Return the slot of the next attempt, which is to be acquired."""
         if not self.attempts:
-            self.total_seconds = total
-            self.deadline = now + total
+            return self
 
-        # Remembered, since a timer may fire a moment before its time.
-        self.total_counts = self.deadline <= deadline
-        return min(self.deadline, deadline)
+        if self.bill is not None:
+            self.bill = self.bill.again()
 
-    def fail(self, status: Status, error: Exception) -> None:
-        """End the attempt with an error."""
-        self.status = status
-        self.error = error
-        if self.failures is None:
-            self.failures = []
+        return Slot(self.pool, self.outer, self.bill)
 
-        self.failures.append(error)
+    def join_line(self, slot: Slot) -> Waiter:
+        """Stand in line for a slot."""
+        self.waited = True
+        self.waiter = waiter = self.pool.enqueue(slot)
+        return waiter
 
-    def time_out(self, config: LoopConfig, cause: BaseException | None) -> None:
-        """End the attempt because its time was up, with what the agent made of that, if anything."""
-        timeout = config.timeout_seconds
-        seconds = self.total_seconds if self.total_counts or timeout is None else timeout
-        error = InvocationTimeout(seconds, self.total_counts)
-        if self.chunk_limit is not None:
-            kind, seconds = self.chunk_limit
-            error = kind(seconds)
+    def leave_line(self) -> None:
+        """Note that it stands in line no more."""
+        self.waiter = None
 
-        error.__cause__ = cause or self.made_of_cancellation
-        self.fail(Status.TIMEOUT, error)
+    # -- an attempt
 
-    def expire(self) -> None:
-        """End the invocation because its total time was up while it waited to be retried."""
-        error = InvocationTimeout(self.total_seconds, True)
-        error.__cause__ = self.error
-        self.expired = True
-        self.status = Status.TIMEOUT
-        self.error = error
-
-    def cancel(self, reason: str) -> None:
-        """End the invocation because its caller was cancelled."""
-        self.status = Status.CANCELLED if self.attempts else Status.SKIPPED
-        self.error = InvocationCancelled(reason)
-        self.error.__cause__ = self.made_of_cancellation
-
-    def skip(self, error: Exception) -> None:
-        """End the invocation without having started it."""
-        self.status = Status.SKIPPED
-        self.error = error
-
-    def judge(self, config: LoopConfig, log: Callable[[object], object]) -> None:
+    @plumbing
+    @types.coroutine
+    def run(
+        self,
+        slot: Slot,
+        options: RunOptions,
+        scope: AttemptScope,
+        new_context: Callable[[], Context],
+        now: float,
+        crew: Crew | None = None,
+        caller: CallersCancellation | None = None,
+    ) -> Generator[Any, Any, float]:
         """
-        Find out what the failure of the last attempt means.
+        Run one attempt: call the agent, and take every step of it inside a context of its own. QUEUED,
+        RETRYING -> RUNNING. How it has failed, if it has, is in ``failures.last``.
 
-        :param log: given ``config.classify`` if that raises, while the exception is handled
+        Context variables that the agent sets stay in there, also for the tasks, threads and callbacks that it
+        starts, and a token can be reset in any later step, since all steps share the one context.
+
+        :param slot: is given back in any case
+        :param scope: times it out; stays open, if the agent returned, until it is left
+        :param new_context: returns the agent's context
+        :param now: the time
+        :param crew: calls another worker when the agent waits
+        :param caller: notices native cancellations of this task, if it is a caller's; in a task of ours only
+            the agent can ask for one
+        :return: the time at which it ended
+        :raises BaseException: the cancellation of an enclosing scope or of the caller's task, and what the
+            agent raises that is no ``Exception``; the attempt then has no outcome
         """
-        error = self.error
-        self.verdict = None
-        if self.left_open:
-            self.verdict = _PERMANENT
-        elif self.status is Status.TIMEOUT:
-            again = config.retry_on_timeout and not self.total_counts
-            self.verdict = _TRANSIENT if again else _PERMANENT
-        elif self.status is Status.ERROR:
-            assert error is not None
+        succeeded = False
+        verdict: Verdict | None = None
+        try:
+            deadline, total = now + options.timeout, options.total
+            if total is not None:
+                if not self.attempts:
+                    self.deadline = now + total.seconds
+
+                deadline = min(deadline, self.deadline)
+
+            if not scope.begin(deadline):
+                # Once cancelled, nothing starts, not even to its first checkpoint.
+                yield from wait_for_cancellation().__await__()
+
+            if total is not None:
+                # Remembered, since a timer may fire a moment before its time.
+                scope.set_limit(total if deadline == self.deadline else None)
+
+            context = new_context()
+            context.run(_set_slot, slot)
+            if caller is not None:
+                caller.begin()
+
+            first = not self.attempts
+            self.attempts += 1
+            self.state = RUNNING
+            observer = options.observer
+            if first:
+                self.started_at = now
+
+            if first and observer.is_plain:
+                tell = observer.tell_in_flight
+                tell(1)
+            else:
+                self._report_start(options, now, context)
+
+            if slot.bill is not None:
+                slot.pay()
+
+            act, invocation = options.act, self.invocation
+            coroutine: Any = None
+            thrown: BaseException | None = None
             try:
-                verdict: Any = config.classify(cast("Exception", error))
-                if not isinstance(verdict, Verdict):
-                    if inspect.iscoroutine(verdict):
-                        verdict.close()
+                if act is None:
+                    coroutine = context.run(invocation.fn, *invocation.args, **invocation.kwargs)
+                else:
+                    coroutine = context.run(act, self, slot, options, scope)
 
-                    raise TypeError(
-                        f"classify must be a plain function that returns a Verdict, got {verdict!r}"
-                    )
+                # The plain case first: to ask an abstract class takes longer.
+                if type(coroutine) is not _PLAIN:
+                    coroutine = as_coroutine(invocation.fn, coroutine)
 
-                self.verdict = verdict
+                # Bound methods are not kept: the collector would look at them as long as the agent waits.
+                step = context.run(_send, coroutine, None)
+                self.waited = True
+                if crew is not None and crew.can_call:
+                    crew.call()
+
+                while True:
+                    sent: Any = None
+                    try:
+                        sent = yield step
+                    except GeneratorExit:
+                        context.run(coroutine.close)
+                        raise
+                    except BaseException as exc:
+                        # Thrown in below, outside of this block: inside, it would become the context of
+                        # whatever the agent raises later on, even if it had handled it.
+                        thrown = exc
+
+                    try:
+                        if thrown is None:
+                            step = context.run(_send, coroutine, sent)
+                        else:
+                            if caller is not None:
+                                caller.reaches(coroutine, thrown)
+
+                            step = context.run(coroutine.throw, thrown)
+                    finally:
+                        # An exception refers to this frame, and trio sends exceptions too.
+                        thrown = sent = None
             except BaseException as exc:
-                if not is_error(exc):
-                    raise
+                if not isinstance(exc, StopIteration) or coroutine is None:
+                    verdict = yield from self._conclude(slot, options, scope, caller, exc).__await__()
+                    return slot.pool.loop.now()
 
-                log(config.classify)
-                _note(error, f"not retried: classify failed with {describe(exc)}")
-                self.verdict = _PERMANENT
+                self.output = exc.value
 
-    def next_start(self, now: float, deadline: float, config: LoopConfig) -> float | None:
+            ended_at = slot.pool.loop.now()
+            if scope.children:
+                verdict = yield from self._conclude(slot, options, scope, caller, None).__await__()
+                return slot.pool.loop.now()
+
+            # It may have been cancelled before the agent returned; and a stream moves the deadline.
+            if ended_at >= deadline or act is not None:
+                scope.leave()
+
+            succeeded = True
+            return ended_at
+        finally:
+            slot.release(verdict, succeeded, options.longest_hold)
+
+    async def _conclude(
+        self,
+        slot: Slot,
+        options: RunOptions,
+        scope: AttemptScope,
+        caller: CallersCancellation | None,
+        raised: BaseException | None,
+    ) -> Verdict | None:
+        """
+        Find out how an attempt has failed, and leave its scope.
+
+        :param raised: what came out of the agent; ``None`` if it returned and left a scope open
+        :return: what the failure means, if that is known
+        :raises BaseException: as :meth:`run`
+        """
+        cancelled_class = anyio.get_cancelled_exc_class()
+        assert scope.scope is not None
+        timed_out = scope.scope.cancel_called
+        left_open = scope.left_open or bool(scope.children)
+        limit, reason = scope.limit or options.limit, scope.reason
+        error: Exception | None = None
+        self.output = None
+        try:
+            if not left_open:
+                if timed_out and issubclass(type(raised), cancelled_class):
+                    assert raised is not None
+                    # The scope is about to drop it, but trio holds on to it in a cycle: without this,
+                    # the frames and arguments of the agent would live until the next collection.
+                    raised.__traceback__ = None
+
+                try:
+                    if scope.leave(raised):
+                        raised = None
+                except BaseException as rest:
+                    raised = rest
+
+            if raised is not None:
+                error = without_cancellation(raised)
+
+            if error is not None and error is raised:
+                scope.note(error)
+
+            if left_open:
+                # A scope that is still open may be cancelled too, which is the agent's doing.
+                cancelled = not scope.begin(math.inf)
+                scope.abandon(caller is None)
+                if cancelled:
+                    # It may also be shielded. Then the cancellation never reaches the task.
+                    await checkpoint_if_cancelled()
+            elif raised is not None:
+                # An error made out of the caller's cancellation is that cancellation.
+                await checkpoint_if_cancelled()
+
+            if caller is not None and caller.came(raised):
+                if raised is None or not issubclass(type(raised), cancelled_class):
+                    # It may still be on its way.
+                    await checkpoint()
+                    raised = cancelled_class()
+
+                raise raised
+
+            if error is not None:
+                _trim(error)
+
+            if reason is not None:
+                self.cancel(reason, scope.cause)
+                return None
+
+            passed = limit if timed_out or raised is None else None
+            agent_id = self.invocation.agent_id if left_open else None
+            retried = options.config.retry_on_timeout
+            cause = error if error is not None else scope.cause
+            self._fail(outcome_of(raised, cause, passed, agent_id, retried))
+        finally:
+            # Their tracebacks refer to this frame; the frame must not refer back.
+            raised = error = cause = None
+
+        assert self.failures is not None
+        return self.failures.judge(options.config, options.observer.log_classify)
+
+    def _report_start(self, options: RunOptions, now: float, context: Context) -> None:
+        attempt_ms, failures = 0.0, self.failures
+        if failures is not None:
+            attempt_ms = failures.attempt_ms
+            failures.begin(now)
+
+        options.observer.started(self.invocation, self.attempts, self.id, now, context, attempt_ms)
+
+    # -- what comes after it
+
+    def next_start(self, now: float, deadline: float, options: RunOptions) -> float | None:
         """
         Decide about a retry.
 
-        :param now: the time at which the attempt failed
-        :param deadline: when the caller's own time is up; a wait beyond it would only lose the error
-        :return: the time of the next attempt; ``None`` if this failure is final
+        :param now: when the attempt failed
+        :param deadline: when the caller's own time is up
+        :return: when the next attempt begins; ``None`` if this failure is final
         """
-        verdict = self.verdict
-        if verdict is None or verdict.kind in (VerdictKind.PERMANENT, VerdictKind.FATAL):
-            return None
-
         # What was handed over once cannot be taken back.
-        if config.max_retries == 0 or self.chunks:
+        if self.failures is None or self.progress is not None:
             return None
 
-        backoff = config.backoff
-        overload = verdict.kind is VerdictKind.OVERLOAD
-        if not overload and self.counted_retries >= config.max_retries:
-            return None
+        admission = self.pool.admission
+        return self.failures.next_start(
+            self.attempts, now, self.deadline, deadline, options.config, admission
+        )
 
-        if overload and self.overloaded_at is None:
-            self.overloaded_at = now
+    def rest(self, observer: Observer, now: float) -> float:
+        """
+        Begin to wait for the next attempt. RUNNING -> RETRYING.
 
-        asked = verdict.retry_after
-        wake_at = now + backoff.wait(self.attempts - 1, asked, random)
-        if asked is not None and asked > backoff.max_retry_after_seconds:
-            limit = f"max_retry_after_seconds={backoff.max_retry_after_seconds:.10g}"
-            self.give_up(f"the server asked to wait {asked:.10g}s, which is more than {limit}")
-        elif wake_at >= self.deadline:
-            self.give_up(f"total_timeout_seconds={self.total_seconds:.10g} would pass during the wait")
-        elif wake_at >= deadline:
-            self.give_up("the caller's deadline would pass during the wait")
-        elif overload and self._impatient(wake_at, config.overload_timeout_seconds):
-            self.give_up(f"overload_timeout_seconds={config.overload_timeout_seconds} would pass")
-        elif self.pool.ledger is not None and not self.pool.ledger.may_retry(now):
-            self.give_up("the retry budget of the limiter is used up, since too many attempts fail")
-        else:
-            self.counted_retries += not overload
-            self.wake_at = wake_at
-            return wake_at
+        :return: when that begins
+        """
+        failures = self.failures
+        assert failures is not None
+        assert failures.last is not None
+        self.state = RETRYING
+        self.pool.asleep += 1
+        failures.rest(now)
+        observer.retrying(self.invocation, self.attempts, failures.last, failures.wake_at - now, self.id, now)
+        return failures.wake_at
 
-        return None
-
-    def _impatient(self, wake_at: float, patience: float | None) -> bool:
-        assert self.overloaded_at is not None
-        return patience is not None and wake_at > self.overloaded_at + patience
+    def wake(self) -> None:
+        """Wait for the next attempt no more. RETRYING -> QUEUED."""
+        self.state = QUEUED
+        self.pool.asleep -= 1
 
     def give_up(self, reason: str) -> None:
         """Make the last failure final although it would have been retried, and let the error say why."""
-        assert self.error is not None
-        _note(self.error, f"not retried: {reason}")
+        assert self.failures is not None
+        self.failures.give_up(reason)
 
-    def result(self, now: float) -> InvocationResult[T]:
+    def expire(self, total: TimeLimit) -> None:
+        """End because its total time was up while it waited. QUEUED, RETRYING -> ENDED."""
+        error, failed = total.error(), self.failed
+        error.__cause__ = None if failed is None else failed.error
+        self._end(Outcome(Status.TIMEOUT, error))
+
+    def cancel(self, reason: str, cause: BaseException | None = None) -> None:
+        """End because the caller was cancelled. Any -> ENDED."""
+        error = InvocationCancelled(reason)
+        error.__cause__ = cause
+        self._end(Outcome(Status.CANCELLED if self.attempts else Status.SKIPPED, error))
+
+    def skip(self, error: Exception) -> None:
+        """End without an attempt. QUEUED -> ENDED."""
+        self._end(Outcome(Status.SKIPPED, error))
+
+    def finish(self, observer: Observer, now: float) -> InvocationResult[T]:
+        """Return the result, once everybody was told of it. Any -> ENDED."""
+        self.state = ENDED
+        if not observer.count_result() % COUNTED_AT_ONCE:
+            observer.count()
+
+        started_at = self.started_at
+        if (
+            started_at is None
+            or self.failures is not None
+            or self.progress is not None
+            or not observer.is_plain
+        ):
+            return self._finish(observer, now)
+
+        # Most invocations succeed at once, and there is nothing else to know about them.
+        latency, queue = (now - started_at) * 1000.0, (started_at - self.queued_at) * 1000.0
+        if latency < 0.0:
+            latency = 0.0  # the clock went back
+
+        tell = observer.tell_latency
+        tell(latency)
+        if queue > 0.0:
+            tell = observer.tell_queue
+            tell(queue)
+        else:
+            queue = 0.0
+
+        # Made without a call, and without checking what cannot be wrong: both show.
+        draft: Any = Draft()
+        draft.agent_id = self.invocation.agent_id
+        draft.status = SUCCESS
+        draft.output = self.output
+        draft.exception = None
+        draft.latency_ms = latency
+        draft.queue_ms = queue
+        draft.retries = 0
+        draft.failures = ()
+        draft.index = self.index
+        draft.chunks = 0
+        draft.first_chunk_ms = None
+        draft.__class__ = InvocationResult
+        self.output = None
+        result: InvocationResult[T] = draft
+        return result
+
+    def _finish(self, observer: Observer, now: float) -> InvocationResult[T]:
         """
-        Return what became of the invocation, which ended at ``now``, and forget it.
+        Return the result of any invocation.
 
         A frame of ours can stay alive with an error that was raised below it, and so with this job: it must
         not refer back to the error.
         """
-        started_at = self.started_at
+        failures, failed, progress = self.failures, self.failed, self.progress
         # A clock that goes back makes no duration negative, which no figure could hold.
-        if started_at is None:
-            latency, queue = 0.0, max(0.0, now - self.queued_at)
-        else:
-            latency, queue = max(0.0, now - started_at), max(0.0, started_at - self.queued_at)
-
-        first_chunk = None
-        if self.first_chunk_at is not None and started_at is not None:
-            first_chunk = max(0.0, self.first_chunk_at - started_at) * 1000
-
-        failures = tuple(self.failures) if self.failures else ()
-        if failures and self.status is SUCCESS:
-            for error in failures:
-                _drop_frames(error)
+        started_at = now if self.started_at is None else self.started_at
+        first_at = None if progress is None else progress.first_at
+        errors = () if failures is None else tuple(failures.errors)
+        if failed is None:
+            for error in errors:
+                drop_frames(error)
 
         result = InvocationResult(
             self.invocation.agent_id,
-            self.status,
+            SUCCESS if failed is None else failed.status,
             self.output,
-            self.error,
-            latency * 1000,
-            queue * 1000,
+            None if failed is None else failed.error,
+            max(0.0, now - started_at) * 1000,
+            max(0.0, started_at - self.queued_at) * 1000,
             max(0, self.attempts - 1),
-            failures,
+            errors,
             self.index,
-            self.chunks,
-            first_chunk,
+            0 if progress is None else progress.chunks,
+            None if first_at is None else max(0.0, first_at - started_at) * 1000,
         )
-        self.output = None
-        self.error = None
-        self.failures = None
-        self.made_of_cancellation = None
+        self.output = self.failures = None
+        observer.ended(self.invocation, result, self.attempts, failures, self.id, now)
         return result
 
+    def _fail(self, outcome: Outcome) -> None:
+        if self.failures is None:
+            self.failures = Failures(self.started_at)
 
-def as_exception(exc: BaseException, text: str) -> Exception:
-    """
-    Return an error of a user's plain function as an exception, which a cancellation is not.
+        self.failures.add(outcome)
 
-    :param text: what to say of a cancellation
-    """
-    if isinstance(exc, Exception):
-        return exc
+    def _end(self, outcome: Outcome) -> None:
+        self.state = ENDED
+        if self.failures is None:
+            self.failures = Failures(self.started_at)
 
-    error = InvocationCancelled(text)
-    error.__cause__ = exc
-    return error
-
-
-def _drop_frames(exc: BaseException) -> None:
-    """Forget the tracebacks of an exception, and with them what the frames hold."""
-    seen: dict[int, BaseException] = {}
-    todo: list[BaseException | None] = [exc]
-    while todo and len(seen) < CHAIN:
-        one = todo.pop()
-        if one is None or id(one) in seen:
-            continue
-
-        seen[id(one)] = one
-        # It may not let its attributes be set, or read.
-        with foreign_code:
-            one.__traceback__ = None
-            todo += [one.__cause__, one.__context__]
-            if issubclass(type(one), BaseExceptionGroup):
-                todo += cast("BaseExceptionGroup[BaseException]", one).exceptions
+        self.failures.end(outcome)
 
 
-def _note(exc: BaseException, note: str) -> None:
-    # An exception that takes no notes is data all the same.
+def _trim(exc: BaseException) -> None:
+    """Let the traceback begin in the agent: shorter to read, and no reference back to our own frames."""
+    # Of an exception that does not let it be set, a frozen dataclass, say, the traceback keeps our frames.
     with foreign_code:
-        # One object may be raised by many attempts; say a thing once.
-        if note not in getattr(exc, "__notes__", ()):
-            exc.add_note(note)
+        traceback = exc.__traceback__
+        while traceback is not None and traceback.tb_frame.f_code in _PLUMBING:
+            traceback = traceback.tb_next
+
+        exc.__traceback__ = traceback

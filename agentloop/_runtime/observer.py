@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-__all__ = ["Observer", "Sink", "new_id"]
+__all__ = ["COUNTED_AT_ONCE", "Observer", "Sink", "new_id"]
 
 import itertools
 import logging
 from collections.abc import Callable, Iterable
 from contextvars import Context
-from typing import Any, TypeVar
+from typing import Any
 
 from .. import _validators as must
-from .._eventloop.backend import is_error
+from .._eventloop.errors import is_error
 from .._events import Event, FirstChunkEvent, QueuedEvent, ResultEvent, RetryEvent, StartedEvent, StopEvent
 from .._foreign import foreign_code
+from .._invocation import Invocation
 from .._metrics.histogram import Histogram
-from .._metrics.meters import TOLD_AT_MOST
 from .._metrics.recorder import MetricsRecorder, meters_of
-from .._result import SUCCESS, InvocationResult, success
+from .._result import InvocationResult
 from .._verdict import VerdictKind
-from .job import Job
-
-T = TypeVar("T")
+from .outcome import Failures, Outcome
 
 _logger = logging.getLogger("agentloop")
 new_id = itertools.count(1).__next__
+
+# Many results are counted faster at once than one by one.
+COUNTED_AT_ONCE = 1000
 
 
 class Sink:
@@ -57,7 +58,7 @@ class Sink:
 
 class Observer:
     """
-    Tells a recorder and a sink what happens to jobs. What is not there is told nothing, and nothing is built.
+    Reports to the metrics recorder and to the event sink, if there are any; builds no event without a sink.
 
     :param metrics: the recorder, or ``None``
     :param sink: the sink, or ``None``
@@ -65,56 +66,81 @@ class Observer:
 
     __slots__ = (
         "_classify_failed",
-        "_ended",
         "_meters",
         "_record",
         "_sink",
-        "_tell_latency",
-        "_tell_queue",
+        "count_result",
         "is_plain",
         "tell_in_flight",
+        "tell_latency",
+        "tell_queue",
     )
 
     def __init__(self, metrics: MetricsRecorder | None, sink: Sink | None) -> None:
         self._meters = meters = None if metrics is None else meters_of(metrics)
+        self._record: Callable[[InvocationResult[Any]], object] = id if metrics is None else metrics.record
         self._sink = sink
-        self._ended = 0
         self._classify_failed = False
+        self.count_result = itertools.count(1).__next__
+        """Returns how many results there are with the one that has come now."""
         # Whether at most a recorder is told, and of most invocations no more than that they are in flight,
         # how long they took and how long they were queued.
         self.is_plain = sink is None and (metrics is None or type(metrics) is MetricsRecorder)
-        self._record: Callable[[InvocationResult[Any]], object] = id if metrics is None else metrics.record
         self.tell_in_flight: Callable[[int], object] = id if meters is None else meters.tell_in_flight
-        self._tell_latency: Callable[[float], object] = id if meters is None else meters.tell_latency
-        self._tell_queue: Callable[[float], object] = id if meters is None else meters.tell_queue
+        self.tell_latency: Callable[[float], object] = id if meters is None else meters.tell_latency
+        self.tell_queue: Callable[[float], object] = id if meters is None else meters.tell_queue
 
-    def queued(self, job: Job[Any]) -> None:
-        """A job waits for its first slot."""
-        if self._sink is not None:
-            job.id = new_id()
-            self._sink(QueuedEvent(job.invocation, job.id, job.queued_at))
+    def count(self) -> None:
+        """Count what the recorder was told."""
+        if self._meters is not None:
+            self._meters.count()
 
-    def started(self, job: Job[Any], now: float, context: Context) -> None:
-        """An attempt is about to begin, in a context."""
-        meters = self._meters
-        if meters is not None:
-            if job.attempts == 1:
+    def queued(self, invocation: Invocation[Any], now: float) -> int:
+        """
+        An invocation waits for its first slot.
+
+        :return: what events call it from now on
+        """
+        if self._sink is None:
+            return 0
+
+        number = new_id()
+        self._sink(QueuedEvent(invocation, number, now))
+        return number
+
+    def started(
+        self,
+        invocation: Invocation[Any],
+        attempt: int,
+        number: int,
+        now: float,
+        context: Context,
+        attempt_ms: float,
+    ) -> None:
+        """
+        An attempt is about to begin, in a context.
+
+        :param attempt: which one, from 1
+        :param number: the invocation's
+        :param attempt_ms: how long the attempt before took
+        """
+        if self._meters is not None:
+            if attempt == 1:
                 self.tell_in_flight(1)
             else:
-                meters.add_attempt(job.pending_attempt_ms)
+                self._meters.add_attempt(attempt_ms)
 
-        job.attempt_at = now
         if self._sink is not None:
-            context.run(self._sink, StartedEvent(job.invocation, job.attempts, job.id, now))
+            context.run(self._sink, StartedEvent(invocation, attempt, number, now))
 
-    def first_chunk(self, job: Job[Any], now: float) -> Histogram | None:
+    def first_chunk(self, invocation: Invocation[Any], number: int, now: float) -> Histogram | None:
         """
         A stream has yielded its first chunk.
 
         :return: what to count the time between its chunks in, if anything
         """
         if self._sink is not None:
-            self._sink(FirstChunkEvent(job.invocation, job.id, now))
+            self._sink(FirstChunkEvent(invocation, number, now))
 
         return None if self._meters is None else self._meters.new_histogram()
 
@@ -123,80 +149,52 @@ class Observer:
         assert self._meters is not None
         self._meters.add_chunk_gaps(gaps)
 
-    def retrying(self, job: Job[Any], now: float) -> None:
-        """An attempt has failed, and there will be another one."""
-        assert job.verdict is not None
-        assert job.error is not None
-        delay = job.wake_at - now
+    def retrying(
+        self,
+        invocation: Invocation[Any],
+        attempt: int,
+        outcome: Outcome,
+        delay: float,
+        number: int,
+        now: float,
+    ) -> None:
+        """An attempt has failed, and there will be another one after a delay."""
+        assert outcome.verdict is not None
         if self._meters is not None:
-            self._meters.add_backoff(delay * 1000, job.verdict.kind is VerdictKind.OVERLOAD)
-            assert job.attempt_at is not None
-            job.pending_attempt_ms = max(0.0, now - job.attempt_at) * 1000
+            self._meters.add_backoff(delay * 1000, outcome.verdict.kind is VerdictKind.OVERLOAD)
 
-        job.attempt_at = None
         if self._sink is not None:
-            self._sink(RetryEvent(job.invocation, job.attempts, job.error, job.verdict, delay, job.id, now))
+            self._sink(RetryEvent(invocation, attempt, outcome.error, outcome.verdict, delay, number, now))
 
-    def finish(self, job: Job[T], now: float) -> InvocationResult[T]:
-        """Return the result of a job that has ended, once everybody was told."""
-        self._ended += 1
-        if self._ended >= TOLD_AT_MOST and self._meters is not None:
-            self._ended = 0
-            self._meters.count()
-
-        started_at = job.started_at
-        if (
-            job.attempts != 1
-            or job.status is not SUCCESS
-            or job.chunks
-            or not self.is_plain
-            or started_at is None
-        ):
-            result = job.result(now)
-            self._finished(job, result, now)
-            return result
-
-        # Most invocations succeed at once, and there is nothing else to know about them.
-        latency, queue = (now - started_at) * 1000.0, (started_at - job.queued_at) * 1000.0
-        if latency < 0.0:
-            latency = 0.0  # the clock went back
-
-        output: Any = job.output
-        job.output = None
-        tell = self._tell_latency
-        tell(latency)
-        if queue > 0:
-            tell = self._tell_queue
-            tell(queue)
-        else:
-            queue = 0.0
-
-        return success(job.invocation.agent_id, output, latency, queue, job.index)
-
-    def _finished(self, job: Job[Any], result: InvocationResult[Any], now: float) -> None:
+    def ended(
+        self,
+        invocation: Invocation[Any],
+        result: InvocationResult[Any],
+        attempts: int,
+        failures: Failures | None,
+        number: int,
+        now: float,
+    ) -> None:
+        """An invocation has ended, after so many attempts."""
         meters = self._meters
         if meters is not None:
-            if job.attempts:
+            if attempts:
                 self.tell_in_flight(-1)
-                if job.attempts > 1:
-                    # One that waits to be retried has ended its last attempt before.
-                    began = job.attempt_at
-                    meters.add_attempt(
-                        job.pending_attempt_ms if began is None else max(0.0, now - began) * 1000
-                    )
 
-                verdict = job.verdict
-                if (
-                    verdict is not None
-                    and verdict.kind is VerdictKind.OVERLOAD
-                    and job.attempt_at is not None
-                ):
+            if failures is not None:
+                began = failures.attempt_at
+                if attempts > 1:
+                    # One that waits to be retried has ended its last attempt before.
+                    meters.add_attempt(failures.attempt_ms if began is None else max(0.0, now - began) * 1000)
+
+                verdict = None if failures.last is None else failures.last.verdict
+                if verdict is not None and verdict.kind is VerdictKind.OVERLOAD and began is not None:
                     meters.add_overload()
 
             self._record(result)
 
         if self._sink is not None:
-            self._sink(ResultEvent(job.invocation, result, job.id, now))
+            self._sink(ResultEvent(invocation, result, number, now))
 
     def stopped(self, reason: str, now: float) -> None:
         """A batch starts nothing new any more."""

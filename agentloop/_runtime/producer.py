@@ -151,7 +151,7 @@ class Background:
 
     def drain(self) -> None:
         """Begin nothing new, since nobody might be reading; but an agent that runs is waited for anyway."""
-        if self._reader_slot is None or self._reader_slot.released:
+        if self._reader_slot is None or self._reader_slot.is_released:
             self._producer.drain()
 
     def cancel(self, reason: str, cause: BaseException) -> None:

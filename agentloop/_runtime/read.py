@@ -15,12 +15,12 @@ from .._events import ChunkEvent, ResultEvent
 from .._invocation import Inputs
 from .._limits.limiter import Limiter
 from .._result import InvocationResult
-from .attempt import RunOptions
 from .batch import Batch
 from .channel import Channel
 from .job import Job
 from .lifetime import Lifetime
 from .observer import new_id
+from .options import RunOptions
 from .reader import Reader
 from .stream_attempt import StartSoon, carry
 
@@ -33,13 +33,8 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
 
     _keep_rest = False
 
-    def __init__(
-        self,
-        inputs: Inputs[T],
-        limiter: Limiter,
-        plan: RunOptions,
-    ) -> None:
-        super().__init__(inputs, limiter, plan)
+    def __init__(self, inputs: Inputs[T], limiter: Limiter, options: RunOptions) -> None:
+        super().__init__(inputs, limiter, options)
         self.channel: Channel[ItemT] = Channel()
         self._scope = anyio.CancelScope()
 
@@ -67,15 +62,14 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
     def drop(self) -> None:
         """Drop the items that no reader will take any more."""
         self.channel.drop()
-        if self.input_error is not None:
-            # Its traceback refers to the reader's frame, which refers to this.
-            self.input_error = None
-            self.complete = False
+        # The traceback of an error refers to the reader's frame, which refers to this.
+        self._source.forget_error()
 
     def leave(self) -> None:
         """Cancel all."""
-        self._cancelled_by = "the block that reads the results was left"
-        self._scope.cancel(self._cancelled_by)
+        reason = "the block that reads the results was left"
+        self.ending.cancel(reason)
+        self._scope.cancel(reason)
         self.channel.abandon()
 
     def drain(self) -> None:
@@ -106,13 +100,14 @@ class StreamBatch(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
 
     async def produce(self, start_soon: StartSoon) -> None:
         """Run the batch to its end, or until its reader leaves."""
+        options = self._options
         act = partial(carry, self.channel, _chunk_event, start_soon)
-        self._plan = RunOptions(self._plan.config, self._plan.observer, act)
+        self._options = RunOptions(options.config, options.observer, act)
         try:
             await super().produce(start_soon)
         finally:
             # It refers to the task's owner, which refers to this.
-            self._plan.act = None
+            self._options = options
 
     def stop(self, reason: str, cause: BaseException, hint: str = "") -> None:
         super().stop(reason, cause, hint)
@@ -120,10 +115,14 @@ class StreamBatch(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
 
     def _has_work(self) -> bool:
         # To give up what does not begin any more takes no room.
-        return super()._has_work() and (self._stopped is not None or self.channel.has_room(self._changed))
+        if not super()._has_work():
+            return False
 
-    def _next_job(self) -> Job[None] | None:
-        return super()._next_job() if self._has_work() else None
+        return self.ending.stopped is not None or self.channel.has_room(self._changed)
+
+    @property
+    def _take_job(self) -> Callable[[], Job[None] | None]:
+        return lambda: self._source.next_job() if self._has_work() else None
 
     def _deliver(self, job: Job[None], result: InvocationResult[None], now: float) -> None:
         # The same as an event sink is given, if there is one.

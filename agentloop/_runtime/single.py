@@ -15,9 +15,8 @@ from .._invocation import Invocation
 from .._limits.limiter import Limiter, claim, pool_of
 from .._limits.slots import Slot, current_slot
 from .._result import InvocationResult
-from .attempt import RunOptions, run_attempt
-from .attempt_scope import AttemptScope
 from .job import Job
+from .options import RunOptions
 
 T = TypeVar("T")
 
@@ -33,27 +32,18 @@ class Single(Generic[T]):
     """Why it is cancelled, if it is."""
     ended: InvocationResult[T] | None = None
     """The result, if it was cancelled."""
+    left_open = False
+    """Whether the agent has left a cancel scope or a task group open in the task."""
     _scope: anyio.CancelScope | None = None
 
     def __init__(
-        self,
-        invocation: Invocation[T],
-        limiter: Limiter,
-        plan: RunOptions,
-        own_task: bool = False,
+        self, invocation: Invocation[T], limiter: Limiter, options: RunOptions, own_task: bool = False
     ) -> None:
         self._limiter = limiter
-        self._pool = pool_of(limiter)
-        self._plan = plan
-        self._outer: Slot | None = current_slot.get()
-        self._job = Job(invocation, 0, self._pool.loop.now(), self._pool)
+        self._options = options
         self._own_task = own_task
-        self._waited = False
-
-    @property
-    def left_open(self) -> bool:
-        """Whether the agent has left a cancel scope or a task group open in the task."""
-        return self._job.left_open
+        self._pool = pool = pool_of(limiter)
+        self._job = Job(invocation, 0, pool.loop.now(), pool, current_slot.get())
 
     async def run(self) -> InvocationResult[T]:
         """
@@ -62,57 +52,53 @@ class Single(Generic[T]):
         :raises BaseException: the caller's cancellation, and what the agent raised that is no ``Exception``
         :raises LeftOpenError: if the agent has left a scope open in the caller's task
         """
-        job, plan, pool, own_task = self._job, self._plan, self._pool, self._own_task
-        observer = plan.observer
+        job, options, pool, own_task = self._job, self._options, self._pool, self._own_task
+        loop = pool.loop
         # From here on it has to come to its end, by _end().
         claim(self._limiter, pool)
-        if not observer.is_plain:
-            observer.queued(job)
+        scope = loop.attempt_scope()
+        if not options.observer.is_plain:
+            job.queue(options.observer)
 
         try:
-            timer = AttemptScope(pool, pool.loop.alarm)
-            caller = None if own_task else pool.loop.callers_cancellation()
-            now = job.queued_at
-            ready = True
-            selective = pool.selective
-            if selective:
-                ready = job.resolve_limits()
+            caller = None if own_task else loop.callers_cancellation()
+            now, ready = job.queued_at, True
+            if pool.selective:
+                ready = job.resolve()
                 # Whoever said what it costs may have taken his time.
-                now = pool.loop.now()
+                now = loop.now()
 
             while ready:
-                slot = job.pool.acquire_nowait(job.costs if selective else (), self._outer)
-                if slot is None:
-                    slot = await self._wait_in_line()
-                    now = pool.loop.now()
-
-                if slot is None:
-                    job.expire()
-                    break
+                slot = job.next_slot() if job.attempts else job
+                if not job.pool.acquire_nowait(slot):
+                    granted = await self._wait_in_line(slot)
+                    now = loop.now()
+                    if not granted:
+                        break
 
                 try:
-                    now = await run_attempt(job, plan, slot, copy_context, caller, self._on_wait, timer, now)
+                    now = await job.run(slot, options, scope, copy_context, now, None, caller)
                 finally:
-                    timer.close()
+                    self.left_open = scope.is_spoilt
+                    scope.leave()
 
-                if job.verdict is None:
+                if job.failures is None:
                     break
 
-                wake_at = job.next_start(now, anyio.current_effective_deadline(), plan.config)
-                if wake_at is None:
+                if job.next_start(now, anyio.current_effective_deadline(), options) is None:
                     break
 
-                await self._rest(wake_at, now)
-                now = pool.loop.now()
+                await self._rest(now)
+                now = loop.now()
 
-            if not self._waited and not own_task:
+            if not job.waited and not own_task:
                 await cancel_shielded_checkpoint()
         except BaseException:
-            job.cancel(self.reason)
-            self.ended = self._end(pool.loop.now())
+            job.cancel(self.reason, scope.cause)
+            self.ended = self._end(loop.now())
             raise
 
-        if job.left_open and not own_task:
+        if self.left_open and not own_task:
             # What the caller does next would go wrong in ways that do not show why.
             self._end(now)
             raise LeftOpenError(job.invocation.agent_id)
@@ -143,36 +129,42 @@ class Single(Generic[T]):
         self._scope.cancel(reason)
 
     def _end(self, now: float) -> InvocationResult[T]:
-        job = self._job
+        job, pool = self._job, self._job.pool
         self._pool.users -= 1
-        job.leave_pool(self._pool)
-        result = self._plan.observer.finish(job, now)
-        if job.charges is not None:
-            job.pool.settle(job.charges, result)
+        if pool is not self._pool:
+            pool.users -= 1
+
+        result = job.finish(self._options.observer, now)
+        if job.bill is not None:
+            pool.settle(job.bill, result)
 
         return result
 
-    async def _rest(self, wake_at: float, now: float) -> None:
+    async def _rest(self, now: float) -> None:
         """Wait until it is time for the next attempt."""
-        job, pool = self._job, self._job.pool
-        self._plan.observer.retrying(job, now)
-        self._waited = True
-        pool.asleep += 1
+        wake_at = self._job.rest(self._options.observer, now)
+        loop = self._pool.loop
         try:
-            if self._own_task and pool.loop.count_cancellations()():
-                await pool.loop.forget_cancellations()
+            if self._own_task and loop.count_cancellations()():
+                await loop.forget_cancellations()
 
             await anyio.sleep_until(wake_at)
         finally:
-            pool.asleep -= 1
+            self._job.wake()
 
-    async def _wait_in_line(self) -> Slot | None:
-        job, pool = self._job, self._job.pool
-        self._waited = True
-        with anyio.CancelScope(deadline=job.deadline):
-            return await pool.wait(pool.enqueue(job.costs, self._outer))
+    async def _wait_in_line(self, slot: Slot) -> bool:
+        """
+        Wait for a slot.
 
-        return None
+        :return: whether it was granted before the total time was up
+        """
+        job = self._job
+        try:
+            with anyio.CancelScope(deadline=job.deadline):
+                return await job.pool.wait(job.join_line(slot))
+        finally:
+            job.leave_line()
 
-    def _on_wait(self) -> None:
-        self._waited = True
+        assert self._options.total is not None
+        job.expire(self._options.total)
+        return False

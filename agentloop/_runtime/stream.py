@@ -15,10 +15,10 @@ import anyio
 from .._invocation import Invocation
 from .._limits.limiter import Limiter
 from .._result import InvocationResult
-from .attempt import RunOptions
 from .channel import Channel
 from .job import Job
 from .lifetime import Lifetime
+from .options import RunOptions
 from .reader import Reader
 from .single import Single
 from .stream_attempt import StartSoon, carry
@@ -37,11 +37,11 @@ class Streaming(Generic[T]):
         self,
         invocation: Invocation[Any],
         limiter: Limiter,
-        plan: RunOptions,
+        options: RunOptions,
     ) -> None:
         self.result: InvocationResult[None] | None = None
-        self._plan = RunOptions(plan.config, plan.observer)
-        self._single: Single[None] = Single(invocation, limiter, self._plan, own_task=True)
+        self._options = RunOptions(options.config, options.observer)
+        self._single: Single[None] = Single(invocation, limiter, self._options, own_task=True)
         # Last, since it has to be closed: a limiter that is in use elsewhere is refused above.
         self.channel: Channel[T] = Channel()
         self._scope = anyio.CancelScope()
@@ -51,14 +51,14 @@ class Streaming(Generic[T]):
         return self._single.left_open
 
     async def produce(self, start_soon: StartSoon) -> None:
-        self._plan.act = partial(carry, self.channel, _as_it_is, start_soon)
+        self._options.act = partial(carry, self.channel, _as_it_is, start_soon)
         try:
             with self._scope:
                 self.result = await self._single.run()
         finally:
             self.result, self._single.ended = self.result or self._single.ended, None
             # It refers to the task's owner, which refers to this.
-            self._plan.act = None
+            self._options.act = None
 
     def taken(self, item: T) -> None:
         pass

@@ -7,7 +7,6 @@ __all__ = ["StartSoon", "carry"]
 import inspect
 import math
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine
-from contextvars import Context
 from functools import partial
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -15,11 +14,12 @@ import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from .._errors import FirstChunkTimeout, IdleTimeout, not_async
-from .._eventloop.context import call_in_context
+from .._eventloop.deadlines import AttemptScope, TimeLimit
+from .._limits.slots import HELD, Slot
 from .._metrics.histogram import Histogram
-from .attempt import RunOptions, plumbing
 from .channel import Channel
-from .job import Job
+from .job import Job, Progress, plumbing
+from .options import RunOptions
 
 ItemT = TypeVar("ItemT")
 
@@ -39,22 +39,19 @@ def carry(
     as_item: Callable[[Job[Any], Any], ItemT],
     start_soon: StartSoon,
     job: Job[Any],
-    plan: RunOptions,
-    context: Context,
-    scope: anyio.CancelScope,
-    on_wait: Callable[[], object],
-) -> Awaitable[None]:
+    slot: Slot,
+    options: RunOptions,
+    scope: AttemptScope,
+) -> Coroutine[Any, Any, None]:
     """
     Call the agent, and hand over what it yields until it ends.
 
     :param as_item: makes of a chunk what the channel carries
     :param start_soon: starts the task that watches for idleness
-    :param context: what every step of the agent is taken in
+    :param slot: is given up while the agent waits for a reader that may need it
     :param scope: the attempt's scope
-    :param on_wait: called when the agent waits for the first time
     """
-    carriage = _StreamAttempt(channel, as_item, start_soon, job, plan, scope)
-    return call_in_context(context, carriage.run, (), {}, on_wait)
+    return _StreamAttempt(channel, as_item, start_soon, job, slot, options, scope).run()
 
 
 class _StreamAttempt(Generic[ItemT]):
@@ -64,23 +61,25 @@ class _StreamAttempt(Generic[ItemT]):
         as_item: Callable[[Job[Any], Any], ItemT],
         start_soon: StartSoon,
         job: Job[Any],
-        plan: RunOptions,
-        scope: anyio.CancelScope,
+        slot: Slot,
+        options: RunOptions,
+        scope: AttemptScope,
     ) -> None:
-        assert job.slot is not None
-        self._pool = job.slot.pool
+        assert scope.scope is not None
+        self._pool = slot.pool
         self._channel = channel
         self._as_item = as_item
         self._start_soon = start_soon
         self._job = job
-        self._observer = plan.observer
-        config = plan.config
-        self._first_seconds = config.first_chunk_timeout_seconds
+        self._slot = slot
+        self._options = options
+        self._attempt = scope
+        self._scope = scope.scope
+        config = options.config
         self._idle_seconds = config.idle_timeout_seconds
-        self._scope = scope
         now = self._pool.loop.now()
         # When the attempt has to be over. The time for which its reader lets it wait is added.
-        self._end = math.inf if config.timeout_seconds is None else now + config.timeout_seconds
+        self._end = now + options.timeout
         # Since when the agent has yielded nothing, while nobody but itself is to blame.
         self._idle_since = math.inf
         self._gaps: Histogram | None = None
@@ -88,12 +87,11 @@ class _StreamAttempt(Generic[ItemT]):
         self._gaps_told: list[float] = []
         self._watching: anyio.CancelScope | None = None
         self._closing = anyio.CancelScope()
-        # It may be that of the attempt before.
-        job.chunk_limit = None
-        if self._first_seconds is not None and now + self._first_seconds < scope.deadline:
-            scope.deadline = now + self._first_seconds
-            job.total_counts = False
-            job.chunk_limit = (FirstChunkTimeout, self._first_seconds)
+        first_seconds = config.first_chunk_timeout_seconds
+        self._awaits_first = first_seconds is not None and now + first_seconds < self._scope.deadline
+        if first_seconds is not None and self._awaits_first:
+            self._scope.deadline = now + first_seconds
+            scope.set_limit(TimeLimit(FirstChunkTimeout, first_seconds))
 
     @plumbing
     async def run(self) -> None:
@@ -116,23 +114,24 @@ class _StreamAttempt(Generic[ItemT]):
 
             if self._gaps is not None:
                 self._gaps.add_all(self._gaps_told)
-                self._observer.streamed(self._gaps)
+                self._options.observer.streamed(self._gaps)
 
             error = await self._close(iterator)
             # Trio forgets it as the scope around it is left.
-            self._job.left_open = self._pool.loop.is_left_open(self._closing)
+            left_open = self._attempt.sees_open(self._closing)
+            self._attempt.note(self._attempt.cause, left_open)
 
         if self._closing.cancelled_caught:
-            error = self._job.made_of_cancellation
+            error = self._attempt.cause
 
         try:
             if failure is not None:
-                self._job.made_of_cancellation = error
+                self._attempt.note(error)
                 raise failure
 
             if cut_short:
                 # The agent yielded in a shielded scope of its own, so that it had to be closed first.
-                self._job.made_of_cancellation = error
+                self._attempt.note(error)
                 await checkpoint_if_cancelled()
 
             if error is not None:
@@ -165,7 +164,7 @@ class _StreamAttempt(Generic[ItemT]):
         :return: whether that was given up, since nobody will read on
         """
         channel, job, as_item, now = self._channel, self._job, self._as_item, self._pool.loop.now
-        gaps = self._gaps_told
+        gaps, progress = self._gaps_told, None
         next_chunk: Callable[[], Awaitable[Any]] = iterator.__anext__
         step = next_chunk
         channel.enter()
@@ -177,8 +176,8 @@ class _StreamAttempt(Generic[ItemT]):
                     return False
 
                 step = next_chunk
-                if not job.chunks:
-                    self._first_chunk()
+                if progress is None:
+                    progress = self._first_chunk()
                 else:
                     at = now()
                     if self._gaps is not None:
@@ -189,8 +188,8 @@ class _StreamAttempt(Generic[ItemT]):
 
                     self._idle_since = at
 
-                job.chunks += 1
-                if channel.send(as_item(job, chunk), job.chunks):
+                progress.chunks += 1
+                if channel.send(as_item(job, chunk), progress.chunks):
                     try:
                         await self._wait_for_reader()
                     except anyio.get_cancelled_exc_class() as exc:
@@ -208,35 +207,37 @@ class _StreamAttempt(Generic[ItemT]):
             # The traceback of what it throws in refers to this frame; the frame must not refer back.
             del step
 
-    def _first_chunk(self) -> None:
-        self._idle_since = self._job.first_chunk_at = self._pool.loop.now()
-        self._gaps = self._observer.first_chunk(self._job, self._idle_since)
-        if self._job.chunk_limit is not None:
+    def _first_chunk(self) -> Progress:
+        job, now = self._job, self._pool.loop.now()
+        progress = job.make_progress(now)
+        self._idle_since = now
+        self._gaps = self._options.observer.first_chunk(job.invocation, job.id, now)
+        if self._awaits_first:
             self._set_deadline(self._end)
 
         if self._idle_seconds is not None:
             self._watching = anyio.CancelScope()
             self._start_soon(self._watch, "agentloop watch")
 
+        return progress
+
     def _set_deadline(self, end: float) -> None:
         """Time the attempt out at ``end``, or when the invocation's total time is up."""
-        job, scope = self._job, self._scope
-        scope.deadline = min(job.deadline, end)
+        total_end = self._job.deadline
+        self._scope.deadline = min(total_end, end)
         # An agent that yields once more, after its time was up, does not change why it was cancelled.
-        if not scope.cancel_called:
-            job.chunk_limit = None
-            job.total_counts = job.deadline <= end
+        if not self._scope.cancel_called:
+            self._attempt.set_limit(self._options.total if total_end <= end else None)
 
     def _is_cancelled_by_agent(self) -> bool:
         """Whether a scope that the agent yields in is cancelled, and the agent has a slot to go on."""
         self._closing.shield = True
         cancelled = anyio.current_effective_deadline() == -math.inf
         self._closing.shield = False
-        return cancelled and self._job.slot is not None
+        return cancelled and self._slot.hold is HELD
 
     async def _wait_for_reader(self) -> None:
-        pool, job, slot = self._pool, self._job, self._job.slot
-        assert slot is not None
+        pool, slot = self._pool, self._slot
         began = pool.loop.now()
         self._idle_since = math.inf
         self._set_deadline(math.inf)
@@ -246,17 +247,15 @@ class _StreamAttempt(Generic[ItemT]):
             else:
                 # The reader is itself an agent, and may run something else before it reads on: it needs back
                 # the slot that it has lent, or both would wait for each other.
-                job.slot = None
                 slot.suspend()
                 await self._channel.wait_for_room()
                 # Nothing is paid for it again, and neither a pause nor a cool-off holds it back.
-                granted = pool.acquire_nowait(None, slot.outer)
-                granted = granted or await pool.wait(pool.enqueue(None, slot.outer))
-                assert granted is not None
+                granted = Slot(pool, slot.outer)
+                if not pool.acquire_nowait(granted, returning=True):
+                    await pool.wait(pool.enqueue(granted, returning=True))
+
                 slot.resume(granted)
-                job.slot = slot
         finally:
-            slot.released = job.slot is None
             self._idle_since = pool.loop.now()
             self._end += self._idle_since - began
             self._set_deadline(self._end)
@@ -278,8 +277,7 @@ class _StreamAttempt(Generic[ItemT]):
                 await anyio.sleep_until(min(self._idle_since, now) + self._idle_seconds)
 
             if not self._scope.cancel_called:
-                self._job.total_counts = False
-                self._job.chunk_limit = (IdleTimeout, self._idle_seconds)
+                self._attempt.set_limit(TimeLimit(IdleTimeout, self._idle_seconds))
                 self._scope.cancel("idle")
 
     async def _close(self, iterator: AsyncIterator[Any]) -> Exception | None:
@@ -311,7 +309,7 @@ class _StreamAttempt(Generic[ItemT]):
             if self._closing.cancel_called:
                 seconds = f"{CLOSE_SECONDS:.10g}s"
                 late = TimeoutError(f"the agent's generator took longer than {seconds} to close")
-                self._job.made_of_cancellation = late
+                self._attempt.note(late)
 
             raise
 

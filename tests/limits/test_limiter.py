@@ -20,6 +20,7 @@ from elsewhere import in_use_elsewhere
 
 from agentloop import AgentLoop, Backoff, Invocation, Limiter, LimiterStatistics, LoopConfig
 from agentloop._limits.limiter import pool_of
+from agentloop._limits.slots import Slot
 from agentloop.testing import VirtualClockDeadlock, virtual_clock
 
 backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
@@ -137,7 +138,8 @@ def test_slots_that_a_run_was_torn_down_with_are_not_missed_in_the_next(backend:
 
     async def torn_down() -> None:
         # What is left of a task that never came to its end, because its event loop was closed before.
-        assert pool_of(loop.limiter).acquire_nowait((), None)
+        pool = pool_of(loop.limiter)
+        assert pool.acquire_nowait(Slot(pool, None))
 
     async def main() -> None:
         with anyio.fail_after(5):

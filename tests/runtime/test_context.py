@@ -12,7 +12,6 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from agentloop import AgentLoop, Backoff, Invocation, LoopConfig
-from agentloop._eventloop.context import call_in_context
 
 var: contextvars.ContextVar[Any] = contextvars.ContextVar("var", default="unset")
 
@@ -189,7 +188,7 @@ async def test_exception_thrown_in_is_no_context_of_what_the_agent_raises_later(
     assert result.exception.__context__ is None
 
 
-def test_call_that_is_closed_closes_the_agent() -> None:
+async def test_call_that_is_closed_closes_the_agent() -> None:
     closed = []
 
     class Wait:
@@ -202,9 +201,9 @@ def test_call_that_is_closed_closes_the_agent() -> None:
         finally:
             closed.append(var.get())
 
-    context = contextvars.copy_context()
-    context.run(var.set, "inside")
-    call = call_in_context(context, agent, (), {}, lambda: None)
+    var.set("inside")
+    call = AgentLoop().run_single("a", agent)
     call.send(None)
+    var.set("outside")
     call.close()
     assert closed == ["inside"]

@@ -1233,8 +1233,9 @@ class Program:
         if first is None or pool._alarmed is not first:
             return False
 
-        ready_at = now if pool.governor is None else pool.governor.ready_at(now)
-        for account, cost in zip(self.accounts, first.costs, strict=True):
+        ready_at = now if pool.admission.governor is None else pool.admission.governor.ready_at(now)
+        costs = () if first.slot.bill is None else first.slot.bill.costs
+        for account, cost in zip(self.accounts, costs, strict=True):
             ready_at = max(ready_at, account.ready_at(cost, now))
 
         return now <= first.wake_at <= ready_at + 1e-6
@@ -1382,7 +1383,7 @@ def run_seed(backend: str, seed: int) -> Program:
             warnings.simplefilter("error")
             if program.sabotaged:
                 # AnyIO does not close what it was to run in a task that was cancelled before it began.
-                warnings.filterwarnings("ignore", r"coroutine '(Tasks|Program)\..*' was never awaited")
+                warnings.filterwarnings("ignore", r"coroutine '(Tasks|Batch|Program)\..*' was never awaited")
 
             random.seed(seed)
             anyio.run(program.main, backend=name, backend_options=options)

@@ -1,0 +1,135 @@
+"""
+What looks at the insides of AnyIO and trio: the attempt scopes that need it, each tried out before it is used.
+
+Nobody promises that these attributes stay. ``deadlines`` has the theory, and what is used without them.
+"""
+
+from __future__ import annotations
+
+__all__ = ["AsyncioScope", "TrioScope", "works_here"]
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+
+from .deadlines import AttemptScope, DeadlineQueue
+
+
+class _InsideScope(AttemptScope):
+    """A scope whose deadline is set without setting a timer."""
+
+    __slots__ = ()
+
+    def due(self, now: float) -> None:
+        if self._inner._deadline <= now:
+            assert self.scope is not None
+            self.scope.cancel("deadline exceeded")
+        else:
+            self._watch(self._inner._deadline)
+
+    def _enter(self) -> Any:
+        self.scope = scope = self._new_scope()
+        scope.__enter__()
+        self._look_at = math.inf
+        self.limit = self.reason = self.cause = None
+        return scope
+
+    def _watch(self, deadline: float) -> None:
+        # Once a timer of its own is set, that one has to be moved: trio's would cancel the scope regardless.
+        if self._queue is not None and not math.isnan(self._look_at) and self._queue.watch(self, deadline):
+            self._inner._deadline = self._look_at = deadline
+        else:
+            assert self.scope is not None
+            self.scope.deadline = deadline
+            self._look_at = math.nan
+
+
+class AsyncioScope(_InsideScope):
+    """Asyncio's twin: AnyIO's own scopes."""
+
+    __slots__ = ()
+
+    def begin(self, deadline: float) -> bool:
+        inner = self._inner
+        if inner is None:
+            inner = self._inner = self._enter()
+            self.children = inner._child_scopes
+            self._watch(deadline)
+        elif self._look_at <= deadline:
+            # The queue finds out when it looks.
+            inner._deadline = deadline
+        else:
+            self._watch(deadline)
+
+        around = inner._parent_scope
+        while around is not None:
+            if around._cancel_called:
+                return False
+
+            if around._shield:
+                break
+
+            around = around._parent_scope
+
+        return True
+
+    def sees_open(self, scope: Any) -> bool:
+        return bool(scope._child_scopes)
+
+
+class TrioScope(_InsideScope):
+    """Trio's twin: the scopes that AnyIO's wrap."""
+
+    __slots__ = ()
+
+    def begin(self, deadline: float) -> bool:
+        inner = self._inner
+        if inner is None:
+            inner = self._inner = self._enter()._CancelScope__original
+            self.children = inner._cancel_status._children
+            self._watch(deadline)
+        elif self._look_at <= deadline:
+            inner._deadline = deadline
+        else:
+            self._watch(deadline)
+
+        return not inner._cancel_status._parent.effectively_cancelled
+
+    def sees_open(self, scope: Any) -> bool:
+        return bool(scope._CancelScope__original._cancel_status._children)
+
+
+class _Untimed(DeadlineQueue):
+    """Lets every deadline be set without a timer."""
+
+    __slots__ = ()
+
+    def _wind(self, at: float) -> None:
+        pass
+
+    def _rest(self) -> None:
+        pass
+
+
+def works_here(kind: type[AttemptScope], new_scope: Callable[..., anyio.CancelScope]) -> bool:
+    """Return whether a kind of attempt scope sets deadlines and sees what it should, in the current task."""
+    far = anyio.current_time() + 1000
+    try:
+        attempt = kind(new_scope, _Untimed(rests=False))
+        with new_scope(shield=True) as around:
+            seen = [attempt.begin(far), attempt.begin(far + 1), bool(attempt.children)]
+            scope: Any = attempt.scope
+            seen.append(scope.deadline == far + 1)
+            with new_scope():
+                seen += [bool(attempt.children), attempt.sees_open(scope)]
+
+            seen += [bool(attempt.children), attempt.sees_open(scope)]
+            around.cancel()
+            seen.append(attempt.begin(far))
+            attempt.leave()
+    except Exception:
+        return False
+
+    return seen == [True, True, False, True, True, True, False, False, False]

@@ -1,0 +1,42 @@
+"""What holds for every invocation of a call."""
+
+from __future__ import annotations
+
+__all__ = ["Act", "RunOptions"]
+
+import math
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeAlias
+
+from .._config import LoopConfig
+from .._errors import InvocationTimeout
+from .._eventloop.deadlines import TimeLimit
+from .observer import Observer
+
+Act: TypeAlias = Callable[..., Coroutine[Any, Any, Any]]
+"""
+What an attempt consists of: given the job, its slot, the options and the scope that times it out, in the agent's
+context.
+"""
+
+
+class RunOptions:
+    """
+    What holds for every invocation of a call.
+
+    :param config: the settings
+    :param observer: is told what happens
+    :param act: what is done with the agent; if absent, it is called, and what it returns awaited
+    """
+
+    __slots__ = ("act", "config", "limit", "longest_hold", "observer", "timeout", "total")
+
+    def __init__(self, config: LoopConfig, observer: Observer, act: Act | None = None) -> None:
+        self.config = config
+        self.observer = observer
+        self.act = act
+        self.timeout = math.inf if config.timeout_seconds is None else config.timeout_seconds
+        self.limit = TimeLimit(InvocationTimeout, self.timeout)
+        total = config.total_timeout_seconds
+        self.total = None if total is None else TimeLimit(InvocationTimeout, total, is_total=True)
+        self.longest_hold = config.backoff.max_retry_after_seconds

@@ -1,0 +1,275 @@
+"""How an attempt has failed, as a value."""
+
+from __future__ import annotations
+
+__all__ = ["Failures", "Outcome", "as_exception", "drop_frames", "note", "outcome_of", "without_cancellation"]
+
+import inspect
+import math
+import random
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import anyio
+
+from .._config import LoopConfig
+from .._errors import InvocationCancelled, LeftOpenError, describe
+from .._eventloop.errors import is_error
+from .._eventloop.deadlines import TimeLimit
+from .._foreign import foreign_code
+from .._limits.admission import Admission
+from .._result import Status
+from .._verdict import Verdict, VerdictKind
+
+ErrorT = TypeVar("ErrorT", bound=Exception)
+
+_TRANSIENT = Verdict(VerdictKind.TRANSIENT)
+_PERMANENT = Verdict(VerdictKind.PERMANENT)
+
+# How many exceptions are looked at that an exception was caused by, or has as members.
+CHAIN = 100
+
+
+class Outcome:
+    """
+    What became of an attempt, or of an invocation that was given none, if that was no success.
+
+    :param status: ``ERROR``, ``TIMEOUT``, ``CANCELLED`` or ``SKIPPED``
+    :param error: says why
+    :param verdict: what it means; absent where that is of no interest
+    """
+
+    __slots__ = ("error", "status", "verdict")
+
+    def __init__(self, status: Status, error: Exception, verdict: Verdict | None = None) -> None:
+        self.status = status
+        self.error = error
+        self.verdict = verdict
+
+
+def outcome_of(
+    raised: BaseException | None,
+    error: Exception | None,
+    limit: TimeLimit | None,
+    left_open_by: str | None,
+    is_retried: bool,
+) -> Outcome:
+    """
+    Return how an attempt has failed. It is judged already where that needs no ``classify``.
+
+    :param raised: what was raised out of it; ``None`` if that was our own cancellation
+    :param error: the errors in that, without cancellations
+    :param limit: the time limit that has passed, if one has
+    :param left_open_by: the agent's id, if the agent has left a scope open
+    :param is_retried: whether a time-out of a single attempt is retried
+    """
+    if left_open_by is not None:
+        return Outcome(Status.ERROR, _caused(LeftOpenError(left_open_by), raised), _PERMANENT)
+
+    if limit is not None:
+        verdict = _TRANSIENT if is_retried and not limit.is_total else _PERMANENT
+        return Outcome(Status.TIMEOUT, _caused(limit.error(), error), verdict)
+
+    if error is not None:
+        return Outcome(Status.ERROR, error)
+
+    return Outcome(
+        Status.CANCELLED, _caused(InvocationCancelled("the agent was cancelled from within"), raised)
+    )
+
+
+def _caused(error: ErrorT, cause: BaseException | None) -> ErrorT:
+    error.__cause__ = cause
+    return error
+
+
+def without_cancellation(exc: BaseException) -> Exception | None:
+    """
+    Return the errors in a group that has cancellations among them, or ``None`` for a bare cancellation.
+
+    :raises BaseException: ``exc``, if it is or holds anything else
+    """
+    if isinstance(exc, Exception):
+        return exc
+
+    # Only the type is asked, here and elsewhere: `__class__` may be a property that raises.
+    if issubclass(type(exc), anyio.get_cancelled_exc_class()):
+        return None
+
+    if issubclass(type(exc), BaseExceptionGroup):
+        rest = cast("BaseExceptionGroup[BaseException]", exc).split(anyio.get_cancelled_exc_class())[1]
+        if rest is None or isinstance(rest, Exception):
+            return rest
+
+    raise exc
+
+
+class Failures:
+    """
+    What went wrong with an invocation so far, and when it is tried again.
+
+    :param began: when its first attempt began
+    :ivar errors: what each failed attempt raised
+    :ivar last: what became of the last attempt; ``None`` if it succeeded
+    :ivar wake_at: when the next attempt begins
+    :ivar attempt_at: when the attempt that runs began; ``None`` during a wait
+    :ivar attempt_ms: how long the attempt before a wait took
+    """
+
+    __slots__ = ("_counted", "_overloaded_at", "attempt_at", "attempt_ms", "errors", "last", "wake_at")
+
+    def __init__(self, began: float | None) -> None:
+        self.errors: list[Exception] = []
+        self.last: Outcome | None = None
+        # Retries, without those after an overload; and when the first overload was met.
+        self._counted = 0
+        self._overloaded_at: float | None = None
+        self.wake_at = -math.inf
+        self.attempt_at = began
+        self.attempt_ms = 0.0
+
+    def begin(self, now: float) -> None:
+        """Note that another attempt begins."""
+        self.last = None
+        self.attempt_at = now
+
+    def add(self, outcome: Outcome) -> None:
+        """Add the failure of an attempt."""
+        self.last = outcome
+        self.errors.append(outcome.error)
+
+    def end(self, outcome: Outcome) -> None:
+        """Note what became of an invocation without another attempt."""
+        self.last = outcome
+
+    def judge(self, config: LoopConfig, log: Callable[[object], object]) -> Verdict | None:
+        """
+        Return what the failure of the last attempt means, if anything.
+
+        :param log: given ``config.classify`` if that raises, while the exception is handled
+        """
+        last = self.last
+        assert last is not None
+        if last.status is not Status.ERROR or last.verdict is not None:
+            return last.verdict
+
+        try:
+            verdict: Any = config.classify(last.error)
+            if not isinstance(verdict, Verdict):
+                if inspect.iscoroutine(verdict):
+                    verdict.close()
+
+                raise TypeError(f"classify must be a plain function that returns a Verdict, got {verdict!r}")
+
+            last.verdict = verdict
+        except BaseException as exc:
+            if not is_error(exc):
+                raise
+
+            log(config.classify)
+            note(last.error, f"not retried: classify failed with {describe(exc)}")
+            last.verdict = _PERMANENT
+
+        return last.verdict
+
+    def next_start(
+        self,
+        attempts: int,
+        now: float,
+        total_deadline: float,
+        deadline: float,
+        config: LoopConfig,
+        admission: Admission,
+    ) -> float | None:
+        """
+        Decide about a retry.
+
+        :param attempts: how many there were
+        :param now: when the last one failed
+        :param total_deadline: when the time for all of them is up
+        :param deadline: when the caller's own time is up; a wait beyond it would only lose the error
+        :return: when the next attempt begins; ``None`` if this failure is final
+        """
+        last, backoff = self.last, config.backoff
+        verdict = None if last is None else last.verdict
+        if verdict is None or verdict.kind in (VerdictKind.PERMANENT, VerdictKind.FATAL):
+            return None
+
+        overload = verdict.kind is VerdictKind.OVERLOAD
+        if config.max_retries == 0 or (not overload and self._counted >= config.max_retries):
+            return None
+
+        if overload and self._overloaded_at is None:
+            self._overloaded_at = now
+
+        asked = verdict.retry_after
+        wake_at = now + backoff.wait(attempts - 1, asked, random)
+        if asked is not None and asked > backoff.max_retry_after_seconds:
+            limit = f"max_retry_after_seconds={backoff.max_retry_after_seconds:.10g}"
+            self.give_up(f"the server asked to wait {asked:.10g}s, which is more than {limit}")
+        elif wake_at >= total_deadline:
+            self.give_up(
+                f"total_timeout_seconds={config.total_timeout_seconds:.10g} would pass during the wait"
+            )
+        elif wake_at >= deadline:
+            self.give_up("the caller's deadline would pass during the wait")
+        elif overload and self._is_impatient(wake_at, config.overload_timeout_seconds):
+            self.give_up(f"overload_timeout_seconds={config.overload_timeout_seconds} would pass")
+        elif not admission.may_retry(now):
+            self.give_up("the retry budget of the limiter is used up, since too many attempts fail")
+        else:
+            self._counted += not overload
+            self.wake_at = wake_at
+            return wake_at
+
+        return None
+
+    def rest(self, now: float) -> None:
+        """Note that the wait for the next attempt begins."""
+        began, self.attempt_at = self.attempt_at, None
+        self.attempt_ms = 0.0 if began is None else max(0.0, now - began) * 1000
+
+    def give_up(self, reason: str) -> None:
+        """Make the last failure final although it would have been retried, and let the error say why."""
+        assert self.last is not None
+        note(self.last.error, f"not retried: {reason}")
+
+    def _is_impatient(self, wake_at: float, patience: float | None) -> bool:
+        assert self._overloaded_at is not None
+        return patience is not None and wake_at > self._overloaded_at + patience
+
+
+def as_exception(exc: BaseException, text: str) -> Exception:
+    """
+    Return an error of a user's plain function as an exception, which a cancellation is not.
+
+    :param text: what to say of a cancellation
+    """
+    return exc if isinstance(exc, Exception) else _caused(InvocationCancelled(text), exc)
+
+
+def drop_frames(exc: BaseException) -> None:
+    """Forget the tracebacks of an exception, and with them what the frames hold."""
+    seen: dict[int, BaseException] = {}
+    todo: list[BaseException | None] = [exc]
+    while todo and len(seen) < CHAIN:
+        one = todo.pop()
+        if one is None or id(one) in seen:
+            continue
+
+        seen[id(one)] = one
+        # It may not let its attributes be set, or read.
+        with foreign_code:
+            one.__traceback__ = None
+            todo += [one.__cause__, one.__context__]
+            if issubclass(type(one), BaseExceptionGroup):
+                todo += cast("BaseExceptionGroup[BaseException]", one).exceptions
+
+
+def note(exc: BaseException, text: str) -> None:
+    """Add a note to an exception, once."""
+    # An exception that takes no notes is data all the same.
+    with foreign_code:
+        # One object may be raised by many attempts; say a thing once.
+        if text not in getattr(exc, "__notes__", ()):
+            exc.add_note(text)

@@ -1,0 +1,149 @@
+"""The invocations of a batch that wait to be retried, and those whose total time passes while they wait."""
+
+from __future__ import annotations
+
+__all__ = ["RetryQueue"]
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+
+from .job import Job
+
+
+class RetryQueue:
+    """
+    Jobs that wait for a time, and one alarm task for all of them: they need neither a slot nor a worker.
+
+    A job lies in the heap until its next attempt may begin, and is due then, until a worker takes it. The heap
+    also says when the total time of a job is up that is due, or in line for a slot.
+
+    :param now: returns the time
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.count = 0
+        """How many jobs wait to be retried."""
+        self.due: dict[Job[Any], None] = {}
+        """Those whose next attempt may begin."""
+        self.in_line: dict[Job[Any], None] = {}
+        """Those that wait for a slot."""
+        self._now = now
+        self._on_due: Callable[[], object] | None = None
+        self._on_late: Callable[[Job[Any], float], object] | None = None
+        self._heap: list[tuple[float, int, Job[Any]]] = []
+        self._sequence = itertools.count()
+        # How many entries of the heap are about jobs that have left their queue.
+        self._stale = 0
+        self._alarm: anyio.Event | None = None
+        self._closed = False
+
+    def push(self, job: Job[Any], wake_at: float) -> bool:
+        """
+        Add a job that waits to be retried.
+
+        :return: whether :meth:`watch` has to be started
+        """
+        self.count += 1
+        heapq.heappush(self._heap, (wake_at, next(self._sequence), job))
+        if self._alarm is None:
+            self._alarm = anyio.Event()
+            return True
+
+        if self._heap[0][0] == wake_at:
+            self._alarm.set()
+
+        return False
+
+    def pop(self) -> Job[Any]:
+        """Take the first job that is due."""
+        job = next(iter(self.due))
+        self._take(job)
+        if job.deadline < math.inf:
+            self._drop_stale()
+
+        return job
+
+    def pop_all(self) -> list[Job[Any]]:
+        """Take all jobs, due or not."""
+        jobs = [*self.due, *(job for at, _, job in self._heap if at == job.wake_at)]
+        for job in jobs:
+            self._take(job)
+
+        self._heap.clear()
+        return jobs
+
+    def leave_line(self, job: Job[Any]) -> None:
+        """Note that a job waits for a slot no more."""
+        del self.in_line[job]
+
+    def _drop_stale(self) -> None:
+        """Keep the heap no larger than a multiple of what it is about, once a job has left its queue."""
+        self._stale += 1
+        if self._stale * 2 > len(self._heap) + 16:
+            self._heap = [
+                (at, order, job)
+                for at, order, job in self._heap
+                if job in self.due or job in self.in_line or at == job.wake_at
+            ]
+            heapq.heapify(self._heap)
+            self._stale = 0
+
+    def open(self, on_due: Callable[[], object], on_late: Callable[[Job[Any], float], object]) -> None:
+        """
+        Begin, or begin again, with no alarm task.
+
+        :param on_due: called when jobs have become due
+        :param on_late: called for each job whose total time is up
+        """
+        self._alarm = None
+        self._closed = False
+        self._on_due = on_due
+        self._on_late = on_late
+
+    def close(self) -> None:
+        """Let :meth:`watch` end."""
+        self._closed = True
+        # These refer to the batch, which refers to this.
+        self._on_due = self._on_late = None
+        if self._alarm is not None:
+            self._alarm.set()
+
+    async def watch(self) -> None:
+        """Be the alarm, until no job is left that it is needed for."""
+        while self._heap and not self._closed:
+            self._alarm = anyio.Event()
+            with anyio.CancelScope(deadline=self._heap[0][0]):
+                await self._alarm.wait()
+
+            if not self._closed:
+                self._ring(self._now())
+
+        self._alarm = None
+
+    def _take(self, job: Job[Any]) -> None:
+        self.due.pop(job, None)
+        self.count -= 1
+        job.wake()
+
+    def _ring(self, now: float) -> None:
+        on_due, on_late = self._on_due, self._on_late
+        assert on_due is not None
+        assert on_late is not None
+        while self._heap and self._heap[0][0] <= now:
+            at, _, job = heapq.heappop(self._heap)
+            if at == job.wake_at:
+                self.due[job] = None
+                if job.deadline < math.inf:
+                    heapq.heappush(self._heap, (job.deadline, next(self._sequence), job))
+            elif job in self.due:
+                self._take(job)
+                on_late(job, now)
+            elif job in self.in_line:
+                on_late(job, now)
+
+        on_due()
