@@ -169,6 +169,7 @@ def test_json_data_arrives_equal_and_on_one_line(event: StreamEvent, data: Any) 
     assert json.loads(message.data) == data
 
 
+@pytest.mark.long
 @given(st.lists(st.tuples(events, HOSTILE)))
 def test_events_that_follow_each_other_stay_apart(pairs: list[tuple[StreamEvent, str]]) -> None:
     stream = sent(*(StreamChunk(event, text) for event, text in pairs))

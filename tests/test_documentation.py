@@ -91,6 +91,7 @@ def test_pages_have_a_place_for_every_public_module() -> None:
     assert re.findall(r'^    "(agentloop[\w.]*)",$', source, re.MULTILINE) == MODULES
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not importlib.util.find_spec("furo"), reason="needs the extra docs")
 def test_pages_are_made_without_a_warning(tmp_path: Path) -> None:
     """A field that does not parse, or a reference that leads nowhere, is a warning."""

@@ -419,6 +419,7 @@ def children_hear_sigint() -> Any:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX terminal")
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_real_terminal_shows_the_body_s_prints_and_the_last_state(backend: str) -> None:
@@ -429,6 +430,7 @@ def test_real_terminal_shows_the_body_s_prints_and_the_last_state(backend: str) 
     assert shown.endswith("\x1b[?25h")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 @pytest.mark.usefixtures("children_hear_sigint")
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])

@@ -14,6 +14,8 @@ from made_up_run import make_up
 from agentloop import MetricsRecorder, Status
 from agentloop.contrib.report import write_report
 
+pytestmark = pytest.mark.long
+
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 SCREENS = [("light", 1100), ("dark", 1100), ("light", 360)]

@@ -577,6 +577,7 @@ anyio.run(main, backend=sys.argv[2])
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_file_of_a_killed_process_tells_what_was_running(backend: str, tmp_path: Path) -> None:
     path = tmp_path / "run.json"

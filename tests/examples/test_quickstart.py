@@ -15,6 +15,8 @@ from threading import Thread
 import pytest
 import quickstart
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "examples" / "quickstart.py")
 BACKENDS = ["asyncio", "trio"]

@@ -20,6 +20,8 @@ import serve
 from agentloop import AgentLoop, LoopConfig, Status, StreamChunk, StreamEvent
 from agentloop.testing import Chunks, FakeAgent, FakeHTTPError, Stall
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 every_backend = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 

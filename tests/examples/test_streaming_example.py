@@ -19,6 +19,8 @@ from model_server import Faults, reply_to, serve_model
 
 from agentloop import AgentLoop, InvocationResult, Status
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "streaming.py"
 BACKENDS = ["asyncio", "trio"]

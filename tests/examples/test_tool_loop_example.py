@@ -20,6 +20,8 @@ from model_server import serve_model
 from agentloop import AgentLoop, ContextStore, LoopConfig, StreamChunk, StreamEvent
 from agentloop.testing import Chunks, FakeAgent, FakeHTTPError
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 every_run = pytest.mark.parametrize(("backend", "concurrency"), [("asyncio", "1"), ("trio", "4")])
 

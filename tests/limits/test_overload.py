@@ -883,6 +883,7 @@ sys.modules["overload"] = simulation
 _spec.loader.exec_module(simulation)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("ceiling", "calls", "backend", "rejections"), [(64, 3500, "asyncio", 5), (200, 4500, "trio", 12)]
 )
@@ -897,6 +898,7 @@ def test_brown_out_loses_nothing_and_little_time(
     assert len(outcome.provider.rejected) / calls * 100 <= rejections
 
 
+@pytest.mark.long
 @backends
 def test_outage_is_probed_now_and_then_and_over_soon_when_it_is_over(backend: str) -> None:
     capacity = simulation.steps((-1, 1), (10, 0), (310, 1))

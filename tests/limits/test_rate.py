@@ -420,6 +420,7 @@ rates = st.lists(
 )
 
 
+@pytest.mark.long
 @backends
 @given(limit=st.integers(1, 5), rates=rates, arrivals=arrivals, seed=st.integers(0, 2**16))
 def test_attempts_start_in_order_and_as_early_as_slots_and_rates_allow(

@@ -283,6 +283,7 @@ def recorder_of(found: list[InvocationResult[Any]], scale: int = 6) -> MetricsRe
     return recorder
 
 
+@pytest.mark.long
 @given(st.lists(recorders, min_size=1, max_size=5), st.randoms(use_true_random=False))
 def test_merging_in_any_order_and_grouping_gives_the_same(
     parts: list[tuple[list[InvocationResult[Any]], int]], rng: random.Random

@@ -464,6 +464,7 @@ async def slowly(upto: int) -> AsyncGenerator[int]:
         yield i
 
 
+@pytest.mark.long
 def test_native_cancellation_while_waiting_for_a_chunk_loses_none() -> None:
     # A chunk every 0.3 s on average, under a time limit of 0.1 s, which again and again ends in the very
     # moment in which a chunk comes.

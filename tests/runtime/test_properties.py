@@ -15,6 +15,8 @@ from audit import leak_audit
 from agentloop import AgentLoop, Backoff, Invocation, LoopConfig
 from agentloop.testing import virtual_clock
 
+pytestmark = pytest.mark.long
+
 backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 PROGRAMS = int(os.environ.get("AGENTLOOP_FUZZ_PROGRAMS", "160"))
 BLOCKS = 8

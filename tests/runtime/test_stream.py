@@ -319,6 +319,7 @@ async def test_streaming_agent_runs_others_on_the_same_loop_at_limit_1(nested: A
     assert len(set(chunks)) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("entered", [False, True])
 @pytest.mark.parametrize("inner", [count, count_at_once, one_a_second])
 @pytest.mark.parametrize("nested", NESTED)
@@ -384,6 +385,7 @@ async def test_streams_nest_to_any_depth_at_limit_1() -> None:
     assert chunks == list(range(3 * BUFFER))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 @pytest.mark.parametrize("depth", [2, 5])
 def test_streams_in_streams_at_limit_1_come_to_their_end_in_any_schedule(backend: Any, depth: int) -> None:

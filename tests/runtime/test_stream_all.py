@@ -95,6 +95,7 @@ async def test_each_stream_is_whole_and_in_order_and_then_has_its_result(agent: 
     assert all(result.success for result in results.values())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_events_hold_their_order_in_any_schedule(backend: Any) -> None:
     for seed in range(20):

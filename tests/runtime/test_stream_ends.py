@@ -786,6 +786,7 @@ async def consume(loop: AgentLoop, rng: random.Random, entered: bool) -> Status:
     return stream.result.status
 
 
+@pytest.mark.long
 @backends
 @both
 def test_thousands_of_abandoned_streams_leave_nothing(backend: Any, entered: bool) -> None:

@@ -313,6 +313,7 @@ async def test_edits_with_waits_inside_lose_no_update() -> None:
     assert await store.get("n") == 100
 
 
+@pytest.mark.long
 async def test_ten_thousand_racing_edits_lose_nothing() -> None:
     store = ContextStore({"n": {"total": 0}, "by": {}})
 

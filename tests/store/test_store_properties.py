@@ -21,6 +21,8 @@ from test_frozen import exact, values
 from agentloop import ContextStore
 from agentloop.testing import virtual_clock
 
+pytestmark = pytest.mark.long
+
 backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 HISTORIES = int(os.environ.get("AGENTLOOP_FUZZ_PROGRAMS", "320")) // 2
 BLOCKS = 4

@@ -483,6 +483,7 @@ def test_what_makes_no_sense_is_refused_by_name(
 # --- in the tests of a user
 
 
+@pytest.mark.long
 def test_example_of_the_documentation_passes_on_both_backends(tmp_path: Path) -> None:
     """The docstring's ``conftest.py`` and test, under a pytest of their own, as a user has them."""
     blocks = [

@@ -526,6 +526,7 @@ def test_same_seed_gives_the_same_run(backend: Any) -> None:
         assert trace(backend, seed) == trace(backend, seed)
 
 
+@pytest.mark.long
 @both_backends
 def test_same_seed_gives_the_same_run_in_another_process(backend: Any) -> None:
     hypothesis_is_there = trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING
@@ -541,6 +542,7 @@ def test_same_seed_gives_the_same_run_in_another_process(backend: Any) -> None:
     assert output == " ".join(str(trace(backend, seed)) for seed in range(10)) + "\n"
 
 
+@pytest.mark.long
 @both_backends
 @pytest.mark.parametrize("shuffled_by_trio", [False, True])
 def test_different_seeds_give_different_runs(
@@ -550,6 +552,7 @@ def test_different_seeds_give_different_runs(
     assert len({trace(backend, seed) for seed in range(200)}) > 190
 
 
+@pytest.mark.long
 @both_backends
 def test_cancellation_order_depends_on_the_seed(backend: Any) -> None:
     assert len({trace(backend, seed)[-4:] for seed in range(200)}) == 24
@@ -674,6 +677,7 @@ PLUGIN_TESTS = """
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("scope", "seed"), [("function", 3), ("module", None)])
 def test_deadlocked_test_of_the_pytest_plugin_fails_and_the_rest_goes_on(
     scope: str, seed: int | None, tmp_path: Path

@@ -7,6 +7,7 @@ from mutants import MUTANTS, Mutant, catch_quickly
 
 
 # Some of them here: each takes a second or two.
+@pytest.mark.long
 @pytest.mark.parametrize("mutant", MUTANTS[::12], ids=lambda mutant: mutant.name)
 def test_random_programs_catch_the_defect(mutant: Mutant) -> None:
     # Each on one backend, in turn; by hand, ``python tests/tools/mutants.py`` looks for all of them on both.
