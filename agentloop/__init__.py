@@ -30,10 +30,10 @@ from ._events import (
 )
 from ._invocation import Invocation
 from ._limits.keyed import KeyedLimiter
-from ._limits.limiter import Limiter, LimiterStatistics
+from ._limits.limiter import Limiter, LimiterStatistics, LoopStatistics
 from ._limits.rates import Rate
 from ._limits.retry_budget import RetryBudget
-from ._loop import AgentLoop, LoopStatistics
+from ._loop import AgentLoop
 from ._metrics.histogram import Distribution
 from ._metrics.recorder import MetricsRecorder, MetricsSnapshot
 from ._result import InvocationResult, Status

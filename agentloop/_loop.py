@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["AgentLoop", "LoopStatistics"]
+__all__ = ["AgentLoop"]
 
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
@@ -15,8 +15,8 @@ from . import _validators as must
 from ._config import LoopConfig
 from ._events import ChunkEvent, Event, ResultEvent
 from ._invocation import Inputs, Invocation, StreamInputs, check_inputs, make_invocation
-from ._limits.keyed import KeyedLimiter
-from ._limits.limiter import Limiter
+from ._limits.keyed import check_concurrency
+from ._limits.limiter import Limiter, LoopStatistics
 from ._metrics.recorder import MetricsRecorder
 from ._misuse import name_parameters
 from ._result import InvocationResult
@@ -30,42 +30,6 @@ from ._runtime.stream import AgentStream, Streaming
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-_MAX_CONCURRENCY = LoopConfig().max_concurrency
-
-
-def _check_concurrency(value: int, limiter: Limiter) -> None:
-    """Refuse a number of slots that a limiter would override."""
-    if value == _MAX_CONCURRENCY:
-        return  # the default was not asked for
-
-    if isinstance(limiter, KeyedLimiter):
-        raise ValueError(
-            f"max_concurrency must be left out where each key has a limiter of its own, got {value}"
-        )
-
-    if value != limiter.max_concurrency:
-        raise ValueError(
-            f"max_concurrency must be the limiter's, {limiter.max_concurrency}, or left out, got {value}"
-        )
-
-
-@attrs.frozen
-class LoopStatistics:
-    """
-    A loop at this moment. Loops that share a limiter share these figures.
-
-    :param running: how many slots are in use; an invocation that waits for others which it runs on the same
-        loop has lent them its slot and counts once with them
-    :param waiting: how many invocations wait for a slot or for their next retry, with the rest of a sequence
-        that was given to :meth:`AgentLoop.run_all`; other input does not count until it is pulled
-    :param max_concurrency: how many slots there are
-    """
-
-    running: int
-    waiting: int
-    max_concurrency: int
 
 
 @name_parameters(settings=LoopConfig)
@@ -107,7 +71,7 @@ class AgentLoop:
 
         self._config = LoopConfig() if config is None else config
         if limiter is not None:
-            _check_concurrency(self._config.max_concurrency, limiter)
+            check_concurrency(self._config.max_concurrency, limiter)
 
         self._limiter = Limiter(self._config.max_concurrency) if limiter is None else limiter
         self._metrics = MetricsRecorder() if metrics is None else metrics

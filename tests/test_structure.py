@@ -34,7 +34,6 @@ TO_MEND: dict[str, dict[str, int]] = {
     "module lines": {
         "_eventloop/backend.py": 580,
         "_limits/slots.py": 697,
-        "_loop.py": 365,
         "_runtime/batch.py": 690,
         "_runtime/job.py": 355,
         "_store/store.py": 369,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["KeyedLimiter"]
+__all__ = ["KeyedLimiter", "check_concurrency"]
 
 import math
 from collections import OrderedDict
@@ -10,11 +10,14 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 from .. import _validators as must
+from .._config import LoopConfig
 from .._events import Event, LimitEvent
 from .._invocation import Invocation
 from .._misuse import name_parameters
 from .limiter import Limiter, LimiterStatistics, claim, pool_of
 from .slots import SlotPool
+
+_MAX_CONCURRENCY = LoopConfig().max_concurrency
 
 
 @name_parameters()
@@ -195,3 +198,23 @@ class KeyedLimiter(Limiter):
         limit = self.statistics().limit
         for sink in tuple(self._sinks):
             sink(LimitEvent(limit, pool.loop.now()))
+
+
+def check_concurrency(value: int, limiter: Limiter) -> None:
+    """
+    Refuse a number of slots that a limiter would override.
+
+    :param value: ``LoopConfig.max_concurrency`` of a loop that is given the limiter
+    """
+    if value == _MAX_CONCURRENCY:
+        return  # the default was not asked for
+
+    if isinstance(limiter, KeyedLimiter):
+        raise ValueError(
+            f"max_concurrency must be left out where each key has a limiter of its own, got {value}"
+        )
+
+    if value != limiter.max_concurrency:
+        raise ValueError(
+            f"max_concurrency must be the limiter's, {limiter.max_concurrency}, or left out, got {value}"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Limiter", "LimiterStatistics", "claim", "pool_of"]
+__all__ = ["Limiter", "LimiterStatistics", "LoopStatistics", "claim", "pool_of"]
 
 import math
 import weakref
@@ -43,6 +43,23 @@ class LimiterStatistics:
     limit: int
     cuts: int = 0
     paused_until: float | None = None
+
+
+@attrs.frozen
+class LoopStatistics:
+    """
+    A loop at this moment. Loops that share a limiter share these figures.
+
+    :param running: how many slots are in use; an invocation that waits for others which it runs on the same
+        loop has lent them its slot and counts once with them
+    :param waiting: how many invocations wait for a slot or for their next retry, with the rest of a sequence
+        that was given to :meth:`AgentLoop.run_all`; other input does not count until it is pulled
+    :param max_concurrency: how many slots there are
+    """
+
+    running: int
+    waiting: int
+    max_concurrency: int
 
 
 @name_parameters()
