@@ -141,9 +141,9 @@ MUTANTS = [
     Mutant(
         "rates are paid before there is a slot",
         "SlotPool._grant",
-        "now = self.now()",
+        "now = self.loop.now()",
         """
-        now = self.now()
+        now = self.loop.now()
         for waiter in self._queue:
             if self._ready_at(waiter.costs, now) <= now:
                 for meter, cost in zip(self.meters, waiter.costs, strict=True):
@@ -280,7 +280,7 @@ MUTANTS = [
         "Batch._take_jobs",
         """
         timer.close()
-        await forget_cancellations()
+        await self._pool.loop.forget_cancellations()
         """,
         "",
         "asyncio",
@@ -502,7 +502,7 @@ MUTANTS = [
         "Tasks._run",
         """
         await checkpoint_if_cancelled()
-        await forget_cancellations()
+        await self._kind.forget_cancellations()
         """,
         "raise",
         "asyncio",
@@ -510,13 +510,13 @@ MUTANTS = [
     Mutant(
         "a scope that was left open is not noticed",
         "run_attempt",
-        "not pool.is_left_open(scope)",
+        "not pool.loop.is_left_open(scope)",
         "True",
     ),
     Mutant(
         "a scope that a stream leaves open is not noticed",
         "_StreamAttempt.run",
-        "self._job.left_open = self._pool.is_left_open(self._closing)",
+        "self._job.left_open = self._pool.loop.is_left_open(self._closing)",
         "",
         # On asyncio that the scope cannot be left says the same.
         "trio",
