@@ -32,7 +32,6 @@ TO_MEND: dict[str, dict[str, int]] = {
         "StreamBatch": 45,
     },
     "module lines": {
-        "_eventloop/backend.py": 580,
         "_limits/slots.py": 697,
         "_runtime/batch.py": 690,
         "_runtime/job.py": 355,

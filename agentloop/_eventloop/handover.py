@@ -1,4 +1,12 @@
-"""Objects that serve several event loops in turn, and never two at once."""
+"""
+Objects that serve several event loops in turn, and never two at once.
+
+**A call counts itself, and then looks whether its state is marked as retired. An event loop that takes the
+object over marks the state of the one before, and then looks at the count of its calls.** Whichever comes
+second sees what the first has written. So a call needs the lock, under which all marks are made, only if it
+finds one. This is Dekker's algorithm (E. W. Dijkstra, "Cooperating sequential processes", 1965). It needs all
+threads to see all writes in one order, which the GIL gives.
+"""
 
 from __future__ import annotations
 
@@ -6,41 +14,46 @@ __all__ = ["Handover", "LoopState"]
 
 import os
 import threading
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from anyio.lowlevel import EventLoopToken
+from anyio.lowlevel import current_token
 
 from .loop import kind_of_loop
 
 
 class LoopState:
     """
-    The state that an object has in one event loop.
+    The state that an object has in the current event loop.
 
-    :param token: of the event loop, which is the current one
+    :param handover: of the object
     """
 
-    def __init__(self, token: EventLoopToken) -> None:
-        self._native = token.native_token
-        self._kind = kind_of_loop()
-        self.is_current = self._kind.make_is_current(self._native)
+    def __init__(self, handover: Handover[Any]) -> None:
+        self._handover = handover
+        self.token = current_token()
+        self.kind = kind_of_loop()
+        self.is_current = self.kind.make_is_current(self.token.native_token)
         """Returns whether the current task runs in the event loop."""
         self._process = os.getpid()
-        self.thread = threading.current_thread()
-        """The thread that runs the event loop."""
+        self._thread = threading.current_thread()
         self.users = 0
         """How many calls are in progress in the event loop. Only its thread writes this."""
         self.retired = False
-        """Whether another event loop has the object, or is about to."""
+        """Whether another event loop has taken the object, or tried to, since the last claim."""
+
+    @property
+    def thread_name(self) -> str:
+        """The name of the thread that runs the event loop."""
+        return self._thread.name
 
     @property
     def in_another_thread(self) -> bool:
         """Whether another thread runs the event loop."""
-        return self.thread is not threading.current_thread()
+        return self._thread is not threading.current_thread()
 
     def is_running(self) -> bool:
         """Return whether the event loop is running, in this process."""
-        return self._process == os.getpid() and self._kind.is_running(self._native)
+        return self._process == os.getpid() and self.kind.is_running(self.token.native_token)
 
     def is_in_use(self) -> bool:
         """Return whether a call is in progress, in an event loop that runs or can go on."""
@@ -52,7 +65,29 @@ class LoopState:
             # that was torn down there leaves calls behind that never end.
             return self.is_running()
 
-        return self._process == os.getpid() and self.thread.is_alive() and self._kind.can_go_on(self._native)
+        return (
+            self._process == os.getpid()
+            and self._thread.is_alive()
+            and self.kind.can_go_on(self.token.native_token)
+        )
+
+    def claim(self) -> None:
+        """
+        Count a call that begins, and ends with ``users -= 1``.
+
+        :raises RuntimeError: if the object is in use in another event loop by now
+        """
+        if not self.users:
+            # One thread after the other can run an event loop.
+            self._thread = threading.current_thread()
+
+        self.users += 1
+        if self.retired:
+            try:
+                self._handover.take(self)
+            except BaseException:
+                self.users -= 1
+                raise
 
 
 S = TypeVar("S", bound=LoopState)
@@ -61,12 +96,6 @@ S = TypeVar("S", bound=LoopState)
 class Handover(Generic[S]):
     """
     Hands an object from one event loop to the next, and refuses while it is in use.
-
-    **Two event loops never use it at once.** One that takes it over marks the other's state as retired, and
-    then looks at its count of users. One that begins to use its state counts itself, and then looks at the
-    mark. Whichever comes second sees the other. So only an event loop that finds the mark has to take the
-    lock, under which all marks are made. (This is Dekker's algorithm. It needs both to see all writes in one
-    order, which the GIL gives.)
 
     :param name: what to call the object in the message of an error
     :param advice: the end of that message: what to do instead
@@ -88,50 +117,18 @@ class Handover(Generic[S]):
         """
         Take the object over.
 
-        :param state: a new one, in the current event loop
+        :param state: that of the current event loop
         :raises RuntimeError: if the object is in use in another event loop
         """
         with self._lock:
-            self._retire()
+            last = self.state
+            if last is not None and last is not state:
+                last.retired = True
+                if last.is_in_use():
+                    raise RuntimeError(
+                        f"this {self._name} is in use in another event loop, in thread {last.thread_name!r}"
+                        f"{self._advice}"
+                    )
+
             self.state = state
-
-    def claim(self, state: S) -> None:
-        """
-        Count a call that begins to use the object, and ends with ``state.users -= 1``.
-
-        :param state: that in the current event loop
-        :raises RuntimeError: if the object is in use in another event loop by now
-        """
-        if not state.users:
-            # One thread after the other can run an event loop.
-            state.thread = threading.current_thread()
-
-        state.users += 1
-        if state.retired:
-            self._take_back(state)
-
-    def _take_back(self, state: S) -> None:
-        with self._lock:
-            if self.state is not state:
-                try:
-                    self._retire()
-                except BaseException:
-                    state.users -= 1
-                    raise
-
-                self.state = state
-
             state.retired = False
-
-    def _retire(self) -> None:
-        state = self.state
-        if state is None:
-            return
-
-        state.retired = True
-        if state.is_in_use():
-            state.retired = False
-            raise RuntimeError(
-                f"this {self._name} is in use in another event loop, in thread {state.thread.name!r}"
-                f"{self._advice}"
-            )

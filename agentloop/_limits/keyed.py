@@ -14,7 +14,7 @@ from .._config import LoopConfig
 from .._events import Event, LimitEvent
 from .._invocation import Invocation
 from .._misuse import name_parameters
-from .limiter import Limiter, LimiterStatistics, claim, pool_of
+from .limiter import Limiter, LimiterStatistics, pool_of
 from .slots import SlotPool
 
 _MAX_CONCURRENCY = LoopConfig().max_concurrency
@@ -179,7 +179,7 @@ class KeyedLimiter(Limiter):
     def _route(self, invocation: Invocation[Any]) -> SlotPool:
         limiter = self[self._by(invocation)]
         pool = pool_of(limiter)
-        claim(limiter, pool)
+        pool.claim()
         pool.home = self._pools.state
         return pool
 

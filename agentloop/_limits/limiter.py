@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["Limiter", "LimiterStatistics", "LoopStatistics", "claim", "pool_of"]
+__all__ = ["Limiter", "LimiterStatistics", "LoopStatistics", "pool_of"]
 
 import math
 import weakref
 from collections.abc import Callable, Iterable
 
 import attrs
-from anyio.lowlevel import current_token
 
 from .. import _validators as must
 from .._eventloop.handover import Handover
@@ -211,18 +210,15 @@ class Limiter:
         return pool
 
     def _enter_run(self) -> SlotPool:
-        pool = self._pools.current()
-        if pool is None:
-            pool = self._make_pool()
-            self._pools.take(pool)
-            pool.paused = self._paused
-            self._tell_limit(pool)
-
+        pool = self._make_pool()
+        self._pools.take(pool)
+        pool.paused = self._paused
+        self._tell_limit(pool)
         return pool
 
     def _make_pool(self) -> SlotPool:
         return SlotPool(
-            current_token(),
+            self._pools,
             self._max_concurrency,
             Admission(
                 self._rates,
@@ -243,14 +239,5 @@ def pool_of(limiter: Limiter) -> SlotPool:
 
     :raises RuntimeError: if it is in use in another event loop
     """
-    return limiter._enter_run()  # pyright: ignore[reportPrivateUsage]  # not for users
-
-
-def claim(limiter: Limiter, pool: SlotPool) -> None:
-    """
-    Count one more user of a limiter's state in the current event loop, who counts itself off in ``users``.
-
-    :param pool: what :func:`pool_of` has returned
-    :raises RuntimeError: if the limiter is in use in another event loop
-    """
-    limiter._pools.claim(pool)  # pyright: ignore[reportPrivateUsage]  # not for users
+    pool = limiter._pools.current()  # pyright: ignore[reportPrivateUsage]  # not for users
+    return limiter._enter_run() if pool is None else pool  # pyright: ignore[reportPrivateUsage]  # nor this

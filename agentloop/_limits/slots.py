@@ -40,9 +40,8 @@ from contextvars import ContextVar
 from typing import Any
 
 import anyio
-from anyio.lowlevel import EventLoopToken
 
-from .._eventloop.handover import LoopState
+from .._eventloop.handover import Handover, LoopState
 from .._invocation import Invocation
 from .._result import InvocationResult
 from .._verdict import Verdict
@@ -250,7 +249,7 @@ class SlotPool(LoopState):
     """
     The state that a limiter has in one event loop: slots, lines, and what else an attempt needs.
 
-    :param token: of the event loop, which is the current one
+    :param pools: hands the limiter over from one event loop to the next
     :param max_concurrency: how many slots there are
     :param admission: what an attempt needs besides
     :param tell_limit: is told when the limit has changed
@@ -263,13 +262,13 @@ class SlotPool(LoopState):
 
     def __init__(
         self,
-        token: EventLoopToken,
+        pools: Handover[SlotPool],
         max_concurrency: int,
         admission: Admission,
         tell_limit: Callable[[SlotPool], None],
     ) -> None:
-        super().__init__(token)
-        self.loop = self._kind(token)
+        super().__init__(pools)
+        self.loop = self.kind(self.token)
         self.admission = admission
         self.asleep = 0
         """How many invocations wait to be retried."""

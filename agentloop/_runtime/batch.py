@@ -17,7 +17,7 @@ from .._eventloop.context import wait_for_cancellation
 from .._eventloop.deadlines import AttemptScope
 from .._eventloop.tasks import LOST, Tasks
 from .._invocation import Inputs
-from .._limits.limiter import Limiter, claim, pool_of
+from .._limits.limiter import Limiter, pool_of
 from .._limits.slots import Slot, current_slot
 from .._result import InvocationResult
 from .._verdict import VerdictKind
@@ -97,7 +97,7 @@ class Batch(Generic[T]):
         :raises BaseException: the caller's cancellation, and what an agent raised that is no ``Exception``
         """
         self._deadline = anyio.current_effective_deadline()
-        claim(self._limiter, self._pool)
+        self._pool.claim()
         self._pool.on_raise.add(self._resized)
         self._source.count_to_come(1)
         try:

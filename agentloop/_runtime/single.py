@@ -12,7 +12,7 @@ from anyio.lowlevel import cancel_shielded_checkpoint
 
 from .._errors import LeftOpenError
 from .._invocation import Invocation
-from .._limits.limiter import Limiter, claim, pool_of
+from .._limits.limiter import Limiter, pool_of
 from .._limits.slots import Slot, current_slot
 from .._result import InvocationResult
 from .job import Job
@@ -39,7 +39,6 @@ class Single(Generic[T]):
     def __init__(
         self, invocation: Invocation[T], limiter: Limiter, options: RunOptions, own_task: bool = False
     ) -> None:
-        self._limiter = limiter
         self._options = options
         self._own_task = own_task
         self._pool = pool = pool_of(limiter)
@@ -55,10 +54,7 @@ class Single(Generic[T]):
         job, options, pool, own_task = self._job, self._options, self._pool, self._own_task
         loop = pool.loop
         # From here on it has to come to its end, by _end().
-        claim(self._limiter, pool)
-        scope = loop.attempt_scope()
-        if not options.observer.is_plain:
-            job.queue(options.observer)
+        self._options = options
 
         try:
             caller = None if own_task else loop.callers_cancellation()

@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import anyio
-from anyio.lowlevel import EventLoopToken, current_token
 
 from .._eventloop.handover import Handover, LoopState
 from .draft import check_key
@@ -20,8 +19,8 @@ from .watch import Audience
 class Run(LoopState):
     """What a store has in one event loop: whose turn it is to write, and who waits for changes."""
 
-    def __init__(self, token: EventLoopToken) -> None:
-        super().__init__(token)
+    def __init__(self, runs: Handover[Run]) -> None:
+        super().__init__(runs)
         self.lock = anyio.Lock()
         self.editor: anyio.TaskInfo | None = None
         self.audience = Audience()
@@ -84,7 +83,7 @@ class State:
         """
         run = self._runs.current()
         if run is None:
-            run = Run(current_token())
+            run = Run(self._runs)
             self._runs.take(run)
         elif run.editor is not None and run.editor == anyio.get_current_task():
             raise RuntimeError(

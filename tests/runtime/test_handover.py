@@ -13,7 +13,6 @@ from typing import Any, Self
 import anyio
 import pytest
 import trio
-from anyio.lowlevel import current_token
 
 from agentloop import AgentLoop, ContextStore
 from agentloop._eventloop.handover import Handover, LoopState
@@ -47,7 +46,7 @@ class Elsewhere:
         self._thread = threading.Thread(target=anyio.run, args=(self._main,), name="other")
 
     async def _main(self) -> None:
-        self.state = State(current_token())
+        self.state = State(self._things)
         self._things.take(self.state)
         self._done.set()
         while True:
@@ -76,7 +75,7 @@ class Elsewhere:
         assert self._done.wait(5)
 
     def claim(self) -> None:
-        self._things.claim(self.state)
+        self.state.claim()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -99,9 +98,9 @@ def other(things: Handover[State], backend: str) -> Any:
         yield other
 
 
-def in_event_loop(backend: str, fn: Callable[[State], object]) -> None:
+def in_event_loop(things: Handover[State], backend: str, fn: Callable[[State], object]) -> None:
     async def main() -> None:
-        fn(State(current_token()))
+        fn(State(things))
 
     anyio.run(main, backend=backend)
 
@@ -112,9 +111,9 @@ def test_idle_object_is_handed_over(things: Handover[State], other: Elsewhere, b
         assert things.current() is None
         things.take(state)
         assert things.current() is state
-        things.claim(state)
+        state.claim()
 
-    in_event_loop(backend, use)
+    in_event_loop(things, backend, use)
 
 
 async def test_each_side_leaves_its_own_sign_before_it_looks_for_the_others(things: Handover[State]) -> None:
@@ -127,7 +126,7 @@ async def test_each_side_leaves_its_own_sign_before_it_looks_for_the_others(thin
                 looked.append("for the mark")
                 self.before = self.look_for_users
                 with pytest.raises(RuntimeError, match="this thing is in use"):
-                    things.take(State(current_token()))
+                    things.take(State(things))
 
             return self._retired
 
@@ -139,9 +138,9 @@ async def test_each_side_leaves_its_own_sign_before_it_looks_for_the_others(thin
             looked.append("for users")
             assert self._retired
 
-    state = Watched(current_token())
+    state = Watched(things)
     things.take(state)
-    things.claim(state)
+    state.claim()
     assert looked == ["for the mark", "for users"]
     assert (things.state, state.users) == (state, 1)
 
@@ -165,7 +164,7 @@ def test_claim_before_another_event_loop_looks_wins(
         assert other.error is None
         assert (things.state, other.state.users, other.state.retired) == (other.state, 1, False)
 
-    in_event_loop(backend, use)
+    in_event_loop(things, backend, use)
 
 
 @backends
@@ -189,18 +188,18 @@ def test_claim_after_another_event_loop_has_looked_decides_again(
             # Later claims do without the lock.
             assert not other.state.retired
             with pytest.raises(RuntimeError, match=REFUSED):
-                things.claim(state)
+                state.claim()
 
             assert (state.users, other.state.users, things.state) == (0, 1, other.state)
         else:
             things.take(state)
-            things.claim(state)
+            state.claim()
             other.begin(other.claim)
             other.wait()
             assert "in use in another event loop, in thread 'MainThread'" in str(other.error)
             assert (state.users, other.state.users, things.state) == (1, 0, state)
 
-    in_event_loop(backend, use)
+    in_event_loop(things, backend, use)
 
 
 def test_event_loop_that_another_thread_goes_on_with_is_that_threads() -> None:

@@ -57,6 +57,7 @@ from agentloop import (
     classify,
 )
 from agentloop._eventloop.tasks import LOST
+from agentloop._limits.limiter import pool_of
 from agentloop.testing import virtual_clock
 
 var: ContextVar[str] = ContextVar("var", default="unset")
@@ -1214,7 +1215,7 @@ class Program:
         while True:
             await anyio.wait_all_tasks_blocked()
             now = self.limiter.statistics()
-            pool = self.limiter._enter_run()
+            pool = pool_of(self.limiter)
             # One that waits for a time may have inherited the slot that it was going to be lent.
             assert now.running <= self.attempting + len(pool._borrowing), "a slot is held by nobody who runs"
             assert now.limit <= now.max_concurrency
@@ -1345,7 +1346,7 @@ class Program:
 
     def check_end(self) -> None:
         assert not self.violations
-        pool = self.limiter._enter_run()
+        pool = pool_of(self.limiter)
         assert_idle(self.limiter, pool)
         assert pool._alarmed is None, "an alarm is set for nobody"
         for name, results in self.metrics.results.items():
