@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     print(f"{options.backend}, CPython {platform.python_version()}, medians of {options.rounds} rounds")
+    print(rounds.insides(options.backend))
     for title, samples in rounds.run(compare, options.backend, options.calls, options.rounds).items():
         print(f"\n{title:24} {'us each':>8} {'x CapacityLimiter':>18}")
         for name in samples:

@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
+    print(rounds.insides(options.backend))
     rounds.run(show, options.backend, options.backend, options.inputs, options.rounds)
     rounds.run(cost_of_a_look, options.backend, 2 * options.inputs)
 

@@ -233,6 +233,7 @@ def main() -> None:
         f"{options.backend}, CPython {platform.python_version()}, processor time, medians of {repeats} rounds"
     )
     print("'ours is': the way below the floor is so many times as fast as this one")
+    print(rounds.insides(options.backend))
     for package in ways.MISSING:
         print(f"{package} is not installed, and left out")
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import anyio
 
+from agentloop._eventloop.loop import describe
+
 BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
     "asyncio": ("asyncio", {"use_uvloop": False}),
     "trio": ("trio", {}),
@@ -68,6 +70,15 @@ def run(main: Callable[..., Awaitable[Any]], backend: str, *args: Any) -> Any:
     """Run ``main`` in an event loop of the backend."""
     name, options = BACKENDS[backend]
     return anyio.run(main, *args, backend=name, backend_options=options)
+
+
+async def _describe() -> str:
+    return describe()
+
+
+def insides(backend: str) -> str:
+    """Say whether looking inside of AnyIO and trio, which is faster, works with those that are installed."""
+    return f"deadlines and cancellations on {backend}: {run(_describe, backend)}"
 
 
 def installed() -> list[str]:

@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--waiting", type=int, default=1000)
     options = parser.parse_args()
+    print(rounds.insides(options.backend))
     rounds.run(show, options.backend, options.backend, options.inputs, options.limit, options.waiting)
 
 

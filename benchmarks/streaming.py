@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     print(f"{options.backend}, CPython {platform.python_version()}, {options.chunks} chunks, medians")
+    print(rounds.insides(options.backend))
     rounds.run(show, options.backend, options.chunks, options.rounds)
 
 

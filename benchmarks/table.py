@@ -74,10 +74,16 @@ def versions() -> str:
     return ", ".join(found)
 
 
+def insides(backends: list[str]) -> str:
+    with rounds.fresh_processes() as processes:
+        return "; ".join(processes.submit(rounds.insides, backend).result() for backend in backends)
+
+
 def markdown(table: dict[str, dict[str, str]], backends: list[str]) -> str:
     lines = [["", *backends], ["---", *["--:" for _ in backends]]]
     lines += [[what, *(row.get(backend, ABSENT) for backend in backends)] for what, row in table.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{machine()}; {versions()}."
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{rows}\n\n{machine()}; {versions()}; {insides(backends)}."
 
 
 def main() -> None:

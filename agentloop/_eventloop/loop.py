@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["AsyncioLoop", "EventLoop", "TrioLoop", "kind_of_loop"]
+__all__ = ["AsyncioLoop", "EventLoop", "TrioLoop", "describe", "kind_of_loop"]
 
 import asyncio
 import math
@@ -265,6 +265,12 @@ class TrioLoop(EventLoop):
 def kind_of_loop() -> type[EventLoop]:
     """Return the twin of the current event loop."""
     return AsyncioLoop if anyio.get_cancelled_exc_class() is asyncio.CancelledError else TrioLoop
+
+
+def describe() -> str:
+    """Say how the library sets deadlines and sees cancellations in the current event loop."""
+    looks_inside = kind_of_loop()(current_token()).looks_inside
+    return "by the insides of AnyIO and trio" if looks_inside else "by public calls alone, which is slower"
 
 
 def _do_nothing() -> None:

@@ -11,10 +11,11 @@ from typing import Any
 
 import anyio
 import anyio.lowlevel
+import pytest
 
 from agentloop import AgentLoop
 from agentloop._eventloop.backend import make_is_cancelled, make_is_left_open
-from agentloop._eventloop.loop import kind_of_loop
+from agentloop._eventloop.loop import describe, kind_of_loop
 
 
 def tell() -> bool:
@@ -148,3 +149,10 @@ async def test_nothing_is_left_open_where_the_insides_of_anyio_have_other_names(
 
     for backend in (Hidden, Other):
         assert not make_is_left_open(backend)(None)
+
+
+async def test_use_of_the_insides_of_anyio_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert describe() == "by the insides of AnyIO and trio"
+    backend = anyio.lowlevel.current_token().backend_class
+    monkeypatch.setattr(backend, "create_cancel_scope", lambda **_: nullcontext())
+    assert describe() == "by public calls alone, which is slower"
