@@ -101,8 +101,12 @@ class EventLoop(ABC):
 
     @staticmethod
     @abstractmethod
-    async def let_tasks_begin() -> None:
-        """Let the tasks that were just started begin, where a cancellation could come before that."""
+    async def let_tasks_begin() -> BaseException | None:
+        """
+        Let the tasks that were just started begin, where a cancellation could come before that.
+
+        :return: a native cancellation of the current task that came meanwhile, for the caller to raise
+        """
 
     @staticmethod
     @abstractmethod
@@ -164,7 +168,7 @@ class AsyncioLoop(EventLoop):
                 raise
 
     @staticmethod
-    async def let_tasks_begin() -> None:
+    async def let_tasks_begin() -> BaseException | None:
         cancelled: BaseException | None = None
         # The first may come before their first step. If this is cancelled natively, they begin all the same.
         for _ in range(2):
@@ -173,8 +177,7 @@ class AsyncioLoop(EventLoop):
             except asyncio.CancelledError as exc:
                 cancelled = exc
 
-        if cancelled is not None:
-            raise cancelled
+        return cancelled
 
     @staticmethod
     def make_is_current(native: asyncio.AbstractEventLoop) -> Callable[[], bool]:
@@ -234,7 +237,7 @@ class TrioLoop(EventLoop):
 
     @staticmethod
     async def let_tasks_begin() -> None:
-        pass
+        return None
 
     @staticmethod
     def make_is_current(native: Any) -> Callable[[], bool]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["LOST", "Tasks"]
+__all__ = ["LOST", "Tasks", "Work"]
 
 import math
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import anyio
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
@@ -21,13 +21,41 @@ CLOSE_SECONDS = 5.0
 LOST = "one of its own tasks was cancelled from outside"
 
 
+class Work(Protocol):
+    """What a task does once."""
+
+    @property
+    def name(self) -> str:
+        """The name of the task."""
+        ...
+
+    @property
+    def scope(self) -> anyio.CancelScope:
+        """What the task enters first, and is cancelled by."""
+        ...
+
+    def run(self) -> Coroutine[Any, Any, object]:
+        """Return what the task awaits."""
+        ...
+
+    def failed(self, exc: BaseException) -> None:
+        """Take what was raised, unless it was a cancellation."""
+
+    def ended(self) -> None:
+        """Take notice of the end, in the task, whatever came out of it."""
+
+    def lost(self) -> None:
+        """Cancel it, since its task was cancelled before it began."""
+
+
 class Tasks:
     """
     A task group of tasks that run the code of users.
 
-    A task goes on, by calling its function again, when it is cancelled natively (asyncio's ``Task.cancel()``)
-    and no scope around it has asked for that: an agent may cancel all tasks that it did not know. The first
-    exception of a task cancels the others, and is kept in :attr:`failure`.
+    A task that is cancelled natively (asyncio's ``Task.cancel()``), and by no scope around it, ends no other
+    task: an agent may cancel all tasks that it did not know. One that :meth:`start_soon` has started goes on,
+    by calling its function again. The first exception of such a task cancels the others, and is kept in
+    :attr:`failure`.
 
     An agent that leaves a cancel scope or a task group open in a task spoils it: AnyIO and trio raise an
     error when the task ends, which would cancel the others. So a spoilt task waits until the block was left
@@ -39,6 +67,8 @@ class Tasks:
         self._group = anyio.create_task_group()
         self._cancellations: Callable[[], int] = int
         self._cancelled_before = 0
+        # What is to be done by tasks that have not begun.
+        self._new: dict[Work, Coroutine[Any, Any, None]] = {}
         # How many tasks have begun and not ended, without the spoilt ones.
         self._running = 0
         self._spoilt: set[int] = set()
@@ -73,6 +103,26 @@ class Tasks:
 
         return None
 
+    async def leave(self, exc: BaseException | None) -> bool:
+        """
+        Wait for the tasks at the end of the block. It is for the caller to raise what left it: as the object
+        that it is, since the tasks raise nothing.
+
+        :param exc: what left the block
+        :return: whether the block was cancelled because one of the tasks was, natively
+        """
+        for work in tuple(self._new):
+            try:
+                await self.wait_begun(work)
+            except anyio.get_cancelled_exc_class() as native:
+                exc = native
+
+        if isinstance(exc, anyio.get_cancelled_exc_class()):
+            return bool(await self.__aexit__(type(exc), exc, exc.__traceback__))
+
+        await self.__aexit__(None, None, None)
+        return False
+
     def cancel(self) -> None:
         """Cancel all tasks."""
         self._group.cancel_scope.cancel()
@@ -80,6 +130,38 @@ class Tasks:
     def start_soon(self, task: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
         """Start a task."""
         self._group.start_soon(self._run, task, name=name)
+
+    def start_once(self, work: Work) -> None:
+        """Start a task that does some work once."""
+        self._new[work] = self._run_once(work)
+        self._group.create_task(self._new[work], name=work.name)
+
+    async def wait_begun(self, work: Work) -> bool:
+        """
+        Wait until a task has begun to do some work.
+
+        On asyncio a task that is cancelled natively before its first step never runs, and AnyIO cancels its
+        group. So that the work comes to its end all the same, it is cancelled and given to another task.
+
+        :return: whether that was so
+        """
+        native: BaseException | None = None
+        lost = False
+        while work in self._new and self._kind.loses_tasks:
+            native = await self._kind.let_tasks_begin() or native
+            if work in self._new:
+                lost = True
+                work.lost()
+                self._group.create_task(self._new[work], name=work.name)
+
+        try:
+            if native is not None:
+                raise native
+        finally:
+            # Its traceback refers to this frame; the frame must not refer back.
+            del native
+
+        return lost
 
     def spoil(self) -> None:
         """Note that an agent has left a scope open in the current task, whose function is about to end."""
@@ -107,8 +189,30 @@ class Tasks:
             self._running -= 1
             self._notify()
 
-        if self._is_spoilt():
-            await self._park()
+        await self._park()
+
+    async def _run_once(self, work: Work) -> None:
+        del self._new[work]
+        self._running += 1
+        cancellations = self._kind.count_cancellations()
+        try:
+            with work.scope:
+                await work.run()
+
+            if cancellations():
+                await self._kind.forget_cancellations()
+        except anyio.get_cancelled_exc_class():
+            # One that an agent asked for, from a callback that came late, ends this task and nothing else.
+            await checkpoint_if_cancelled()
+            await self._kind.forget_cancellations()
+        except BaseException as exc:
+            work.failed(exc)
+        finally:
+            work.ended()
+            self._running -= 1
+            self._notify()
+
+        await self._park()
 
     async def go_on(self) -> None:
         """Go on in a task that was cancelled, unless a scope around it has asked for that."""
@@ -139,6 +243,10 @@ class Tasks:
             self._changed = None
 
     async def _park(self) -> None:
+        """Let a spoilt task wait until the block was left and all other tasks have ended."""
+        if not self._is_spoilt():
+            return
+
         # A scope that was left open may have been cancelled, or be at any time.
         with anyio.CancelScope(shield=True):
             while True:

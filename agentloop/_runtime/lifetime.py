@@ -4,9 +4,9 @@ from __future__ import annotations
 
 __all__ = ["Call", "Lifetime"]
 
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import anyio
 
@@ -37,7 +37,8 @@ class Lifetime:
 
     def __init__(self, limiter: Limiter) -> None:
         self._limiter = limiter
-        self._tasks: Tasks | None = None
+        self.tasks: Tasks | None = None
+        """The tasks that belong to the loop, while it is open."""
         self._task_id = 0
         self._left = False
         self._calls: dict[Call, None] = {}
@@ -48,7 +49,7 @@ class Lifetime:
     @property
     def is_open(self) -> bool:
         """Whether the block has been entered and its calls have not all ended."""
-        return self._tasks is not None
+        return self.tasks is not None
 
     def check(self) -> None:
         """
@@ -81,28 +82,18 @@ class Lifetime:
         if not self._calls and self._idle is not None:
             self._idle.set()
 
-    def start_soon(self, task: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
-        """Start a task that belongs to the loop. It must not raise."""
-        assert self._tasks is not None
-        self._tasks.start_soon(task, name)
-
-    def spoil(self) -> None:
-        """Note that an agent has left a scope open in the current task, which belongs to the loop."""
-        assert self._tasks is not None
-        self._tasks.spoil()
-
     async def enter(self) -> None:
         """
         Begin.
 
         :raises RuntimeError: if it has begun already
         """
-        if self._tasks is not None:
+        if self.tasks is not None:
             raise RuntimeError("this loop has been entered already: one `async with` at a time")
 
         tasks = Tasks()
         await tasks.__aenter__()
-        self._tasks = tasks
+        self.tasks = tasks
         self._task_id = anyio.get_current_task().id
         self._left = False
 
@@ -113,13 +104,13 @@ class Lifetime:
         :raises RuntimeError: if another task entered
         :raises InvocationCancelled: if the block was cancelled because a task of the loop was, natively
         """
-        tasks = self._tasks
+        tasks = self.tasks
         assert tasks is not None
         if anyio.get_current_task().id != self._task_id:
             raise RuntimeError("a loop must be left by the task that entered it")
 
         self._left = True
-        lost: bool | None = False
+        lost = False
         try:
             if exc is not None:
                 self._cancel(exc)
@@ -136,13 +127,8 @@ class Lifetime:
             exc = cancelled
             raise
         finally:
-            self._tasks = None
-            # Its tasks have ended, and none of them raises; so this passes nothing but cancellation.
-            if isinstance(exc, anyio.get_cancelled_exc_class()):
-                lost = await tasks.__aexit__(type(exc), exc, exc.__traceback__)
-            else:
-                await tasks.__aexit__(None, None, None)
-
+            self.tasks = None
+            lost = await tasks.leave(exc)
             failure, self.failure = self.failure, None
             if failure is not None and failure is not exc:
                 raise failure

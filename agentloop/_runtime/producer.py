@@ -4,14 +4,13 @@ from __future__ import annotations
 
 __all__ = ["Background", "Producer"]
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, Protocol
 
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from .._errors import InvocationCancelled
-from .._eventloop.loop import kind_of_loop
 from .._eventloop.tasks import LOST, Tasks
 from .._limits.slots import current_slot
 from .channel import Channel
@@ -27,18 +26,30 @@ class Producer(Call, Protocol):
         """Where the items are."""
         ...
 
-    async def produce(self, start_soon: StartSoon) -> None:
-        """
-        Produce everything. When it returns or raises, nothing of it is left that will not end by itself.
+    @property
+    def scope(self) -> anyio.CancelScope:
+        """What :meth:`leave` and :meth:`cancel` cancel."""
+        ...
 
-        :param start_soon: starts a task beside this one, which must not raise
+    def begin(self, start_soon: StartSoon) -> None:
         """
+        Prepare to run.
+
+        :param start_soon: starts a task beside the one that produces, which must not raise
+        """
+
+    def run(self) -> Coroutine[Any, Any, object]:
+        """
+        Return what produces everything. When it returns or raises, nothing of it is left that will not end by
+        itself.
+        """
+        ...
 
     def taken(self, item: Any) -> None:
         """Take notice that the reader has an item."""
 
     def end(self) -> None:
-        """Tell the reader that nothing comes any more."""
+        """Tell the reader that nothing comes any more, and keep nothing that was for running."""
 
     def leave(self) -> None:
         """Cancel what runs, since its reader has left."""
@@ -60,13 +71,19 @@ class Background:
     no scope; otherwise to a task group that the reader's block opens.
     """
 
+    name = "agentloop producer"
+
     def __init__(self, producer: Producer, lifetime: Lifetime) -> None:
+        self.scope = producer.scope
+        """What cancels the producer."""
+        self.run = producer.run
+        """Runs the producer."""
         self._producer = producer
         self._lifetime = lifetime
-        self._kind = kind_of_loop()
         self._reader_slot = current_slot.get()
+        # The reader's task group, if it has opened one.
+        self._own: Tasks | None = None
         self._tasks: Tasks | None = None
-        self._begun = False
         self._ended = anyio.Event()
         self._failure: BaseException | None = None
 
@@ -76,19 +93,23 @@ class Background:
 
         :raises InvocationCancelled: if the task belongs to the loop, and was cancelled before it began
         """
-        if not self._lifetime.is_open:
+        tasks = self._lifetime.tasks
+        if tasks is None:
             tasks = Tasks()
             await tasks.__aenter__()
-            self._tasks = tasks
-            self._start_soon(self._run, "agentloop producer")
+            self._own = tasks
+        else:
+            self._lifetime.begin(self)
+
+        self._tasks = tasks
+        self._producer.begin(tasks.start_soon)
+        tasks.start_once(self)
+        if self._own is not None:
             return
 
-        self._lifetime.begin(self)
-        self._start_soon(self._run, "agentloop producer")
         # The end of a task of the loop cancels the loop's block, but not a reader in another task.
         try:
-            await self._kind.let_tasks_begin()
-            if not self._begun and self._kind.loses_tasks:
+            if await tasks.wait_begun(self):
                 raise InvocationCancelled(LOST)
         except BaseException as exc:
             await self.stop(exc)
@@ -103,41 +124,34 @@ class Background:
         :raises InvocationCancelled: if the reader was cancelled because one of the tasks was, natively
         """
         self._producer.leave()
-        lost: bool | None = False
+        lost = False
         try:
-            if self._tasks is None:
-                # As in a task group: also a cancelled reader waits until nothing of it is left.
-                cancelled: BaseException | None = None
-                with anyio.CancelScope(shield=True):
-                    while not self._ended.is_set():
-                        try:
-                            if self._begun or not self._kind.loses_tasks:
-                                await self._ended.wait()
-                            else:
-                                await self._end_early()
-                        except anyio.get_cancelled_exc_class() as native:
-                            cancelled = native
-
-                if cancelled is not None:
-                    raise cancelled
-
-                await checkpoint_if_cancelled()
-            elif isinstance(exc, anyio.get_cancelled_exc_class()):
-                lost = await self._tasks.__aexit__(type(exc), exc, exc.__traceback__)
+            if self._own is not None:
+                lost = await self._own.leave(exc)
             else:
-                # The tasks raise nothing, so what left the body goes on as the object that it is.
-                await self._tasks.__aexit__(None, None, None)
+                await self._wait_ended()
         finally:
-            if not self._ended.is_set():
-                # All tasks of the group have ended, and this one never began.
-                await self._end_early()
-
             self._producer.drop()
             if self._failure is not exc:
                 self.raise_failure()
 
         if lost:
             raise InvocationCancelled(LOST) from exc
+
+    async def _wait_ended(self) -> None:
+        """Wait for the end of a task of the loop, also if this is cancelled: as a task group does."""
+        cancelled: BaseException | None = None
+        with anyio.CancelScope(shield=True):
+            while not self._ended.is_set():
+                try:
+                    await self._ended.wait()
+                except anyio.get_cancelled_exc_class() as native:
+                    cancelled = native
+
+        if cancelled is not None:
+            raise cancelled
+
+        await checkpoint_if_cancelled()
 
     def raise_failure(self) -> None:
         """Raise what ended the producer, such as a ``KeyboardInterrupt`` from an agent."""
@@ -158,51 +172,30 @@ class Background:
         """Cancel what runs; each invocation that was started still has its result."""
         self._producer.cancel(reason, cause)
 
-    def _start_soon(self, task: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
-        if self._tasks is None:
-            self._lifetime.start_soon(task, name)
-        else:
-            self._tasks.start_soon(task, name)
+    def lost(self) -> None:
+        """Cancel the producer, whose task was cancelled before it began."""
+        self._producer.leave()
 
-    async def _run(self) -> None:
-        self._begun = True
-        cancellations = self._kind.count_cancellations()
-        try:
-            await self._producer.produce(self._start_soon)
-            if cancellations():
-                await self._kind.forget_cancellations()
-        except anyio.get_cancelled_exc_class():
-            # One that an agent asked for, from a callback that came late, ends this task and nothing else.
-            await checkpoint_if_cancelled()
-            await self._kind.forget_cancellations()
-        except BaseException as exc:
-            # A scope around the one that was left open cannot be left, and says so.
-            if not self._producer.left_open or not isinstance(exc, RuntimeError):
-                self._fail(exc)
-        finally:
-            if self._producer.left_open:
-                (self._tasks or self._lifetime).spoil()
+    def failed(self, exc: BaseException) -> None:
+        """Keep what ended the producer for the reader, or else for the one that leaves the loop."""
+        # A scope around the one that was left open cannot be left, and says so.
+        if self._producer.left_open and isinstance(exc, RuntimeError):
+            return
 
-            self._end()
-
-    async def _end_early(self) -> None:
-        """Let each invocation have its result, in place of a task that was cancelled before it began."""
-        try:
-            # It has been left, so nothing starts.
-            await self._producer.produce(self._start_soon)
-        finally:
-            self._end()
-
-    def _end(self) -> None:
-        self._producer.end()
-        self._ended.set()
-        if self._tasks is None:
-            self._lifetime.end(self)
-
-    def _fail(self, exc: BaseException) -> None:
         self._failure = exc
-        if self._tasks is not None:
+        if self._own is not None:
             # The reader may wait for something else; leaving the block raises the failure.
-            self._tasks.cancel()
+            self._own.cancel()
         else:
             self._lifetime.failure = exc
+
+    def ended(self) -> None:
+        """Tell the reader that the producer has ended."""
+        if self._producer.left_open:
+            assert self._tasks is not None
+            self._tasks.spoil()
+
+        self._producer.end()
+        self._ended.set()
+        if self._own is None:
+            self._lifetime.end(self)

@@ -36,18 +36,15 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
     def __init__(self, inputs: Inputs[T], limiter: Limiter, options: RunOptions) -> None:
         super().__init__(inputs, limiter, options)
         self.channel: Channel[ItemT] = Channel()
-        self._scope = anyio.CancelScope()
+        self.scope = anyio.CancelScope()
 
     @property
     def left_open(self) -> bool:
         """Whether an agent has left a scope open in the producing task; agents run in tasks of the batch."""
         return False
 
-    async def produce(self, start_soon: StartSoon) -> None:
-        """Run the batch to its end, or until its reader leaves."""
-        del start_soon  # for batches of streams
-        with self._scope:
-            await self.run()
+    def begin(self, start_soon: StartSoon) -> None:
+        """Prepare to run."""
 
     def taken(self, item: ItemT) -> None:
         """Take notice that the reader has an item."""
@@ -69,7 +66,7 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
         """Cancel all."""
         reason = "the block that reads the results was left"
         self.ending.cancel(reason)
-        self._scope.cancel(reason)
+        self.scope.cancel(reason)
         self.channel.abandon()
 
     def drain(self) -> None:
@@ -98,16 +95,16 @@ class StreamBatch(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
     A stream begins when there is room for what it yields.
     """
 
-    async def produce(self, start_soon: StartSoon) -> None:
-        """Run the batch to its end, or until its reader leaves."""
-        options = self._options
+    def begin(self, start_soon: StartSoon) -> None:
+        """Prepare to run."""
         act = partial(carry, self.channel, _chunk_event, start_soon)
-        self._options = RunOptions(options.config, options.observer, act)
-        try:
-            await super().produce(start_soon)
-        finally:
-            # It refers to the task's owner, which refers to this.
-            self._options = options
+        self._options = RunOptions(self._options.config, self._options.observer, act)
+
+    def end(self) -> None:
+        """Say that no item will come any more."""
+        super().end()
+        # It refers to the task's owner, which refers to this.
+        self._options.act = None
 
     def stop(self, reason: str, cause: BaseException, hint: str = "") -> None:
         super().stop(reason, cause, hint)

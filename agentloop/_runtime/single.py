@@ -31,7 +31,7 @@ class Single(Generic[T]):
     reason = "the caller was cancelled"
     """Why it is cancelled, if it is."""
     ended: InvocationResult[T] | None = None
-    """The result, if it was cancelled."""
+    """The result, if it was cancelled or the task is ours."""
     left_open = False
     """Whether the agent has left a cancel scope or a task group open in the task."""
     _scope: anyio.CancelScope | None = None
@@ -54,7 +54,10 @@ class Single(Generic[T]):
         job, options, pool, own_task = self._job, self._options, self._pool, self._own_task
         loop = pool.loop
         # From here on it has to come to its end, by _end().
-        self._options = options
+        pool.claim()
+        scope = loop.attempt_scope()
+        if not options.observer.is_plain:
+            job.queue(options.observer)
 
         try:
             caller = None if own_task else loop.callers_cancellation()
@@ -133,6 +136,9 @@ class Single(Generic[T]):
         result = job.finish(self._options.observer, now)
         if job.bill is not None:
             pool.settle(job.bill, result)
+
+        if self._own_task:
+            self.ended = result
 
         return result
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["AgentStream", "Streaming"]
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -44,26 +44,26 @@ class Streaming(Generic[T]):
         self._single: Single[None] = Single(invocation, limiter, self._options, own_task=True)
         # Last, since it has to be closed: a limiter that is in use elsewhere is refused above.
         self.channel: Channel[T] = Channel()
-        self._scope = anyio.CancelScope()
+        self.scope = anyio.CancelScope()
 
     @property
     def left_open(self) -> bool:
         return self._single.left_open
 
-    async def produce(self, start_soon: StartSoon) -> None:
+    def begin(self, start_soon: StartSoon) -> None:
         self._options.act = partial(carry, self.channel, _as_it_is, start_soon)
-        try:
-            with self._scope:
-                self.result = await self._single.run()
-        finally:
-            self.result, self._single.ended = self.result or self._single.ended, None
-            # It refers to the task's owner, which refers to this.
-            self._options.act = None
+
+    def run(self) -> Coroutine[Any, Any, object]:
+        return self._single.run()
 
     def taken(self, item: T) -> None:
         pass
 
     def end(self) -> None:
+        # Neither is left there: the result may refer to a frame of the task, which refers to that object, and
+        # the plan to the task's owner, which refers to this.
+        self.result, self._single.ended = self._single.ended, None
+        self._options.act = None
         self.channel.close()
 
     def leave(self) -> None:
@@ -80,9 +80,9 @@ class Streaming(Generic[T]):
         self.channel.drop()
 
     def _cancel(self, reason: str) -> None:
-        if not self._scope.cancel_called:
+        if not self.scope.cancel_called:
             self._single.reason = reason
-            self._scope.cancel(reason)
+            self.scope.cancel(reason)
             self.channel.abandon()
 
 
