@@ -282,8 +282,15 @@ def _numbered(
 ) -> Generator[Invocation[T]]:
     with _closing(items):
         for index, item in enumerate(items):
-            # Nothing in it can be wrong, and to check it all again takes longer than all else about it.
-            yield make_invocation(f"{prefix}-{index}", fn, (item,), {})
+            # Nothing in it can be wrong, and to check it all again takes longer than all else about it; and a
+            # call for every invocation shows.
+            draft: Any = _Draft()
+            draft.agent_id = f"{prefix}-{index}"
+            draft.fn = fn
+            draft.args = (item,)
+            draft.kwargs = {}
+            draft.__class__ = Invocation
+            yield draft
 
 
 def _named(make: Callable[[int, ItemT], Invocation[T]], items: Iterator[ItemT]) -> Generator[Invocation[T]]:

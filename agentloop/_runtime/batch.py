@@ -123,7 +123,7 @@ class Batch(Generic[T]):
             async with Tasks() as tasks:
                 self._tasks = tasks
                 self._crew.open(tasks, self._work, self._has_work)
-                if self._source.is_async:
+                if self._source.needs_feeder:
                     tasks.start_soon(self._feed, "agentloop feeder")
 
                 if self._deadlines is not None:

@@ -60,6 +60,7 @@ class InputSource(Generic[T]):
         self.live = 0
         """How many jobs hold a slot, wait for one, or have a result that was not taken."""
         self.pulled = 0
+        self.is_async = isinstance(inputs, AsyncIterable)
         self.exhausted = False
         self.is_fresh = False
         """Whether the job that was given out last was pulled in the same moment."""
@@ -90,9 +91,9 @@ class InputSource(Generic[T]):
         self._room: anyio.Event | None = None
 
     @property
-    def is_async(self) -> bool:
-        """Whether a feeder is needed."""
-        return self._stream is not None and not self.exhausted
+    def needs_feeder(self) -> bool:
+        """Whether there is async input left."""
+        return self.is_async and not self.exhausted
 
     def open(self) -> None:
         """Begin, or begin again."""

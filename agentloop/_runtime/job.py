@@ -284,7 +284,8 @@ class Job(Slot, Generic[T]):
                 # Bound methods are not kept: the collector would look at them as long as the agent waits.
                 step = context.run(_send, coroutine, None)
                 self.waited = True
-                if crew is not None and crew.can_call:
+                # Most often all workers are at work, or one looks for something to do.
+                if crew is not None and crew.can_call and not crew.seeking:
                     crew.call()
 
                 while True:
