@@ -55,6 +55,7 @@ class AttemptScope(ABC):
     """
     The cancel scope around the attempts of one task.
 
+    :param now: returns the time of the event loop
     :param new_scope: makes a scope; AnyIO's own function looks up the backend each time
     :param queue: cancels the scope in time; without one the scope has a timer of its own
     """
@@ -69,11 +70,19 @@ class AttemptScope(ABC):
         "is_spoilt",
         "left_open",
         "limit",
+        "now",
         "reason",
         "scope",
     )
 
-    def __init__(self, new_scope: Callable[..., anyio.CancelScope], queue: DeadlineQueue | None) -> None:
+    def __init__(
+        self,
+        now: Callable[[], float],
+        new_scope: Callable[..., anyio.CancelScope],
+        queue: DeadlineQueue | None,
+    ) -> None:
+        self.now = now
+        """Returns the time of the event loop."""
         self._new_scope = new_scope
         self._queue = queue
         self.scope: anyio.CancelScope | None = None

@@ -117,7 +117,7 @@ def works_here(kind: type[AttemptScope], new_scope: Callable[..., anyio.CancelSc
     """Return whether a kind of attempt scope sets deadlines and sees what it should, in the current task."""
     far = anyio.current_time() + 1000
     try:
-        attempt = kind(new_scope, _Untimed(rests=False))
+        attempt = kind(anyio.current_time, new_scope, _Untimed(rests=False))
         with new_scope(shield=True) as around:
             seen = [attempt.begin(far), attempt.begin(far + 1), bool(attempt.children)]
             scope: Any = attempt.scope

@@ -62,7 +62,7 @@ class EventLoop(ABC):
 
         :param deadlines: what cancels it in time, if that is not the event loop
         """
-        return self._scope_kind(self._new_scope, self._deadlines or deadlines)
+        return self._scope_kind(self.now, self._new_scope, self._deadlines or deadlines)
 
     @staticmethod
     @abstractmethod

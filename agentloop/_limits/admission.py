@@ -69,6 +69,8 @@ class Admission:
         self.ledger = ledger
         self.gated = bool(self.meters)
         """Whether an attempt may need more than a slot; during a cool-off, even where there are no rates."""
+        self.paused = False
+        """Whether no attempt begins but those on loan."""
         self.epoch = 0
         """How often the limit was cut. An attempt remembers the epoch in which it began."""
         self.recovers = False

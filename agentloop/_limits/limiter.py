@@ -212,7 +212,9 @@ class Limiter:
     def _enter_run(self) -> SlotPool:
         pool = self._make_pool()
         self._pools.take(pool)
-        pool.paused = self._paused
+        if self._paused:
+            pool.pause()
+
         self._tell_limit(pool)
         return pool
 

@@ -73,7 +73,7 @@ class Slot:
     :param bill: what the attempt has to pay for it, if there are rates
     """
 
-    __slots__ = ("bill", "epoch", "hold", "lender", "lent", "outer", "pool", "waiters")
+    __slots__ = ("bill", "epoch", "hold", "is_plain", "lender", "lent", "outer", "pool", "waiters")
 
     def __init__(self, pool: SlotPool, outer: Slot | None, bill: Bill | None = None) -> None:
         self.pool = pool
@@ -81,6 +81,8 @@ class Slot:
         self.bill = bill
         self.epoch = pool.admission.epoch
         self.hold = HELD
+        # Whether it has nothing to do with another slot, and pays nothing.
+        self.is_plain = outer is None and bill is None
         self.lender: Slot | None = None
         self.lent: Slot | None = None
         # The waiters that would take this slot on loan; made when the first one asks.
@@ -112,22 +114,26 @@ class Slot:
         :param succeeded: whether it succeeded; a cancelled one did neither
         :param longest_hold: for how many seconds others wait at most because of it
         """
+        pool = self.pool
+        if self.is_plain and verdict is None and pool.is_open:
+            # Most slots were never lent, and there is nothing to learn from most attempts.
+            self.hold = RELEASED
+            pool.running -= 1
+            if pool.lines:
+                pool.serve()
+
+            return
+
         suspended = self.hold is SUSPENDED
         self.hold = RELEASED
-        pool, bill = self.pool, self.bill
+        bill = self.bill
         if bill is not None and bill.charges and not bill.is_paid:
             pool.refund(bill)
         elif verdict is not None or (succeeded and pool.admission.listens):
             pool.learn(self, verdict, longest_hold)
 
-        if suspended:
-            pass
-        elif self.lent is not None or self.lender is not None or self.waiters is not None:
+        if not suspended:
             self._pass_on()
-        else:
-            pool.running -= 1
-            if pool._queue or pool._returning:
-                pool.serve()
 
         if self.outer is not None:
             # What is released is skipped from now on, so that a chain of invocations, each of which starts
@@ -144,6 +150,7 @@ class Slot:
     def suspend(self) -> None:
         """Give the slot back, but for a while only."""
         self.hold = SUSPENDED
+        self.is_plain = False
         self._pass_on()
 
     def resume(self, granted: Slot) -> None:
@@ -164,6 +171,7 @@ class Slot:
 
     def lend(self, borrower: Slot) -> None:
         """Lend the slot."""
+        self.is_plain = False
         self.lent = borrower
         borrower.lender = self
 
@@ -174,6 +182,7 @@ class Slot:
             return True
 
         if self.waiters is None:
+            self.is_plain = False
             self.waiters = OrderedDict()
 
         self.waiters[waiter] = None
@@ -276,7 +285,8 @@ class SlotPool(LoopState):
         """How many inputs of running batches are there, and were not pulled yet."""
         self.on_raise: set[Callable[[], None]] = set()
         """Called when the limit was raised, so that a batch can start more workers."""
-        self.paused = False
+        self.is_open = False
+        """Whether a free slot is all that an attempt needs, and nothing is learnt from its success."""
         self.limit = max_concurrency
         self.running = 0
         self._tell_limit = tell_limit
@@ -289,8 +299,11 @@ class SlotPool(LoopState):
         self._queue: OrderedDict[Waiter, None] = OrderedDict()
         self._returning: OrderedDict[Waiter, None] = OrderedDict()
         self._borrowing: OrderedDict[Waiter, None] = OrderedDict()
+        self.lines = 0
+        """How many wait for a slot, and have none on loan."""
         self._arrivals = 0
         self._alarmed: Waiter | None = None
+        self._look()
 
     @property
     def waiting(self) -> int:
@@ -298,7 +311,7 @@ class SlotPool(LoopState):
 
     @property
     def in_line(self) -> int:
-        return len(self._queue) + len(self._returning) + len(self._borrowing)
+        return self.lines + len(self._borrowing)
 
     @property
     def selective(self) -> bool:
@@ -325,13 +338,15 @@ class SlotPool(LoopState):
 
     def pause(self) -> None:
         """Start nothing new but what runs on loan."""
-        self.paused = True
+        self.admission.paused = True
+        self._look()
         # Another waiter may be the first in line now.
         self.serve()
 
     def resume(self) -> None:
         """Start again."""
-        self.paused = False
+        self.admission.paused = False
+        self._look()
         self.serve()
 
     # -- what attempts cost, and what they teach
@@ -364,8 +379,14 @@ class SlotPool(LoopState):
             assert admission.governor is not None
             self._follow(admission.governor)
 
+    def _look(self) -> None:
+        """Find out whether a free slot is all that an attempt needs, after anything of that has changed."""
+        admission = self.admission
+        self.is_open = not (admission.gated or admission.paused or admission.listens or admission.epoch)
+
     def _follow(self, governor: AdaptiveLimit) -> None:
         self.admission.follow(governor)
+        self._look()
         if governor.limit != self.limit:
             self._set_limit(governor.limit)
 
@@ -401,23 +422,17 @@ class SlotPool(LoopState):
         :param returning: whether the attempt has begun and goes on
         :return: whether it was granted
         """
-        admission = self.admission
-        if slot.outer is not None or admission.gated or self.paused:
+        if not (slot.is_plain and self.is_open):
             return self._acquire(slot, returning)
 
-        if self.running >= self.limit or self._queue or self._returning:
+        running = self.running
+        if running >= self.limit or self.lines:
             return False
 
         # The same as _take() does; a call for every invocation shows.
-        self.running += 1
-        if self.running > self._borrowed:
+        self.running = running + 1
+        if running >= self._borrowed:
             self._borrow()
-
-        if admission.recovers:
-            admission.begin(self.running)
-
-        if slot.epoch != admission.epoch:
-            slot.take(admission.epoch)
 
         return True
 
@@ -426,12 +441,12 @@ class SlotPool(LoopState):
         if lender is not None and lender.lent is not None:
             lender = None
 
+        admission = self.admission
         if lender is None and (
-            self.running >= self.limit or self._queue or self._returning or (self.paused and not returning)
+            self.running >= self.limit or self.lines or (admission.paused and not returning)
         ):
             return False
 
-        admission = self.admission
         if admission.gated and not returning:
             now = self.loop.now()
             if self._next() is not None or admission.ready_at(slot.bill, now) > now:
@@ -439,6 +454,7 @@ class SlotPool(LoopState):
 
             admission.reserve(slot.bill, now)
             admission.open_gate(now)
+            self._look()
 
         if lender is None:
             self._take()
@@ -458,6 +474,7 @@ class SlotPool(LoopState):
         line = self._returning if returning else self._queue
         waiter = Waiter(slot, self._arrivals, line, self.lender(slot.outer))
         line[waiter] = None
+        self.lines += 1
         self.offer_loan(waiter)
         # There may be a slot for it already.
         self.serve()
@@ -509,6 +526,7 @@ class SlotPool(LoopState):
             return
 
         waiter.leave_lines()
+        self.lines -= 1
         waiter.has_loan = True
         waiter.line = self._borrowing
         self._borrowing[waiter] = None
@@ -543,7 +561,7 @@ class SlotPool(LoopState):
 
     def serve(self) -> None:
         """Serve all that can be served now, and have the next of them woken when it is time."""
-        if not (self._returning or self._queue or self._borrowing):
+        if not self.in_line:
             return
 
         # 1. Attempts that go on: a slot is all they need.
@@ -577,11 +595,12 @@ class SlotPool(LoopState):
 
         self._set_alarm(None, math.inf)
         admission.open_gate(now)
+        self._look()
 
     def _next(self) -> Waiter | None:
         """Return the first in line of those for whom there is a slot."""
         borrower = next(iter(self._borrowing)) if self._borrowing else None
-        if not self._queue or self.paused or self.running >= self.limit:
+        if not self._queue or self.admission.paused or self.running >= self.limit:
             return borrower
 
         head = next(iter(self._queue))
@@ -602,6 +621,7 @@ class SlotPool(LoopState):
         self._leave(waiter)
 
     def _leave(self, waiter: Waiter) -> None:
+        self.lines -= waiter.line is not self._borrowing
         waiter.leave_lines()
         if self._alarmed is waiter:
             self._set_alarm(None, math.inf)

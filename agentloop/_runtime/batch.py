@@ -24,6 +24,7 @@ from .._verdict import VerdictKind
 from .ending import FATAL_HINT, Ending
 from .inputs import InputSource
 from .job import Job
+from .observer import COUNTED_AT_ONCE
 from .options import RunOptions
 from .retry_queue import RetryQueue
 from .workers import Crew
@@ -239,23 +240,17 @@ class Batch(Generic[T]):
     async def _work(self) -> None:
         """Be a worker: take a job, wait for a slot, run one attempt; and again."""
         assert self._tasks is not None
-        pool, crew, source, ending, options = (
-            self._pool,
-            self._crew,
-            self._source,
-            self.ending,
-            self._options,
-        )
-        loop, new_context, selective = pool.loop, self._new_context, pool.selective
+        pool, crew, source, ending = self._pool, self._crew, self._source, self.ending
+        loop, options, new_context = pool.loop, self._options, self._new_context
         now_at, pace, cancellations = loop.now, loop.pace, loop.count_cancellations()
         next_job, scope = self._take_job, loop.attempt_scope(self._deadlines)
+        selective = pool.selective
         async with self._tasks.member() as tasks:
-            crew.enter(scope)
-            try:
-                while not (self._done or scope.is_spoilt):
+            with crew.member(scope):
+                while not self._done:
                     job = slot = None
                     try:
-                        if not scope.begin(math.inf):
+                        if scope.scope is None and not scope.begin(math.inf):
                             # Cancelled before it has anything, so that it holds nothing while that is on its way.
                             await wait_for_cancellation()
 
@@ -266,19 +261,20 @@ class Batch(Generic[T]):
                             await crew.park()
                             continue
 
-                        # A job that was just pulled has not been queued, if nobody takes time to say what it costs.
-                        granted, fresh = False, source.is_fresh and not selective
-                        if ending.stopped is None and (not selective or job.resolve()):
-                            slot = job.next_slot() if job.attempts else job
-                            granted = job.pool.acquire_nowait(slot)
-                            if not granted:
-                                fresh = False
-                                scope.leave()
-                                granted = await self._wait_in_line(job, slot)
+                        if selective or job.attempts or ending.stopped is not None:
+                            slot = await self._acquire(job, scope)
+                            now = now_at()
+                        elif pool.acquire_nowait(job):
+                            slot = job
+                            # A job that was just pulled has not been queued.
+                            now = job.queued_at if source.is_fresh else now_at()
+                        else:
+                            scope.leave()
+                            slot = await self._wait_in_line(job, job)
+                            now = now_at()
 
-                        if granted and slot is not None and ending.stopped is None:
+                        if slot is not None:
                             crew.seeking -= 1
-                            now = job.queued_at if fresh else now_at()
                             try:
                                 now = await job.run(slot, options, scope, new_context, now, crew)
                             except BaseException:
@@ -287,24 +283,19 @@ class Batch(Generic[T]):
                                 raise
 
                             crew.seeking += 1
-                            if job.failures is None:
-                                self._finish(job, now)
-                            else:
+                            if job.failures is not None:
                                 self._settle(job, scope, now)
+                                if scope.is_spoilt:
+                                    break
+                            else:
+                                self._finish(job, now)
                         else:
-                            if granted and slot is not None:
-                                slot.give_back()
-
-                            now = now_at()
                             ending.close(job)
                             self._finish(job, now)
 
                         waited = job.waited
                         # Not kept while parked: the arguments of a finished invocation are the caller's alone.
                         job = slot = None
-                        if scope.is_spoilt:
-                            break
-
                         if cancellations():
                             scope.leave()
                             await loop.forget_cancellations()
@@ -317,11 +308,20 @@ class Batch(Generic[T]):
                         scope.leave()
                         await tasks.go_on()
 
-            finally:
-                scope.leave()
-                crew.leave(scope)
+    async def _acquire(self, job: Job[T], scope: AttemptScope) -> Slot | None:
+        """Return a slot for the next attempt of any job; ``None`` if it is not to have one."""
+        if self.ending.stopped is not None or not job.resolve():
+            return None
 
-    async def _wait_in_line(self, job: Job[T], slot: Slot) -> bool:
+        slot = job.next_slot()
+        if job.pool.acquire_nowait(slot):
+            return slot
+
+        scope.leave()
+        return await self._wait_in_line(job, slot)
+
+    async def _wait_in_line(self, job: Job[T], slot: Slot) -> Slot | None:
+        """Return the slot, once it was granted; ``None`` if it was not, or the batch has been stopped."""
         waiter = job.join_line(slot)
         self._retries.in_line[job] = None
         routed = self._pool.route is not None
@@ -331,7 +331,7 @@ class Batch(Generic[T]):
             self._changed()
 
         try:
-            return await job.pool.wait(waiter)
+            granted = await job.pool.wait(waiter)
         except BaseException:
             # Whether the batch goes on or not, nothing has happened to this job yet.
             self._source.put_back(job)
@@ -340,6 +340,12 @@ class Batch(Generic[T]):
             self._crew.seeking += routed
             job.leave_line()
             self._retries.leave_line(job)
+
+        if granted and self.ending.stopped is not None:
+            slot.give_back()
+            return None
+
+        return slot if granted else None
 
     def _lose(self, job: Job[T], scope: AttemptScope) -> None:
         """End a job whose attempt was cancelled with the batch, or has ended the batch."""
@@ -394,23 +400,22 @@ class Batch(Generic[T]):
             job.pool.withdraw(job.waiter)
 
     def _finish(self, job: Job[T], now: float) -> None:
-        pool, source = job.pool, self._source
-        if pool is not self._pool:
-            pool.users -= 1
-
+        source, results = self._source, self._results
         result = job.finish(self._options.observer, now)
-        if job.bill is not None:
-            pool.settle(job.bill, result)
+        self._ended = ended = self._ended + 1
+        if not ended % COUNTED_AT_ONCE:
+            self._options.observer.count()
 
-        self._ended += 1
-        results = self._results
+        if not job.is_plain:
+            job.settle(result, self._pool)
+
         if results is None:
             self._deliver(job, result, now)
         else:
             # The same as _deliver() and _taken() would do; a call for every invocation shows.
             results.append(result)
             source.live -= 1
-            if source.is_async or not self._crew.seeking:
+            if not self._crew.seeking or source.is_async:
                 self._changed()
 
         if source.exhausted:

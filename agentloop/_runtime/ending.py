@@ -7,7 +7,8 @@ __all__ = ["FATAL_HINT", "Ending"]
 from typing import Any
 
 from .._errors import BatchStopped
-from .job import ENDED, Job
+from .attempt import ENDED
+from .job import Job
 
 # What to do about a batch that one failure has stopped.
 FATAL_HINT = "a classify= that does not judge the error FATAL lets a batch go on"

@@ -73,6 +73,7 @@ class InputSource(Generic[T]):
         self._observer = observer
         self._retries = retries
         self._run = copy_context().run
+        self._now = pool.loop.now
         self._iterator: Iterator[Input[T]] | None = None
         self._stream: AsyncIterable[Input[T]] | None = None
         if isinstance(inputs, AsyncIterable):
@@ -85,8 +86,13 @@ class InputSource(Generic[T]):
         # Where all inputs are there from the start, they wait from the start.
         self._began = pool.loop.now() if wait_from_start and isinstance(inputs, Sequence) else None
         self._to_come = 0 if self._began is None else len(cast("Sequence[Any]", inputs))
+        # Whether anybody is told of a job that is pulled.
+        self._reports = self._to_come > 0 or not observer.is_plain
+        # What workers pull, as long as there is more.
+        self._to_pull = self._iterator
         # Jobs that were pulled and wait for a worker, not for a retry.
         self._fed: deque[Job[T]] = deque()
+        self._has_fed = False
         self._feeding = anyio.CancelScope()
         self._room: anyio.Event | None = None
 
@@ -111,7 +117,7 @@ class InputSource(Generic[T]):
         if self._fed or (self._retries.due and self.live < self.limit):
             return True
 
-        return self._iterator is not None and self.may_pull()
+        return self._to_pull is not None and self.may_pull()
 
     def may_pull(self) -> bool:
         """Return whether there is room for one more input."""
@@ -120,58 +126,66 @@ class InputSource(Generic[T]):
 
     def next_job(self) -> Job[T] | None:
         """Return the next job to be done, if there is one: one that was fed, is due again, or is pulled."""
-        self.is_fresh = False
-        if self._fed:
-            return self._fed.popleft()
-
-        limit = self.limit
-        if self.live >= limit:
-            return None
-
-        if self._retries.due:
-            self.live += 1
-            return self._retries.pop()
-
-        # As may_pull() has it; a call for every input shows.
-        iterator = self._iterator
-        if iterator is None or self.exhausted or self._retries.count >= ASLEEP_PER_SLOT * limit:
-            return None
+        iterator = self._to_pull
+        if iterator is None or self._has_fed or self._retries.count or self.live >= self.limit:
+            job = self._next_job()
+            if job is not None or iterator is None or not self.may_pull():
+                return job
 
         try:
             item = self._run(next, iterator)
             if type(item) is not Invocation:
                 item = as_invocation(item)
         except StopIteration:
-            self.exhausted = True
+            self._exhaust()
             return None
         except BaseException as exc:
             if not is_error(exc):
                 raise
 
             self.error = as_exception(exc, CANCELLED)
-            self.exhausted = True
+            self._exhaust()
             return None
 
-        self.is_fresh = self._began is None
-        now = self._pool.loop.now() if self._began is None else self._began
-        index = self.pulled
+        index, began = self.pulled, self._began
         self.pulled = index + 1
         self.live += 1
-        job = Job(item, index, now, self._pool, self._outer)
-        if self._to_come or not self._observer.is_plain:
+        self.is_fresh = began is None
+        job = Job(item, index, self._now() if began is None else began, self._pool, self._outer)
+        if self._reports:
             self._report(job)
 
         return job
 
+    def _next_job(self) -> Job[T] | None:
+        """Return a job that need not be pulled."""
+        self.is_fresh = False
+        if self._fed:
+            job = self._fed.popleft()
+            self._has_fed = bool(self._fed)
+            return job
+
+        if self._retries.due and self.live < self.limit:
+            self.live += 1
+            return self._retries.pop()
+
+        return None
+
     def put_back(self, job: Job[T]) -> None:
         """Give a job out again before all others."""
         self._fed.appendleft(job)
+        self._has_fed = True
 
     def pop_all(self) -> list[Job[T]]:
         """Take the jobs that were pulled and wait for a worker."""
         jobs = [*self._fed]
         self._fed.clear()
+        self._has_fed = False
         return jobs
+
+    def _exhaust(self) -> None:
+        self.exhausted = True
+        self._to_pull = None
 
     def _report(self, job: Job[T]) -> None:
         job.queue(self._observer)
@@ -194,12 +208,13 @@ class InputSource(Generic[T]):
                 while True:
                     await self._wait_for_room()
                     item = await anext(iterator)
-                    now = self._pool.loop.now()
+                    now = self._now()
                     job: Job[T] = Job(as_invocation(item), self.pulled, now, self._pool, self._outer)
                     self.pulled += 1
                     self.live += 1
                     self._report(job)
                     self._fed.append(job)
+                    self._has_fed = True
                     on_job()
             except StopAsyncIteration:
                 ended = True
@@ -213,7 +228,7 @@ class InputSource(Generic[T]):
                 self.error = as_exception(exc, CANCELLED)
                 ended = True
             finally:
-                self.exhausted = True
+                self._exhaust()
                 # Cancelled by cut(), or with all tasks of the batch.
                 self.cut_short = self.cut_short or not ended
                 if isinstance(iterator, AsyncGenerator):
@@ -258,7 +273,7 @@ class InputSource(Generic[T]):
         if not self.exhausted:
             # An iterator may know that there is no more, even if it has not been asked for it.
             self.cut_short = self._iterator is None or length_hint(self._sized, 1) > 0
-            self.exhausted = True
+            self._exhaust()
             self._feeding.cancel()
 
     def stop_feeding(self) -> None:

@@ -16,6 +16,7 @@ from .._limits.limiter import Limiter, pool_of
 from .._limits.slots import Slot, current_slot
 from .._result import InvocationResult
 from .job import Job
+from .observer import COUNTED_AT_ONCE
 from .options import RunOptions
 
 T = TypeVar("T")
@@ -128,14 +129,14 @@ class Single(Generic[T]):
         self._scope.cancel(reason)
 
     def _end(self, now: float) -> InvocationResult[T]:
-        job, pool = self._job, self._job.pool
+        job, observer = self._job, self._options.observer
         self._pool.users -= 1
-        if pool is not self._pool:
-            pool.users -= 1
+        result = job.finish(observer, now)
+        if not observer.count_result() % COUNTED_AT_ONCE:
+            observer.count()
 
-        result = job.finish(self._options.observer, now)
-        if job.bill is not None:
-            pool.settle(job.bill, result)
+        if not job.is_plain:
+            job.settle(result, self._pool)
 
         if self._own_task:
             self.ended = result

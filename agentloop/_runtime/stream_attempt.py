@@ -18,7 +18,8 @@ from .._eventloop.deadlines import AttemptScope, TimeLimit
 from .._limits.slots import HELD, Slot
 from .._metrics.histogram import Histogram
 from .channel import Channel
-from .job import Job, Progress, plumbing
+from .job import Job
+from .attempt import Progress, plumbing
 from .options import RunOptions
 
 ItemT = TypeVar("ItemT")

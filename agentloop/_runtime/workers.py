@@ -25,7 +25,8 @@ from __future__ import annotations
 
 __all__ = ["Crew"]
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
+from contextlib import contextmanager
 from typing import Any
 
 import anyio
@@ -119,13 +120,15 @@ class Crew:
             self._count()
             raise
 
-    def enter(self, scope: AttemptScope) -> None:
-        """Note the scope of a worker's attempts, to cancel them by."""
+    @contextmanager
+    def member(self, scope: AttemptScope) -> Generator[None]:
+        """Note the scope of a worker's attempts, to cancel them by; leave it at the end."""
         self._scopes.add(scope)
-
-    def leave(self, scope: AttemptScope) -> None:
-        """Forget a worker that ends."""
-        self._scopes.discard(scope)
+        try:
+            yield
+        finally:
+            scope.leave()
+            self._scopes.discard(scope)
 
     def cancel(self, reason: str) -> None:
         """Cancel all attempts that run."""

@@ -1,0 +1,386 @@
+"""One attempt after the other at an invocation: called, timed, and told apart from what surrounds it."""
+
+from __future__ import annotations
+
+__all__ = ["ENDED", "QUEUED", "RETRYING", "Attempts", "Progress", "State", "plumbing"]
+
+import enum
+import math
+import types
+from collections.abc import Callable, Generator
+from contextvars import Context
+from types import CodeType
+from typing import Any, Generic, TypeVar
+
+import anyio
+from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
+
+from .._errors import InvocationCancelled
+from .._eventloop.callers import CallersCancellation
+from .._eventloop.context import as_coroutine, await_it, wait_for_cancellation
+from .._eventloop.deadlines import AttemptScope, TimeLimit
+from .._foreign import foreign_code
+from .._invocation import Invocation
+from .._limits.slots import Slot, current_slot
+from .._result import Status
+from .._verdict import Verdict
+from .options import RunOptions
+from .outcome import Failures, Outcome, outcome_of, without_cancellation
+from .workers import Crew
+
+T = TypeVar("T")
+FnT = TypeVar("FnT", bound=Callable[..., Any])
+
+_set_slot = current_slot.set
+_PLAIN: type[types.CoroutineType[Any, Any, Any]] = types.CoroutineType
+_send = _PLAIN.send
+
+_PLUMBING: set[CodeType] = {await_it.__code__}
+
+
+def plumbing(fn: FnT) -> FnT:
+    """Mark a function as one that stands between the loop and an agent, and that tracebacks leave out."""
+    _PLUMBING.add(fn.__code__)
+    return fn
+
+
+class Progress:
+    """
+    How far a stream has come.
+
+    :param first_at: when it handed over the first chunk
+    :ivar chunks: how many it has handed over
+    """
+
+    __slots__ = ("chunks", "first_at")
+
+    def __init__(self, first_at: float) -> None:
+        self.chunks = 0
+        self.first_at = first_at
+
+
+class State(enum.Enum):
+    """Where a job is. Each method of :class:`Job` that moves it says from where to where."""
+
+    QUEUED = enum.auto()
+    RUNNING = enum.auto()
+    RETRYING = enum.auto()
+    ENDED = enum.auto()
+
+
+QUEUED, RUNNING, RETRYING, ENDED = State
+
+
+class Attempts(Slot, Generic[T]):
+    """
+    The attempts at one invocation, one after the other, and the slot of the first of them.
+
+    It is its own first slot because most invocations need no other, and one object for each is faster than
+    two. Only its own methods write it.
+    """
+
+    __slots__ = (
+        "attempts",
+        "deadline",
+        "failures",
+        "id",
+        "invocation",
+        "output",
+        "progress",
+        "started_at",
+        "state",
+        "waited",
+    )
+
+    invocation: Invocation[T]
+    state: State
+    attempts: int
+    """How many have begun."""
+    started_at: float | None
+    """When the first of them did."""
+    deadline: float
+    """When all of them have to be over."""
+    output: T | None
+    failures: Failures | None
+    progress: Progress | None
+    waited: bool
+    """Whether other tasks were let run."""
+    id: int
+    """What events call the invocation."""
+
+    @property
+    def failed(self) -> Outcome | None:
+        """What became of it, unless that was a success."""
+        return None if self.failures is None else self.failures.last
+
+    def make_progress(self, now: float) -> Progress:
+        """Return what counts the chunks of a stream, which hands over its first one now."""
+        self.progress = Progress(now)
+        return self.progress
+
+    @plumbing
+    @types.coroutine
+    def run(
+        self,
+        slot: Slot,
+        options: RunOptions,
+        scope: AttemptScope,
+        new_context: Callable[[], Context],
+        now: float,
+        crew: Crew | None = None,
+        caller: CallersCancellation | None = None,
+    ) -> Generator[Any, Any, float]:
+        """
+        Run one attempt: call the agent, and take every step of it inside a context of its own. QUEUED,
+        RETRYING -> RUNNING. How it has failed, if it has, is in ``failures.last``.
+
+        Context variables that the agent sets stay in there, also for the tasks, threads and callbacks that it
+        starts, and a token can be reset in any later step, since all steps share the one context.
+
+        :param slot: is given back in any case
+        :param scope: times it out; stays open, if the agent returned, until it is left
+        :param new_context: returns the agent's context
+        :param now: the time
+        :param crew: calls another worker when the agent waits
+        :param caller: notices native cancellations of this task, if it is a caller's; in a task of ours only
+            the agent can ask for one
+        :return: the time at which it ended
+        :raises BaseException: the cancellation of an enclosing scope or of the caller's task, and what the
+            agent raises that is no ``Exception``; the attempt then has no outcome
+        """
+        try:
+            deadline, observer = now + options.timeout, options.observer
+            if options.total is None:
+                may_start = scope.begin(deadline)
+            else:
+                deadline, may_start = self._begin(deadline, now, scope, options.total)
+
+            if not may_start:
+                # Once cancelled, nothing starts, not even to its first checkpoint.
+                yield from wait_for_cancellation().__await__()
+
+            context = new_context()
+            context.run(_set_slot, slot)
+            if caller is not None:
+                caller.begin()
+
+            attempts = self.attempts
+            self.attempts = attempts + 1
+            self.state = RUNNING
+            if observer.is_plain and not attempts:
+                self.started_at = now
+                tell = observer.tell_in_flight
+                tell(1)
+            else:
+                self._report_start(options, now, context)
+
+            if not slot.is_plain and slot.bill is not None:
+                slot.pay()
+        except BaseException:
+            slot.release()
+            raise
+
+        act, invocation, kwargs = options.act, self.invocation, self.invocation.kwargs
+        coroutine: Any = None
+        thrown: BaseException | None = None
+        try:
+            if act is not None:
+                coroutine = context.run(act, self, slot, options, scope)
+            elif kwargs:
+                coroutine = context.run(invocation.fn, *invocation.args, **kwargs)
+            else:
+                coroutine = context.run(invocation.fn, *invocation.args)
+
+            # The plain case first: to ask an abstract class takes longer.
+            if type(coroutine) is not _PLAIN:
+                coroutine = as_coroutine(invocation.fn, coroutine)
+
+            # Bound methods are not kept: the collector would look at them as long as the agent waits.
+            step = context.run(_send, coroutine, None)
+            self.waited = True
+            # Most often all workers are at work, or one looks for something to do.
+            if crew is not None and not crew.seeking and crew.can_call:
+                crew.call()
+
+            while True:
+                sent: Any = None
+                try:
+                    sent = yield step
+                except GeneratorExit:
+                    context.run(coroutine.close)
+                    raise
+                except BaseException as exc:
+                    # Thrown in below, outside of this block: inside, it would become the context of whatever
+                    # the agent raises later on, even if it had handled it.
+                    thrown = exc
+
+                try:
+                    if thrown is None:
+                        step = context.run(_send, coroutine, sent)
+                    else:
+                        if caller is not None:
+                            caller.reaches(coroutine, thrown)
+
+                        step = context.run(coroutine.throw, thrown)
+                finally:
+                    # An exception refers to this frame, and trio sends exceptions too.
+                    thrown = sent = None
+        except StopIteration as stop:
+            if coroutine is None:
+                yield from self._conclude(slot, options, scope, caller, stop).__await__()
+                return scope.now()
+
+            self.output = stop.value
+        except BaseException as exc:
+            yield from self._conclude(slot, options, scope, caller, exc).__await__()
+            return scope.now()
+
+        ended_at = scope.now()
+        if scope.children:
+            yield from self._conclude(slot, options, scope, caller, None).__await__()
+            return scope.now()
+
+        # It may have been cancelled before the agent returned; and a stream moves the deadline.
+        if ended_at >= deadline or act is not None:
+            scope.leave()
+
+        slot.release(None, True)
+        return ended_at
+
+    def _begin(
+        self, deadline: float, now: float, scope: AttemptScope, total: TimeLimit
+    ) -> tuple[float, bool]:
+        """Begin an attempt that the time for all attempts bounds too; return its deadline as well."""
+        if not self.attempts:
+            self.deadline = now + total.seconds
+
+        deadline = min(deadline, self.deadline)
+        may_start = scope.begin(deadline)
+        # Remembered, since a timer may fire a moment before its time.
+        scope.set_limit(total if deadline == self.deadline else None)
+        return deadline, may_start
+
+    async def _conclude(
+        self,
+        slot: Slot,
+        options: RunOptions,
+        scope: AttemptScope,
+        caller: CallersCancellation | None,
+        raised: BaseException | None,
+    ) -> None:
+        """
+        Find out how an attempt has failed, and give its slot back.
+
+        :param raised: what came out of the agent; ``None`` if it returned and left a scope open
+        :raises BaseException: as :meth:`run`
+        """
+        cancelled_class = anyio.get_cancelled_exc_class()
+        assert scope.scope is not None
+        timed_out = scope.scope.cancel_called
+        left_open = scope.left_open or bool(scope.children)
+        limit, reason = scope.limit or options.limit, scope.reason
+        error: Exception | None = None
+        verdict: Verdict | None = None
+        self.output = None
+        try:
+            if not left_open:
+                if timed_out and issubclass(type(raised), cancelled_class):
+                    assert raised is not None
+                    # The scope is about to drop it, but trio holds on to it in a cycle: without this,
+                    # the frames and arguments of the agent would live until the next collection.
+                    raised.__traceback__ = None
+
+                try:
+                    if scope.leave(raised):
+                        raised = None
+                except BaseException as rest:
+                    raised = rest
+
+            if raised is not None:
+                error = without_cancellation(raised)
+
+            if error is not None and error is raised:
+                scope.note(error)
+
+            if left_open:
+                # A scope that is still open may be cancelled too, which is the agent's doing.
+                cancelled = not scope.begin(math.inf)
+                scope.abandon(caller is None)
+                if cancelled:
+                    # It may also be shielded. Then the cancellation never reaches the task.
+                    await checkpoint_if_cancelled()
+            elif raised is not None:
+                # An error made out of the caller's cancellation is that cancellation.
+                await checkpoint_if_cancelled()
+
+            if caller is not None and caller.came(raised):
+                if raised is None or not issubclass(type(raised), cancelled_class):
+                    # It may still be on its way.
+                    await checkpoint()
+                    raised = cancelled_class()
+
+                raise raised
+
+            if error is not None:
+                _trim(error)
+
+            if reason is not None:
+                self.cancel(reason, scope.cause)
+                return
+
+            verdict = self._fail(
+                outcome_of(
+                    raised,
+                    error if error is not None else scope.cause,
+                    limit if timed_out or raised is None else None,
+                    self.invocation.agent_id if left_open else None,
+                    options.config.retry_on_timeout,
+                ),
+                options,
+            )
+        finally:
+            # Their tracebacks refer to this frame; the frame must not refer back.
+            raised = error = None
+            slot.release(verdict, False, options.longest_hold)
+
+    def _fail(self, outcome: Outcome, options: RunOptions) -> Verdict | None:
+        if self.failures is None:
+            self.failures = Failures(self.started_at)
+
+        self.failures.add(outcome)
+        return self.failures.judge(options.config, options.observer.log_classify)
+
+    def _report_start(self, options: RunOptions, now: float, context: Context) -> None:
+        if self.attempts == 1:
+            self.started_at = now
+
+        attempt_ms, failures = 0.0, self.failures
+        if failures is not None:
+            attempt_ms = failures.attempt_ms
+            failures.begin(now)
+
+        options.observer.started(self.invocation, self.attempts, self.id, now, context, attempt_ms)
+
+    def cancel(self, reason: str, cause: BaseException | None = None) -> None:
+        """End because the caller was cancelled. Any -> ENDED."""
+        error = InvocationCancelled(reason)
+        error.__cause__ = cause
+        self._end(Outcome(Status.CANCELLED if self.attempts else Status.SKIPPED, error))
+
+    def _end(self, outcome: Outcome) -> None:
+        self.state = ENDED
+        if self.failures is None:
+            self.failures = Failures(self.started_at)
+
+        self.failures.end(outcome)
+
+
+def _trim(exc: BaseException) -> None:
+    """Let the traceback begin in the agent: shorter to read, and no reference back to our own frames."""
+    # Of an exception that does not let it be set, a frozen dataclass, say, the traceback keeps our frames.
+    with foreign_code:
+        traceback = exc.__traceback__
+        while traceback is not None and traceback.tb_frame.f_code in _PLUMBING:
+            traceback = traceback.tb_next
+
+        exc.__traceback__ = traceback
