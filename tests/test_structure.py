@@ -35,7 +35,6 @@ TO_MEND: dict[str, dict[str, int]] = {
         "_limits/slots.py": 697,
         "_runtime/batch.py": 690,
         "_runtime/job.py": 355,
-        "_store/store.py": 369,
     },
     "function lines": {
         "run_attempt": 100,

@@ -11,11 +11,11 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast, overload
 
-import anyio
 from anyio.lowlevel import checkpoint
 
 from .. import _validators as must
-from .draft import Draft, check_key
+from .draft import check_key
+from .edit import Edit
 from .freezer import Freezer
 from .frozen import thaw
 from .json import check_json
@@ -208,7 +208,7 @@ class ContextStore:
             leaving, if another task entered
         """
         must.check_number("timeout_seconds", timeout_seconds, above=0, optional=True)
-        return _Edit(self._state, math.inf if timeout_seconds is None else timeout_seconds)
+        return Edit(self._state, math.inf if timeout_seconds is None else timeout_seconds)
 
     async def wait_for(self, predicate: Callable[[Mapping[str, Any]], T]) -> T:
         """
@@ -290,51 +290,6 @@ class ContextStore:
             raise ValueError(f"the text must be a JSON object, got a {kind.__name__}")
 
         return cls(value)
-
-
-class _Edit(AbstractAsyncContextManager[MutableMapping[str, Any], None]):
-    def __init__(self, state: State, timeout_seconds: float) -> None:
-        self._state = state
-        self._timeout_seconds = timeout_seconds
-
-    async def __aenter__(self) -> Draft:
-        run = self._state.enter_run()
-        with anyio.move_on_after(self._timeout_seconds) as scope:
-            await run.lock.acquire()
-
-        if scope.cancelled_caught:
-            owner = run.lock.statistics().owner
-            raise TimeoutError(
-                f"waited {self._timeout_seconds:g} s to edit the store, while task "
-                f"{owner.name if owner else None!r} was writing: keep the block of its edit() short, or wait "
-                "longer"
-            )
-
-        # Nothing waits until the block begins, so nothing can keep the lock from being released.
-        run.editor = anyio.get_current_task()
-        self._run = run
-        self._draft = Draft(self._state.values)
-        return self._draft
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        run, draft = self._run, self._draft
-        if run.editor != anyio.get_current_task():
-            draft.end()
-            raise RuntimeError(
-                "an edit must be left by the task that entered it, which alone can release the lock: nothing "
-                "was committed"
-            )
-
-        # Nor does anything wait here: a commit cannot be cancelled halfway.
-        try:
-            if exc_type is None:
-                self._state.commit(run, *draft.changes())
-        finally:
-            draft.end()
-            run.editor = None
-            run.lock.release()
 
 
 class _Watching(AbstractAsyncContextManager[AsyncIterator[Any], None]):

@@ -631,7 +631,7 @@ MUTANTS = [
     ),
     Mutant(
         "a cancelled edit is committed",
-        "_Edit.__aexit__",
+        "Edit.__aexit__",
         "exc_type is None",
         "exc_type is None or not issubclass(exc_type, Exception)",
         program="linearizability.py",
@@ -645,7 +645,7 @@ MUTANTS = [
     ),
     Mutant(
         "an edit is committed in two steps",
-        "_Edit.__aexit__",
+        "Edit.__aexit__",
         "self._state.commit(run, *draft.changes())",
         """
         for name, new in draft.changes()[0].items():
@@ -656,7 +656,7 @@ MUTANTS = [
     ),
     Mutant(
         "a cancelled edit keeps the lock",
-        "_Edit.__aexit__",
+        "Edit.__aexit__",
         "run.lock.release()",
         """
         if exc_type is None:
