@@ -107,3 +107,11 @@ def test_pages_are_made_without_a_warning(tmp_path: Path) -> None:
     page = (tmp_path / "pages" / "agentloop.html").read_text("utf-8")
     for name in agentloop.__all__:
         assert f'id="agentloop.{name}"' in page
+
+
+def test_modules_that_contributors_are_sent_to_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    table = text.partition("## Where a change goes")[2].partition("## A change")[0]
+    modules = re.findall(r"`(_\w+(?:/\w+)?)`", table)
+    assert len(modules) > 15
+    assert not [name for name in modules if not (ROOT / "agentloop" / f"{name}.py").exists()]
