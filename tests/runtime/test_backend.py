@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Coroutine, Generator
 from contextlib import nullcontext
@@ -11,11 +10,9 @@ from typing import Any
 
 import anyio
 import anyio.lowlevel
-import pytest
 
 from agentloop import AgentLoop
 from agentloop._eventloop.backend import make_is_cancelled, make_is_left_open
-from agentloop._eventloop.loop import describe, kind_of_loop
 
 
 def tell() -> bool:
@@ -72,23 +69,6 @@ async def test_anyio_is_asked_each_time_where_its_insides_have_other_names() -> 
         is_cancelled_around = make_is_cancelled(Backend)
         Backend.deadline = math.inf
         assert not is_cancelled_around(None)
-
-
-async def test_native_cancellations_are_forgotten_and_cancel_nothing_afterwards(
-    anyio_backend_name: str,
-) -> None:
-    kind = kind_of_loop()
-    pending = kind.count_cancellations()
-    if anyio_backend_name == "asyncio":
-        task = asyncio.current_task()
-        assert task is not None
-        task.cancel()
-        task.cancel()
-        assert pending() == 2
-
-    await kind.forget_cancellations()
-    await anyio.sleep(0)
-    assert pending() == 0
 
 
 async def test_agent_may_return_a_coroutine_of_another_kind() -> None:
@@ -149,10 +129,3 @@ async def test_nothing_is_left_open_where_the_insides_of_anyio_have_other_names(
 
     for backend in (Hidden, Other):
         assert not make_is_left_open(backend)(None)
-
-
-async def test_use_of_the_insides_of_anyio_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert describe() == "by the insides of AnyIO and trio"
-    backend = anyio.lowlevel.current_token().backend_class
-    monkeypatch.setattr(backend, "create_cancel_scope", lambda **_: nullcontext())
-    assert describe() == "by public calls alone, which is slower"
