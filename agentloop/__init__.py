@@ -37,8 +37,8 @@ from ._loop import AgentLoop
 from ._metrics.histogram import Distribution
 from ._metrics.recorder import MetricsRecorder, MetricsSnapshot
 from ._result import InvocationResult, Status
-from ._runtime.stream import AgentStream
 from ._store.store import ContextStore
+from ._stream.stream import AgentStream
 from ._verdict import Verdict, VerdictKind, classify
 
 __all__ = [

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, Self, TypeVar, cast
 import attrs
 
 from . import _validators as must
+from ._batch.collect import CollectingBatch
 from ._config import LoopConfig
 from ._events import ChunkEvent, Event, ResultEvent
 from ._invocation import Inputs, Invocation, StreamInputs, check_inputs, make_invocation
@@ -20,13 +21,12 @@ from ._limits.limiter import Limiter, LoopStatistics
 from ._metrics.recorder import MetricsRecorder
 from ._misuse import name_parameters
 from ._result import InvocationResult
-from ._runtime.options import RunOptions
-from ._runtime.collect import CollectingBatch
 from ._runtime.lifetime import Lifetime
 from ._runtime.observer import Observer, Sink
-from ._runtime.read import BatchReader, CompletionBatch, StreamBatch
+from ._runtime.options import RunOptions
 from ._runtime.single import Single
-from ._runtime.stream import AgentStream, Streaming
+from ._stream.read import BatchReader, CompletionBatch, StreamBatch
+from ._stream.stream import AgentStream, Streaming
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -21,7 +21,7 @@ PACKAGE = Path(agentloop.__file__).parent
 # the package are its vocabulary.
 VOCABULARY = "vocabulary"
 PARTS = ["_limits", "_metrics", "_store"]
-LAYERS = [[VOCABULARY], ["_eventloop"], PARTS, ["_runtime"], ["_loop"], ["__init__"]]
+LAYERS = [[VOCABULARY], ["_eventloop"], PARTS, ["_runtime"], ["_batch"], ["_stream"], ["_loop"], ["__init__"]]
 HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
 
 OUTSIDE = {"anyio", "attrs"}

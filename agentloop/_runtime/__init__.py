@@ -1,1 +1,1 @@
-"""How invocations run: jobs, attempts, batches, streams."""
+"""One invocation: its attempts, what becomes of it, and who is told."""

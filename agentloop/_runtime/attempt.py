@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable, Generator
 from contextvars import Context
 from types import CodeType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import anyio
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
@@ -26,7 +26,6 @@ from .._result import Status
 from .._verdict import Verdict
 from .options import RunOptions
 from .outcome import Failures, Outcome, outcome_of, without_cancellation
-from .workers import Crew
 
 T = TypeVar("T")
 FnT = TypeVar("FnT", bound=Callable[..., Any])
@@ -57,6 +56,18 @@ class Progress:
     def __init__(self, first_at: float) -> None:
         self.chunks = 0
         self.first_at = first_at
+
+
+class Helpers(Protocol):
+    """Calls another worker of a batch when an agent waits."""
+
+    seeking: int
+    """How many look for something to do already."""
+    can_call: bool
+    """Whether there is another one to call."""
+
+    def call(self) -> None:
+        """Call one, if there is something to do."""
 
 
 class State(enum.Enum):
@@ -127,7 +138,7 @@ class Attempts(Slot, Generic[T]):
         scope: AttemptScope,
         new_context: Callable[[], Context],
         now: float,
-        crew: Crew | None = None,
+        crew: Helpers | None = None,
         caller: CallersCancellation | None = None,
     ) -> Generator[Any, Any, float]:
         """

@@ -14,8 +14,8 @@ import anyio
 
 from .._config import LoopConfig
 from .._errors import InvocationCancelled, LeftOpenError, describe
-from .._eventloop.errors import is_error
 from .._eventloop.deadlines import TimeLimit
+from .._eventloop.errors import is_error
 from .._foreign import foreign_code
 from .._limits.admission import Admission
 from .._result import Status

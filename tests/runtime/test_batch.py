@@ -28,7 +28,7 @@ from agentloop import (
     Status,
     Verdict,
 )
-from agentloop._runtime.inputs import ASLEEP_PER_SLOT
+from agentloop._batch.inputs import ASLEEP_PER_SLOT
 from agentloop.testing import virtual_clock
 
 PLAIN = Backoff(jitter="none")

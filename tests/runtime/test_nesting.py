@@ -12,7 +12,7 @@ from anyio.lowlevel import checkpoint
 
 from agentloop import AgentLoop, Backoff, Invocation, Limiter, LoopConfig, Status
 from agentloop._limits.slots import Slot
-from agentloop._runtime.channel import BUFFER
+from agentloop._stream.channel import BUFFER
 
 
 class Meter:

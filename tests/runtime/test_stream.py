@@ -27,7 +27,7 @@ from agentloop import (
     LoopConfig,
     Status,
 )
-from agentloop._runtime.channel import BUFFER, LOW
+from agentloop._stream.channel import BUFFER, LOW
 from agentloop.testing import virtual_clock
 
 PLAIN = Backoff(initial_seconds=1, jitter="none")

@@ -25,7 +25,7 @@ from agentloop import (
     ResultEvent,
     Status,
 )
-from agentloop._runtime.channel import BUFFER
+from agentloop._stream.channel import BUFFER
 from agentloop.testing import virtual_clock
 
 PLAIN = Backoff(initial_seconds=1, jitter="none")

@@ -25,8 +25,8 @@ from agentloop import (
     ResultEvent,
     Status,
 )
-from agentloop._runtime.channel import BUFFER, PATIENCE_SECONDS
-from agentloop._runtime.stream_attempt import ADVANCES, CLOSE_SECONDS
+from agentloop._stream.channel import BUFFER, PATIENCE_SECONDS
+from agentloop._stream.stream_attempt import ADVANCES, CLOSE_SECONDS
 from agentloop.testing import virtual_clock
 
 backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])

@@ -13,7 +13,7 @@ from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
 from agentloop import AgentLoop, BatchStopped, ChunkEvent, Invocation, LoopConfig, ResultEvent, Status
-from agentloop._runtime.channel import BUFFER, LOW, PATIENCE_SECONDS, STARVED_SECONDS, TURN, Channel
+from agentloop._stream.channel import BUFFER, LOW, PATIENCE_SECONDS, STARVED_SECONDS, TURN, Channel
 from agentloop.testing import virtual_clock
 
 MANY = 100

@@ -10,17 +10,17 @@ from typing import Any, Generic, TypeVar, cast
 
 import anyio
 
+from .._batch.batch import Batch
 from .._errors import LoopClosed
 from .._events import ChunkEvent, ResultEvent
 from .._invocation import Inputs
 from .._limits.limiter import Limiter
 from .._result import InvocationResult
-from .batch import Batch
+from .._runtime.job import Job
+from .._runtime.lifetime import Lifetime
+from .._runtime.observer import new_id
+from .._runtime.options import RunOptions
 from .channel import Channel
-from .job import Job
-from .lifetime import Lifetime
-from .observer import new_id
-from .options import RunOptions
 from .reader import Reader
 from .stream_attempt import StartSoon, carry
 

@@ -13,8 +13,8 @@ from anyio.lowlevel import checkpoint_if_cancelled
 from .._errors import InvocationCancelled
 from .._eventloop.tasks import LOST, Tasks
 from .._limits.slots import current_slot
+from .._runtime.lifetime import Call, Lifetime
 from .channel import Channel
-from .lifetime import Call, Lifetime
 from .stream_attempt import StartSoon
 
 

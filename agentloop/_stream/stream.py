@@ -15,12 +15,12 @@ import anyio
 from .._invocation import Invocation
 from .._limits.limiter import Limiter
 from .._result import InvocationResult
+from .._runtime.job import Job
+from .._runtime.lifetime import Lifetime
+from .._runtime.options import RunOptions
+from .._runtime.single import Single
 from .channel import Channel
-from .job import Job
-from .lifetime import Lifetime
-from .options import RunOptions
 from .reader import Reader
-from .single import Single
 from .stream_attempt import StartSoon, carry
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import anyio
 
 from .._misuse import EnteredOnly
-from .lifetime import Lifetime
+from .._runtime.lifetime import Lifetime
 from .producer import Background, Producer
 
 ItemT = TypeVar("ItemT")

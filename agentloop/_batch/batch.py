@@ -20,12 +20,12 @@ from .._invocation import Inputs
 from .._limits.limiter import Limiter, pool_of
 from .._limits.slots import Slot, current_slot
 from .._result import InvocationResult
+from .._runtime.job import Job
+from .._runtime.observer import COUNTED_AT_ONCE
+from .._runtime.options import RunOptions
 from .._verdict import VerdictKind
 from .ending import FATAL_HINT, Ending
 from .inputs import InputSource
-from .job import Job
-from .observer import COUNTED_AT_ONCE
-from .options import RunOptions
 from .retry_queue import RetryQueue
 from .workers import Crew
 

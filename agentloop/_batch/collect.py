@@ -10,8 +10,8 @@ from typing import TypeVar
 from .._invocation import Inputs
 from .._limits.limiter import Limiter
 from .._result import InvocationResult
+from .._runtime.options import RunOptions
 from .batch import Batch
-from .options import RunOptions
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import anyio
 
-from .job import Job
+from .._runtime.job import Job
 
 
 class RetryQueue:

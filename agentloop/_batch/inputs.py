@@ -16,9 +16,9 @@ from anyio.lowlevel import checkpoint_if_cancelled
 from .._eventloop.errors import is_error
 from .._invocation import Input, Inputs, Invocation, Mapped, as_invocation
 from .._limits.slots import Slot, SlotPool
-from .job import Job
-from .observer import Observer
-from .outcome import as_exception
+from .._runtime.job import Job
+from .._runtime.observer import Observer
+from .._runtime.outcome import as_exception
 from .retry_queue import RetryQueue
 
 T = TypeVar("T")

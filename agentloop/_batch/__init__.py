@@ -1,0 +1,1 @@
+"""Many invocations at once: where they come from, who runs them, and how a batch ends."""

@@ -1,0 +1,1 @@
+"""What is read while it runs: streams, and batches that are read."""
