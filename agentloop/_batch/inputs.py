@@ -15,7 +15,8 @@ from anyio.lowlevel import checkpoint_if_cancelled
 
 from .._eventloop.errors import is_error
 from .._invocation import Input, Inputs, Invocation, Mapped, as_invocation
-from .._limits.slots import Slot, SlotPool
+from .._limits.pool import SlotPool
+from .._limits.slots import Slot
 from .._runtime.job import Job
 from .._runtime.observer import Observer
 from .._runtime.outcome import as_exception
@@ -107,7 +108,7 @@ class InputSource(Generic[T]):
 
     def count_to_come(self, sign: int) -> None:
         """Count what is still to be pulled as waiting in the limiter, or no more."""
-        self._pool.to_come += sign * self._to_come
+        self._pool.pending += sign * self._to_come
 
     # -- what there is to do
 
@@ -191,7 +192,7 @@ class InputSource(Generic[T]):
         job.queue(self._observer)
         if self._to_come:
             self._to_come -= 1
-            self._pool.to_come -= 1
+            self._pool.pending -= 1
 
     # -- an async input
 

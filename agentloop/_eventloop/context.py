@@ -6,14 +6,12 @@ __all__ = ["as_coroutine", "await_it", "wait_for_cancellation"]
 
 import inspect
 import types
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
-from contextvars import Context
+from collections.abc import Awaitable, Coroutine
 from typing import Any, TypeVar
 
 import anyio
 
 from .._errors import not_async
-from .callers import CallersCancellation
 
 T = TypeVar("T")
 

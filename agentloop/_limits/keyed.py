@@ -15,7 +15,7 @@ from .._events import Event, LimitEvent
 from .._invocation import Invocation
 from .._misuse import name_parameters
 from .limiter import Limiter, LimiterStatistics, pool_of
-from .slots import SlotPool
+from .pool import SlotPool
 
 _MAX_CONCURRENCY = LoopConfig().max_concurrency
 

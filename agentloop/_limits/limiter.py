@@ -16,9 +16,9 @@ from .._events import Event, LimitEvent
 from .._misuse import name_parameters
 from .admission import Admission
 from .overload import AdaptiveLimit
+from .pool import SlotPool
 from .rates import Rate
 from .retry_budget import RetryBudget, RetryLedger
-from .slots import SlotPool
 
 
 @attrs.frozen

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from .._eventloop.deadlines import TimeLimit
 from .._eventloop.errors import is_error
 from .._invocation import Invocation
-from .._limits.slots import HELD, Slot, SlotPool, Waiter
+from .._limits.lines import Waiter
+from .._limits.slots import HELD, Pool, Slot
 from .._result import SUCCESS, Draft, InvocationResult, Status
 from .attempt import ENDED, QUEUED, RETRYING, Attempts
 from .observer import Observer
@@ -34,7 +35,7 @@ class Job(Attempts[T]):
     __slots__ = ("index", "queued_at", "waiter")
 
     def __init__(
-        self, invocation: Invocation[T], index: int, now: float, pool: SlotPool, outer: Slot | None
+        self, invocation: Invocation[T], index: int, now: float, pool: Pool, outer: Slot | None
     ) -> None:
         # As Slot does it; a call for every invocation shows.
         self.pool = pool
@@ -59,7 +60,7 @@ class Job(Attempts[T]):
         """When its next attempt begins, if it waits for that."""
         return -math.inf if self.failures is None else self.failures.wake_at
 
-    def settle(self, result: InvocationResult[T], first: SlotPool) -> None:
+    def settle(self, result: InvocationResult[T], first: Pool) -> None:
         """
         Correct what the last attempt has paid, and leave the pool that the invocation was led to.
 
@@ -116,7 +117,8 @@ class Job(Attempts[T]):
     def join_line(self, slot: Slot) -> Waiter:
         """Stand in line for a slot."""
         self.waited = True
-        self.waiter = waiter = self.pool.enqueue(slot)
+        waiter: Waiter = self.pool.enqueue(slot)
+        self.waiter = waiter
         return waiter
 
     def leave_line(self) -> None:
@@ -152,7 +154,7 @@ class Job(Attempts[T]):
         assert failures is not None
         assert failures.last is not None
         self.state = RETRYING
-        self.pool.asleep += 1
+        self.pool.pending += 1
         failures.rest(now)
         observer.retrying(self.invocation, self.attempts, failures.last, failures.wake_at - now, self.id, now)
         return failures.wake_at
@@ -160,7 +162,7 @@ class Job(Attempts[T]):
     def wake(self) -> None:
         """Wait for the next attempt no more. RETRYING -> QUEUED."""
         self.state = QUEUED
-        self.pool.asleep -= 1
+        self.pool.pending -= 1
 
     def give_up(self, reason: str) -> None:
         """Make the last failure final although it would have been retried, and let the error say why."""

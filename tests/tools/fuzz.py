@@ -1217,9 +1217,11 @@ class Program:
             now = self.limiter.statistics()
             pool = pool_of(self.limiter)
             # One that waits for a time may have inherited the slot that it was going to be lent.
-            assert now.running <= self.attempting + len(pool._borrowing), "a slot is held by nobody who runs"
+            assert now.running <= self.attempting + len(pool.lines.borrowing), (
+                "a slot is held by nobody who runs"
+            )
             assert now.limit <= now.max_concurrency
-            assert not pool.in_line or now.running >= now.limit or self.waits_for_a_time(pool), (
+            assert not pool.lines or now.running >= now.limit or self.waits_for_a_time(pool), (
                 "a slot is free, and somebody waits for it"
             )
             # Most programs are over soon; the few that go on are looked at less often.
@@ -1227,11 +1229,11 @@ class Program:
 
     def waits_for_a_time(self, pool: Any) -> bool:
         """Whether nobody may start now who could have a slot, and the first of them is going to be woken."""
-        if self.limiter.statistics().paused_until == math.inf and not pool._borrowing:
-            return not pool._returning
+        if self.limiter.statistics().paused_until == math.inf and not pool.lines.borrowing:
+            return not pool.lines.returning
 
-        first, now = pool._next(), anyio.current_time()
-        if first is None or pool._alarmed is not first:
+        first, now = pool._first(), anyio.current_time()
+        if first is None or pool.lines.alarmed is not first:
             return False
 
         ready_at = now if pool.admission.governor is None else pool.admission.governor.ready_at(now)
@@ -1348,7 +1350,7 @@ class Program:
         assert not self.violations
         pool = pool_of(self.limiter)
         assert_idle(self.limiter, pool)
-        assert pool._alarmed is None, "an alarm is set for nobody"
+        assert pool.lines.alarmed is None, "an alarm is set for nobody"
         for name, results in self.metrics.results.items():
             assert len(results) == 1, f"{name} was recorded {len(results)} times"
             assert results[0].retries == max(0, self.starts[name] - 1)

@@ -1,0 +1,145 @@
+"""The lines in which attempts wait for slots. The theory is at the top of ``slots``."""
+
+from __future__ import annotations
+
+__all__ = ["Lines", "Waiter"]
+
+import math
+from collections import OrderedDict
+
+import anyio
+
+from .slots import Slot
+
+
+class Waiter:
+    """
+    A place in line for a slot.
+
+    :param slot: what is waited for
+    :param number: how many came before it
+    :param line: the pool's line that it stands in
+    """
+
+    __slots__ = ("event", "granted", "has_loan", "lender", "line", "number", "scope", "slot", "wake_at")
+
+    def __init__(self, slot: Slot, number: int, line: OrderedDict[Waiter, None]) -> None:
+        self.slot = slot
+        self.number = number
+        self.line = line
+        # Whose slot it would take on loan.
+        self.lender: Slot | None = None
+        # Whether it has a slot on loan, which it may use when it is time.
+        self.has_loan = False
+        self.granted = False
+        self.event = anyio.Event()
+        # When it has to look whether it is time; only the first in line does.
+        self.wake_at = math.inf
+        self.scope: anyio.CancelScope | None = None
+
+    def set_alarm(self, at: float) -> None:
+        """Wake its task at a time."""
+        self.wake_at = at
+        if self.scope is not None:
+            self.scope.deadline = at
+
+    def ask(self, lender: Slot | None) -> bool:
+        """
+        Ask a lender for its slot.
+
+        :return: whether it has lent that; if not, it will offer it later
+        """
+        if self.lender is not lender:
+            self._forget_lender()
+            self.lender = lender
+
+        return lender is not None and not self.has_loan and not self.event.is_set() and lender.offer(self)
+
+    def move(self, line: OrderedDict[Waiter, None]) -> None:
+        """Wait in another line, with a slot on loan."""
+        self.leave()
+        self.has_loan = True
+        self.line = line
+        line[self] = None
+
+    def grant(self, epoch: int) -> None:
+        """Note that it has its slot."""
+        self.granted = True
+        self.has_loan = False
+        self.slot.take(epoch)
+
+    def return_loan(self) -> None:
+        """Give back a slot on loan that it has not used."""
+        if self.has_loan:
+            self.has_loan = False
+            self.slot.give_back()
+
+    def leave(self) -> None:
+        """Stand in no line any more."""
+        self.line.pop(self, None)
+        self._forget_lender()
+
+    def _forget_lender(self) -> None:
+        if self.lender is not None:
+            self.lender.forget(self)
+
+
+class Lines:
+    """
+    The three lines of a pool, and the alarm of the one waiter that waits for a time.
+
+    They are ordered, with removal in O(1): a cancelled waiter leaves nothing behind. The queue of AnyIO's
+    limiter will not do, since a waiter may stand in two lines: one of these and its lender's.
+    """
+
+    def __init__(self) -> None:
+        self.queue: OrderedDict[Waiter, None] = OrderedDict()
+        """Attempts that have not begun."""
+        self.returning: OrderedDict[Waiter, None] = OrderedDict()
+        """Attempts that have begun and go on."""
+        self.borrowing: OrderedDict[Waiter, None] = OrderedDict()
+        """Attempts that have a slot on loan and wait for a time."""
+        self.alarmed: Waiter | None = None
+        """The waiter that is woken when it is time."""
+        self._arrivals = 0
+
+    def __len__(self) -> int:
+        return len(self.queue) + len(self.returning) + len(self.borrowing)
+
+    def join(self, slot: Slot, returning: bool) -> Waiter:
+        """Add a waiter at the end of a line."""
+        self._arrivals += 1
+        line = self.returning if returning else self.queue
+        waiter = Waiter(slot, self._arrivals, line)
+        line[waiter] = None
+        return waiter
+
+    def leave(self, waiter: Waiter) -> None:
+        """Take a waiter out, and wake it."""
+        waiter.leave()
+        if self.alarmed is waiter:
+            self.set_alarm(None, math.inf)
+
+        waiter.event.set()
+
+    def first(self, has_slot: bool) -> Waiter | None:
+        """
+        Return the first attempt that has not begun and has, or could have, a slot.
+
+        :param has_slot: whether the pool has one for the queue
+        """
+        borrower = next(iter(self.borrowing)) if self.borrowing else None
+        if not self.queue or not has_slot:
+            return borrower
+
+        head = next(iter(self.queue))
+        return head if borrower is None or head.number < borrower.number else borrower
+
+    def set_alarm(self, waiter: Waiter | None, at: float) -> None:
+        """Wake a waiter at a time, and no other."""
+        alarmed, self.alarmed = self.alarmed, waiter
+        if alarmed is not None and alarmed is not waiter:
+            alarmed.set_alarm(math.inf)
+
+        if waiter is not None:
+            waiter.set_alarm(at)

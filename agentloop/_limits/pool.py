@@ -1,0 +1,351 @@
+"""The slots of a limiter in one event loop: who gets which, and when. The theory is at the top of ``slots``."""
+
+from __future__ import annotations
+
+__all__ = ["SlotPool"]
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+
+from .._eventloop.handover import Handover, LoopState
+from .._invocation import Invocation
+from .._result import InvocationResult
+from .._verdict import Verdict
+from .admission import Admission, Bill
+from .lines import Lines, Waiter
+from .overload import AdaptiveLimit
+from .slots import RELEASED, SUSPENDED, Slot
+
+
+class SlotPool(LoopState):
+    """
+    The state that a limiter has in one event loop: slots, lines, and what else an attempt needs.
+
+    :param pools: hands the limiter over from one event loop to the next
+    :param max_concurrency: how many slots there are
+    :param admission: what an attempt needs besides
+    :param tell_limit: is told when the limit has changed
+    """
+
+    route: Callable[[Invocation[Any]], SlotPool] | None = None
+    """Finds the pool of an invocation, where that is another one."""
+    home: SlotPool | None = None
+    """The pool whose :attr:`route` leads here, if there is one."""
+
+    def __init__(
+        self,
+        pools: Handover[SlotPool],
+        max_concurrency: int,
+        admission: Admission,
+        tell_limit: Callable[[SlotPool], None],
+    ) -> None:
+        super().__init__(pools)
+        self.loop = self.kind(self.token)
+        self.admission = admission
+        self.pending = 0
+        """How many invocations wait to be retried, and how many known inputs of batches were not pulled yet."""
+        self.on_raise: set[Callable[[], None]] = set()
+        """Called when the limit was raised, so that a batch can start more workers."""
+        self.is_open = False
+        """Whether a free slot is all that an attempt needs, and nothing is learnt from its success."""
+        self.limit = max_concurrency
+        self.running = 0
+        self._tell_limit = tell_limit
+        # Keeps us from ever having more than the limit. What was borrowed is kept for the next attempt: to
+        # give a token back and borrow another takes longer than all else about a slot.
+        self._tokens = anyio.CapacityLimiter(max_concurrency)
+        self._borrowed = 0
+        self.in_line = 0
+        """How many wait for a slot, and have none on loan."""
+        self.lines = Lines()
+        self._look()
+
+    @property
+    def waiting(self) -> int:
+        """How many invocations wait, for a slot or for their next retry."""
+        return len(self.lines) + self.pending
+
+    @property
+    def selective(self) -> bool:
+        """Whether it matters which invocation an attempt is of."""
+        return self.route is not None or bool(self.admission.meters)
+
+    @property
+    def held_until(self) -> float | None:
+        """When the cool-off ends, if there is one."""
+        until = self.admission.held_until
+        return until if until > self.loop.now() else None
+
+    def resize(self, max_concurrency: int) -> None:
+        """Change the limit, or what is the ceiling of it."""
+        governor = self.admission.governor
+        if governor is None:
+            self._set_limit(max_concurrency)
+        else:
+            governor.resize(max_concurrency)
+            self._follow(governor)
+
+        for callback in tuple(self.on_raise):
+            callback()
+
+    def pause(self) -> None:
+        """Start nothing new but what runs on loan."""
+        self.admission.paused = True
+        self._look()
+        # Another waiter may be the first in line now.
+        self.serve()
+
+    def resume(self) -> None:
+        """Start again."""
+        self.admission.paused = False
+        self._look()
+        self.serve()
+
+    # -- what attempts cost, and what they teach
+
+    def pay(self, bill: Bill) -> None:
+        """Pay what was reserved for an attempt."""
+        self.admission.pay(bill, self.loop.now())
+        # When the next one can pay may have depended on it.
+        self.serve()
+
+    def refund(self, bill: Bill) -> None:
+        """Give back what was reserved for an attempt that will not begin."""
+        self.admission.refund(bill)
+        self.serve()
+
+    def settle(self, bill: Bill, result: InvocationResult[Any]) -> None:
+        """Correct what was paid for the last attempt of an invocation, now that it has ended."""
+        if bill.is_paid:
+            self.admission.settle(bill, result, self.loop.now())
+            self.serve()
+
+    def learn(self, slot: Slot, verdict: Verdict | None, longest_hold: float) -> None:
+        """
+        Learn from the end of an attempt.
+
+        :param verdict: why it failed; ``None`` if it succeeded
+        """
+        admission = self.admission
+        if admission.learn(verdict, slot.epoch, self.running, longest_hold, self.loop.now()):
+            assert admission.governor is not None
+            self._follow(admission.governor)
+
+    def _look(self) -> None:
+        """Find out whether a free slot is all that an attempt needs, after anything of that has changed."""
+        admission = self.admission
+        self.is_open = not (admission.gated or admission.paused or admission.listens or admission.epoch)
+
+    def _follow(self, governor: AdaptiveLimit) -> None:
+        self.admission.follow(governor)
+        self._look()
+        if governor.limit != self.limit:
+            self._set_limit(governor.limit)
+
+    def _set_limit(self, limit: int) -> None:
+        self.limit = self._tokens.total_tokens = limit
+        self._tell_limit(self)
+        self.serve()
+
+    # -- slots
+
+    def lender(self, slot: Slot | None, anyones: bool = False) -> Slot | None:
+        """Return the innermost slot of this pool, from ``slot`` outwards, whose invocation still runs."""
+        while slot is not None and (
+            slot.hold is RELEASED or ((slot.hold is SUSPENDED or slot.pool is not self) and not anyones)
+        ):
+            slot = slot.outer
+
+        return slot
+
+    def encloses(self, slot: Slot | None) -> bool:
+        """Return whether an invocation that has a slot, or one around it, runs here or where this one leads."""
+        while slot is not None and (
+            slot.hold is RELEASED or (slot.pool is not self and slot.pool.home is not self)
+        ):
+            slot = slot.outer
+
+        return slot is not None
+
+    def acquire_nowait(self, slot: Slot, returning: bool = False) -> bool:
+        """
+        Grant a slot if there is one for which nobody waits, and no time to wait for.
+
+        :param returning: whether the attempt has begun and goes on
+        :return: whether it was granted
+        """
+        if not (slot.is_plain and self.is_open):
+            return self._acquire(slot, returning)
+
+        running = self.running
+        if running >= self.limit or self.in_line:
+            return False
+
+        # The same as _take() does; a call for every invocation shows.
+        self.running = running + 1
+        if running >= self._borrowed:
+            self._borrow()
+
+        return True
+
+    def _acquire(self, slot: Slot, returning: bool) -> bool:
+        lender = self.lender(slot.outer)
+        if lender is not None and lender.lent is not None:
+            lender = None
+
+        admission = self.admission
+        if lender is None and (
+            self.running >= self.limit or self.in_line or (admission.paused and not returning)
+        ):
+            return False
+
+        if admission.gated and not returning:
+            now = self.loop.now()
+            if self._first() is not None or admission.ready_at(slot.bill, now) > now:
+                return False
+
+            admission.reserve(slot.bill, now)
+            admission.open_gate(now)
+            self._look()
+
+        if lender is None:
+            self._take()
+        else:
+            lender.lend(slot)
+
+        slot.take(admission.epoch)
+        if returning and admission.gated:
+            # The slot may have been the one for which the first in line waits for the time to come.
+            self.serve()
+
+        return True
+
+    def enqueue(self, slot: Slot, returning: bool = False) -> Waiter:
+        """Stand in line for a slot: the pool's, and the one of the invocation that asks, if one does."""
+        waiter = self.lines.join(slot, returning)
+        self.in_line += 1
+        self.offer_loan(waiter, self.lender(slot.outer))
+        # There may be a slot for it already.
+        self.serve()
+        return waiter
+
+    async def wait(self, waiter: Waiter) -> bool:
+        """
+        Wait for the slot. Cancellation gives up the place in line, and a slot granted meanwhile.
+
+        :return: whether it was granted; it was not if the waiter was withdrawn
+        """
+        try:
+            while True:
+                with anyio.CancelScope(deadline=waiter.wake_at) as waiter.scope:
+                    await waiter.event.wait()
+
+                if not waiter.event.is_set():
+                    self.serve()
+
+                if waiter.event.is_set():
+                    return waiter.granted
+        except BaseException:
+            if waiter.granted:
+                waiter.slot.give_back()
+            else:
+                self.withdraw(waiter)
+
+            raise
+
+    def withdraw(self, waiter: Waiter) -> None:
+        """Take a waiter that was granted no slot out of the line, and wake it."""
+        self._leave(waiter)
+        waiter.return_loan()
+        # The next one may have waited for nothing else.
+        self.serve()
+
+    def offer_loan(self, waiter: Waiter, lender: Slot | None) -> None:
+        """Lend a waiter a lender's slot, now if it is free, else when it will be."""
+        # Others may have been served meanwhile, and this one with them.
+        if not waiter.ask(lender):
+            return
+
+        if waiter.line is self.lines.returning or not self.admission.gated:
+            self._grant(waiter)
+            return
+
+        self.in_line -= 1
+        waiter.move(self.lines.borrowing)
+        self.serve()
+
+    def offer_loans_anew(self) -> None:
+        """Let everybody in line ask the innermost slot around it, once one of these has been resumed."""
+        for waiter in (*self.lines.returning, *self.lines.queue):
+            lender = self.lender(waiter.slot.outer)
+            if lender is not waiter.lender:
+                self.offer_loan(waiter, lender)
+
+    def _take(self) -> None:
+        """Count one more slot as running."""
+        self.running += 1
+        if self.running > self._borrowed:
+            self._borrow()
+
+        if self.admission.recovers:
+            self.admission.begin(self.running)
+
+    def _borrow(self) -> None:
+        # A borrower of its own for each: equal or repeated borrowers collide.
+        self._tokens.acquire_on_behalf_of_nowait(object())
+        self._borrowed += 1
+
+    # -- the lines
+
+    def serve(self) -> None:
+        """Serve all that can be served now, and have the next of them woken when it is time."""
+        lines = self.lines
+        if not lines:
+            return
+
+        # 1. Attempts that go on: a slot is all they need.
+        while lines.returning and self.running < self.limit:
+            first = next(iter(lines.returning))
+            self._take()
+            self._grant(first)
+
+        # 2. Attempts that begin while nothing but slots is scarce.
+        admission = self.admission
+        if not admission.gated:
+            while (waiter := self._first()) is not None:
+                self._take()
+                self._grant(waiter)
+
+            return
+
+        # 3. Attempts that begin when it is time. The first that is too early keeps the others back.
+        now = self.loop.now()
+        while (waiter := self._first()) is not None:
+            at = admission.ready_at(waiter.slot.bill, now)
+            if at > now:
+                lines.set_alarm(waiter, at)
+                return
+
+            admission.reserve(waiter.slot.bill, now)
+            if not waiter.has_loan:
+                self._take()
+
+            self._grant(waiter)
+
+        lines.set_alarm(None, math.inf)
+        admission.open_gate(now)
+        self._look()
+
+    def _first(self) -> Waiter | None:
+        return self.lines.first(not self.admission.paused and self.running < self.limit)
+
+    def _grant(self, waiter: Waiter) -> None:
+        waiter.grant(self.admission.epoch)
+        self._leave(waiter)
+
+    def _leave(self, waiter: Waiter) -> None:
+        self.in_line -= waiter.line is not self.lines.borrowing
+        self.lines.leave(waiter)
