@@ -118,13 +118,12 @@ class Batch(Generic[T]):
 
     async def _run_tasks(self) -> None:
         """Run tasks until the batch is done, or they are cancelled."""
-        self._source.open()
         self._retries.open(self._changed, self._expire)
         try:
             async with Tasks() as tasks:
                 self._tasks = tasks
                 self._crew.open(tasks, self._work, self._has_work)
-                if self._source.needs_feeder:
+                if self._source.feeder is not None and not self._source.exhausted:
                     tasks.start_soon(self._feed, "agentloop feeder")
 
                 if self._deadlines is not None:
@@ -153,7 +152,9 @@ class Batch(Generic[T]):
     def _changed(self) -> None:
         """Call a worker, and the feeder, if there is something for them to do and nobody else does it."""
         if not self._done and self._tasks is not None:
-            self._source.wake_feeder()
+            if self._source.feeder is not None:
+                self._source.feeder.wake(self._source)
+
             self._crew.call()
 
     def _resized(self) -> None:
@@ -170,7 +171,8 @@ class Batch(Generic[T]):
         return self._source.next_job
 
     async def _feed(self) -> None:
-        await self._source.feed(self._changed)
+        assert self._source.feeder is not None
+        await self._source.feeder.run(self._source, self._changed)
         self._check_done()
 
     # -- its end
@@ -187,7 +189,7 @@ class Batch(Generic[T]):
         if stopped is None:
             return
 
-        if self._source.is_async or not self._keep_rest:
+        if self._source.feeder is not None or not self._keep_rest:
             self._source.cut()
 
         now = self._pool.loop.now()
@@ -415,7 +417,7 @@ class Batch(Generic[T]):
             # The same as _deliver() and _taken() would do; a call for every invocation shows.
             results.append(result)
             source.live -= 1
-            if not self._crew.seeking or source.is_async:
+            if not self._crew.seeking or source.feeder is not None:
                 self._changed()
 
         if source.exhausted:

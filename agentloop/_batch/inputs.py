@@ -5,13 +5,10 @@ from __future__ import annotations
 __all__ = ["InputSource"]
 
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterable, Generator, Iterator, Sequence
 from contextvars import copy_context
 from operator import length_hint
 from typing import Any, Generic, TypeVar, cast
-
-import anyio
-from anyio.lowlevel import checkpoint_if_cancelled
 
 from .._eventloop.errors import is_error
 from .._invocation import Input, Inputs, Invocation, Mapped, as_invocation
@@ -20,23 +17,20 @@ from .._limits.slots import Slot
 from .._runtime.job import Job
 from .._runtime.observer import Observer
 from .._runtime.outcome import as_exception
+from .feeder import CANCELLED, Feeder
 from .retry_queue import RetryQueue
 
 T = TypeVar("T")
 
 # How many invocations may wait to be retried, per slot, before no new input is pulled.
 ASLEEP_PER_SLOT = 8
-# How long an input that is an async generator may take to close, in seconds.
-CLOSE_SECONDS = 5.0
-CANCELLED = "the input was cancelled from within"
 
 
 class InputSource(Generic[T]):
     """
     Makes jobs of inputs, as long as there is room, and gives out what there is to do.
 
-    Workers pull a sync input, in one context whichever of them does it. One feeder task pulls an async input,
-    since a generator may hold scopes open that belong to the task that advances it.
+    Workers pull a sync input, in one context whichever of them does it; a :class:`Feeder` pulls an async one.
 
     :param inputs: the inputs
     :param pool: where jobs get their slots from
@@ -61,7 +55,6 @@ class InputSource(Generic[T]):
         self.live = 0
         """How many jobs hold a slot, wait for one, or have a result that was not taken."""
         self.pulled = 0
-        self.is_async = isinstance(inputs, AsyncIterable)
         self.exhausted = False
         self.is_fresh = False
         """Whether the job that was given out last was pulled in the same moment."""
@@ -76,9 +69,10 @@ class InputSource(Generic[T]):
         self._run = copy_context().run
         self._now = pool.loop.now
         self._iterator: Iterator[Input[T]] | None = None
-        self._stream: AsyncIterable[Input[T]] | None = None
+        self.feeder: Feeder[T] | None = None
+        """Pulls an async input."""
         if isinstance(inputs, AsyncIterable):
-            self._stream = inputs
+            self.feeder = Feeder(inputs, pool.loop)
         else:
             self._iterator = iter(inputs)
 
@@ -94,17 +88,6 @@ class InputSource(Generic[T]):
         # Jobs that were pulled and wait for a worker, not for a retry.
         self._fed: deque[Job[T]] = deque()
         self._has_fed = False
-        self._feeding = anyio.CancelScope()
-        self._room: anyio.Event | None = None
-
-    @property
-    def needs_feeder(self) -> bool:
-        """Whether there is async input left."""
-        return self.is_async and not self.exhausted
-
-    def open(self) -> None:
-        """Begin, or begin again."""
-        self._room = None
 
     def count_to_come(self, sign: int) -> None:
         """Count what is still to be pulled as waiting in the limiter, or no more."""
@@ -114,11 +97,18 @@ class InputSource(Generic[T]):
 
     def has_work(self) -> bool:
         """Return whether :meth:`next_job` would give a job, or try to pull one; if not, let the feeder pull."""
-        self.wake_feeder()
+        if self.feeder is not None:
+            self.feeder.wake(self)
+
         if self._fed or (self._retries.due and self.live < self.limit):
             return True
 
         return self._to_pull is not None and self.may_pull()
+
+    @property
+    def has_fed(self) -> bool:
+        """Whether a job that was pulled waits for a worker."""
+        return self._has_fed
 
     def may_pull(self) -> bool:
         """Return whether there is room for one more input."""
@@ -138,14 +128,13 @@ class InputSource(Generic[T]):
             if type(item) is not Invocation:
                 item = as_invocation(item)
         except StopIteration:
-            self._exhaust()
+            self.exhaust()
             return None
         except BaseException as exc:
             if not is_error(exc):
                 raise
 
-            self.error = as_exception(exc, CANCELLED)
-            self._exhaust()
+            self.exhaust(as_exception(exc, CANCELLED))
             return None
 
         index, began = self.pulled, self._began
@@ -184,9 +173,26 @@ class InputSource(Generic[T]):
         self._has_fed = False
         return jobs
 
-    def _exhaust(self) -> None:
+    def feed(self, item: Input[T]) -> None:
+        """Take an input that the feeder has pulled."""
+        job: Job[T] = Job(as_invocation(item), self.pulled, self._now(), self._pool, self._outer)
+        self.pulled += 1
+        self.live += 1
+        self._report(job)
+        self._fed.append(job)
+        self._has_fed = True
+
+    def exhaust(self, error: Exception | None = None, cut_short: bool = False) -> None:
+        """
+        Note that nothing is pulled any more.
+
+        :param error: what the input has raised
+        :param cut_short: whether there may be input left
+        """
         self.exhausted = True
         self._to_pull = None
+        self.error = self.error or error
+        self.cut_short = self.cut_short or cut_short
 
     def _report(self, job: Job[T]) -> None:
         job.queue(self._observer)
@@ -194,92 +200,19 @@ class InputSource(Generic[T]):
             self._to_come -= 1
             self._pool.pending -= 1
 
-    # -- an async input
-
-    async def feed(self, on_job: Callable[[], object]) -> None:
-        """
-        Be the feeder.
-
-        :param on_job: called when there is one more job, and at the end
-        """
-        assert self._stream is not None
-        with self._feeding:
-            iterator, ended = aiter(self._stream), False
-            try:
-                while True:
-                    await self._wait_for_room()
-                    item = await anext(iterator)
-                    now = self._now()
-                    job: Job[T] = Job(as_invocation(item), self.pulled, now, self._pool, self._outer)
-                    self.pulled += 1
-                    self.live += 1
-                    self._report(job)
-                    self._fed.append(job)
-                    self._has_fed = True
-                    on_job()
-            except StopAsyncIteration:
-                ended = True
-            except Exception as exc:
-                await checkpoint_if_cancelled()
-                self.error = exc
-                ended = True
-            except anyio.get_cancelled_exc_class() as exc:
-                await checkpoint_if_cancelled()
-                # It ends the input like a StopAsyncIteration would, but truncated is not complete.
-                self.error = as_exception(exc, CANCELLED)
-                ended = True
-            finally:
-                self._exhaust()
-                # Cancelled by cut(), or with all tasks of the batch.
-                self.cut_short = self.cut_short or not ended
-                if isinstance(iterator, AsyncGenerator):
-                    await self._close_generator(cast("AsyncGenerator[Any]", iterator))
-
-        on_job()
-
-    def wake_feeder(self) -> None:
-        """Let the feeder pull, if it waits for room and there is some."""
-        if self._room is not None and self.may_pull():
-            self._room.set()
-            self._room = None
-
-    async def _wait_for_room(self) -> None:
-        # Once the input counts as exhausted, there is no room any more, and this is about to be cancelled.
-        while self._fed or not self.may_pull():
-            self._room = anyio.Event()
-            try:
-                await self._room.wait()
-            except anyio.get_cancelled_exc_class():
-                # It is not the input's fault if this task is cancelled natively.
-                await checkpoint_if_cancelled()
-                await self._pool.loop.forget_cancellations()
-
-    async def _close_generator(self, iterator: AsyncGenerator[Any]) -> None:
-        deadline = self._pool.loop.now() + CLOSE_SECONDS
-        with anyio.CancelScope(deadline=deadline, shield=True) as scope:
-            try:
-                await iterator.aclose()
-            except Exception as exc:
-                self.error = self.error or exc
-            except anyio.get_cancelled_exc_class():
-                if scope.cancel_called:
-                    raise
-
-                await self._pool.loop.forget_cancellations()
-
     # -- its end
 
     def cut(self) -> None:
         """Pull no more."""
         if not self.exhausted:
             # An iterator may know that there is no more, even if it has not been asked for it.
-            self.cut_short = self._iterator is None or length_hint(self._sized, 1) > 0
-            self._exhaust()
-            self._feeding.cancel()
+            self.exhaust(cut_short=self._iterator is None or length_hint(self._sized, 1) > 0)
+            self.stop_feeding()
 
     def stop_feeding(self) -> None:
         """Let the feeder end, once the batch is done."""
-        self._feeding.cancel()
+        if self.feeder is not None:
+            self.feeder.cancel()
 
     def forget_error(self) -> None:
         """Forget what the input has raised, once that was raised to the caller."""
@@ -295,4 +228,4 @@ class InputSource(Generic[T]):
                 if not is_error(exc):
                     raise
 
-                self.error = self.error or as_exception(exc, CANCELLED)
+                self.exhaust(as_exception(exc, CANCELLED))
