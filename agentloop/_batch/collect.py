@@ -19,15 +19,15 @@ T = TypeVar("T")
 class CollectingBatch(Batch[T]):
     """A batch that keeps its results, one for each input, in order."""
 
-    _keep_rest = True
+    keep_rest = True
 
     def __init__(self, inputs: Inputs[T], limiter: Limiter, options: RunOptions) -> None:
         super().__init__(inputs, limiter, options)
-        self._results = []
+        self.kept = []
 
     def results(self) -> list[InvocationResult[T]]:
         """Return the results of a batch that has run, and forget them."""
         # The frames of workers can stay alive with an error that a result holds; they refer to the batch.
-        results, self._results = self._results or [], []
+        results, self.kept = self.kept or [], []
         results.sort(key=attrgetter("index"))
         return results

@@ -77,6 +77,10 @@ class RetryQueue:
         self._heap.clear()
         return jobs
 
+    def join_line(self, job: Job[Any]) -> None:
+        """Note that a job waits for a slot."""
+        self.in_line[job] = None
+
     def leave_line(self, job: Job[Any]) -> None:
         """Note that a job waits for a slot no more."""
         del self.in_line[job]

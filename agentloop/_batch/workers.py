@@ -25,14 +25,20 @@ from __future__ import annotations
 
 __all__ = ["Crew"]
 
-from collections.abc import Callable, Coroutine, Generator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
 
 import anyio
 
-from .._eventloop.deadlines import AttemptScope
 from .._eventloop.tasks import Tasks
+
+
+class Member(Protocol):
+    """A worker, as far as its crew knows it."""
+
+    def cancel(self, reason: str) -> None: ...
+    def let_go(self) -> None: ...
 
 
 class Crew:
@@ -55,7 +61,7 @@ class Crew:
         self._has_work: Callable[[], bool] | None = None
         self._hired = 0
         self._parked: dict[anyio.Event, None] = {}
-        self._scopes: set[AttemptScope] = set()
+        self._members: set[Member] = set()
 
     def open(
         self, tasks: Tasks, work: Callable[[], Coroutine[Any, Any, None]], has_work: Callable[[], bool]
@@ -120,20 +126,21 @@ class Crew:
             self._count()
             raise
 
-    @contextmanager
-    def member(self, scope: AttemptScope) -> Generator[None]:
-        """Note the scope of a worker's attempts, to cancel them by; leave it at the end."""
-        self._scopes.add(scope)
-        try:
-            yield
-        finally:
-            scope.leave()
-            self._scopes.discard(scope)
+    @asynccontextmanager
+    async def member(self, worker: Member, tasks: Tasks) -> AsyncIterator[Tasks]:
+        """Be a worker, in the current task."""
+        async with tasks.member():
+            self._members.add(worker)
+            try:
+                yield tasks
+            finally:
+                worker.let_go()
+                self._members.discard(worker)
 
     def cancel(self, reason: str) -> None:
         """Cancel all attempts that run."""
-        for scope in tuple(self._scopes):
-            scope.cancel(reason)
+        for worker in tuple(self._members):
+            worker.cancel(reason)
 
     def replace(self) -> None:
         """Let another worker go on in place of the current one, whose task was spoilt."""

@@ -73,6 +73,7 @@ class AttemptScope(ABC):
         "now",
         "reason",
         "scope",
+        "until",
     )
 
     def __init__(
@@ -91,6 +92,8 @@ class AttemptScope(ABC):
         # a timer of its own.
         self._inner: Any = None
         self._look_at = math.inf
+        self.until = math.inf
+        """The deadline that the attempt was begun with."""
         self.children: Collection[object] = ()
         """The scopes that are open within it, if that shows: after an attempt those that it has left open."""
         self.limit: TimeLimit | None = None
@@ -189,6 +192,7 @@ class PublicScope(AttemptScope):
 
     def begin(self, deadline: float) -> bool:
         self.leave()
+        self.until = deadline
         self.limit = self.reason = self.cause = None
         if anyio.current_effective_deadline() == -math.inf:
             return False

@@ -53,6 +53,7 @@ class AsyncioScope(_InsideScope):
 
     def begin(self, deadline: float) -> bool:
         inner = self._inner
+        self.until = deadline
         if inner is None:
             inner = self._inner = self._enter()
             self.children = inner._child_scopes
@@ -86,6 +87,7 @@ class TrioScope(_InsideScope):
 
     def begin(self, deadline: float) -> bool:
         inner = self._inner
+        self.until = deadline
         if inner is None:
             inner = self._inner = self._enter()._CancelScope__original
             self.children = inner._cancel_status._children

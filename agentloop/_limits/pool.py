@@ -284,6 +284,11 @@ class SlotPool(LoopState):
             if lender is not waiter.lender:
                 self.offer_loan(waiter, lender)
 
+    def give_back(self) -> None:
+        """Take back the slot of an attempt that has ended, which its task has kept."""
+        self.running -= 1
+        self.serve()
+
     def _take(self) -> None:
         """Count one more slot as running."""
         self.running += 1

@@ -142,54 +142,23 @@ class Attempts(Slot, Generic[T]):
         caller: CallersCancellation | None = None,
     ) -> Generator[Any, Any, float]:
         """
-        Run one attempt: call the agent, and take every step of it inside a context of its own. QUEUED,
-        RETRYING -> RUNNING. How it has failed, if it has, is in ``failures.last``.
+        Run one attempt, with every step of the agent inside a context of its own. How it has failed, if it has,
+        is in ``failures.last``. QUEUED, RETRYING -> RUNNING.
 
-        Context variables that the agent sets stay in there, also for the tasks, threads and callbacks that it
-        starts, and a token can be reset in any later step, since all steps share the one context.
-
-        :param slot: is given back in any case
+        :param slot: is given back if the attempt fails; if it succeeds, that is left to the caller
         :param scope: times it out; stays open, if the agent returned, until it is left
         :param new_context: returns the agent's context
         :param now: the time
         :param crew: calls another worker when the agent waits
-        :param caller: notices native cancellations of this task, if it is a caller's; in a task of ours only
-            the agent can ask for one
+        :param caller: notices native cancellations of this task, if it is a caller's
         :return: the time at which it ended
         :raises BaseException: the cancellation of an enclosing scope or of the caller's task, and what the
             agent raises that is no ``Exception``; the attempt then has no outcome
         """
-        try:
-            deadline, observer = now + options.timeout, options.observer
-            if options.total is None:
-                may_start = scope.begin(deadline)
-            else:
-                deadline, may_start = self._begin(deadline, now, scope, options.total)
-
-            if not may_start:
-                # Once cancelled, nothing starts, not even to its first checkpoint.
-                yield from wait_for_cancellation().__await__()
-
-            context = new_context()
-            context.run(_set_slot, slot)
-            if caller is not None:
-                caller.begin()
-
-            attempts = self.attempts
-            self.attempts = attempts + 1
-            self.state = RUNNING
-            if observer.is_plain and not attempts:
-                self.started_at = now
-                tell = observer.tell_in_flight
-                tell(1)
-            else:
-                self._report_start(options, now, context)
-
-            if not slot.is_plain and slot.bill is not None:
-                slot.pay()
-        except BaseException:
-            slot.release()
-            raise
+        context: Any = self._begin(slot, options, scope, new_context, now, caller)
+        if context is None:
+            # Once cancelled, nothing starts, not even to its first checkpoint.
+            yield from wait_for_cancellation().__await__()
 
         act, invocation, kwargs = options.act, self.invocation, self.invocation.kwargs
         coroutine: Any = None
@@ -252,16 +221,61 @@ class Attempts(Slot, Generic[T]):
             return scope.now()
 
         # It may have been cancelled before the agent returned; and a stream moves the deadline.
-        if ended_at >= deadline or act is not None:
+        if ended_at >= scope.until or act is not None:
             scope.leave()
 
-        slot.release(None, True)
         return ended_at
 
     def _begin(
-        self, deadline: float, now: float, scope: AttemptScope, total: TimeLimit
-    ) -> tuple[float, bool]:
-        """Begin an attempt that the time for all attempts bounds too; return its deadline as well."""
+        self,
+        slot: Slot,
+        options: RunOptions,
+        scope: AttemptScope,
+        new_context: Callable[[], Context],
+        now: float,
+        caller: CallersCancellation | None,
+    ) -> Context | None:
+        """
+        Begin an attempt. QUEUED, RETRYING -> RUNNING.
+
+        :return: the context of the agent; ``None``, with the slot given back, if a scope around is cancelled
+        """
+        try:
+            deadline, observer = now + options.timeout, options.observer
+            if options.total is None:
+                may_start = scope.begin(deadline)
+            else:
+                may_start = self._begin_bounded(deadline, now, scope, options.total)
+
+            if not may_start:
+                slot.release()
+                return None
+
+            context = new_context()
+            context.run(_set_slot, slot)
+            if caller is not None:
+                caller.begin()
+
+            attempts = self.attempts
+            self.attempts = attempts + 1
+            self.state = RUNNING
+            if observer.is_plain and not attempts:
+                self.started_at = now
+                tell = observer.tell_in_flight
+                tell(1)
+            else:
+                self._report_start(options, now, context)
+
+            if not slot.is_plain and slot.bill is not None:
+                slot.pay()
+        except BaseException:
+            slot.release()
+            raise
+
+        return context
+
+    def _begin_bounded(self, deadline: float, now: float, scope: AttemptScope, total: TimeLimit) -> bool:
+        """Begin an attempt that the time for all attempts bounds too."""
         if not self.attempts:
             self.deadline = now + total.seconds
 
@@ -269,7 +283,7 @@ class Attempts(Slot, Generic[T]):
         may_start = scope.begin(deadline)
         # Remembered, since a timer may fire a moment before its time.
         scope.set_limit(total if deadline == self.deadline else None)
-        return deadline, may_start
+        return may_start
 
     async def _conclude(
         self,

@@ -11,7 +11,7 @@ from .._eventloop.deadlines import TimeLimit
 from .._eventloop.errors import is_error
 from .._invocation import Invocation
 from .._limits.lines import Waiter
-from .._limits.slots import HELD, Pool, Slot
+from .._limits.slots import HELD, RELEASED, Pool, Slot
 from .._result import SUCCESS, Draft, InvocationResult, Status
 from .attempt import ENDED, QUEUED, RETRYING, Attempts
 from .observer import Observer
@@ -182,6 +182,8 @@ class Job(Attempts[T]):
     def finish(self, observer: Observer, now: float) -> InvocationResult[T]:
         """Return the result, once everybody was told of it. Any -> ENDED."""
         self.state = ENDED
+        # A worker may keep the slot, which is no longer this job's to lend.
+        self.hold = RELEASED
         if self.failures is not None or self.progress is not None or not observer.is_plain:
             return self._finish(observer, now)
 

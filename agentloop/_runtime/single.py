@@ -82,7 +82,8 @@ class Single(Generic[T]):
                     self.left_open = scope.is_spoilt
                     scope.leave()
 
-                if job.failures is None:
+                if job.failed is None:
+                    slot.release(None, True)
                     break
 
                 if job.next_start(now, anyio.current_effective_deadline(), options) is None:

@@ -31,7 +31,7 @@ ItemT = TypeVar("ItemT")
 class ReadBatch(Batch[T], Generic[T, ItemT]):
     """A batch that hands items to a reader as they come."""
 
-    _keep_rest = False
+    keep_rest = False
 
     def __init__(self, inputs: Inputs[T], limiter: Limiter, options: RunOptions) -> None:
         super().__init__(inputs, limiter, options)
@@ -60,7 +60,7 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
         """Drop the items that no reader will take any more."""
         self.channel.drop()
         # The traceback of an error refers to the reader's frame, which refers to this.
-        self._source.forget_error()
+        self.source.forget_error()
 
     def leave(self) -> None:
         """Cancel all."""
@@ -98,28 +98,28 @@ class StreamBatch(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
     def begin(self, start_soon: StartSoon) -> None:
         """Prepare to run."""
         act = partial(carry, self.channel, _chunk_event, start_soon)
-        self._options = RunOptions(self._options.config, self._options.observer, act)
+        self.options = RunOptions(self.options.config, self.options.observer, act)
 
     def end(self) -> None:
         """Say that no item will come any more."""
         super().end()
         # It refers to the task's owner, which refers to this.
-        self._options.act = None
+        self.options.act = None
 
     def stop(self, reason: str, cause: BaseException, hint: str = "") -> None:
         super().stop(reason, cause, hint)
-        self._changed()
+        self.changed()
 
-    def _has_work(self) -> bool:
+    def has_work(self) -> bool:
         # To give up what does not begin any more takes no room.
-        if not super()._has_work():
+        if not super().has_work():
             return False
 
-        return self.ending.stopped is not None or self.channel.has_room(self._changed)
+        return self.ending.stopped is not None or self.channel.has_room(self.changed)
 
     @property
-    def _take_job(self) -> Callable[[], Job[None] | None]:
-        return lambda: self._source.next_job() if self._has_work() else None
+    def next_job(self) -> Callable[[], Job[None] | None]:
+        return lambda: self.source.next_job() if self.has_work() else None
 
     def _deliver(self, job: Job[None], result: InvocationResult[None], now: float) -> None:
         # The same as an event sink is given, if there is one.

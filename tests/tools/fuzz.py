@@ -1386,7 +1386,7 @@ def run_seed(backend: str, seed: int) -> Program:
             warnings.simplefilter("error")
             if program.sabotaged:
                 # AnyIO does not close what it was to run in a task that was cancelled before it began.
-                warnings.filterwarnings("ignore", r"coroutine '(Tasks|Batch|Program)\..*' was never awaited")
+                warnings.filterwarnings("ignore", r"coroutine '(Tasks|Worker|Program)\..*' was never awaited")
 
             random.seed(seed)
             anyio.run(program.main, backend=name, backend_options=options)

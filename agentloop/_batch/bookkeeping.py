@@ -1,0 +1,254 @@
+"""What becomes of the jobs of a batch."""
+
+from __future__ import annotations
+
+__all__ = ["Bookkeeping"]
+
+import math
+from collections.abc import Callable
+from contextvars import copy_context
+from typing import ClassVar, Generic, TypeVar
+
+from .._errors import BatchStopped, describe
+from .._eventloop.deadlines import AttemptScope
+from .._eventloop.tasks import Tasks
+from .._invocation import Inputs
+from .._limits.limiter import Limiter, pool_of
+from .._limits.slots import current_slot
+from .._result import InvocationResult
+from .._runtime.job import Job
+from .._runtime.observer import COUNTED_AT_ONCE
+from .._runtime.options import RunOptions
+from .._verdict import VerdictKind
+from .ending import FATAL_HINT, Ending
+from .inputs import InputSource
+from .retry_queue import RetryQueue
+from .workers import Crew
+
+T = TypeVar("T")
+
+
+class Bookkeeping(Generic[T]):
+    """
+    The state of a batch: its parts, and what becomes of each job.
+
+    All of it is synchronous: between two awaits nothing can tear it. Subclasses decide what to do with each
+    result.
+
+    :param inputs: what to run
+    :param limiter: says how many run at once
+    :param options: holds for every invocation
+    """
+
+    keep_rest: ClassVar[bool]
+    """Whether a batch that was stopped still pulls the rest of a sync input, and skips it."""
+    kept: list[InvocationResult[T]] | None = None
+    """Where the results go, if they are only kept."""
+
+    def __init__(self, inputs: Inputs[T], limiter: Limiter, options: RunOptions) -> None:
+        self.options = options
+        self.pool = pool_of(limiter)
+        self.new_context = copy_context().copy
+        self.retries = RetryQueue(self.pool.loop.now)
+        self.source = InputSource(
+            inputs,
+            self.pool,
+            current_slot.get(),
+            options.observer,
+            self.retries,
+            limiter.max_concurrency,
+            self.keep_rest,
+        )
+        self.crew = Crew(limiter.max_concurrency)
+        self.deadlines = self.pool.loop.batch_deadlines()
+        self.ending = Ending()
+        self.tasks: Tasks | None = None
+        self.done = False
+        self._limiter = limiter
+        # When the caller's own time is up.
+        self._deadline = math.inf
+        # How many jobs have their result.
+        self._ended = 0
+
+    @property
+    def input_error(self) -> Exception | None:
+        """What the input has raised."""
+        return self.source.error
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether there was input left when it was decided to pull no more."""
+        return self.source.cut_short
+
+    @property
+    def stopped(self) -> BatchStopped | None:
+        """What to raise once the batch has ended, if inputs were skipped or not pulled."""
+        return self.ending.error(self.cut_short)
+
+    def _deliver(self, job: Job[T], result: InvocationResult[T], now: float) -> None:
+        """Take the result of a job that ended at ``now``. It counts as live until :meth:`_taken`."""
+        raise NotImplementedError
+
+    def _taken(self) -> None:
+        """Count a delivered result as no longer live."""
+        self.source.live -= 1
+        self.changed()
+
+    def changed(self) -> None:
+        """Call a worker, and the feeder, if there is something for them to do and nobody else does it."""
+        if not self.done and self.tasks is not None:
+            if self.source.feeder is not None:
+                self.source.feeder.wake(self.source)
+
+            self.crew.call()
+
+    def _resized(self) -> None:
+        self.source.limit = self._limiter.max_concurrency
+        self.crew.resize(self.source.limit)
+        self.changed()
+
+    def has_work(self) -> bool:
+        return self.source.has_work()
+
+    @property
+    def next_job(self) -> Callable[[], Job[T] | None]:
+        """What returns the next job to be done."""
+        return self.source.next_job
+
+    # -- its end
+
+    def stop(self, reason: str, cause: BaseException, hint: str = "") -> None:
+        """
+        Start nothing new and retry nothing; let running invocations finish.
+
+        :param reason: what stops the batch, in words
+        :param cause: the same, as an exception
+        :param hint: what to do to have it go on
+        """
+        stopped = None if self.done else self.ending.stop(reason, cause, hint)
+        if stopped is None:
+            return
+
+        if self.source.feeder is not None or not self.keep_rest:
+            self.source.cut()
+
+        now = self.pool.loop.now()
+        self.options.observer.stopped(stopped.reason, now)
+        for job in self._pop_retries():
+            self.ending.close(job)
+            self.finish(job, now)
+
+        for job in tuple(self.retries.in_line):
+            # One that has been granted a slot meanwhile finds out by itself.
+            if job.waiter is not None and not job.waiter.granted:
+                job.pool.withdraw(job.waiter)
+
+        self.check_done()
+
+    def cancel(self, reason: str, cause: BaseException) -> None:
+        """
+        Stop, and cancel what runs. Each invocation still has its result, except those of an async input that
+        were not pulled: there is no saying how long that would take.
+        """
+        self.stop(reason, cause)
+        self.crew.cancel(reason)
+
+    def drain(self) -> None:
+        """Begin nothing new that nobody waits for; somebody waits for the whole of a batch."""
+
+    def _abandon(self) -> None:
+        """End what a cancelled batch has not started again, so that every invocation is accounted for."""
+        now = self.pool.loop.now()
+        for job in (*self.source.pop_all(), *self._pop_retries()):
+            job.cancel(self.ending.reason)
+            self.finish(job, now)
+
+    def _pop_retries(self) -> list[Job[T]]:
+        jobs = self.retries.pop_all()
+        self.source.live += len(jobs)
+        return jobs
+
+    def check_done(self) -> None:
+        if self.source.exhausted and self._ended == self.source.pulled and not self.done:
+            self.done = True
+            self.crew.close()
+            self.retries.close()
+            self.source.stop_feeding()
+            if self.deadlines is not None:
+                self.deadlines.stop()
+
+    # -- the jobs
+
+    def lose(self, job: Job[T], scope: AttemptScope) -> None:
+        """End a job whose attempt was cancelled with the batch, or has ended the batch."""
+        job.cancel(self.ending.reason, scope.cause)
+        if scope.is_spoilt:
+            self.crew.replace()
+
+        self.finish(job, self.pool.loop.now())
+
+    def settle(self, job: Job[T], scope: AttemptScope, now: float) -> None:
+        """Retry a job that failed later, or make its outcome final."""
+        failed = job.failed
+        verdict = None if failed is None else failed.verdict
+        if scope.is_spoilt:
+            assert failed is not None
+            self.crew.replace()
+            if self.crew.spoilt >= self.crew.size:
+                agent = f"the last one {job.invocation.agent_id!r}"
+                self.stop(f"{self.crew.spoilt} agents left a scope open, {agent}", failed.error)
+        elif failed is not None and verdict is not None:
+            if verdict.kind is VerdictKind.FATAL:
+                reason = f"{job.invocation.agent_id!r} failed with {describe(failed.error)}"
+                self.stop(reason, failed.error, FATAL_HINT)
+            elif self.ending.stopped is not None:
+                if verdict.kind is not VerdictKind.PERMANENT:
+                    self.ending.close(job)
+            elif job.next_start(now, self._deadline, self.options) is not None:
+                self._retry(job, now)
+                return
+
+        self.finish(job, now)
+
+    def _retry(self, job: Job[T], now: float) -> None:
+        wake_at = job.rest(self.options.observer, now)
+        self.source.live -= 1
+        if self.retries.push(job, wake_at):
+            assert self.tasks is not None
+            self.tasks.start_soon(self.retries.watch, "agentloop alarm")
+
+        # There is room for one more input.
+        self.changed()
+
+    def _expire(self, job: Job[T], now: float) -> None:
+        """End a job that has waited until its total time was up."""
+        assert self.options.total is not None
+        if job.waiter is None:
+            self.source.live += 1
+            job.expire(self.options.total)
+            self.finish(job, now)
+        elif not job.waiter.granted:
+            job.expire(self.options.total)
+            job.pool.withdraw(job.waiter)
+
+    def finish(self, job: Job[T], now: float) -> None:
+        source, results = self.source, self.kept
+        result = job.finish(self.options.observer, now)
+        self._ended = ended = self._ended + 1
+        if not ended % COUNTED_AT_ONCE:
+            self.options.observer.count()
+
+        if not job.is_plain:
+            job.settle(result, self.pool)
+
+        if results is None:
+            self._deliver(job, result, now)
+        else:
+            # The same as _deliver() and _taken() would do; a call for every invocation shows.
+            results.append(result)
+            source.live -= 1
+            if not self.crew.seeking or source.feeder is not None:
+                self.changed()
+
+        if source.exhausted:
+            self.check_done()

@@ -1,0 +1,168 @@
+"""One worker of a batch."""
+
+from __future__ import annotations
+
+__all__ = ["Worker"]
+
+import math
+from typing import Generic, TypeVar
+
+import anyio
+
+from .._eventloop.context import wait_for_cancellation
+from .._limits.slots import Slot
+from .._runtime.job import Job
+from .bookkeeping import Bookkeeping
+
+T = TypeVar("T")
+
+
+class Worker(Generic[T]):
+    """
+    Takes a job, waits for a slot, runs one attempt, and goes on with the next. ``workers`` has the theory.
+
+    Two things are carried from one job to the next, since each costs as much as all else about a short attempt:
+    the scope that times attempts out, and the slot, if nothing waits for one. Both are let go before anything
+    but an agent is awaited.
+
+    :param batch: whose jobs it takes
+    """
+
+    __slots__ = ("_batch", "_has_slot", "_scope")
+
+    def __init__(self, batch: Bookkeeping[T]) -> None:
+        self._batch = batch
+        self._scope = batch.pool.loop.attempt_scope(batch.deadlines)
+        # Whether the slot of the job before is still in use.
+        self._has_slot = False
+
+    async def work(self) -> None:
+        """Work until the batch is done."""
+        batch, scope = self._batch, self._scope
+        assert batch.tasks is not None
+        pool, crew, source, ending = batch.pool, batch.crew, batch.source, batch.ending
+        loop, options, new_context, next_job = pool.loop, batch.options, batch.new_context, batch.next_job
+        now_at, pace, cancellations = loop.now, loop.pace, loop.count_cancellations()
+        selective, keeps = pool.selective, options.observer.is_plain
+        async with crew.member(self, batch.tasks) as tasks:
+            while not batch.done:
+                job = slot = None
+                try:
+                    if scope.scope is None and not scope.begin(math.inf):
+                        # Cancelled before it has anything, so that it holds nothing meanwhile.
+                        await wait_for_cancellation()
+
+                    job = next_job()
+                    if job is None:
+                        batch.check_done()
+                        self.let_go()
+                        await crew.park()
+                        continue
+
+                    fresh = source.is_fresh
+                    if (
+                        self._has_slot
+                        and fresh
+                        and pool.is_open
+                        and pool.running <= pool.limit
+                        and ending.stopped is None
+                    ):
+                        slot = job
+                        self._has_slot = False
+                    elif ending.stopped is None and (not selective or job.resolve()):
+                        slot = job.next_slot() if job.attempts else job
+                        fresh = fresh and not selective
+                        if not self._acquire_nowait(slot):
+                            fresh = False
+                            self.let_go()
+                            slot = await self._wait_in_line(job, slot)
+
+                    # A job that was just pulled has not been queued.
+                    now = job.queued_at if fresh else now_at()
+                    if slot is not None:
+                        crew.seeking -= 1
+                        try:
+                            now = await job.run(slot, options, scope, new_context, now, crew)
+                        except BaseException:
+                            crew.seeking += 1
+                            batch.lose(job, scope)
+                            raise
+
+                        crew.seeking += 1
+                        if job.failures is None:
+                            self._has_slot = keeps and slot.is_plain and pool.is_open and not pool.in_line
+                            if not self._has_slot:
+                                slot.release(None, True)
+
+                            batch.finish(job, now)
+                        else:
+                            if job.failed is None:
+                                slot.release(None, True)
+
+                            batch.settle(job, scope, now)
+                            if scope.is_spoilt:
+                                break
+                    else:
+                        ending.close(job)
+                        batch.finish(job, now)
+
+                    waited = job.waited
+                    # Not kept while parked: the arguments of a finished invocation are the caller's alone.
+                    job = slot = None
+                    if cancellations():
+                        self.let_go()
+                        await loop.forget_cancellations()
+
+                    if not waited and pace.used_up(now):
+                        self.let_go()
+                        await pace.rest()
+                except anyio.get_cancelled_exc_class():
+                    # By a cancellation that an agent asked for long ago, from a callback: no reason to end.
+                    self.let_go()
+                    await tasks.go_on()
+
+    def _acquire_nowait(self, slot: Slot) -> bool:
+        self._give_back()
+        return slot.pool.acquire_nowait(slot)
+
+    def _give_back(self) -> None:
+        if self._has_slot:
+            self._has_slot = False
+            self._batch.pool.give_back()
+
+    def cancel(self, reason: str) -> None:
+        """Cancel the attempt that runs, if one does."""
+        self._scope.cancel(reason)
+
+    def let_go(self) -> None:
+        """Leave the scope and give the slot back, before anything but an agent is awaited."""
+        self._scope.leave()
+        self._give_back()
+
+    async def _wait_in_line(self, job: Job[T], slot: Slot) -> Slot | None:
+        """Return the slot, once it was granted; ``None`` if it was not, or the batch has been stopped."""
+        batch = self._batch
+        waiter = job.join_line(slot)
+        batch.retries.join_line(job)
+        routed = batch.pool.route is not None
+        if routed:
+            # Others may be of a key that has slots.
+            batch.crew.seeking -= 1
+            batch.changed()
+
+        try:
+            granted = await job.pool.wait(waiter)
+        except BaseException:
+            # Whether the batch goes on or not, nothing has happened to this job yet.
+            batch.source.put_back(job)
+            raise
+        finally:
+            batch.crew.seeking += routed
+            job.leave_line()
+            batch.retries.leave_line(job)
+
+        if granted and batch.ending.stopped is not None:
+            slot.give_back()
+            return None
+
+        return slot if granted else None
