@@ -1,28 +1,20 @@
-"""The scope that times one attempt after the other out."""
+"""The scope that times out one attempt after the other."""
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
 import pytest
 from anyio.abc import TaskStatus
+from anyio.lowlevel import checkpoint, current_token
 
-from agentloop import AgentLoop, Backoff, Invocation, Limiter, LoopConfig, Status
-from agentloop._eventloop import loop as event_loop
-from agentloop._eventloop.backend import (
-    DeadlineQueue,
-    TaskDeadlineQueue,
-    make_deadline_queue,
-    make_task_deadline_queue,
-)
-from agentloop._limits.limiter import pool_of
-from agentloop._runtime import batch
-from agentloop._runtime.attempt_scope import AttemptScope
+from agentloop import AgentLoop, Backoff, Invocation, InvocationTimeout, Limiter, LoopConfig, Status
+from agentloop._eventloop.deadlines import AttemptScope, DeadlineQueue, PublicScope, TimeLimit
+from agentloop._eventloop.loop import kind_of_loop
 from agentloop.testing import VirtualClockDeadlock, virtual_clock
 
 
@@ -33,13 +25,23 @@ async def sleep(seconds: float) -> float:
     return anyio.current_effective_deadline() - anyio.current_time()
 
 
-@pytest.fixture(params=["as it is", "without an alarm"])
-def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AgentLoop:
-    if request.param == "without an alarm":
-        monkeypatch.setattr(event_loop, "make_deadline_queue", lambda backend: None)
-        monkeypatch.setattr(batch, "make_task_deadline_queue", lambda backend: None)
+class PublicLimiter(Limiter):
+    """Has its attempts run without the insides of AnyIO and trio."""
 
-    return AgentLoop(LoopConfig(max_concurrency=1, timeout_seconds=5, max_retries=0))
+    def _make_pool(self) -> Any:
+        pool = super()._make_pool()
+        pool.loop = pool.kind(pool.token, public=True)
+        return pool
+
+
+@pytest.fixture(params=[Limiter, PublicLimiter])
+def limiter(request: pytest.FixtureRequest) -> Limiter:
+    return request.param(1)
+
+
+@pytest.fixture
+def loop(limiter: Limiter) -> AgentLoop:
+    return AgentLoop(LoopConfig(timeout_seconds=5, max_retries=0), limiter=limiter)
 
 
 async def test_each_attempt_of_a_worker_has_its_own_time(loop: AgentLoop) -> None:
@@ -58,7 +60,9 @@ async def test_agent_sees_its_own_deadline(loop: AgentLoop) -> None:
     ]
 
 
-async def test_time_that_a_worker_has_nothing_to_do_is_nobodys(loop: AgentLoop) -> None:
+async def test_attempt_is_not_charged_for_the_time_in_which_its_worker_had_nothing_to_do(
+    loop: AgentLoop,
+) -> None:
     async def inputs() -> Any:
         for _ in range(3):
             yield Invocation("a", sleep, (1,))
@@ -90,8 +94,11 @@ async def test_result_that_was_ready_when_the_time_was_up_leaves_the_next_attemp
     assert [result.output for result in results] == ["late", pytest.approx(1)]
 
 
+@pytest.mark.parametrize("kind", [Limiter, PublicLimiter])
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_attempt_that_had_less_time_than_others_leaves_the_next_one_its_time(backend: str) -> None:
+def test_attempt_that_had_less_time_than_others_leaves_the_next_one_its_time(
+    backend: str, kind: type[Limiter]
+) -> None:
     failed = False
 
     async def fail_once() -> None:
@@ -104,12 +111,12 @@ def test_attempt_that_had_less_time_than_others_leaves_the_next_one_its_time(bac
     async def main() -> None:
         loop = AgentLoop(
             LoopConfig(
-                max_concurrency=2,
                 timeout_seconds=5,
                 total_timeout_seconds=6,
                 max_retries=1,
                 backoff=Backoff(initial_seconds=0.25, jitter="none"),
-            )
+            ),
+            limiter=kind(2),
         )
         start = anyio.current_time()
 
@@ -128,220 +135,262 @@ def test_attempt_that_had_less_time_than_others_leaves_the_next_one_its_time(bac
     anyio.run(main, backend=name, backend_options=options)
 
 
-# --- one timer for all
+# --- one timer for all attempts
 
 
-class Scopes:
-    """An alarm, and scopes which tasks are in."""
+class ByHand(DeadlineQueue):
+    """Notes when it is to ring, and rings when it is told to."""
 
-    def __init__(self, alarm: DeadlineQueue) -> None:
+    def __init__(self, rests: bool = True) -> None:
+        super().__init__(rests)
+        self.wound: list[float] = []
+
+    def _wind(self, at: float) -> None:
+        self._rings_at = at
+        self.wound.append(at)
+
+    def _rest(self) -> None:
+        self._wind(math.inf)
+
+
+class Watched(PublicScope):
+    """Notes when the queue has called it."""
+
+    def __init__(self, queue: DeadlineQueue) -> None:
+        super().__init__(anyio.CancelScope, queue)
+        self.called_at: list[float] = []
+
+    def due(self, now: float) -> None:
+        self.called_at.append(now)
+
+
+class TestDeadlineQueue:
+    def test_scopes_are_called_in_order_once_their_time_is_up(self) -> None:
+        queue = ByHand()
+        a, b, c = (Watched(queue) for _ in range(3))
+        assert [queue.watch(scope, at) for scope, at in ((a, 1), (b, 2), (c, 2))] == [True] * 3
+        assert queue.wound == [1]
+        queue.ring(1)
+        assert [scope.called_at for scope in (a, b, c)] == [[1], [], []]
+        assert queue.wound == [1, 2]
+        queue.ring(5)
+        assert [scope.called_at for scope in (a, b, c)] == [[1], [5], [5]]
+        assert queue.wound == [1, 2]
+
+    def test_time_before_that_of_another_scope_is_not_watched(self) -> None:
+        queue = ByHand()
+        late, early = Watched(queue), Watched(queue)
+        assert queue.watch(late, 10)
+        assert not queue.watch(early, 5)
+        assert queue.watch(early, 10)
+        queue.ring(10)
+        assert (late.called_at, early.called_at) == ([10], [10])
+
+    def test_scope_is_watched_for_its_latest_time_alone(self) -> None:
+        queue = ByHand()
+        first, last = Watched(queue), Watched(queue)
+        for scope, at in ((first, 1), (last, 2), (first, 3)):
+            assert queue.watch(scope, at)
+
+        queue.ring(2)
+        assert (first.called_at, last.called_at, queue.wound) == ([], [2], [1, 3])
+        # Too early, so that it is not watched at all.
+        assert queue.watch(last, 4)
+        assert not queue.watch(first, 2)
+        queue.ring(4)
+        assert (first.called_at, last.called_at) == ([], [2, 4])
+
+    def test_scope_without_a_deadline_is_not_watched(self) -> None:
+        queue = ByHand()
+        never, other = Watched(queue), Watched(queue)
+        assert queue.watch(never, 1)
+        assert queue.watch(never, math.inf)
+        assert queue.watch(other, 2)
+        queue.ring(2)
+        assert (never.called_at, other.called_at) == ([], [2])
+
+    def test_empty_queue_takes_any_time(self) -> None:
+        queue = ByHand()
+        gone, rung, next_one = (Watched(queue) for _ in range(3))
+        queue.watch(gone, 10)
+        queue.forget(gone)
+        assert queue.watch(rung, 5)
+        queue.ring(5)
+        assert queue.watch(next_one, 4)
+        queue.ring(5)
+        assert (gone.called_at, rung.called_at, next_one.called_at) == ([], [5], [5])
+
+    def test_timer_is_stopped_on_a_virtual_clock_once_nothing_is_watched(self) -> None:
+        queue = ByHand()
+        first, last = Watched(queue), Watched(queue)
+        queue.watch(first, 1)
+        queue.watch(last, 2)
+        queue.forget(first)
+        assert queue.wound == [1]
+        queue.forget(last)
+        assert queue.wound == [1, math.inf]
+        queue.watch(last, 3)
+        assert queue.wound == [1, math.inf, 3]
+
+    def test_timer_is_left_to_run_out_on_a_real_clock(self) -> None:
+        queue = ByHand(rests=False)
+        scope = Watched(queue)
+        for at in (10, 12):
+            queue.watch(scope, at)
+            queue.forget(scope)
+
+        assert queue.wound == [10]
+        queue.watch(scope, 14)
+        queue.ring(10)
+        assert (scope.called_at, queue.wound) == ([], [10, 14])
+        queue.forget(scope)
+        # The timer would ring too late for this one.
+        queue.watch(scope, 5)
+        assert queue.wound == [10, 14, 5]
+
+
+# --- the scopes of attempts
+
+
+class Attempts:
+    """
+    Attempts that last until they are timed out, each in a task of its own.
+
+    :param queue: cancels them in time, if the event loop does not
+    """
+
+    def __init__(self, public: bool, queue: DeadlineQueue | None) -> None:
         self.start = anyio.current_time()
-        self.alarm = alarm
-        self.scopes: dict[str, anyio.CancelScope] = {}
+        self.scopes: dict[str, AttemptScope] = {}
         self.ended: dict[str, float] = {}
+        self._loop = kind_of_loop()(current_token(), public)
+        self._queue = queue
 
-    async def hold(self, name: str, *, task_status: TaskStatus[None]) -> None:
-        with anyio.CancelScope() as self.scopes[name]:
-            task_status.started()
+    def make(self) -> AttemptScope:
+        return self._loop.attempt_scope(self._queue)
+
+    async def hold(self, name: str, moves: tuple[float, ...], *, task_status: TaskStatus[None]) -> None:
+        self.scopes[name] = scope = self.make()
+        for seconds in moves:
+            self.begin(name, seconds)
+
+        task_status.started()
+        try:
             await anyio.sleep_forever()
+        except anyio.get_cancelled_exc_class() as exc:
+            if not scope.leave(exc):
+                raise
 
         self.ended[name] = pytest.approx(anyio.current_time() - self.start)
 
-    def set(self, name: str, seconds: float) -> None:
-        self.alarm.set(self.alarm.inner(self.scopes[name]), self.start + seconds)
-        assert self.scopes[name].deadline == self.start + seconds, name
-
-    def drop(self, name: str) -> None:
-        self.alarm.drop(self.alarm.inner(self.scopes[name]))
+    def begin(self, name: str, seconds: float) -> None:
+        attempt = self.scopes[name]
+        assert attempt.begin(self.start + seconds)
+        assert attempt.scope is not None
+        assert attempt.scope.deadline == self.start + seconds, name
 
     async def times(self) -> dict[str, float]:
-        """Return after how many seconds each was cancelled, if it was within twenty."""
+        """Return after how many seconds each was timed out, if it was within twenty."""
         await anyio.sleep_until(self.start + 20)
         return dict(self.ended)
 
 
 @asynccontextmanager
-async def scopes(*names: str) -> AsyncIterator[Scopes]:
-    backend = anyio.lowlevel.current_token().backend_class
-    alarm = make_deadline_queue(backend) or make_task_deadline_queue(backend)
-    assert alarm is not None
-    held = Scopes(alarm)
+async def attempts(public: bool = False, **moves: tuple[float, ...]) -> AsyncIterator[Attempts]:
+    """Begin attempts, in this order, and move their deadlines, in seconds from now."""
+    queue = None if public else kind_of_loop()(current_token()).batch_deadlines()
+    held = Attempts(public, queue)
     async with anyio.create_task_group() as group:
-        if isinstance(alarm, TaskDeadlineQueue):
-            group.start_soon(alarm.watch)
+        if queue is not None:
+            group.start_soon(queue.watch_scopes)
 
-        for name in names:
-            await group.start(held.hold, name)
+        for name, seconds in moves.items():
+            await group.start(held.hold, name, seconds)
 
         yield held
         group.cancel_scope.cancel()
 
 
-async def test_asyncio_has_timers_and_trio_needs_a_task(anyio_backend: tuple[str, dict[str, Any]]) -> None:
-    backend = anyio.lowlevel.current_token().backend_class
-    assert (make_deadline_queue(backend) is not None) is (anyio_backend[0] == "asyncio")
-    assert (make_task_deadline_queue(backend) is not None) is (anyio_backend[0] == "trio")
-    assert make_deadline_queue(object()) is None
-    assert make_task_deadline_queue(object()) is None
+@pytest.mark.parametrize("public", [False, True], ids=["insides", "public"])
+class TestAttemptScope:
+    async def test_each_attempt_ends_at_its_own_time(self, public: bool) -> None:
+        async with attempts(public, a=(1,), b=(2,), c=(3,), d=(3,)) as held:
+            assert await held.times() == {"a": 1, "b": 2, "c": 3, "d": 3}
 
-
-class TestAlarm:
-    async def test_each_scope_ends_at_its_own_time(self) -> None:
-        async with scopes("a", "b", "c", "dropped", "moved") as held:
-            for seconds, name in enumerate(held.scopes, 1):
-                held.set(name, seconds)
-
-            held.set("a", 6)
-            held.drop("dropped")
-            held.scopes["moved"].deadline = held.start + 7
-            assert await held.times() == {"a": 6, "b": 2, "c": 3, "moved": 7}
-
-    async def test_each_move_is_kept(self) -> None:
-        async with scopes("a", "b", "c") as held:
-            for name, moves in {"a": (4, 6, 8, 14), "b": (5, 5, 13), "c": (12,)}.items():
-                for seconds in moves:
-                    held.set(name, seconds)
-
-            # When a is looked at, and has been moved, others are watched that end after and before it.
+    async def test_each_move_of_a_deadline_is_kept(self, public: bool) -> None:
+        # When the queue looks at a, which has moved, it watches others that end before and after it.
+        async with attempts(public, a=(4, 6, 8, 14), b=(5, 5, 13), c=(12,)) as held:
             assert await held.times() == {"a": 14, "b": 13, "c": 12}
 
-    async def test_who_ends_before_others_has_a_timer_of_its_own(self) -> None:
-        async with scopes("early", "late", "latest") as held:
-            for name, seconds in {"early": 1, "late": 10, "latest": 11}.items():
-                held.set(name, seconds)
+    async def test_attempt_that_ends_before_others_has_a_timer_of_its_own(self, public: bool) -> None:
+        async with attempts(public, late=(10,), early=(1,), later=(11,), moved=(12, 5)) as held:
+            assert await held.times() == {"early": 1, "moved": 5, "late": 10, "later": 11}
 
-            held.set("late", 5)
-            assert await held.times() == {"early": 1, "late": 5, "latest": 11}
-            held.drop("late")
-            assert not held.alarm._alone
+    async def test_attempt_with_a_timer_of_its_own_moves_it(self, public: bool) -> None:
+        async with attempts(public, other=(10,), later=(5, 12), earlier=(5, 4), never=(5, math.inf)) as held:
+            assert await held.times() == {"earlier": 4, "other": 10, "later": 12}
 
-    async def test_who_had_a_timer_of_its_own_is_not_ended_at_that_time(self) -> None:
-        async with scopes("moved", "other") as held:
-            held.set("other", 10)
-            held.set("moved", 5)
-            held.set("moved", 12)
-            assert await held.times() == {"moved": 12, "other": 10}
-
-    async def test_scope_without_a_deadline_is_not_ended(self) -> None:
-        async with scopes("never", "not any more", "again") as held:
-            held.set("not any more", 2)
-            for name in held.scopes:
-                held.set(name, math.inf)
-
-            held.set("again", 3)
+    async def test_attempt_without_a_deadline_is_not_timed_out(self, public: bool) -> None:
+        async with attempts(public, never=(math.inf,), no_more=(2, math.inf), again=(math.inf, 3)) as held:
             assert await held.times() == {"again": 3}
 
-    async def test_who_comes_when_there_is_nobody_else_may_end_earlier(self) -> None:
-        async with scopes("gone", "next") as held:
-            held.set("gone", 10)
-            held.drop("gone")
-            held.set("next", 5)
-            assert await held.times() == {"next": 5}
+    async def test_deadline_of_a_scope_can_be_set_as_that_of_any_other(self, public: bool) -> None:
+        async with attempts(public, later=(1,), earlier=(8,)) as held:
+            later, earlier = (attempt.scope for attempt in held.scopes.values())
+            assert later is not None
+            assert earlier is not None
+            later.deadline = held.start + 9
+            earlier.deadline = held.start + 7
+            assert await held.times() == {"earlier": 7, "later": 9}
 
-    async def test_shorter_time_than_that_which_the_timer_waits_for_is_kept(
-        self, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("deadline", [3, 20], ids=["a timer of its own", "the queue's"])
+    async def test_deadline_of_an_attempt_that_was_left_cancels_nothing(
+        self, public: bool, deadline: float
     ) -> None:
-        async with scopes("gone", "short") as held:
-            monkeypatch.setattr(held.alarm, "_rests", False)
-            held.set("gone", 10)
-            held.drop("gone")
-            held.set("short", 5)
-            assert await held.times() == {"short": 5}
+        async with attempts(public, other=(10,)) as held:
+            mine = held.make()
+            assert mine.begin(held.start + deadline)
+            await checkpoint()
+            assert not mine.leave()
+            assert await held.times() == {"other": 10}
 
-    @pytest.mark.parametrize("anyio_backend", [virtual_clock("asyncio")])
-    async def test_scope_is_entered_again(self) -> None:
-        pool = pool_of(Limiter(1))
-        timer = AttemptScope(pool, pool.loop.alarm)
-        with anyio.CancelScope():
-            first = timer.open(anyio.current_time() + 5)
-            assert not timer.close()
+    async def test_attempt_is_cancelled_for_a_reason(self, public: bool) -> None:
+        async with attempts(public, a=(5,), b=(5,)) as held:
+            held.scopes["a"].cancel("enough")
+            assert held.scopes["a"].reason == "enough"
+            assert await held.times() == {"a": 0, "b": 5}
+            # There is nothing to cancel any more.
+            held.scopes["b"].cancel("too late")
+            assert held.scopes["b"].reason is None
 
-        # Neither the scope that was around it nor its time are left of the last time.
-        await anyio.sleep(10)
-        again = timer.open(anyio.current_time() + 5)
-        assert again is first
-        with anyio.CancelScope() as inner:
-            await anyio.sleep(1)
-
-        assert not inner.cancel_called
+    async def test_next_attempt_in_a_scope_begins_anew(self, public: bool) -> None:
+        attempt = kind_of_loop()(current_token(), public).attempt_scope()
+        assert attempt.begin(math.inf)
+        attempt.set_limit(TimeLimit(InvocationTimeout, 5))
+        attempt.note(OSError())
+        attempt.cancel("enough")
         with pytest.raises(anyio.get_cancelled_exc_class()) as raised:
-            await anyio.sleep(8)
+            await anyio.sleep_forever()
 
-        assert timer.close(raised.value)
-        assert timer.open(math.inf) is not first
-        timer.close()
+        assert attempt.leave(raised.value)
+        assert attempt.begin(math.inf)
+        assert (attempt.limit, attempt.reason, attempt.cause) == (None, None, None)
+        await checkpoint()
+        assert not attempt.leave()
 
-    @pytest.mark.parametrize("anyio_backend", [virtual_clock("asyncio")])
-    async def test_scope_that_is_entered_again_in_a_task_without_scopes_is_in_none(self) -> None:
-        pool = pool_of(Limiter(1))
-        timer = AttemptScope(pool, pool.loop.alarm)
-        with anyio.CancelScope() as around:
-            timer.open(anyio.current_time() + 5)
-            timer.close()
-            around.cancel()
-
-        async def look() -> float:
-            timer.open(anyio.current_time() + 5)
-            try:
-                return anyio.current_effective_deadline() - anyio.current_time()
-            finally:
-                timer.close()
-
-        assert await asyncio.create_task(look()) == 5
-
-    @pytest.mark.parametrize("anyio_backend", [virtual_clock("asyncio")])
-    @pytest.mark.parametrize("mark", ["_child_scopes", "_tasks"])
-    async def test_scope_that_somebody_is_still_in_is_not_entered_again(self, mark: str) -> None:
-        alarm = pool_of(Limiter(1)).loop.alarm
-        assert alarm is not None
-        scope: Any = anyio.CancelScope()
-        getattr(scope, mark).add(object())
-        alarm.keep(scope)
-        assert alarm.spare == []
-
-    async def test_scopes_that_do_not_show_their_deadline_are_not_trusted(self) -> None:
-        class Scope(AbstractContextManager[Any]):
-            deadline, _timeout_handle = math.inf, None
-
-            def __exit__(self, *exc: object) -> None:
-                pass
-
-        class Backend:
-            create_cancel_scope = Scope
-
-        assert make_deadline_queue(Backend) is None
-
-    @pytest.mark.parametrize("anyio_backend", [virtual_clock("asyncio")])
-    @pytest.mark.parametrize("once", ["as AnyIO's", "keeps something", "refuses"])
-    async def test_scopes_that_are_not_as_new_once_left_are_not_entered_again(self, once: str) -> None:
-        kind: Any = type(anyio.CancelScope())
-        entered: list[Any] = []
-
-        class Scope(kind):
-            __slots__ = ("kept",)
-
-            def __enter__(self) -> Any:
-                if once == "keeps something":
-                    self.kept = True
-                elif once == "refuses" and self in entered:
-                    raise RuntimeError("each is for one use")
-
-                entered.append(self)
-                return super().__enter__()
-
-        class Backend:
-            create_cancel_scope = Scope
-
-        alarm = make_deadline_queue(Backend)
-        assert alarm is not None
-        alarm.keep(anyio.CancelScope())
-        assert bool(alarm.spare) is (once == "as AnyIO's")
+    async def test_error_leaves_the_scope(self, public: bool) -> None:
+        attempt = kind_of_loop()(current_token(), public).attempt_scope()
+        assert not attempt.leave()
+        attempt.begin(math.inf)
+        assert not attempt.leave(OSError())
+        assert attempt.scope is None
 
 
+@pytest.mark.parametrize("kind", [Limiter, PublicLimiter])
 @pytest.mark.parametrize("verb", ["single", "batch"])
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_timer_with_nothing_to_watch_is_nothing_to_wait_for_on_a_clock_that_jumps(
-    backend: str, verb: str
+def test_virtual_clock_does_not_jump_to_the_time_limit_of_an_attempt_that_has_ended(
+    backend: str, verb: str, kind: type[Limiter]
 ) -> None:
     seconds = 0.0
 
@@ -359,10 +408,11 @@ def test_timer_with_nothing_to_watch_is_nothing_to_wait_for_on_a_clock_that_jump
         await wait()
 
     async def main() -> None:
+        loop = AgentLoop(limiter=kind(1))
         if verb == "batch":
-            await AgentLoop().run_all(inputs())
+            await loop.run_all(inputs())
         else:
-            await AgentLoop().run_single("a", anyio.sleep, 1)
+            await loop.run_single("a", anyio.sleep, 1)
             await wait()
 
     name, options = virtual_clock(backend)
@@ -372,10 +422,11 @@ def test_timer_with_nothing_to_watch_is_nothing_to_wait_for_on_a_clock_that_jump
     assert seconds == 0
 
 
+@pytest.mark.parametrize("kind", [Limiter, PublicLimiter])
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_time_outs_come_on_a_clock_that_does_not_wait_for_them(backend: str) -> None:
+def test_attempts_are_timed_out_on_a_real_clock(backend: str, kind: type[Limiter]) -> None:
     async def main() -> list[Status]:
-        loop = AgentLoop(LoopConfig(max_concurrency=2, timeout_seconds=0.02, max_retries=0))
+        loop = AgentLoop(LoopConfig(timeout_seconds=0.02, max_retries=0), limiter=kind(2))
         results = await loop.run_all(Invocation.map(anyio.sleep, [0, 0.005, 9, 0, 9]))
         single = await loop.run_single("a", anyio.sleep, 9)
         assert (await loop.run_single("a", anyio.sleep, 0.005)).success
