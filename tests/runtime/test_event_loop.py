@@ -1,74 +1,293 @@
-"""What is known of AnyIO's insides means the same as what AnyIO tells."""
+"""What the library asks of an event loop, and what it knows of the insides of AnyIO and trio."""
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import anyio
-import anyio.lowlevel
+import pytest
+from anyio.lowlevel import EventLoopToken, current_token
 
 from agentloop import AgentLoop
-from agentloop._eventloop.backend import make_is_cancelled, make_is_left_open
+from agentloop._eventloop.deadlines import AttemptScope, DeadlineQueue, PublicScope
+from agentloop._eventloop.insides import works_here
+from agentloop._eventloop.loop import EventLoop, describe, kind_of_loop
 
 
-def tell() -> bool:
+def make_loop(public: bool = False) -> EventLoop:
+    return kind_of_loop()(current_token(), public)
+
+
+def is_cancelled() -> bool:
     return anyio.current_effective_deadline() == -math.inf
 
 
-async def test_cancellation_is_seen_through_all_scopes_up_to_a_shield() -> None:
-    is_cancelled_around = make_is_cancelled(anyio.lowlevel.current_token().backend_class)
+# --- what a scope sees
+
+
+@pytest.mark.parametrize("public", [False, True], ids=["insides", "public"])
+async def test_scope_sees_cancellation_through_all_scopes_around_it_up_to_a_shield(public: bool) -> None:
+    attempt = make_loop(public).attempt_scope()
     with anyio.CancelScope() as outer, anyio.CancelScope() as middle, anyio.CancelScope() as inner:
-        with anyio.CancelScope() as own:
-            assert not is_cancelled_around(own)
-            outer.cancel()
-            assert is_cancelled_around(own) is tell() is True
-            middle.shield = True
-            assert is_cancelled_around(own) is tell() is False
-            own.cancel()
-            assert tell()
-            assert not is_cancelled_around(own)
-            inner.cancel()
-            assert is_cancelled_around(own)
+        assert attempt.begin(math.inf)
+        outer.cancel()
+        assert is_cancelled()
+        assert not attempt.begin(math.inf)
+        middle.shield = True
+        assert attempt.begin(math.inf)
+        assert not is_cancelled()
+        attempt.cancel("its own is no reason not to begin the next one")
+        assert is_cancelled()
+        assert attempt.begin(math.inf)
+        inner.cancel()
+        assert not attempt.begin(math.inf)
+        attempt.leave()
+
+    assert not is_cancelled()
 
 
-async def test_anyio_is_asked_each_time_where_its_insides_tell_something_else() -> None:
-    class Backend:
-        """Says that a task is cancelled which is not."""
-
-        deadline = -math.inf
-        create_cancel_scope = anyio.CancelScope
-
-        @classmethod
-        def current_effective_deadline(cls) -> float:
-            return cls.deadline
-
-    is_cancelled_around = make_is_cancelled(Backend)
-    with anyio.CancelScope() as scope:
-        assert is_cancelled_around(scope)
-        Backend.deadline = math.inf
-        assert not is_cancelled_around(scope)
-
-
-async def test_anyio_is_asked_each_time_where_its_insides_have_other_names() -> None:
-    class Backend:
-        """Has scopes that show nothing."""
-
-        deadline = -math.inf
-        create_cancel_scope = nullcontext
-
-        @classmethod
-        def current_effective_deadline(cls) -> float:
-            return cls.deadline
+@pytest.mark.parametrize("public", [False, True], ids=["insides", "public"])
+async def test_scope_sees_a_cancellation_from_outside_its_task_group(public: bool) -> None:
+    async def child() -> None:
+        attempt = make_loop(public).attempt_scope()
+        assert attempt.begin(math.inf)
+        outer.cancel()
+        assert not attempt.begin(math.inf)
+        attempt.leave()
+        shielded = make_loop(public).attempt_scope()
+        with anyio.CancelScope(shield=True):
+            assert shielded.begin(math.inf)
+            shielded.leave()
 
     with anyio.CancelScope() as outer:
-        outer.cancel()
-        is_cancelled_around = make_is_cancelled(Backend)
-        Backend.deadline = math.inf
-        assert not is_cancelled_around(None)
+        async with anyio.create_task_group() as group:
+            group.start_soon(child)
+
+
+async def test_scope_sees_what_is_open_in_it_until_that_is_left() -> None:
+    attempt = make_loop().attempt_scope()
+    attempt.begin(math.inf)
+    own = attempt.scope
+    assert own is not None
+
+    def sees_open() -> bool:
+        assert bool(attempt.children) is attempt.sees_open(own)
+        return attempt.sees_open(own)
+
+    assert not sees_open()
+    with anyio.CancelScope() as inner:
+        assert sees_open()
+        assert not attempt.sees_open(inner)
+        with anyio.CancelScope():
+            assert attempt.sees_open(inner)
+
+    assert not sees_open()
+    async with anyio.create_task_group():
+        assert sees_open()
+
+    assert not sees_open()
+    anyio.CancelScope().__enter__().__exit__(None, None, None)
+    assert not sees_open()
+    attempt.leave()
+    assert not attempt.children
+
+
+async def test_public_scope_sees_nothing_left_open() -> None:
+    attempt = make_loop(public=True).attempt_scope()
+    attempt.begin(math.inf)
+    with anyio.CancelScope():
+        assert attempt.scope is not None
+        assert not attempt.children
+        assert not attempt.sees_open(attempt.scope)
+
+    attempt.leave()
+
+
+# --- whether the insides of AnyIO are as expected
+
+
+def scope_kind() -> Any:
+    """Return the kind of scopes that AnyIO makes in the current event loop."""
+    return type(anyio.CancelScope())
+
+
+def nameless() -> Callable[..., Any]:
+    """Make what has none of the names that scopes have."""
+    return lambda **_: nullcontext()
+
+
+def raising() -> Callable[..., Any]:
+    def refuse(**_: Any) -> Any:
+        raise NotImplementedError
+
+    return refuse
+
+
+def without_own_deadline() -> Callable[..., Any]:
+    class Hiding(scope_kind()):
+        """Does not show its deadline."""
+
+        deadline = math.inf
+
+    return Hiding
+
+
+def without_cancellation() -> Callable[..., Any]:
+    class Deaf(scope_kind()):
+        """Is never cancelled."""
+
+        def cancel(self, reason: str | None = None) -> None:
+            pass
+
+    return Deaf
+
+
+@pytest.mark.parametrize("make", [nameless, raising, without_own_deadline, without_cancellation])
+async def test_scopes_that_are_not_as_expected_are_used_by_public_calls(
+    make: Callable[[], Callable[..., Any]],
+) -> None:
+    class Backend:
+        create_cancel_scope = staticmethod(make())
+
+    kind: Any = kind_of_loop()
+    loop = kind(EventLoopToken(Backend, current_token().native_token))
+    assert not works_here(kind.inside_scope, Backend.create_cancel_scope)
+    assert not loop.looks_inside
+    assert type(loop.attempt_scope()) is PublicScope
+    assert loop.batch_deadlines() is None
+
+
+def always(kind: Any) -> Any:
+    class May(kind):
+        """Lets attempts begin in a scope that is cancelled."""
+
+        def begin(self, deadline: float) -> bool:
+            super().begin(deadline)
+            return True
+
+    return May
+
+
+def never(kind: Any) -> Any:
+    class MayNot(kind):
+        """Lets no attempt begin."""
+
+        def begin(self, deadline: float) -> bool:
+            super().begin(deadline)
+            return False
+
+    return MayNot
+
+
+def late(kind: Any) -> Any:
+    class Late(kind):
+        """Ignores that a deadline moves."""
+
+        def begin(self, deadline: float) -> bool:
+            return super().begin(deadline if self.scope is None else self.scope.deadline)
+
+    return Late
+
+
+def lonely(kind: Any) -> Any:
+    class Lonely(kind):
+        """Does not see which scopes are open in it."""
+
+        def begin(self, deadline: float) -> bool:
+            may_begin = super().begin(deadline)
+            self.children = ()
+            return may_begin
+
+    return Lonely
+
+
+def crowded(kind: Any) -> Any:
+    class Crowded(kind):
+        """Takes itself for one that is open in it."""
+
+        def begin(self, deadline: float) -> bool:
+            may_begin = super().begin(deadline)
+            self.children = (self.scope,)
+            return may_begin
+
+    return Crowded
+
+
+def blind(kind: Any) -> Any:
+    class Blind(kind):
+        """Does not see what is open in a scope."""
+
+        def sees_open(self, scope: anyio.CancelScope) -> bool:
+            return False
+
+    return Blind
+
+
+def anxious(kind: Any) -> Any:
+    class Anxious(kind):
+        """Takes each scope for one that something is open in."""
+
+        def sees_open(self, scope: anyio.CancelScope) -> bool:
+            return True
+
+    return Anxious
+
+
+@pytest.mark.parametrize("spoil", [always, never, late, lonely, crowded, blind, anxious])
+async def test_kind_of_scope_that_sees_something_else_does_not_work_here(
+    spoil: Callable[[type[AttemptScope]], type[AttemptScope]],
+) -> None:
+    kind, new_scope = kind_of_loop().inside_scope, current_token().backend_class.create_cancel_scope
+    assert works_here(kind, new_scope)
+    assert not works_here(spoil(kind), new_scope)
+    assert not is_cancelled()
+
+
+async def test_kind_of_scope_works_also_where_the_task_is_cancelled() -> None:
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        assert make_loop().looks_inside
+
+
+@pytest.mark.parametrize("public", [False, True], ids=["insides", "public"])
+async def test_asyncio_has_timers_and_trio_needs_a_task_for_each_batch(
+    public: bool, anyio_backend_name: str
+) -> None:
+    loop = make_loop(public)
+    on_trio = anyio_backend_name == "trio"
+    assert isinstance(loop.loop_deadlines(), DeadlineQueue) is not on_trio
+    assert (loop.batch_deadlines() is not None) is (on_trio and not public)
+
+
+async def test_use_of_the_insides_of_anyio_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert describe() == "by the insides of AnyIO and trio"
+    backend = current_token().backend_class
+    monkeypatch.setattr(backend, "create_cancel_scope", lambda **_: nullcontext())
+    assert describe() == "by public calls alone, which is slower"
+
+
+# --- the event loop
+
+
+async def test_native_cancellations_are_forgotten_and_cancel_nothing_afterwards(
+    anyio_backend_name: str,
+) -> None:
+    kind = kind_of_loop()
+    pending = kind.count_cancellations()
+    if anyio_backend_name == "asyncio":
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        task.cancel()
+        assert pending() == 2
+
+    await kind.forget_cancellations()
+    await anyio.sleep(0)
+    assert pending() == 0
 
 
 async def test_agent_may_return_a_coroutine_of_another_kind() -> None:
@@ -95,37 +314,3 @@ async def test_agent_may_return_a_coroutine_of_another_kind() -> None:
             self._inner.close()
 
     assert (await AgentLoop().run_single("a", Compiled)).output == 42
-
-
-async def test_scope_that_was_left_open_is_seen_until_it_is_left() -> None:
-    is_left_open = make_is_left_open(anyio.lowlevel.current_token().backend_class)
-    with anyio.CancelScope() as own:
-        assert not is_left_open(own)
-        with anyio.CancelScope():
-            assert is_left_open(own)
-
-        assert not is_left_open(own)
-        async with anyio.create_task_group():
-            assert is_left_open(own)
-
-        assert not is_left_open(own)
-
-
-async def test_nothing_is_left_open_where_the_insides_of_anyio_have_other_names() -> None:
-    class Hidden:
-        create_cancel_scope = nullcontext
-
-    class Other:
-        """Its scopes never have another one in them."""
-
-        @staticmethod
-        def create_cancel_scope() -> Any:
-            return nullcontext(
-                SimpleNamespace(
-                    _child_scopes=(),
-                    _CancelScope__original=SimpleNamespace(_cancel_status=SimpleNamespace(_children=())),
-                )
-            )
-
-    for backend in (Hidden, Other):
-        assert not make_is_left_open(backend)(None)
