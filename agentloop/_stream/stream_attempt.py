@@ -31,7 +31,7 @@ CLOSE_SECONDS = 5.0
 """How long an agent's generator may take to close when its stream ends early."""
 ADVANCES = 3
 """How often one is advanced that goes on to yield."""
-GAPS_TOLD_AT_MOST = 200
+GAPS_KEPT_AT_MOST = 200
 """How many gaps between chunks are kept until they are counted."""
 
 
@@ -84,8 +84,8 @@ class _StreamAttempt(Generic[ItemT]):
         # Since when the agent has yielded nothing, while nobody but itself is to blame.
         self._idle_since = math.inf
         self._gaps: Histogram | None = None
-        # What is to be counted in there: many at once are counted faster.
-        self._gaps_told: list[float] = []
+        # What is to be counted in there, in seconds: many at once are counted faster.
+        self._gaps_kept: list[float] = []
         self._watching: anyio.CancelScope | None = None
         self._closing = anyio.CancelScope()
         first_seconds = config.first_chunk_timeout_seconds
@@ -96,31 +96,50 @@ class _StreamAttempt(Generic[ItemT]):
 
     @plumbing
     async def run(self) -> None:
+        channel, job, as_item = self._channel, self._job, self._as_item
+        now, gaps = self._pool.loop.now, self._gaps_kept
+        progress: Progress | None = None
         failure: BaseException | None = None
         error: Exception | None = None
+        # Whether the agent has not ended, since nobody will read on.
         cut_short = False
         # A generator that is suspended at a yield may have scopes open, which lie within this one. A scope
         # that was entered only in order to close it would lie within those, and they would end first.
         with self._closing:
             iterator = self._open()
+            next_chunk: Callable[[], Awaitable[Any]] = iterator.__anext__
+            step = next_chunk
+            channel.enter()
             try:
-                cut_short = await self._pull(iterator)
+                while not cut_short:
+                    chunk = await step()
+                    if progress is not None:
+                        at = now()
+                        gaps.append(at - self._idle_since)
+                        self._idle_since = at
+                        if len(gaps) >= GAPS_KEPT_AT_MOST:
+                            self._count_gaps()
+                    else:
+                        progress = self._first_chunk()
+
+                    progress.chunks += 1
+                    step = next_chunk
+                    if channel.send(as_item(job, chunk), progress.chunks):
+                        step = await self._wait_for_reader(iterator)
+                        cut_short = channel.abandoned
+            except StopAsyncIteration:
+                pass
             except BaseException as exc:
                 failure = exc
+            finally:
+                # The traceback of what it throws in refers to this frame; the frame must not refer back.
+                del step
+                channel.leave()
 
-            # No timer of the attempt has a part in what comes now.
-            self._scope.deadline = math.inf
-            if self._watching is not None:
-                self._watching.cancel()
-
-            if self._gaps is not None:
-                self._gaps.add_all(self._gaps_told)
-                self._options.observer.streamed(self._gaps)
-
+            self._end_timers()
             error = await self._close(iterator)
             # Trio forgets it as the scope around it is left.
-            left_open = self._attempt.sees_open(self._closing)
-            self._attempt.note(self._attempt.cause, left_open)
+            self._attempt.note(self._attempt.cause, self._attempt.sees_open(self._closing))
 
         if self._closing.cancelled_caught:
             error = self._attempt.cause
@@ -141,6 +160,22 @@ class _StreamAttempt(Generic[ItemT]):
             # Their tracebacks refer to this frame; the frame must not refer back.
             del failure, error
 
+    def _end_timers(self) -> None:
+        """Let no timer of the attempt have a part in how the generator is closed, and count the gaps."""
+        self._scope.deadline = math.inf
+        if self._watching is not None:
+            self._watching.cancel()
+
+        if self._gaps is not None:
+            self._count_gaps()
+            self._options.observer.streamed(self._gaps)
+
+    def _count_gaps(self) -> None:
+        if self._gaps is not None:
+            self._gaps.add_all([seconds * 1000.0 for seconds in self._gaps_kept])
+
+        self._gaps_kept.clear()
+
     def _open(self) -> AsyncIterator[Any]:
         invocation = self._job.invocation
         returned: object = invocation.fn(*invocation.args, **invocation.kwargs)
@@ -156,57 +191,6 @@ class _StreamAttempt(Generic[ItemT]):
             raise TypeError(message)
 
         raise not_async(message)
-
-    @plumbing
-    async def _pull(self, iterator: AsyncIterator[Any]) -> bool:
-        """
-        Hand over what the agent yields.
-
-        :return: whether that was given up, since nobody will read on
-        """
-        channel, job, as_item, now = self._channel, self._job, self._as_item, self._pool.loop.now
-        gaps, progress = self._gaps_told, None
-        next_chunk: Callable[[], Awaitable[Any]] = iterator.__anext__
-        step = next_chunk
-        channel.enter()
-        try:
-            while True:
-                try:
-                    chunk = await step()
-                except StopAsyncIteration:
-                    return False
-
-                step = next_chunk
-                if progress is None:
-                    progress = self._first_chunk()
-                else:
-                    at = now()
-                    if self._gaps is not None:
-                        gaps.append((at - self._idle_since) * 1000.0)
-                        if len(gaps) >= GAPS_TOLD_AT_MOST:
-                            self._gaps.add_all(gaps)
-                            gaps.clear()
-
-                    self._idle_since = at
-
-                progress.chunks += 1
-                if channel.send(as_item(job, chunk), progress.chunks):
-                    try:
-                        await self._wait_for_reader()
-                    except anyio.get_cancelled_exc_class() as exc:
-                        if not isinstance(iterator, AsyncGenerator) or not self._is_cancelled_by_agent():
-                            raise
-
-                        # It would have reached an agent that waits; one that is suspended at a yield gets it
-                        # too.
-                        step = partial(iterator.athrow, exc)
-
-                    if channel.abandoned:
-                        return True
-        finally:
-            channel.leave()
-            # The traceback of what it throws in refers to this frame; the frame must not refer back.
-            del step
 
     def _first_chunk(self) -> Progress:
         job, now = self._job, self._pool.loop.now()
@@ -237,7 +221,24 @@ class _StreamAttempt(Generic[ItemT]):
         self._closing.shield = False
         return cancelled and self._slot.hold is HELD
 
-    async def _wait_for_reader(self) -> None:
+    async def _wait_for_reader(self, iterator: AsyncIterator[Any]) -> Callable[[], Awaitable[Any]]:
+        """
+        Wait until the buffer has room for another chunk.
+
+        :return: what advances the agent then
+        """
+        try:
+            await self._wait_for_room()
+        except anyio.get_cancelled_exc_class() as exc:
+            if not isinstance(iterator, AsyncGenerator) or not self._is_cancelled_by_agent():
+                raise
+
+            # It would have reached an agent that waits; one that is suspended at a yield gets it too.
+            return partial(iterator.athrow, exc)
+
+        return iterator.__anext__
+
+    async def _wait_for_room(self) -> None:
         pool, slot = self._pool, self._slot
         began = pool.loop.now()
         self._idle_since = math.inf
