@@ -9,7 +9,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import anyio
 from anyio.lowlevel import EventLoopToken, cancel_shielded_checkpoint, current_token
@@ -18,6 +18,16 @@ from .callers import CallersCancellation
 from .deadlines import AsyncioQueue, AttemptScope, DeadlineQueue, PublicScope, TrioQueue
 from .insides import AsyncioScope, TrioScope, works_here
 from .time_slice import TimeSlice
+
+
+class Event(Protocol):
+    """What both backends' own events have in common."""
+
+    def set(self) -> None:
+        """Let the tasks that wait go on."""
+
+    async def wait(self) -> object:
+        """Wait until it is set."""
 
 
 class EventLoop(ABC):
@@ -77,6 +87,16 @@ class EventLoop(ABC):
     @abstractmethod
     def clock() -> Callable[[], float]:
         """Return a function that reads the time of the current event loop."""
+
+    @staticmethod
+    @abstractmethod
+    def new_event() -> Callable[[], Event]:
+        """
+        Return the class of the event loop's own events. They must not be set before they are waited for.
+
+        AnyIO's wrap them. To make and await those takes a tenth of all that a chunk of a stream does on
+        asyncio, and a twentieth on trio.
+        """
 
     @staticmethod
     @abstractmethod
@@ -145,6 +165,10 @@ class AsyncioLoop(EventLoop):
         loop = asyncio.get_running_loop()
         # The method of all loops that have no clock of their own does nothing but call this.
         return time.monotonic if type(loop).time is asyncio.BaseEventLoop.time else loop.time
+
+    @staticmethod
+    def new_event() -> Callable[[], Event]:
+        return asyncio.Event
 
     @staticmethod
     def count_cancellations() -> Callable[[], int]:
@@ -222,6 +246,12 @@ class TrioLoop(EventLoop):
         import trio  # it is there, since we run on it
 
         return trio.lowlevel.current_clock().current_time
+
+    @staticmethod
+    def new_event() -> Callable[[], Event]:
+        import trio  # it is there, since we run on it
+
+        return trio.Event
 
     @staticmethod
     def count_cancellations() -> Callable[[], int]:

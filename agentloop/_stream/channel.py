@@ -12,6 +12,8 @@ from typing import Generic, TypeVar
 import anyio
 from anyio.lowlevel import current_token
 
+from .._eventloop.loop import Event, kind_of_loop
+
 T = TypeVar("T")
 
 BUFFER = 16
@@ -57,14 +59,18 @@ class Channel(Generic[T]):
     when the reader has waited with an empty buffer for ``STARVED_SECONDS``, and the line is not empty, all
     of it goes on. No producer waits then until the buffer holds an item for each that advances, which says
     that the reader is the slower side again.
+
+    :param on_taken: is given each item that the reader has taken, until the end
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_taken: Callable[[T], object] | None = None) -> None:
         # Producers wait for room before they produce, so that there is always room for what they produced.
         self._send, self._receive = anyio.create_memory_object_stream[T](math.inf)
+        self._on_taken = on_taken
         self._backend = current_token().backend_class
+        self._new_event = kind_of_loop().new_event()
         self._size = 0
-        self._arrived: anyio.Event | None = None
+        self._arrived: Event | None = None
         self._advancing = 0
         self._line: deque[_Place] = deque()
         # The place of the next producer that is to begin, and whether there was room for it.
@@ -147,7 +153,7 @@ class Channel(Generic[T]):
         self._advancing -= 1
         try:
             while not place.has_room:
-                event = self._backend.create_event()
+                event = self._new_event()
                 place.wake = event.set
                 if self._on_stall is None:
                     await event.wait()
@@ -222,7 +228,7 @@ class Channel(Generic[T]):
                 raise anyio.EndOfStream
 
             if self._arrived is None:
-                self._arrived = self._backend.create_event()
+                self._arrived = self._new_event()
 
             if not self._line:
                 await self._arrived.wait()
@@ -241,7 +247,11 @@ class Channel(Generic[T]):
         if self._line and self._size <= LOW:
             self._let_in()
 
-        return self._rest.popleft() if self._rest else self._receive.receive_nowait()
+        item = self._rest.popleft() if self._rest else self._receive.receive_nowait()
+        if self._on_taken is not None:
+            self._on_taken(item)
+
+        return item
 
     def close(self) -> None:
         """Say that no item will come any more. What is there can still be taken."""
@@ -253,7 +263,7 @@ class Channel(Generic[T]):
         self._receive.close()
         self._ended = True
         # Neither of these is to be called any more, and they refer to the owner of this channel.
-        self._on_stall = None
+        self._on_stall = self._on_taken = None
         self._let_in(all_of_them=True)
         if self._arrived is not None:
             self._arrived.set()

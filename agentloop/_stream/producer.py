@@ -45,9 +45,6 @@ class Producer(Call, Protocol):
         """
         ...
 
-    def taken(self, item: Any) -> None:
-        """Take notice that the reader has an item."""
-
     def end(self) -> None:
         """Tell the reader that nothing comes any more, and keep nothing that was for running."""
 

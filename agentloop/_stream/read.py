@@ -35,7 +35,7 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
 
     def __init__(self, inputs: Inputs[T], limiter: Limiter, options: RunOptions) -> None:
         super().__init__(inputs, limiter, options)
-        self.channel: Channel[ItemT] = Channel()
+        self.channel: Channel[ItemT] = Channel(self._item_taken)
         self.scope = anyio.CancelScope()
 
     @property
@@ -46,8 +46,7 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
     def begin(self, start_soon: StartSoon) -> None:
         """Prepare to run."""
 
-    def taken(self, item: ItemT) -> None:
-        """Take notice that the reader has an item."""
+    def _item_taken(self, item: ItemT) -> None:
         if not isinstance(cast("object", item), ChunkEvent):
             # It is the last item of its invocation.
             self._taken()

@@ -7,12 +7,13 @@ __all__ = ["Reader"]
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import ClassVar, Generic, Self, TypeVar
 
 import anyio
 
 from .._misuse import EnteredOnly
 from .._runtime.lifetime import Lifetime
+from .channel import Channel
 from .producer import Background, Producer
 
 ItemT = TypeVar("ItemT")
@@ -63,14 +64,11 @@ class Reader(EnteredOnly, Generic[ItemT, ProducerT]):
 
         :raises BaseException: what ended the producer, or what the subclass says, after the last item
         """
-        producer: Any = self._entered()
+        channel: Channel[ItemT] = self._entered().channel
         try:
-            item: ItemT = await producer.channel.receive()
+            return await channel.receive()
         except anyio.EndOfStream:
             pass
-        else:
-            producer.taken(item)
-            return item
 
         assert self._background is not None
         self._background.raise_failure()
@@ -82,7 +80,7 @@ class Reader(EnteredOnly, Generic[ItemT, ProducerT]):
             raise StopAsyncIteration if error is None else error
         finally:
             # Its traceback refers to this frame, and what this frame refers to leads to the error.
-            del error, producer, self
+            del error, channel, self
 
     @abstractmethod
     def _error(self) -> BaseException | None:

@@ -56,9 +56,6 @@ class Streaming(Generic[T]):
     def run(self) -> Coroutine[Any, Any, object]:
         return self._single.run()
 
-    def taken(self, item: T) -> None:
-        pass
-
     def end(self) -> None:
         # Neither is left there: the result may refer to a frame of the task, which refers to that object, and
         # the plan to the task's owner, which refers to this.
