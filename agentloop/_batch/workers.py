@@ -153,7 +153,7 @@ class Crew:
     def _hire(self) -> None:
         assert self._tasks is not None
         assert self._work is not None
-        self._tasks.start_member(self._work, "agentloop worker")
+        self._tasks.start_once(self._work(), "agentloop worker")
 
     def _count(self) -> None:
         self.can_call = self._tasks is not None and (bool(self._parked) or self._hired < self.size)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["LOST", "Tasks", "Work"]
+__all__ = ["LOST", "Tasks"]
 
 import math
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import anyio
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
@@ -21,41 +21,13 @@ CLOSE_SECONDS = 5.0
 LOST = "one of its own tasks was cancelled from outside"
 
 
-class Work(Protocol):
-    """What a task does once."""
-
-    @property
-    def name(self) -> str:
-        """The name of the task."""
-        ...
-
-    @property
-    def scope(self) -> anyio.CancelScope:
-        """What the task enters first, and is cancelled by."""
-        ...
-
-    def run(self) -> Coroutine[Any, Any, object]:
-        """Return what the task awaits."""
-        ...
-
-    def failed(self, exc: BaseException) -> None:
-        """Take what was raised, unless it was a cancellation."""
-
-    def ended(self) -> None:
-        """Take notice of the end, in the task, whatever came out of it."""
-
-    def lost(self) -> None:
-        """Cancel it, since its task was cancelled before it began."""
-
-
 class Tasks:
     """
     A task group of tasks that run the code of users.
 
-    A task that is cancelled natively (asyncio's ``Task.cancel()``), and by no scope around it, ends no other
-    task: an agent may cancel all tasks that it did not know. One that :meth:`start_soon` has started goes on,
-    by calling its function again. The first exception of such a task cancels the others, and is kept in
-    :attr:`failure`.
+    A task goes on, by calling its function again, when it is cancelled natively (asyncio's ``Task.cancel()``)
+    and no scope around it has asked for that: an agent may cancel all tasks that it did not know. The first
+    exception of a task cancels the others, and is kept in :attr:`failure`.
 
     An agent that leaves a cancel scope or a task group open in a task spoils it: AnyIO and trio raise an
     error when the task ends, which would cancel the others. So a spoilt task waits until the block was left
@@ -67,8 +39,6 @@ class Tasks:
         self._group = anyio.create_task_group()
         self._cancellations: Callable[[], int] = int
         self._cancelled_before = 0
-        # What is to be done by tasks that have not begun.
-        self._new: dict[Work, Coroutine[Any, Any, None]] = {}
         # How many tasks have begun and not ended, without the spoilt ones.
         self._running = 0
         self._spoilt: set[int] = set()
@@ -111,12 +81,6 @@ class Tasks:
         :param exc: what left the block
         :return: whether the block was cancelled because one of the tasks was, natively
         """
-        for work in tuple(self._new):
-            try:
-                await self.wait_begun(work)
-            except anyio.get_cancelled_exc_class() as native:
-                exc = native
-
         if isinstance(exc, anyio.get_cancelled_exc_class()):
             return bool(await self.__aexit__(type(exc), exc, exc.__traceback__))
 
@@ -131,88 +95,40 @@ class Tasks:
         """Start a task."""
         self._group.start_soon(self._run, task, name=name)
 
-    def start_once(self, work: Work) -> None:
-        """Start a task that does some work once."""
-        self._new[work] = self._run_once(work)
-        self._group.create_task(self._new[work], name=work.name)
+    def start_once(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+        """Start a task for a coroutine that is a :meth:`member`, or counts itself as :meth:`running` and parks."""
+        self._group.create_task(coroutine, name=name)
 
-    async def wait_begun(self, work: Work) -> bool:
-        """
-        Wait until a task has begun to do some work.
-
-        On asyncio a task that is cancelled natively before its first step never runs, and AnyIO cancels its
-        group. So that the work comes to its end all the same, it is cancelled and given to another task.
-
-        :return: whether that was so
-        """
-        native: BaseException | None = None
-        lost = False
-        while work in self._new and self._kind.loses_tasks:
-            native = await self._kind.let_tasks_begin() or native
-            if work in self._new:
-                lost = True
-                work.lost()
-                self._group.create_task(self._new[work], name=work.name)
-
+    @contextmanager
+    def running(self) -> Generator[None]:
+        """Count the current task as one that has begun and not ended."""
+        self._running += 1
         try:
-            if native is not None:
-                raise native
+            yield
         finally:
-            # Its traceback refers to this frame; the frame must not refer back.
-            del native
-
-        return lost
+            self._running -= 1
+            self._notify()
 
     def spoil(self) -> None:
         """Note that an agent has left a scope open in the current task, whose function is about to end."""
         self._spoilt.add(anyio.get_current_task().id)
 
-    def start_member(self, task: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
-        """Start a task that enters :meth:`member` itself, so that no coroutine of ours is around it."""
-        self._group.start_soon(task, name=name)
-
     @asynccontextmanager
     async def member(self) -> AsyncIterator[Self]:
-        """Count the current task as one that runs, and keep what it raises."""
-        self._running += 1
-        try:
-            yield self
-        except anyio.get_cancelled_exc_class():
-            if not self._is_spoilt():
-                raise
-        except BaseException as exc:
-            # A scope around the one that was left open cannot be left, and says so.
-            if not self._is_spoilt() or not isinstance(exc, RuntimeError):
-                self.failure = self.failure or exc
-                self.cancel()
-        finally:
-            self._running -= 1
-            self._notify()
+        """Count the current task as :meth:`running`, keep what it raises, and park."""
+        with self.running():
+            try:
+                yield self
+            except anyio.get_cancelled_exc_class():
+                if not self._is_spoilt():
+                    raise
+            except BaseException as exc:
+                # A scope around the one that was left open cannot be left, and says so.
+                if not self._is_spoilt() or not isinstance(exc, RuntimeError):
+                    self.failure = self.failure or exc
+                    self.cancel()
 
-        await self._park()
-
-    async def _run_once(self, work: Work) -> None:
-        del self._new[work]
-        self._running += 1
-        cancellations = self._kind.count_cancellations()
-        try:
-            with work.scope:
-                await work.run()
-
-            if cancellations():
-                await self._kind.forget_cancellations()
-        except anyio.get_cancelled_exc_class():
-            # One that an agent asked for, from a callback that came late, ends this task and nothing else.
-            await checkpoint_if_cancelled()
-            await self._kind.forget_cancellations()
-        except BaseException as exc:
-            work.failed(exc)
-        finally:
-            work.ended()
-            self._running -= 1
-            self._notify()
-
-        await self._park()
+        await self.park()
 
     async def go_on(self) -> None:
         """Go on in a task that was cancelled, unless a scope around it has asked for that."""
@@ -242,8 +158,8 @@ class Tasks:
             self._changed.set()
             self._changed = None
 
-    async def _park(self) -> None:
-        """Let a spoilt task wait until the block was left and all other tasks have ended."""
+    async def park(self) -> None:
+        """Wait until the block was left and all other tasks have ended, if the current task is spoilt."""
         if not self._is_spoilt():
             return
 

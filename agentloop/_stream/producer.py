@@ -11,11 +11,14 @@ import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from .._errors import InvocationCancelled
+from .._eventloop.loop import kind_of_loop
 from .._eventloop.tasks import LOST, Tasks
 from .._limits.slots import current_slot
 from .._runtime.lifetime import Call, Lifetime
 from .channel import Channel
 from .stream_attempt import StartSoon
+
+NAME = "agentloop producer"
 
 
 class Producer(Call, Protocol):
@@ -68,19 +71,15 @@ class Background:
     no scope; otherwise to a task group that the reader's block opens.
     """
 
-    name = "agentloop producer"
-
     def __init__(self, producer: Producer, lifetime: Lifetime) -> None:
-        self.scope = producer.scope
-        """What cancels the producer."""
-        self.run = producer.run
-        """Runs the producer."""
         self._producer = producer
         self._lifetime = lifetime
+        self._kind = kind_of_loop()
         self._reader_slot = current_slot.get()
-        # The reader's task group, if it has opened one.
-        self._own: Tasks | None = None
-        self._tasks: Tasks | None = None
+        # Those of the loop, or else a task group that the reader has opened.
+        self._tasks = lifetime.tasks or Tasks()
+        self._is_loops = lifetime.tasks is not None
+        self._begun = False
         self._ended = anyio.Event()
         self._failure: BaseException | None = None
 
@@ -90,23 +89,20 @@ class Background:
 
         :raises InvocationCancelled: if the task belongs to the loop, and was cancelled before it began
         """
-        tasks = self._lifetime.tasks
-        if tasks is None:
-            tasks = Tasks()
-            await tasks.__aenter__()
-            self._own = tasks
-        else:
+        if self._is_loops:
             self._lifetime.begin(self)
+        else:
+            await self._tasks.__aenter__()
 
-        self._tasks = tasks
-        self._producer.begin(tasks.start_soon)
-        tasks.start_once(self)
-        if self._own is not None:
+        self._producer.begin(self._tasks.start_soon)
+        self._task = self._run()
+        self._tasks.start_once(self._task, NAME)
+        if not self._is_loops:
             return
 
         # The end of a task of the loop cancels the loop's block, but not a reader in another task.
         try:
-            if await tasks.wait_begun(self):
+            if await self._was_lost():
                 raise InvocationCancelled(LOST)
         except BaseException as exc:
             await self.stop(exc)
@@ -123,10 +119,15 @@ class Background:
         self._producer.leave()
         lost = False
         try:
-            if self._own is not None:
-                lost = await self._own.leave(exc)
-            else:
+            if self._is_loops:
                 await self._wait_ended()
+            else:
+                try:
+                    await self._was_lost()
+                except anyio.get_cancelled_exc_class() as native:
+                    exc = native
+
+                lost = await self._tasks.leave(exc)
         finally:
             self._producer.drop()
             if self._failure is not exc:
@@ -169,30 +170,64 @@ class Background:
         """Cancel what runs; each invocation that was started still has its result."""
         self._producer.cancel(reason, cause)
 
-    def lost(self) -> None:
-        """Cancel the producer, whose task was cancelled before it began."""
-        self._producer.leave()
+    async def _was_lost(self) -> bool:
+        """
+        Wait until the task has begun, and return whether it was another one at first.
 
-    def failed(self, exc: BaseException) -> None:
-        """Keep what ended the producer for the reader, or else for the one that leaves the loop."""
-        # A scope around the one that was left open cannot be left, and says so.
-        if self._producer.left_open and isinstance(exc, RuntimeError):
-            return
+        On asyncio a task that is cancelled natively before its first step never runs, and AnyIO cancels its
+        group. So that the producer comes to its end all the same, it is cancelled and given to another task.
+        """
+        cancelled: BaseException | None = None
+        lost = False
+        while not self._begun and self._kind.loses_tasks:
+            cancelled = await self._kind.let_tasks_begin() or cancelled
+            if not self._begun:
+                lost = True
+                self._producer.leave()
+                self._tasks.start_once(self._task, NAME)
 
+        try:
+            if cancelled is not None:
+                raise cancelled
+        finally:
+            # Its traceback refers to this frame; the frame must not refer back.
+            del cancelled
+
+        return lost
+
+    async def _run(self) -> None:
+        self._begun = True
+        cancellations = self._kind.count_cancellations()
+        with self._tasks.running():
+            try:
+                with self._producer.scope:
+                    await self._producer.run()
+
+                if cancellations():
+                    await self._kind.forget_cancellations()
+            except anyio.get_cancelled_exc_class():
+                # One that an agent asked for, from a callback that came late, ends nothing but this task.
+                await checkpoint_if_cancelled()
+                await self._kind.forget_cancellations()
+            except BaseException as exc:
+                # A scope around the one that was left open cannot be left, and says so.
+                if not self._producer.left_open or not isinstance(exc, RuntimeError):
+                    self._fail(exc)
+            finally:
+                if self._producer.left_open:
+                    self._tasks.spoil()
+
+                self._producer.end()
+                self._ended.set()
+                if self._is_loops:
+                    self._lifetime.end(self)
+
+        await self._tasks.park()
+
+    def _fail(self, exc: BaseException) -> None:
         self._failure = exc
-        if self._own is not None:
-            # The reader may wait for something else; leaving the block raises the failure.
-            self._own.cancel()
-        else:
+        if self._is_loops:
             self._lifetime.failure = exc
-
-    def ended(self) -> None:
-        """Tell the reader that the producer has ended."""
-        if self._producer.left_open:
-            assert self._tasks is not None
-            self._tasks.spoil()
-
-        self._producer.end()
-        self._ended.set()
-        if self._own is None:
-            self._lifetime.end(self)
+        else:
+            # The reader may wait for something else; leaving the block raises the failure.
+            self._tasks.cancel()
