@@ -1246,6 +1246,20 @@ async def test_reader_that_is_cancelled_while_its_stream_begins_leaves_nothing()
             await task
 
 
+async def test_reader_that_is_cancelled_natively_before_its_stream_begins_leaves_nothing() -> None:
+    loop = AgentLoop()
+
+    async def read() -> None:
+        async with loop.run_streaming("a", slowly, 10):
+            current_task().cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.ensure_future(read())
+
+    assert tasks_named("producer") == []
+    assert loop.metrics.snapshot().counts[Status.SKIPPED] == 1
+
+
 async def test_spoilt_task_that_is_cancelled_natively_waits_for_the_tasks_left_in_it() -> None:
     ended = False
     groups: list[Any] = []
