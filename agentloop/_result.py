@@ -123,8 +123,8 @@ class InvocationResult(Referable, Generic[T_co]):
 
 class Draft(Referable):
     """
-    A result in the making: of the same layout, and not frozen, which would take twice as long. Its class is then
-    set to :class:`InvocationResult`.
+    A result in the making: of the same layout, and not frozen, which would take twice as long. Its class is
+    then set to :class:`InvocationResult`.
     """
 
     __slots__ = tuple(field.name for field in attrs.fields(InvocationResult))

@@ -14,7 +14,7 @@ from .._eventloop.deadlines import AttemptScope
 from .._eventloop.tasks import Tasks
 from .._invocation import Inputs
 from .._limits.limiter import Limiter, pool_of
-from .._limits.slots import current_slot
+from .._limits.slots import Slot, current_slot
 from .._result import InvocationResult
 from .._runtime.job import Job
 from .._runtime.observer import COUNTED_AT_ONCE
@@ -187,10 +187,13 @@ class Bookkeeping(Generic[T]):
 
         self.finish(job, self.pool.loop.now())
 
-    def settle(self, job: Job[T], scope: AttemptScope, now: float) -> None:
+    def settle(self, job: Job[T], slot: Slot, scope: AttemptScope, now: float) -> None:
         """Retry a job that failed later, or make its outcome final."""
         failed = job.failed
         verdict = None if failed is None else failed.verdict
+        if failed is None:
+            slot.release(None, True)
+
         if scope.is_spoilt:
             assert failed is not None
             self.crew.replace()

@@ -7,8 +7,8 @@ __all__ = ["FATAL_HINT", "Ending"]
 from typing import Any
 
 from .._errors import BatchStopped
-from .._runtime.attempt import ENDED
 from .._runtime.job import Job
+from .._runtime.states import ENDED
 
 # What to do about a batch that one failure has stopped.
 FATAL_HINT = "a classify= that does not judge the error FATAL lets a batch go on"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CANCELLED", "Feeder", "Fed"]
+__all__ = ["CANCELLED", "Fed", "Feeder"]
 
 from collections.abc import AsyncGenerator, AsyncIterable, Callable
 from typing import Any, Generic, Protocol, TypeVar, cast
@@ -15,19 +15,20 @@ from .._invocation import Input
 from .._runtime.outcome import as_exception
 
 T = TypeVar("T")
+T_contra = TypeVar("T_contra", contravariant=True)
 
 # How long an input that is an async generator may take to close, in seconds.
 CLOSE_SECONDS = 5.0
 CANCELLED = "the input was cancelled from within"
 
 
-class Fed(Protocol[T]):
+class Fed(Protocol[T_contra]):
     """What is fed: an :class:`InputSource`."""
 
     @property
     def has_fed(self) -> bool: ...
     def may_pull(self) -> bool: ...
-    def feed(self, item: Input[T]) -> None: ...
+    def feed(self, item: Input[T_contra]) -> None: ...
     def exhaust(self, error: Exception | None = None, cut_short: bool = False) -> None: ...
 
 

@@ -96,7 +96,7 @@ class InputSource(Generic[T]):
     # -- what there is to do
 
     def has_work(self) -> bool:
-        """Return whether :meth:`next_job` would give a job, or try to pull one; if not, let the feeder pull."""
+        """Return whether :meth:`next_job` would give a job or pull one; if not, let the feeder pull."""
         if self.feeder is not None:
             self.feeder.wake(self)
 

@@ -19,8 +19,8 @@ class RetryQueue:
     """
     Jobs that wait for a time, and one alarm task for all of them: they need neither a slot nor a worker.
 
-    A job lies in the heap until its next attempt may begin, and is due then, until a worker takes it. The heap
-    also says when the total time of a job is up that is due, or in line for a slot.
+    A job lies in the heap until its next attempt may begin, and is due then, until a worker takes it. The
+    heap also says when the total time of a job is up that is due, or in line for a slot.
 
     :param now: returns the time
     """

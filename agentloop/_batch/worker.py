@@ -21,9 +21,9 @@ class Worker(Generic[T]):
     """
     Takes a job, waits for a slot, runs one attempt, and goes on with the next. ``workers`` has the theory.
 
-    Two things are carried from one job to the next, since each costs as much as all else about a short attempt:
-    the scope that times attempts out, and the slot, if nothing waits for one. Both are let go before anything
-    but an agent is awaited.
+    Two things are carried from one job to the next, since each costs as much as all else about a short
+    attempt: the scope that times attempts out, and the slot, if nothing waits for one. Both are let go before
+    anything but an agent is awaited.
 
     :param batch: whose jobs it takes
     """
@@ -46,7 +46,8 @@ class Worker(Generic[T]):
         selective, keeps = pool.selective, options.observer.is_plain
         async with crew.member(self, batch.tasks) as tasks:
             while not batch.done:
-                job = slot = None
+                job: Job[T] | None = None
+                slot: Slot | None = None
                 try:
                     if scope.scope is None and not scope.begin(math.inf):
                         # Cancelled before it has anything, so that it holds nothing meanwhile.
@@ -59,26 +60,16 @@ class Worker(Generic[T]):
                         await crew.park()
                         continue
 
-                    fresh = source.is_fresh
-                    if (
-                        self._has_slot
-                        and fresh
-                        and pool.is_open
-                        and pool.running <= pool.limit
-                        and ending.stopped is None
-                    ):
+                    fresh = source.is_fresh and not selective
+                    if not (fresh and self._has_slot and pool.is_open and pool.running <= pool.limit):
+                        self._give_back()
+                        slot = await self._acquire(job, selective)
+                    elif ending.stopped is None:
                         slot = job
                         self._has_slot = False
-                    elif ending.stopped is None and (not selective or job.resolve()):
-                        slot = job.next_slot() if job.attempts else job
-                        fresh = fresh and not selective
-                        if not self._acquire_nowait(slot):
-                            fresh = False
-                            self.let_go()
-                            slot = await self._wait_in_line(job, slot)
 
-                    # A job that was just pulled has not been queued.
-                    now = job.queued_at if fresh else now_at()
+                    # A job that was just pulled has not been queued, unless it stood in line.
+                    now = job.queued_at if fresh and not job.waited else now_at()
                     if slot is not None:
                         crew.seeking -= 1
                         try:
@@ -89,19 +80,16 @@ class Worker(Generic[T]):
                             raise
 
                         crew.seeking += 1
-                        if job.failures is None:
-                            self._has_slot = keeps and slot.is_plain and pool.is_open and not pool.in_line
-                            if not self._has_slot:
-                                slot.release(None, True)
-
-                            batch.finish(job, now)
-                        else:
-                            if job.failed is None:
-                                slot.release(None, True)
-
-                            batch.settle(job, scope, now)
+                        if job.failures is not None:
+                            batch.settle(job, slot, scope, now)
                             if scope.is_spoilt:
                                 break
+                        elif keeps and slot.is_plain and pool.is_open and not pool.in_line:
+                            self._has_slot = True
+                            batch.finish(job, now)
+                        else:
+                            slot.release(None, True)
+                            batch.finish(job, now)
                     else:
                         ending.close(job)
                         batch.finish(job, now)
@@ -121,9 +109,17 @@ class Worker(Generic[T]):
                     self.let_go()
                     await tasks.go_on()
 
-    def _acquire_nowait(self, slot: Slot) -> bool:
-        self._give_back()
-        return slot.pool.acquire_nowait(slot)
+    async def _acquire(self, job: Job[T], selective: bool) -> Slot | None:
+        """Return a slot for the next attempt of a job; ``None`` if there is to be none."""
+        if self._batch.ending.stopped is not None or (selective and not job.resolve()):
+            return None
+
+        slot = job.next_slot() if job.attempts else job
+        if job.pool.acquire_nowait(slot):
+            return slot
+
+        self.let_go()
+        return await self._wait_in_line(job, slot)
 
     def _give_back(self) -> None:
         if self._has_slot:

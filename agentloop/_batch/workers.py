@@ -1,24 +1,24 @@
 """
 The workers of a batch: who calls, parks and wakes them.
 
-**A worker** is a task that takes an invocation, waits for a slot, runs one attempt, and goes on with the next.
-There are at most as many as the limiter has slots.
+**A worker** is a task that takes an invocation, waits for a slot, runs one attempt, and goes on with the
+next. There are at most as many as the limiter has slots.
 
 **Called on demand.** A worker that has begun an attempt runs alone until its agent waits. Only then another
 one is called (``call()``), if there is something left to do: a parked one, else a new one. So agents that
 never wait need a single worker, and a batch of ten needs ten at most.
 
 **Seeking.** A worker between two attempts is *seeking*: it is about to look for something to do. While one
-does, no other is called, since that one takes what there is, and its agent then calls the next. Each change of
-``seeking`` is made in the same step as what it is about, so that it never counts a worker twice: a worker that
-begins an attempt seeks no more, one that ends it seeks again, and a worker that is called seeks from that moment
-on, before its task runs.
+does, no other is called, since that one takes what there is, and its agent then calls the next. Each change
+of ``seeking`` is made in the same step as what it is about, so that it never counts a worker twice: a worker
+that begins an attempt seeks no more, one that ends it seeks again, and a worker that is called seeks from
+that moment on, before its task runs.
 
-**Parked.** A worker that finds nothing to do waits on an event of its own. Whoever sets that counts the worker
-as seeking. ``close()`` wakes all of them, and they end.
+**Parked.** A worker that finds nothing to do waits on an event of its own. Whoever sets that counts the
+worker as seeking. ``close()`` wakes all of them, and they end.
 
-**Spoilt.** A worker in whose task an agent has left a scope open cannot go on: that scope could cancel whatever
-runs in it. Another one takes over what it counts for.
+**Spoilt.** A worker in whose task an agent has left a scope open cannot go on: that scope could cancel
+whatever runs in it. Another one takes over what it counts for.
 """
 
 from __future__ import annotations

@@ -16,10 +16,10 @@ that of others in the queue has a timer of its own until it is left.
 **The timer itself** is ``loop.call_at`` on asyncio, one for all. Trio has none outside of its scopes, so a
 task of each batch is the timer (``watch()``), and invocations without a batch have timers of their own.
 
-**What neither AnyIO nor trio promises** is in ``insides``: that a deadline can be set without setting a timer,
-and that a scope shows whether one around it was cancelled, or one within it was left open. That is tried out
-once per event loop. Where it does not hold, a :class:`PublicScope` does the same with public names only: a new
-scope with a timer of its own for each attempt, four times as slow.
+**What neither AnyIO nor trio promises** is in ``insides``: that a deadline can be set without setting a
+timer, and that a scope shows whether one around it was cancelled, or one within it was left open. That is
+tried out once per event loop. Where it does not hold, a :class:`PublicScope` does the same with public names
+only: a new scope with a timer of its own for each attempt, four times as slow.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """
-What looks at the insides of AnyIO and trio: the attempt scopes that need it, each tried out before it is used.
+What looks at the insides of AnyIO and trio: the attempt scopes that need it, each tried out before it is
+used.
 
 Nobody promises that these attributes stay. ``deadlines`` has the theory, and what is used without them.
 """

@@ -96,7 +96,7 @@ class Tasks:
         self._group.start_soon(self._run, task, name=name)
 
     def start_once(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
-        """Start a task for a coroutine that is a :meth:`member`, or counts itself as :meth:`running` and parks."""
+        """Start a task for a coroutine that is a :meth:`member`, or counts as :meth:`running` and parks."""
         self._group.create_task(coroutine, name=name)
 
     @contextmanager

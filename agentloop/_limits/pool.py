@@ -1,4 +1,4 @@
-"""The slots of a limiter in one event loop: who gets which, and when. The theory is at the top of ``slots``."""
+"""The slots of a limiter in one event loop: who gets which, and when. ``slots`` has the theory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class SlotPool(LoopState):
         self.loop = self.kind(self.token)
         self.admission = admission
         self.pending = 0
-        """How many invocations wait to be retried, and how many known inputs of batches were not pulled yet."""
+        """How many invocations wait to be retried, and how many inputs of batches wait to be pulled."""
         self.on_raise: set[Callable[[], None]] = set()
         """Called when the limit was raised, so that a batch can start more workers."""
         self.is_open = False
@@ -162,7 +162,7 @@ class SlotPool(LoopState):
         return slot
 
     def encloses(self, slot: Slot | None) -> bool:
-        """Return whether an invocation that has a slot, or one around it, runs here or where this one leads."""
+        """Return whether an invocation with a slot, or one around it, runs here or where this one leads."""
         while slot is not None and (
             slot.hold is RELEASED or (slot.pool is not self and slot.pool.home is not self)
         ):

@@ -18,11 +18,12 @@ first come, first served:
 - ``borrowing``: the same with a slot on loan, which wait for rates or a cool-off alone. A pause does not
   hold them, since their lender runs already.
 
-**All decisions are in ``SlotPool.serve()``**, which serves every waiter that can be served, and sets one alarm for
-the first that has to wait for a time. Later arrivals never overtake it. It is called whenever something
-changes that a waiter may wait for: a slot is given back, a limit is raised, a cost is paid, given back or
-settled, a pause ends, an alarm rings. Every change is synchronous. The one ``await`` is in ``SlotPool.wait()``, and a
-cancellation there gives up the place in line, or the slot if it was granted in the same moment.
+**All decisions are in ``SlotPool.serve()``**, which serves every waiter that can be served, and sets one
+alarm for the first that has to wait for a time. Later arrivals never overtake it. It is called whenever
+something changes that a waiter may wait for: a slot is given back, a limit is raised, a cost is paid, given
+back or settled, a pause ends, an alarm rings. Every change is synchronous. The one ``await`` is in
+``SlotPool.wait()``, and a cancellation there gives up the place in line, or the slot if it was granted in the
+same moment.
 
 **When an invocation ends whose slot is on loan**, the loan becomes the borrower's own slot, and waiters in
 its line move on to the lender around it.

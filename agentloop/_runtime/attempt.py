@@ -2,84 +2,35 @@
 
 from __future__ import annotations
 
-__all__ = ["ENDED", "QUEUED", "RETRYING", "Attempts", "Progress", "State", "plumbing"]
+__all__ = ["Attempts"]
 
-import enum
 import math
 import types
 from collections.abc import Callable, Generator
 from contextvars import Context
-from types import CodeType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import anyio
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from .._errors import InvocationCancelled
 from .._eventloop.callers import CallersCancellation
-from .._eventloop.context import as_coroutine, await_it, wait_for_cancellation
+from .._eventloop.context import as_coroutine, wait_for_cancellation
 from .._eventloop.deadlines import AttemptScope, TimeLimit
-from .._foreign import foreign_code
 from .._invocation import Invocation
 from .._limits.slots import Slot, current_slot
 from .._result import Status
 from .._verdict import Verdict
 from .options import RunOptions
 from .outcome import Failures, Outcome, outcome_of, without_cancellation
+from .states import ENDED, RUNNING, Helpers, Progress, State
+from .tracebacks import plumbing, trim
 
 T = TypeVar("T")
-FnT = TypeVar("FnT", bound=Callable[..., Any])
 
 _set_slot = current_slot.set
 _PLAIN: type[types.CoroutineType[Any, Any, Any]] = types.CoroutineType
 _send = _PLAIN.send
-
-_PLUMBING: set[CodeType] = {await_it.__code__}
-
-
-def plumbing(fn: FnT) -> FnT:
-    """Mark a function as one that stands between the loop and an agent, and that tracebacks leave out."""
-    _PLUMBING.add(fn.__code__)
-    return fn
-
-
-class Progress:
-    """
-    How far a stream has come.
-
-    :param first_at: when it handed over the first chunk
-    :ivar chunks: how many it has handed over
-    """
-
-    __slots__ = ("chunks", "first_at")
-
-    def __init__(self, first_at: float) -> None:
-        self.chunks = 0
-        self.first_at = first_at
-
-
-class Helpers(Protocol):
-    """Calls another worker of a batch when an agent waits."""
-
-    seeking: int
-    """How many look for something to do already."""
-    can_call: bool
-    """Whether there is another one to call."""
-
-    def call(self) -> None:
-        """Call one, if there is something to do."""
-
-
-class State(enum.Enum):
-    """Where a job is. Each method of :class:`Job` that moves it says from where to where."""
-
-    QUEUED = enum.auto()
-    RUNNING = enum.auto()
-    RETRYING = enum.auto()
-    ENDED = enum.auto()
-
-
-QUEUED, RUNNING, RETRYING, ENDED = State
 
 
 class Attempts(Slot, Generic[T]):
@@ -142,18 +93,15 @@ class Attempts(Slot, Generic[T]):
         caller: CallersCancellation | None = None,
     ) -> Generator[Any, Any, float]:
         """
-        Run one attempt, with every step of the agent inside a context of its own. How it has failed, if it has,
-        is in ``failures.last``. QUEUED, RETRYING -> RUNNING.
+        Run one attempt, with every step of the agent inside a context of its own.
 
         :param slot: is given back if the attempt fails; if it succeeds, that is left to the caller
         :param scope: times it out; stays open, if the agent returned, until it is left
-        :param new_context: returns the agent's context
-        :param now: the time
         :param crew: calls another worker when the agent waits
         :param caller: notices native cancellations of this task, if it is a caller's
-        :return: the time at which it ended
+        :return: when it ended; how it has failed, if it has, is in ``failures.last``
         :raises BaseException: the cancellation of an enclosing scope or of the caller's task, and what the
-            agent raises that is no ``Exception``; the attempt then has no outcome
+            agent raises that is no ``Exception``
         """
         context: Any = self._begin(slot, options, scope, new_context, now, caller)
         if context is None:
@@ -309,17 +257,7 @@ class Attempts(Slot, Generic[T]):
         self.output = None
         try:
             if not left_open:
-                if timed_out and issubclass(type(raised), cancelled_class):
-                    assert raised is not None
-                    # The scope is about to drop it, but trio holds on to it in a cycle: without this,
-                    # the frames and arguments of the agent would live until the next collection.
-                    raised.__traceback__ = None
-
-                try:
-                    if scope.leave(raised):
-                        raised = None
-                except BaseException as rest:
-                    raised = rest
+                raised = _leave(scope, raised)
 
             if raised is not None:
                 error = without_cancellation(raised)
@@ -347,7 +285,7 @@ class Attempts(Slot, Generic[T]):
                 raise raised
 
             if error is not None:
-                _trim(error)
+                trim(error)
 
             if reason is not None:
                 self.cancel(reason, scope.cause)
@@ -400,12 +338,24 @@ class Attempts(Slot, Generic[T]):
         self.failures.end(outcome)
 
 
-def _trim(exc: BaseException) -> None:
-    """Let the traceback begin in the agent: shorter to read, and no reference back to our own frames."""
-    # Of an exception that does not let it be set, a frozen dataclass, say, the traceback keeps our frames.
-    with foreign_code:
-        traceback = exc.__traceback__
-        while traceback is not None and traceback.tb_frame.f_code in _PLUMBING:
-            traceback = traceback.tb_next
+def _leave(scope: AttemptScope, raised: BaseException | None) -> BaseException | None:
+    """
+    Leave the scope of an attempt that has failed.
 
-        exc.__traceback__ = traceback
+    :param raised: what came out of the agent
+    :return: what is raised out of the scope; ``None`` if that was its own cancellation
+    """
+    assert scope.scope is not None
+    if scope.scope.cancel_called and issubclass(type(raised), anyio.get_cancelled_exc_class()):
+        assert raised is not None
+        # The scope is about to drop it, but trio holds on to it in a cycle: without this, the frames and
+        # arguments of the agent would live until the next collection.
+        raised.__traceback__ = None
+
+    try:
+        return None if scope.leave(raised) else raised
+    except BaseException as rest:
+        return rest
+    finally:
+        # Its traceback refers to this frame; the frame must not refer back.
+        del raised

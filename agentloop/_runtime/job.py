@@ -13,10 +13,12 @@ from .._invocation import Invocation
 from .._limits.lines import Waiter
 from .._limits.slots import HELD, RELEASED, Pool, Slot
 from .._result import SUCCESS, Draft, InvocationResult, Status
-from .attempt import ENDED, QUEUED, RETRYING, Attempts
+from .attempt import Attempts
 from .observer import Observer
 from .options import RunOptions
-from .outcome import Outcome, as_exception, drop_frames
+from .outcome import Outcome, as_exception
+from .states import ENDED, QUEUED, RETRYING
+from .tracebacks import drop_frames
 
 T = TypeVar("T")
 

@@ -15,8 +15,8 @@ from .observer import Observer
 
 Act: TypeAlias = Callable[..., Coroutine[Any, Any, Any]]
 """
-What an attempt consists of: given the job, its slot, the options and the scope that times it out, in the agent's
-context.
+What an attempt consists of: given the job, its slot, the options and the scope that times it out, in the
+agent's context.
 """
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Failures", "Outcome", "as_exception", "drop_frames", "note", "outcome_of", "without_cancellation"]
+__all__ = ["Failures", "Outcome", "as_exception", "outcome_of", "without_cancellation"]
 
 import inspect
 import math
@@ -16,18 +16,15 @@ from .._config import LoopConfig
 from .._errors import InvocationCancelled, LeftOpenError, describe
 from .._eventloop.deadlines import TimeLimit
 from .._eventloop.errors import is_error
-from .._foreign import foreign_code
 from .._limits.admission import Admission
 from .._result import Status
 from .._verdict import Verdict, VerdictKind
+from .tracebacks import add_note
 
 ErrorT = TypeVar("ErrorT", bound=Exception)
 
 _TRANSIENT = Verdict(VerdictKind.TRANSIENT)
 _PERMANENT = Verdict(VerdictKind.PERMANENT)
-
-# How many exceptions are looked at that an exception was caused by, or has as members.
-CHAIN = 100
 
 
 class Outcome:
@@ -167,7 +164,7 @@ class Failures:
                 raise
 
             log(config.classify)
-            note(last.error, f"not retried: classify failed with {describe(exc)}")
+            add_note(last.error, f"not retried: classify failed with {describe(exc)}")
             last.verdict = _PERMANENT
 
         return last.verdict
@@ -232,7 +229,7 @@ class Failures:
     def give_up(self, reason: str) -> None:
         """Make the last failure final although it would have been retried, and let the error say why."""
         assert self.last is not None
-        note(self.last.error, f"not retried: {reason}")
+        add_note(self.last.error, f"not retried: {reason}")
 
     def _is_impatient(self, wake_at: float, patience: float | None) -> bool:
         assert self._overloaded_at is not None
@@ -246,30 +243,3 @@ def as_exception(exc: BaseException, text: str) -> Exception:
     :param text: what to say of a cancellation
     """
     return exc if isinstance(exc, Exception) else _caused(InvocationCancelled(text), exc)
-
-
-def drop_frames(exc: BaseException) -> None:
-    """Forget the tracebacks of an exception, and with them what the frames hold."""
-    seen: dict[int, BaseException] = {}
-    todo: list[BaseException | None] = [exc]
-    while todo and len(seen) < CHAIN:
-        one = todo.pop()
-        if one is None or id(one) in seen:
-            continue
-
-        seen[id(one)] = one
-        # It may not let its attributes be set, or read.
-        with foreign_code:
-            one.__traceback__ = None
-            todo += [one.__cause__, one.__context__]
-            if issubclass(type(one), BaseExceptionGroup):
-                todo += cast("BaseExceptionGroup[BaseException]", one).exceptions
-
-
-def note(exc: BaseException, text: str) -> None:
-    """Add a note to an exception, once."""
-    # An exception that takes no notes is data all the same.
-    with foreign_code:
-        # One object may be raised by many attempts; say a thing once.
-        if text not in getattr(exc, "__notes__", ()):
-            exc.add_note(text)

@@ -17,9 +17,10 @@ from .._errors import FirstChunkTimeout, IdleTimeout, not_async
 from .._eventloop.deadlines import AttemptScope, TimeLimit
 from .._limits.slots import HELD, Slot
 from .._metrics.histogram import Histogram
-from .._runtime.attempt import Progress, plumbing
 from .._runtime.job import Job
 from .._runtime.options import RunOptions
+from .._runtime.states import Progress
+from .._runtime.tracebacks import plumbing
 from .channel import Channel
 
 ItemT = TypeVar("ItemT")

@@ -28,15 +28,13 @@ from agentloop._eventloop.deadlines import TimeLimit
 from agentloop._limits.admission import Admission
 from agentloop._limits.retry_budget import RetryLedger
 from agentloop._runtime.outcome import (
-    CHAIN,
     Failures,
     Outcome,
     as_exception,
-    drop_frames,
-    note,
     outcome_of,
     without_cancellation,
 )
+from agentloop._runtime.tracebacks import CHAIN, add_note, drop_frames
 
 TRANSIENT, OVERLOAD, PERMANENT, FATAL = map(Verdict, VerdictKind)
 
@@ -385,7 +383,7 @@ def test_time_of_the_attempt_before_a_wait_is_kept() -> None:
 def test_note_is_added_once() -> None:
     error = OSError("x")
     for text in ("a", "b", "a"):
-        note(error, text)
+        add_note(error, text)
 
     assert error.__notes__ == ["a", "b"]
 
@@ -395,7 +393,7 @@ def test_exception_that_takes_no_notes_is_left_alone() -> None:
         def add_note(self, text: str) -> None:
             raise RuntimeError
 
-    note(Closed(), "a")
+    add_note(Closed(), "a")
 
 
 def raised(exc: BaseException) -> Any:
