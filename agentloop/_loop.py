@@ -171,9 +171,11 @@ class AgentLoop:
         :raises LoopClosed: if the loop's ``async with`` block has been left
         """
         lifetime = self._lifetime
-        lifetime.check()
+        if lifetime.is_left:
+            lifetime.check()
+
         single = Single(make_invocation(agent_id, fn, args, kwargs), self._limiter, self._plan)
-        if not lifetime.is_open:
+        if lifetime.tasks is None:
             return await single.run()
 
         with lifetime.call(single):
@@ -199,7 +201,7 @@ class AgentLoop:
         check_inputs(invocations)
         self._lifetime.check()
         batch = CollectingBatch(invocations, self._limiter, self._plan)
-        if self._lifetime.is_open:
+        if self._lifetime.tasks is not None:
             with self._lifetime.call(batch):
                 await batch.run()
         else:

@@ -33,12 +33,9 @@ class CallersCancellation:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
-
-    def begin(self) -> None:
-        """Count from now on. This has to be called first."""
-        self._before = self._task.cancelling()
+        self._before = task.cancelling()
         # How many marks task groups had left on the task; the groups that were seen to leave one since.
-        self._leaked_before = _leaked.get(self._task, 0) if _leaked else 0
+        self._leaked_before = _leaked.get(task, 0) if GROUPS_LEAVE_MARKS else 0
         self._groups: tuple[int, ...] = ()
         self._native: BaseException | None = None
 
@@ -68,7 +65,10 @@ class CallersCancellation:
 
     def _is_raised(self) -> bool:
         more = self._task.cancelling() - self._before
-        return more > 0 and more > (_leaked.get(self._task, 0) if _leaked else 0) - self._leaked_before
+        return (
+            more > 0
+            and more > (_leaked.get(self._task, 0) if GROUPS_LEAVE_MARKS else 0) - self._leaked_before
+        )
 
 
 # How many marks failing task groups were seen to leave on a task. An agent may run others in its own task,

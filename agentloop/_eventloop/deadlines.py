@@ -149,17 +149,28 @@ class AttemptScope(ABC):
         if scope is None:
             return False
 
-        self.scope = self._inner = None
+        self.scope = None
         self.children = ()
-        if self._queue is not None:
-            self._queue.forget(self)
+        queue = self._queue
+        if queue is not None:
+            # The same as forget() does; a call for every invocation shows.
+            queue.scopes.pop(self, None)
+            if queue.rests and not queue.scopes:
+                queue.forget(self)
 
-        if exc is None:
-            scope.__exit__(None, None, None)
-            return False
+        try:
+            if exc is None:
+                scope.__exit__(None, None, None)
+                self.keep()
+                return False
 
-        # Neither backend needs the traceback, and an exception of a user's may raise when asked for it.
-        return bool(scope.__exit__(type(exc), exc, None))
+            # Neither backend needs the traceback, and an exception of a user's may raise when asked for it.
+            return bool(scope.__exit__(type(exc), exc, None))
+        finally:
+            self._inner = None
+
+    def keep(self) -> None:
+        """Keep a scope that was left by no exception, if it can be entered again."""
 
     def abandon(self, cancel: bool) -> None:
         """
@@ -215,14 +226,15 @@ class DeadlineQueue(ABC):
         virtual clock jumps to the next timer, so a stale timer would advance time
     """
 
-    __slots__ = ("_latest", "_rests", "_rings_at", "_scopes")
+    __slots__ = ("_latest", "_rings_at", "rests", "scopes")
 
     def __init__(self, rests: bool) -> None:
-        # When to look at each: no later than its deadline, and in the order of these times.
-        self._scopes: dict[AttemptScope, float] = {}
+        self.scopes: dict[AttemptScope, float] = {}
+        """When to look at each: no later than its deadline, and in the order of these times."""
         self._latest = -math.inf
         self._rings_at = math.inf
-        self._rests = rests
+        self.rests = rests
+        """Whether the timer is stopped while there is nothing to watch."""
 
     def watch(self, scope: AttemptScope, at: float) -> bool:
         """
@@ -230,7 +242,7 @@ class DeadlineQueue(ABC):
 
         :return: whether that can be done; not if it is earlier than what is watched already
         """
-        scopes = self._scopes
+        scopes = self.scopes
         scopes.pop(scope, None)
         if at == math.inf:
             return True
@@ -246,20 +258,20 @@ class DeadlineQueue(ABC):
 
     def forget(self, scope: AttemptScope) -> None:
         """Forget a scope that is left."""
-        self._scopes.pop(scope, None)
-        if self._rests and not self._scopes:
+        self.scopes.pop(scope, None)
+        if self.rests and not self.scopes:
             self._rest()
 
     def ring(self, now: float) -> None:
         """Look at the scopes whose time may be up."""
         self._rings_at = math.inf
-        while self._scopes:
-            scope, at = next(iter(self._scopes.items()))
+        while self.scopes:
+            scope, at = next(iter(self.scopes.items()))
             if at > now:
                 self._wind(at)
                 return
 
-            del self._scopes[scope]
+            del self.scopes[scope]
             scope.due(now)
 
     @abstractmethod

@@ -30,13 +30,6 @@ class _InsideScope(AttemptScope):
         else:
             self._watch(self._inner._deadline)
 
-    def _enter(self) -> Any:
-        self.scope = scope = self._new_scope()
-        scope.__enter__()
-        self._look_at = math.inf
-        self.limit = self.reason = self.cause = None
-        return scope
-
     def _watch(self, deadline: float) -> None:
         # Once a timer of its own is set, that one has to be moved: trio's would cancel the scope regardless.
         if self._queue is not None and not math.isnan(self._look_at) and self._queue.watch(self, deadline):
@@ -48,17 +41,42 @@ class _InsideScope(AttemptScope):
 
 
 class AsyncioScope(_InsideScope):
-    """Asyncio's twin: AnyIO's own scopes."""
+    """
+    Asyncio's twin: AnyIO's own scopes.
 
-    __slots__ = ()
+    A scope of AnyIO's that was left is entered again, unless it was cancelled, or others are still in it. To
+    make one takes as long as to use it.
+    """
+
+    __slots__ = ("_left",)
+
+    def __init__(
+        self,
+        now: Callable[[], float],
+        new_scope: Callable[..., anyio.CancelScope],
+        queue: DeadlineQueue | None,
+    ) -> None:
+        super().__init__(now, new_scope, queue)
+        # The scope that can be entered again.
+        self._left: Any = None
 
     def begin(self, deadline: float) -> bool:
         inner = self._inner
         self.until = deadline
         if inner is None:
-            inner = self._inner = self._enter()
+            inner = self._left or self._new_scope()
+            self.scope = self._inner = inner
+            self._left = None
+            inner.__enter__()
             self.children = inner._child_scopes
-            self._watch(deadline)
+            self.limit = self.reason = self.cause = None
+            queue = self._queue
+            if queue is not None and queue.watch(self, deadline):
+                # The same as _watch() does; a call for every invocation shows.
+                inner._deadline = self._look_at = deadline
+            else:
+                inner.deadline = deadline
+                self._look_at = math.nan
         elif self._look_at <= deadline:
             # The queue finds out when it looks.
             inner._deadline = deadline
@@ -77,6 +95,14 @@ class AsyncioScope(_InsideScope):
 
         return True
 
+    def keep(self) -> None:
+        inner = self._inner
+        if not (inner._cancel_called or inner._child_scopes or inner._tasks):
+            # What else is left of the last time does not differ from a new scope's.
+            inner._parent_scope = None
+            inner._deadline = math.inf
+            self._left = inner
+
     def sees_open(self, scope: Any) -> bool:
         return bool(scope._child_scopes)
 
@@ -90,8 +116,13 @@ class TrioScope(_InsideScope):
         inner = self._inner
         self.until = deadline
         if inner is None:
-            inner = self._inner = self._enter()._CancelScope__original
+            scope: Any = self._new_scope()
+            self.scope = scope
+            scope.__enter__()
+            inner = self._inner = scope._CancelScope__original
             self.children = inner._cancel_status._children
+            self.limit = self.reason = self.cause = None
+            self._look_at = math.inf
             self._watch(deadline)
         elif self._look_at <= deadline:
             inner._deadline = deadline
@@ -129,10 +160,13 @@ def works_here(kind: type[AttemptScope], new_scope: Callable[..., anyio.CancelSc
                 seen += [bool(attempt.children), attempt.sees_open(scope)]
 
             seen += [bool(attempt.children), attempt.sees_open(scope)]
+            # What was left once may be entered again.
+            attempt.leave()
+            seen += [attempt.begin(far), bool(attempt.children), attempt.scope.deadline == far]
             around.cancel()
             seen.append(attempt.begin(far))
             attempt.leave()
     except Exception:
         return False
 
-    return seen == [True, True, False, True, True, True, False, False, False]
+    return seen == [True, True, False, True, True, True, False, False, True, False, True, False]

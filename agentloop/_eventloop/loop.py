@@ -42,7 +42,7 @@ class EventLoop(ABC):
     :param public: whether to use nothing of AnyIO's and trio's insides, even if that works
     """
 
-    __slots__ = ("_deadlines", "_new_scope", "_scope_kind", "backend", "now", "pace", "token")
+    __slots__ = ("_deadlines", "_new_scope", "_scope_kind", "backend", "now", "pace", "spare", "token")
 
     loses_tasks: bool
     """Whether a task can be cancelled before its first step, so that it never runs."""
@@ -60,6 +60,8 @@ class EventLoop(ABC):
         works = not public and works_here(self.inside_scope, self._new_scope)
         self._scope_kind = self.inside_scope if works else PublicScope
         self._deadlines = self.loop_deadlines() if works else None
+        self.spare: list[AttemptScope] = []
+        """Scopes of attempts that are used no more, and can be used again by other tasks."""
 
     @property
     def looks_inside(self) -> bool:

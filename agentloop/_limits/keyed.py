@@ -174,6 +174,7 @@ class KeyedLimiter(Limiter):
     def _enter_run(self) -> SlotPool:
         pool = super()._enter_run()
         pool.route = self._route
+        pool.selective = True
         return pool
 
     def _route(self, invocation: Invocation[Any]) -> SlotPool:

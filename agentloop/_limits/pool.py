@@ -49,6 +49,8 @@ class SlotPool(LoopState):
         """How many invocations wait to be retried, and how many inputs of batches wait to be pulled."""
         self.on_raise: set[Callable[[], None]] = set()
         """Called when the limit was raised, so that a batch can start more workers."""
+        self.selective = bool(admission.meters)
+        """Whether it matters which invocation an attempt is of."""
         self.is_open = False
         """Whether a free slot is all that an attempt needs, and nothing is learnt from its success."""
         self.limit = max_concurrency
@@ -67,11 +69,6 @@ class SlotPool(LoopState):
     def waiting(self) -> int:
         """How many invocations wait, for a slot or for their next retry."""
         return len(self.lines) + self.pending
-
-    @property
-    def selective(self) -> bool:
-        """Whether it matters which invocation an attempt is of."""
-        return self.route is not None or bool(self.admission.meters)
 
     @property
     def held_until(self) -> float | None:

@@ -103,7 +103,7 @@ class Attempts(Slot, Generic[T]):
         :raises BaseException: the cancellation of an enclosing scope or of the caller's task, and what the
             agent raises that is no ``Exception``
         """
-        context: Any = self._begin(slot, options, scope, new_context, now, caller)
+        context: Any = self._begin(slot, options, scope, new_context, now)
         if context is None:
             # Once cancelled, nothing starts, not even to its first checkpoint.
             yield from wait_for_cancellation().__await__()
@@ -181,7 +181,6 @@ class Attempts(Slot, Generic[T]):
         scope: AttemptScope,
         new_context: Callable[[], Context],
         now: float,
-        caller: CallersCancellation | None,
     ) -> Context | None:
         """
         Begin an attempt. QUEUED, RETRYING -> RUNNING.
@@ -201,9 +200,6 @@ class Attempts(Slot, Generic[T]):
 
             context = new_context()
             context.run(_set_slot, slot)
-            if caller is not None:
-                caller.begin()
-
             attempts = self.attempts
             self.attempts = attempts + 1
             self.state = RUNNING

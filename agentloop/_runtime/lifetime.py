@@ -40,16 +40,12 @@ class Lifetime:
         self.tasks: Tasks | None = None
         """The tasks that belong to the loop, while it is open."""
         self._task_id = 0
-        self._left = False
+        self.is_left = False
+        """Whether the block has been left."""
         self._calls: dict[Call, None] = {}
         self._idle: anyio.Event | None = None
         self.failure: BaseException | None = None
         """What ended a batch, such as an agent's ``KeyboardInterrupt``, until its reader has raised it."""
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the block has been entered and its calls have not all ended."""
-        return self.tasks is not None
 
     def check(self) -> None:
         """
@@ -57,7 +53,7 @@ class Lifetime:
 
         :raises LoopClosed: unless the work is that of an invocation which is still running
         """
-        if self._left and not pool_of(self._limiter).encloses(current_slot.get()):
+        if self.is_left and not pool_of(self._limiter).encloses(current_slot.get()):
             raise LoopClosed(
                 "this loop's `async with` block has been left, so it takes no new work: "
                 "call it inside the block, or enter the loop again"
@@ -95,7 +91,7 @@ class Lifetime:
         await tasks.__aenter__()
         self.tasks = tasks
         self._task_id = anyio.get_current_task().id
-        self._left = False
+        self.is_left = False
 
     async def leave(self, exc: BaseException | None) -> None:
         """
@@ -109,7 +105,7 @@ class Lifetime:
         if anyio.get_current_task().id != self._task_id:
             raise RuntimeError("a loop must be left by the task that entered it")
 
-        self._left = True
+        self.is_left = True
         lost = False
         try:
             if exc is not None:

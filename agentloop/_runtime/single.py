@@ -11,6 +11,7 @@ import anyio
 from anyio.lowlevel import cancel_shielded_checkpoint
 
 from .._errors import LeftOpenError
+from .._eventloop.deadlines import AttemptScope
 from .._invocation import Invocation
 from .._limits.limiter import Limiter, pool_of
 from .._limits.slots import Slot, current_slot
@@ -56,12 +57,11 @@ class Single(Generic[T]):
         loop = pool.loop
         # From here on it has to come to its end, by _end().
         pool.claim()
-        scope = loop.attempt_scope()
+        scope = loop.spare.pop() if loop.spare else loop.attempt_scope()
         if not options.observer.is_plain:
             job.queue(options.observer)
 
         try:
-            caller = None if own_task else loop.callers_cancellation()
             now, ready = job.queued_at, True
             if pool.selective:
                 ready = job.resolve()
@@ -77,12 +77,13 @@ class Single(Generic[T]):
                         break
 
                 try:
+                    caller = None if own_task else loop.callers_cancellation()
                     now = await job.run(slot, options, scope, copy_context, now, None, caller)
                 finally:
-                    self.left_open = scope.is_spoilt
                     scope.leave()
 
-                if job.failed is None:
+                failures = job.failures
+                if failures is None or failures.last is None:
                     slot.release(None, True)
                     break
 
@@ -96,16 +97,16 @@ class Single(Generic[T]):
                 await cancel_shielded_checkpoint()
         except BaseException:
             job.cancel(self.reason, scope.cause)
-            self.ended = self._end(loop.now())
+            self.ended = self._end(scope, loop.now())
             raise
 
-        if self.left_open and not own_task:
+        if scope.is_spoilt and not own_task:
             # What the caller does next would go wrong in ways that do not show why.
-            self._end(now)
+            self._end(scope, now)
             raise LeftOpenError(job.invocation.agent_id)
 
         # No local name for the result: the traceback of an error in it refers to this frame.
-        return self._end(now)
+        return self._end(scope, now)
 
     async def run_cancellable(self) -> InvocationResult[T]:
         """Run to the end, or to a call of :meth:`cancel`, which makes a result as well."""
@@ -129,7 +130,11 @@ class Single(Generic[T]):
         self.reason = reason
         self._scope.cancel(reason)
 
-    def _end(self, now: float) -> InvocationResult[T]:
+    def _end(self, scope: AttemptScope, now: float) -> InvocationResult[T]:
+        self.left_open = scope.is_spoilt
+        if not scope.is_spoilt:
+            self._pool.loop.spare.append(scope)
+
         job, observer = self._job, self._options.observer
         self._pool.users -= 1
         result = job.finish(observer, now)

@@ -157,7 +157,7 @@ class Watched(PublicScope):
     """Notes when the queue has called it."""
 
     def __init__(self, queue: DeadlineQueue) -> None:
-        super().__init__(anyio.CancelScope, queue)
+        super().__init__(anyio.current_time, anyio.CancelScope, queue)
         self.called_at: list[float] = []
 
     def due(self, now: float) -> None:
