@@ -51,7 +51,7 @@ class Batch(Bookkeeping[T]):
         try:
             async with Tasks() as tasks:
                 self.tasks = tasks
-                self.crew.open(tasks, lambda: Worker(self).work(), self.has_work)
+                self.crew.open(tasks, lambda: Worker(self, tasks).work(), self.has_work)
                 if self.source.feeder is not None and not self.source.exhausted:
                     tasks.start_soon(self._feed, "agentloop feeder")
 

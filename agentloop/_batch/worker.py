@@ -5,11 +5,13 @@ from __future__ import annotations
 __all__ = ["Worker"]
 
 import math
+from types import TracebackType
 from typing import Generic, TypeVar
 
 import anyio
 
 from .._eventloop.context import wait_for_cancellation
+from .._eventloop.tasks import Tasks
 from .._limits.slots import Slot
 from .._runtime.job import Job
 from .bookkeeping import Bookkeeping
@@ -26,12 +28,14 @@ class Worker(Generic[T]):
     anything but an agent is awaited.
 
     :param batch: whose jobs it takes
+    :param tasks: those of the batch
     """
 
-    __slots__ = ("_batch", "_has_slot", "_scope")
+    __slots__ = ("_batch", "_has_slot", "_scope", "_tasks")
 
-    def __init__(self, batch: Bookkeeping[T]) -> None:
+    def __init__(self, batch: Bookkeeping[T], tasks: Tasks) -> None:
         self._batch = batch
+        self._tasks = tasks
         self._scope = batch.pool.loop.attempt_scope(batch.deadlines)
         # Whether the slot of the job before is still in use.
         self._has_slot = False
@@ -39,12 +43,11 @@ class Worker(Generic[T]):
     async def work(self) -> None:
         """Work until the batch is done."""
         batch, scope = self._batch, self._scope
-        assert batch.tasks is not None
         pool, crew, source, ending = batch.pool, batch.crew, batch.source, batch.ending
         loop, options, new_context, next_job = pool.loop, batch.options, batch.new_context, batch.next_job
         now_at, pace, cancellations = loop.now, loop.pace, loop.count_cancellations()
         selective, keeps = pool.selective, options.observer.is_plain
-        async with crew.member(self, batch.tasks) as tasks:
+        async with self:
             while not batch.done:
                 job: Job[T] | None = None
                 slot: Slot | None = None
@@ -107,7 +110,18 @@ class Worker(Generic[T]):
                 except anyio.get_cancelled_exc_class():
                     # By a cancellation that an agent asked for long ago, from a callback: no reason to end.
                     self.let_go()
-                    await tasks.go_on()
+                    await self._tasks.go_on()
+
+    async def __aenter__(self) -> None:
+        self._tasks.enter()
+        self._batch.crew.enter(self)
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        self.let_go()
+        self._batch.crew.leave(self)
+        return await self._tasks.leave_by(exc)
 
     async def _acquire(self, job: Job[T], selective: bool) -> Slot | None:
         """Return a slot for the next attempt of a job; ``None`` if there is to be none."""

@@ -25,8 +25,7 @@ from __future__ import annotations
 
 __all__ = ["Crew"]
 
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 import anyio
@@ -38,7 +37,6 @@ class Member(Protocol):
     """A worker, as far as its crew knows it."""
 
     def cancel(self, reason: str) -> None: ...
-    def let_go(self) -> None: ...
 
 
 class Crew:
@@ -126,16 +124,13 @@ class Crew:
             self._count()
             raise
 
-    @asynccontextmanager
-    async def member(self, worker: Member, tasks: Tasks) -> AsyncIterator[Tasks]:
-        """Be a worker, in the current task."""
-        async with tasks.member():
-            self._members.add(worker)
-            try:
-                yield tasks
-            finally:
-                worker.let_go()
-                self._members.discard(worker)
+    def enter(self, worker: Member) -> None:
+        """Note that a worker has begun."""
+        self._members.add(worker)
+
+    def leave(self, worker: Member) -> None:
+        """Note that a worker has ended."""
+        self._members.discard(worker)
 
     def cancel(self, reason: str) -> None:
         """Cancel all attempts that run."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 __all__ = ["LOST", "Tasks"]
 
 import math
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Coroutine, Generator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -96,7 +96,7 @@ class Tasks:
         self._group.start_soon(self._run, task, name=name)
 
     def start_once(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
-        """Start a task for a coroutine that is a :meth:`member`, or counts as :meth:`running` and parks."""
+        """Start a task for a coroutine that counts itself as :meth:`running`, and parks."""
         self._group.create_task(coroutine, name=name)
 
     @contextmanager
@@ -113,22 +113,31 @@ class Tasks:
         """Note that an agent has left a scope open in the current task, whose function is about to end."""
         self._spoilt.add(anyio.get_current_task().id)
 
-    @asynccontextmanager
-    async def member(self) -> AsyncIterator[Self]:
-        """Count the current task as :meth:`running`, keep what it raises, and park."""
-        with self.running():
-            try:
-                yield self
-            except anyio.get_cancelled_exc_class():
-                if not self._is_spoilt():
-                    raise
-            except BaseException as exc:
-                # A scope around the one that was left open cannot be left, and says so.
-                if not self._is_spoilt() or not isinstance(exc, RuntimeError):
-                    self.failure = self.failure or exc
-                    self.cancel()
+    def enter(self) -> None:
+        """Count the current task as :meth:`running`, until :meth:`leave_by`."""
+        self._running += 1
+
+    async def leave_by(self, exc: BaseException | None) -> bool:
+        """
+        Count the current task as ended, and park.
+
+        :param exc: what ended it; kept in :attr:`failure`, unless it is a cancellation
+        :return: whether it is not to be raised
+        """
+        cancelled = exc is not None and issubclass(type(exc), anyio.get_cancelled_exc_class())
+        spoilt = self._is_spoilt()
+        # A scope around the one that was left open cannot be left, and says so.
+        if exc is not None and not cancelled and not (spoilt and isinstance(exc, RuntimeError)):
+            self.failure = self.failure or exc
+            self.cancel()
+
+        self._running -= 1
+        self._notify()
+        if cancelled and not spoilt:
+            return False
 
         await self.park()
+        return True
 
     async def go_on(self) -> None:
         """Go on in a task that was cancelled, unless a scope around it has asked for that."""
@@ -142,13 +151,19 @@ class Tasks:
                     raise
 
     async def _run(self, task: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        async with self.member():
+        self.enter()
+        try:
             while True:
                 try:
                     await task()
-                    return
+                    break
                 except anyio.get_cancelled_exc_class():
                     await self.go_on()
+        except BaseException as exc:
+            if not await self.leave_by(exc):
+                raise
+        else:
+            await self.leave_by(None)
 
     def _is_spoilt(self) -> bool:
         return bool(self._spoilt) and anyio.get_current_task().id in self._spoilt
