@@ -110,7 +110,7 @@ def audit_limiters() -> Iterator[None]:
 
 def assert_idle(limiter: Limiter, pool: Any) -> None:
     """
-    Assert that no slot of a limiter is taken, and that nothing waits for one.
+    Assert that no slot of a limiter is taken, that nothing waits for one, and that no call uses it.
 
     :param pool: its state in one event loop, looked at for what the limiter's statistics do not say
     """
@@ -118,6 +118,7 @@ def assert_idle(limiter: Limiter, pool: Any) -> None:
     assert now.running == 0, "a slot was not given back"
     assert now.waiting == 0, "something still waits for a slot or a retry"
     assert not pool.on_raise, "a batch still listens to its limiter"
+    assert pool.users == 0, "a call that has ended still counts as a user"
 
 
 @contextmanager

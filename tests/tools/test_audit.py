@@ -15,6 +15,7 @@ import trio
 from audit import assert_quiet, audit_limiters, leak_audit, open_generators, other_tasks
 
 from agentloop import AgentLoop, Invocation, Limiter
+from agentloop._limits.limiter import pool_of
 from agentloop.testing import virtual_clock
 
 both_backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
@@ -267,3 +268,12 @@ async def test_limiter_that_is_not_idle_is_found(paused: bool, inputs: Any, mess
                 await anyio.wait_all_tasks_blocked()
 
         limiter.resume()
+
+
+async def test_call_that_still_counts_once_it_has_ended_is_found() -> None:
+    with pytest.raises(AssertionError, match="a call that has ended still counts as a user"):
+        with audit_limiters():
+            pool = pool_of(Limiter(1))
+            pool.claim()
+
+    pool.users -= 1
