@@ -62,10 +62,11 @@ class RetryQueue:
     def pop(self) -> Job[Any]:
         """Take the first job that is due."""
         job = next(iter(self.due))
-        self._take(job)
         if job.deadline < math.inf:
+            # While it is still due: it may have to wait in line, until its total time is up.
             self._drop_stale()
 
+        self._take(job)
         return job
 
     def pop_all(self) -> list[Job[Any]]:
