@@ -297,6 +297,8 @@ class Attempts(Slot, Generic[T]):
                 ),
                 options,
             )
+            # It has to do with this attempt alone, and the wait for the next one may be cancelled.
+            scope.note(None)
         finally:
             # Their tracebacks refer to this frame; the frame must not refer back.
             raised = error = None

@@ -12,6 +12,7 @@ import pytest
 from agentloop import (
     AgentLoop,
     Backoff,
+    Event,
     FirstChunkTimeout,
     IdleTimeout,
     InvocationCancelled,
@@ -19,6 +20,7 @@ from agentloop import (
     LeftOpenError,
     Limiter,
     LoopConfig,
+    ResultEvent,
     RetryBudget,
     Status,
     Verdict,
@@ -128,6 +130,25 @@ async def test_timer_that_fires_a_moment_early_is_still_the_total_time_out() -> 
     assert (result.error, result.retries) == ("Timeout after 5s in total", 0)
     assert result.latency_ms == pytest.approx(5000)
     assert not hasattr(result.exception, "__notes__")
+
+
+async def test_cancelled_wait_is_not_caused_by_the_failure_before_it() -> None:
+    async def fail() -> None:
+        raise OSError
+
+    events: list[Event] = []
+    loop = AgentLoop(LoopConfig(backoff=Backoff(initial_seconds=9, jitter="none")), on_event=events.append)
+    with anyio.CancelScope() as scope:
+        async with anyio.create_task_group() as group:
+            group.start_soon(loop.run_single, "a", fail)
+            await anyio.sleep(1)
+            scope.cancel()
+
+    assert isinstance(events[-1], ResultEvent)
+    result = events[-1].result
+    assert isinstance(result.exception, InvocationCancelled)
+    assert result.exception.__cause__ is None
+    assert [type(failure) for failure in result.failures] == [OSError]
 
 
 # --- errors among cancellations
