@@ -50,7 +50,7 @@ MUTANTS = [
     Mutant(
         "a slot granted in the moment of a cancellation is not given back",
         "SlotPool.wait",
-        "waiter.slot.release()",
+        "waiter.slot.give_back()",
         "",
     ),
     Mutant(
@@ -73,21 +73,25 @@ MUTANTS = [
     ),
     Mutant(
         "a slot is lent to any number at once",
-        "SlotPool.acquire_nowait",
+        "SlotPool._acquire",
         "lender = None",
         "",
     ),
     Mutant(
         "a nested invocation is lent no slot",
         "SlotPool.lender",
-        "slot is not None and (slot.released or ((slot.suspended or slot.pool is not self) and not anyones))",
+        """
+        slot is not None and (
+            slot.hold is RELEASED or ((slot.hold is SUSPENDED or slot.pool is not self) and not anyones)
+        )
+        """,
         "slot is not None",
     ),
     Mutant(
         "a freed token is offered to nobody",
-        "SlotPool.give_back",
+        "Slot.release",
         """
-        if self._queue or self._returning:
+        if pool.in_line:
             ...
         """,
         "",
@@ -95,81 +99,93 @@ MUTANTS = [
     Mutant(
         "what was paid for an attempt that never began is kept",
         "Slot.release",
-        "pool.refund(self.charges)",
+        "pool.refund(bill)",
         "",
     ),
     Mutant(
         "a pause does not look who is first in line now",
         "SlotPool.pause",
-        "self._grant()",
+        "self.serve()",
         "",
         "asyncio",  # the only one on which programs catch it
     ),
     Mutant(
         "a pause holds nobody",
-        "SlotPool._next",
-        "self.paused",
+        "SlotPool._first",
+        "self.admission.paused",
         "False",
     ),
     Mutant(
         "nobody is woken when the first in line gives up",
         "SlotPool.withdraw",
-        """
-        if self._gated:
-            ...
-        """,
+        "self.serve()",
         "",
     ),
     Mutant(
         "those who are lent a slot pay nothing",
-        "SlotPool.acquire_nowait",
-        "self._gated and costs is not None",
-        "self._gated and costs is not None and lender is None",
+        "SlotPool._acquire",
+        """
+        if admission.gated and not returning:
+            ...
+        """,
+        """
+        if lender is not None and slot.bill is not None:
+            slot.bill.charges = [meter.reserve(0) for meter in admission.meters]
+        elif admission.gated and not returning:
+            ...
+        """,
     ),
     Mutant(
         "those who wait for a loan pay nothing",
         "SlotPool.offer_loan",
-        "waiter.costs is None or not self._gated",
-        "True",
+        """
+        if waiter.line is self.lines.returning or not self.admission.gated:
+            ...
+        """,
+        """
+        if waiter.slot.bill is not None:
+            waiter.slot.bill.charges = [meter.reserve(0) for meter in self.admission.meters]
+
+        if True:
+            ...
+        """,
     ),
     Mutant(
         "loans begin in spite of a cool-off",
         "SlotPool.offer_loan",
-        "waiter.costs is None or not self._gated",
-        "waiter.costs is None or not self.meters",
+        "not self.admission.gated",
+        "not self.admission.meters",
     ),
     Mutant(
         "rates are paid before there is a slot",
-        "SlotPool._grant",
+        "SlotPool.serve",
         "now = self.loop.now()",
         """
         now = self.loop.now()
-        for waiter in self._queue:
-            if self._ready_at(waiter.costs, now) <= now:
-                for meter, cost in zip(self.meters, waiter.costs, strict=True):
+        for waiter in lines.queue:
+            bill = waiter.slot.bill
+            if bill is not None and admission.ready_at(bill, now) <= now:
+                for meter, cost in zip(admission.meters, bill.costs, strict=True):
                     meter.pay(meter.reserve(cost), now)
 
-                waiter.costs = tuple(0 for _ in waiter.costs)
+                bill.costs = tuple(0 for _ in bill.costs)
         """,
     ),
     Mutant(
         "a loan that was not used is not given back",
         "SlotPool.withdraw",
-        """
-        if loan is not None:
-            ...
-        """,
+        "waiter.return_loan()",
         "",
     ),
     Mutant(
         "a cool-off concerns only the one who was told",
-        "SlotPool.learn",
+        "Admission.learn",
         "governor.hold(now, min(verdict.retry_after, longest_hold))",
         "",
     ),
     Mutant(
         "any failure cuts the limit",
-        "SlotPool.learn",
+        "Admission.learn",
         "governor is None or verdict.kind is not VerdictKind.OVERLOAD",
         "governor is None",
     ),
@@ -214,52 +230,68 @@ MUTANTS = [
     ),
     Mutant(
         "the retry budget bounds nothing",
-        "Job.next_start",
-        "self.pool.ledger is not None and not self.pool.ledger.may_retry(now)",
+        "Failures.next_start",
+        "not admission.may_retry(now)",
         "False",
     ),
     Mutant(
         "a stream that goes on pays again",
-        "_StreamAttempt._wait_for_reader",
+        "_StreamAttempt._wait_for_room",
         """
-        granted = pool.acquire_nowait(None, slot.outer)
-        granted = granted or await pool.wait(pool.enqueue(None, slot.outer))
+        granted = Slot(pool, slot.outer)
+        if not pool.acquire_nowait(granted, returning=True):
+            await pool.wait(pool.enqueue(granted, returning=True))
         """,
         """
-        granted = pool.acquire_nowait(job.costs, slot.outer)
-        granted = granted or await pool.wait(pool.enqueue(job.costs, slot.outer))
+        granted = Slot(pool, slot.outer, slot.bill and slot.bill.again())
+        if not pool.acquire_nowait(granted):
+            await pool.wait(pool.enqueue(granted))
         """,
     ),
     Mutant(
         "a time-out is judged by the type of the exception",
-        "_conclude",
+        "Attempts._conclude",
         "timed_out or raised is None",
         "isinstance(error, TimeoutError) or raised is None",
     ),
     Mutant(
         "a result that was ready is thrown away",
-        "run_attempt",
-        "return ended_at",
-        """
-        if not scope.cancel_called:
-            return ended_at
-        """,
+        "Attempts.run",
+        "scope.children",
+        "scope.children or scope.scope.cancel_called",
     ),
     Mutant(
         "attempts share a context",
-        "run_attempt",
+        "Attempts._begin",
         "new_context()",
-        "vars(run_attempt).setdefault(id(plan), new_context())",
+        "globals().setdefault(str(id(options)), new_context())",
     ),
     Mutant(
         "an agent is started after its cancellation",
-        "run_attempt",
-        "await wait_for_cancellation()",
-        "pass",
+        "Attempts._begin",
+        """
+        if not may_start:
+            ...
+        """,
+        "",
+    ),
+    Mutant(
+        "only the scope next to an attempt keeps it from beginning, on asyncio",
+        "AsyncioScope.begin",
+        "around = around._parent_scope",
+        "break",
+        "asyncio",
+    ),
+    Mutant(
+        "only the scope next to an attempt keeps it from beginning, on trio",
+        "TrioScope.begin",
+        "inner._cancel_status._parent.effectively_cancelled",
+        "inner._cancel_status._parent._scope.cancel_called",
+        "trio",
     ),
     Mutant(
         "an error made out of the caller's cancellation is an error",
-        "_conclude",
+        "Attempts._conclude",
         """
         if raised is not None:
             await checkpoint_if_cancelled()
@@ -271,16 +303,20 @@ MUTANTS = [
     ),
     Mutant(
         "a stray cancellation ends the batch",
-        "_conclude",
-        "job.fail(Status.CANCELLED, _from(stray, raised))",
+        "outcome_of",
+        """
+        return Outcome(
+            Status.CANCELLED, _caused(InvocationCancelled("the agent was cancelled from within"), raised)
+        )
+        """,
         "raise raised",
     ),
     Mutant(
         "the marks that an agent left on its task are not removed",
-        "Batch._take_jobs",
+        "Worker.work",
         """
-        timer.close()
-        await self._pool.loop.forget_cancellations()
+        if cancellations():
+            ...
         """,
         "",
         "asyncio",
@@ -290,70 +326,82 @@ MUTANTS = [
         "Single._rest",
         "await anyio.sleep_until(wake_at)",
         """
-        held = self._pool.acquire_nowait(job.costs if selective else (), self._outer)
+        held = Slot(self._job.pool, self._job.outer)
+        is_held = self._job.pool.acquire_nowait(held)
         await anyio.sleep_until(wake_at)
-        _ = held.release() if held else None
+        _ = held.release() if is_held else None
         """,
     ),
     Mutant(
         "a wait crosses the total time-out",
-        "Job.next_start",
-        "wake_at >= self.deadline",
-        "wake_at >= self.deadline + 100",
+        "Failures.next_start",
+        "wake_at >= total_deadline",
+        "wake_at >= total_deadline + 100",
     ),
     Mutant(
         "there is one retry too many",
-        "Job.next_start",
-        "self.counted_retries >= config.max_retries",
-        "self.counted_retries > config.max_retries",
+        "Failures.next_start",
+        "self._counted >= config.max_retries",
+        "self._counted > config.max_retries",
     ),
     Mutant(
         "retries are guessed",
-        "Job.result",
+        "Job._finish",
         "max(0, self.attempts - 1)",
-        "len(self.failures or ())",
+        "len(errors)",
     ),
     Mutant(
         "a fatal verdict stops nothing",
-        "Batch._settle",
+        "Bookkeeping.settle",
         "verdict.kind is VerdictKind.FATAL",
+        "False",
+    ),
+    Mutant(
+        "the last reason to stop a batch wins",
+        "Ending.stop",
+        "self.stopped is not None",
         "False",
     ),
     Mutant(
         "a result is lost",
         "CompletionBatch._deliver",
-        "self._channel.send(result)",
+        "self.channel.send(result)",
         """
-        if self._channel._size < 2:
-            self._channel.send(result)
+        if self.channel._size < 2:
+            self.channel.send(result)
         """,
     ),
     Mutant(
         "a result is delivered to the wrong input",
-        "Batch._make_job",
-        "Job(invocation, index, now, pool)",
-        "Job(invocation, max(0, index - 1), now, pool)",
+        "InputSource.next_job",
+        "Job(item, index, self._now() if began is None else began, self._pool, self._outer)",
+        "Job(item, max(0, index - 1), self._now() if began is None else began, self._pool, self._outer)",
     ),
     Mutant(
         "a reader that is cancelled loses a result",
         "Channel.receive",
-        "return self._rest.popleft() if self._rest else self._receive.receive_nowait()",
+        "item = self._rest.popleft() if self._rest else self._receive.receive_nowait()",
         """
         item = self._rest.popleft() if self._rest else self._receive.receive_nowait()
         await self._backend.checkpoint()
-        return item
         """,
     ),
     Mutant(
         "the end of the input ends nothing",
-        "Batch._next_job",
-        "self._check_done()",
+        "Worker.work",
+        "batch.check_done()",
         "",
     ),
     Mutant(
         "a parked worker counts as looking for work",
-        "Batch._park",
-        "self._seeking -= 1",
+        "Crew.park",
+        "self.seeking -= 1",
+        "",
+    ),
+    Mutant(
+        "a worker that runs an attempt counts as looking for work",
+        "Worker.work",
+        "crew.seeking -= 1",
         "",
     ),
     Mutant(
@@ -363,44 +411,79 @@ MUTANTS = [
         "",
     ),
     Mutant(
+        "what has been retried counts as waiting for that",
+        "RetryQueue._take",
+        "self.count -= 1",
+        "",
+    ),
+    Mutant(
+        "what waits to be retried takes up room for input",
+        "Bookkeeping._retry",
+        "self.source.live -= 1",
+        "",
+    ),
+    Mutant(
+        "what has ended takes up room for input",
+        "Bookkeeping.finish",
+        "source.live -= 1",
+        "",
+    ),
+    Mutant(
         "a batch runs without slots",
-        "Batch._take_jobs",
-        "job.pool.acquire_nowait(job.costs if selective else (), self._outer)",
-        "Slot(pool, Slot(pool, None, None), None)",
+        "Worker._acquire",
+        """
+        if job.pool.acquire_nowait(slot):
+            ...
+        """,
+        """
+        job.pool.admission.reserve(slot.bill, job.pool.loop.now())
+        slot.lender = Slot(job.pool, None)
+        slot.is_plain = False
+        return slot
+        """,
+    ),
+    Mutant(
+        "a worker that waits for something else keeps its slot",
+        "Worker.let_go",
+        "self._give_back()",
+        "",
+    ),
+    Mutant(
+        "a worker keeps its slot although others wait for one",
+        "Worker.work",
+        "not pool.in_line",
+        "True",
     ),
     Mutant(
         "who does not end first is never timed out",
-        "DeadlineQueue._ring",
-        "self._wind(deadline)",
+        "DeadlineQueue.ring",
+        "self._wind(at)",
         "",
     ),
     Mutant(
         "a time-out that comes before others is put behind them",
-        "DeadlineQueue.set",
-        "scopes and deadline < self._latest",
+        "DeadlineQueue.watch",
+        "scopes and at < self._latest",
         "False",
     ),
     Mutant(
         "an attempt is timed out when that of its worker before would have been",
-        "DeadlineQueue._ring",
-        "scope._deadline <= now",
+        "_InsideScope.due",
+        "self._inner._deadline <= now",
         "True",
     ),
     Mutant(
         "a moved deadline is not seen to any more",
-        "DeadlineQueue._ring",
-        "self.set(scope, scope._deadline)",
+        "_InsideScope.due",
+        "self._watch(self._inner._deadline)",
         "",
         "asyncio",  # the only one on which programs catch it
     ),
     Mutant(
         "a timer goes on while its worker waits for something else",
-        "Batch._take_jobs",
-        """
-        timer.close()
-        slot = await self._wait_in_line(job)
-        """,
-        "slot = await self._wait_in_line(job)",
+        "Worker._acquire",
+        "self.let_go()",
+        "self._give_back()",
         "asyncio",
     ),
     Mutant(
@@ -415,52 +498,59 @@ MUTANTS = [
     Mutant(
         "a stream is retried after a chunk",
         "Job.next_start",
-        "config.max_retries == 0 or self.chunks",
-        "config.max_retries == 0",
+        "self.failures is None or self.progress is not None",
+        "self.failures is None",
     ),
     Mutant(
         "a stream that waits for its reader keeps the slot that it was lent",
-        "_StreamAttempt._wait_for_reader",
+        "_StreamAttempt._wait_for_room",
         "slot.lender is None",
         "True",
         "trio",  # the only one on which programs catch it
     ),
     Mutant(
+        "a stream that waits for its reader only says that it has given its slot up",
+        "Slot.suspend",
+        "self._pass_on()",
+        "",
+    ),
+    Mutant(
         "a stream goes on without the slot that it gave back",
-        "_StreamAttempt._wait_for_reader",
+        "_StreamAttempt._wait_for_room",
         """
-        granted = pool.acquire_nowait(None, slot.outer)
-        granted = granted or await pool.wait(pool.enqueue(None, slot.outer))
-        assert granted is not None
+        granted = Slot(pool, slot.outer)
+        if not pool.acquire_nowait(granted, returning=True):
+            await pool.wait(pool.enqueue(granted, returning=True))
+
         slot.resume(granted)
         """,
         """
-        slot.suspended = False
+        slot.hold = HELD
         slot.lender = pool.lender(slot.outer)
         """,
     ),
     Mutant(
         "the time that a reader takes is the agent's idleness",
-        "_StreamAttempt._wait_for_reader",
+        "_StreamAttempt._wait_for_room",
         "self._idle_since = math.inf",
         "",
     ),
     Mutant(
         "the time that a reader takes counts for the attempt",
-        "_StreamAttempt._wait_for_reader",
+        "_StreamAttempt._wait_for_room",
         "self._set_deadline(math.inf)",
         "",
     ),
     Mutant(
         "idleness is measured from the first chunk",
-        "_StreamAttempt._pull",
+        "_StreamAttempt.run",
         "self._idle_since = at",
         "self._idle_since = min(self._idle_since, at)",
     ),
     Mutant(
         "an agent that yields when its time is up changes the name of its time-out",
         "_StreamAttempt._set_deadline",
-        "not scope.cancel_called",
+        "not self._scope.cancel_called",
         "True",
     ),
     Mutant(
@@ -471,7 +561,7 @@ MUTANTS = [
     ),
     Mutant(
         "a truncated stream looks complete",
-        "AgentStream.__anext__",
+        "AgentStream._error",
         "error is None",
         "error is None or self.result.chunks",
     ),
@@ -484,61 +574,71 @@ MUTANTS = [
     Mutant(
         "the result of a stream overtakes its chunks",
         "StreamBatch._deliver",
-        "self._channel.send(ResultEvent(job.invocation, result, job.id or new_id(), now))",
+        "self.channel.send(ResultEvent(job.invocation, result, job.id or new_id(), now))",
         """
-        self._channel._rest.append(ResultEvent(job.invocation, result))
-        self._channel._size += 1
+        self.channel._rest.append(ResultEvent(job.invocation, result, job.id or new_id(), now))
+        self.channel._size += 1
         """,
     ),
     Mutant(
         "an agent that cancelled its own task loses what it returned",
         "Single.run",
-        "not self._waited and not own_task",
-        "not self._waited",
+        "not job.waited and not own_task",
+        "not job.waited",
         "asyncio",
     ),
     Mutant(
         "a native cancellation of a task of ours ends it",
         "Tasks._run",
-        """
-        await checkpoint_if_cancelled()
-        await self._kind.forget_cancellations()
-        """,
+        "await self.go_on()",
+        "raise",
+        "asyncio",
+    ),
+    Mutant(
+        "a native cancellation of a worker ends it",
+        "Worker.work",
+        "await tasks.go_on()",
         "raise",
         "asyncio",
     ),
     Mutant(
         "a scope that was left open is not noticed",
-        "run_attempt",
-        "not pool.loop.is_left_open(scope)",
-        "True",
+        "Attempts.run",
+        "scope.children",
+        "False",
     ),
     Mutant(
         "a scope that a stream leaves open is not noticed",
         "_StreamAttempt.run",
-        "self._job.left_open = self._pool.loop.is_left_open(self._closing)",
-        "",
+        "self._attempt.sees_open(self._closing)",
+        "False",
         # On asyncio that the scope cannot be left says the same.
         "trio",
     ),
     Mutant(
         "a task that a scope was left open in does not wait for the others",
-        "Tasks._run",
-        """
-        if self._is_spoilt():
-            ...
-        """,
+        "Tasks.member",
+        "await self.park()",
         "",
     ),
     Mutant(
+        "a task that a scope was left open in does not wait for the others if it is cancelled",
+        "Tasks.member",
+        """
+        if not self._is_spoilt():
+            raise
+        """,
+        "raise",
+    ),
+    Mutant(
         "agents may leave scopes open for ever",
-        "Batch._replace_worker",
-        "self._spoilt >= self._limit",
+        "Bookkeeping.settle",
+        "self.crew.spoilt >= self.crew.size",
         "False",
     ),
     Mutant(
         "an error made out of the caller's native cancellation is retried",
-        "_conclude",
+        "Attempts._conclude",
         "caller is not None and caller.came(raised)",
         "caller is not None and caller.came(raised) and error is None",
         "asyncio",
@@ -552,13 +652,13 @@ MUTANTS = [
     ),
     Mutant(
         "what was cut short looks complete",
-        "BatchReader.__anext__",
-        "batch.stopped is not None",
-        "False",
+        "BatchReader._error",
+        "batch.stopped is None",
+        "True",
     ),
     Mutant(
         "a cancellation that a cost raises ends the batch",
-        "Job.resolve_limits",
+        "Job.resolve",
         "is_error(exc)",
         "isinstance(exc, Exception)",
     ),
@@ -570,12 +670,9 @@ MUTANTS = [
     ),
     Mutant(
         "a stream whose task never began has no end",
-        "Background.stop",
-        """
-        if not self._ended.is_set():
-            await self._end_early()
-        """,
-        "",
+        "Background._was_lost",
+        "not self._begun and self._kind.loses_tasks",
+        "False",
         "asyncio",
     ),
     Mutant(
