@@ -46,7 +46,7 @@ class Worker(Generic[T]):
         pool, crew, source, ending = batch.pool, batch.crew, batch.source, batch.ending
         loop, options, new_context, next_job = pool.loop, batch.options, batch.new_context, batch.next_job
         now_at, pace, cancellations = loop.now, loop.pace, loop.count_cancellations()
-        selective, keeps = pool.selective, options.observer.is_plain
+        admission, selective, keeps = pool.admission, pool.selective, options.observer.is_plain
         async with self:
             while not batch.done:
                 job: Job[T] | None = None
@@ -64,7 +64,7 @@ class Worker(Generic[T]):
                         continue
 
                     fresh = source.is_fresh and not selective
-                    if not (fresh and self._has_slot and pool.is_open and pool.running <= pool.limit):
+                    if not (fresh and self._has_slot and admission.is_open and pool.running <= pool.limit):
                         self._give_back()
                         slot = await self._acquire(job, selective)
                     elif ending.stopped is None:
@@ -87,7 +87,7 @@ class Worker(Generic[T]):
                             batch.settle(job, slot, scope, now)
                             if scope.is_spoilt:
                                 break
-                        elif keeps and slot.is_plain and pool.is_open and not pool.in_line:
+                        elif keeps and slot.is_plain and admission.is_open and not pool.in_line:
                             self._has_slot = True
                             batch.finish(job, now)
                         else:

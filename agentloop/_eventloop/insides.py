@@ -61,7 +61,7 @@ class AsyncioScope(_InsideScope):
         self._left: Any = None
 
     def begin(self, deadline: float) -> bool:
-        inner = self._inner
+        inner: Any = self._inner
         self.until = deadline
         if inner is None:
             inner = self._left or self._new_scope()
@@ -83,7 +83,7 @@ class AsyncioScope(_InsideScope):
         else:
             self._watch(deadline)
 
-        around = inner._parent_scope
+        around: Any = inner._parent_scope
         while around is not None:
             if around._cancel_called:
                 return False
@@ -113,7 +113,7 @@ class TrioScope(_InsideScope):
     __slots__ = ()
 
     def begin(self, deadline: float) -> bool:
-        inner = self._inner
+        inner: Any = self._inner
         self.until = deadline
         if inner is None:
             scope: Any = self._new_scope()
@@ -150,19 +150,22 @@ class _Untimed(DeadlineQueue):
 def works_here(kind: type[AttemptScope], new_scope: Callable[..., anyio.CancelScope]) -> bool:
     """Return whether a kind of attempt scope sets deadlines and sees what it should, in the current task."""
     far = anyio.current_time() + 1000
+    seen: list[bool] = []
     try:
         attempt = kind(anyio.current_time, new_scope, _Untimed(rests=False))
         with new_scope(shield=True) as around:
-            seen = [attempt.begin(far), attempt.begin(far + 1), bool(attempt.children)]
+            seen += [attempt.begin(far), attempt.begin(far + 1), bool(attempt.children)]
             scope: Any = attempt.scope
             seen.append(scope.deadline == far + 1)
             with new_scope():
                 seen += [bool(attempt.children), attempt.sees_open(scope)]
 
             seen += [bool(attempt.children), attempt.sees_open(scope)]
-            # What was left once may be entered again.
+            # What was left may be entered again.
             attempt.leave()
-            seen += [attempt.begin(far), bool(attempt.children), attempt.scope.deadline == far]
+            seen += [attempt.begin(far), bool(attempt.children)]
+            scope = attempt.scope
+            seen.append(scope.deadline == far)
             around.cancel()
             seen.append(attempt.begin(far))
             attempt.leave()

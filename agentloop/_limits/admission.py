@@ -35,7 +35,7 @@ class Bill:
     """
 
     costs: tuple[float, ...]
-    charges: list[Charge] = attrs.field(factory=list)
+    charges: list[Charge] = attrs.field(factory=list[Charge])
     is_paid: bool = False
 
     def again(self) -> Bill:
@@ -77,7 +77,17 @@ class Admission:
         """Whether the limit was cut and may grow again."""
         self.listens = ledger is not None
         """Whether successes count for anything."""
+        self.is_open = not (self.gated or self.listens)
+        """Whether a free slot is all that an attempt needs, and nothing is learnt from its success."""
         self._settle_failed = False
+
+    def _look(self) -> None:
+        self.is_open = not (self.gated or self.paused or self.listens or self.epoch)
+
+    def pause(self, paused: bool) -> None:
+        """Let no attempt begin but those on loan, or all again."""
+        self.paused = paused
+        self._look()
 
     @property
     def held_until(self) -> float:
@@ -123,6 +133,7 @@ class Admission:
         """Note that no attempt waits for a time; once a cool-off is over, a slot is all that is needed."""
         if not self.meters and self.governor is not None:
             self.gated = now < self.governor.staggers_until
+            self._look()
 
     # -- once it begins, and afterwards
 
@@ -203,6 +214,7 @@ class Admission:
         self.epoch = governor.epoch
         self.recovers = governor.recovers
         self.listens = self.recovers or self.ledger is not None
+        self._look()
 
     def may_retry(self, now: float) -> bool:
         """Count a retry, if the budget has one left."""

@@ -51,8 +51,6 @@ class SlotPool(LoopState):
         """Called when the limit was raised, so that a batch can start more workers."""
         self.selective = bool(admission.meters)
         """Whether it matters which invocation an attempt is of."""
-        self.is_open = False
-        """Whether a free slot is all that an attempt needs, and nothing is learnt from its success."""
         self.limit = max_concurrency
         self.running = 0
         self._tell_limit = tell_limit
@@ -63,7 +61,6 @@ class SlotPool(LoopState):
         self.in_line = 0
         """How many wait for a slot, and have none on loan."""
         self.lines = Lines()
-        self._look()
 
     @property
     def waiting(self) -> int:
@@ -90,15 +87,13 @@ class SlotPool(LoopState):
 
     def pause(self) -> None:
         """Start nothing new but what runs on loan."""
-        self.admission.paused = True
-        self._look()
+        self.admission.pause(True)
         # Another waiter may be the first in line now.
         self.serve()
 
     def resume(self) -> None:
         """Start again."""
-        self.admission.paused = False
-        self._look()
+        self.admission.pause(False)
         self.serve()
 
     # -- what attempts cost, and what they teach
@@ -131,14 +126,8 @@ class SlotPool(LoopState):
             assert admission.governor is not None
             self._follow(admission.governor)
 
-    def _look(self) -> None:
-        """Find out whether a free slot is all that an attempt needs, after anything of that has changed."""
-        admission = self.admission
-        self.is_open = not (admission.gated or admission.paused or admission.listens or admission.epoch)
-
     def _follow(self, governor: AdaptiveLimit) -> None:
         self.admission.follow(governor)
-        self._look()
         if governor.limit != self.limit:
             self._set_limit(governor.limit)
 
@@ -174,7 +163,7 @@ class SlotPool(LoopState):
         :param returning: whether the attempt has begun and goes on
         :return: whether it was granted
         """
-        if not (slot.is_plain and self.is_open):
+        if not (slot.is_plain and self.admission.is_open):
             return self._acquire(slot, returning)
 
         running = self.running
@@ -206,7 +195,6 @@ class SlotPool(LoopState):
 
             admission.reserve(slot.bill, now)
             admission.open_gate(now)
-            self._look()
 
         if lender is None:
             self._take()
@@ -339,7 +327,6 @@ class SlotPool(LoopState):
 
         lines.set_alarm(None, math.inf)
         admission.open_gate(now)
-        self._look()
 
     def _first(self) -> Waiter | None:
         return self.lines.first(not self.admission.paused and self.running < self.limit)

@@ -68,7 +68,6 @@ class Pool(Protocol):
     in_line: int
     pending: int
     users: int
-    is_open: bool
     route: Callable[[Invocation[Any]], Any] | None
     home: Any
 
@@ -149,7 +148,7 @@ class Slot:
         :param longest_hold: for how many seconds others wait at most because of it
         """
         pool = self.pool
-        if self.is_plain and verdict is None and pool.is_open:
+        if self.is_plain and verdict is None and pool.admission.is_open:
             # Most slots were never lent, and there is nothing to learn from most attempts.
             self.hold = RELEASED
             pool.running -= 1

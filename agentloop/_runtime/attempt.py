@@ -57,9 +57,7 @@ class Attempts(Slot, Generic[T]):
     invocation: Invocation[T]
     state: State
     attempts: int
-    """How many have begun."""
     started_at: float | None
-    """When the first of them did."""
     deadline: float
     """When all of them have to be over."""
     output: T | None
@@ -100,38 +98,31 @@ class Attempts(Slot, Generic[T]):
         :param crew: calls another worker when the agent waits
         :param caller: notices native cancellations of this task, if it is a caller's
         :return: when it ended; how it has failed, if it has, is in ``failures.last``
-        :raises BaseException: the cancellation of an enclosing scope or of the caller's task, and what the
-            agent raises that is no ``Exception``
+        :raises BaseException: cancellation of the caller, and what the agent raises that is no ``Exception``
         """
-        context: Any = self._begin(slot, options, scope, new_context, now)
-        if context is None:
-            # Once cancelled, nothing starts, not even to its first checkpoint.
+        context = self._begin(slot, options, scope, new_context, now)
+        if self.state is not RUNNING:
             yield from wait_for_cancellation().__await__()
 
-        act, invocation, kwargs = options.act, self.invocation, self.invocation.kwargs
-        coroutine: Any = None
-        thrown: BaseException | None = None
-        try:
-            if act is not None:
-                coroutine = context.run(act, self, slot, options, scope)
-            elif kwargs:
-                coroutine = context.run(invocation.fn, *invocation.args, **kwargs)
-            else:
-                coroutine = context.run(invocation.fn, *invocation.args)
+        fn, args, kwargs, act = self.invocation.fn, self.invocation.args, self.invocation.kwargs, options.act
+        if act is not None:
+            fn, args, kwargs = act, (self, slot, options, scope), {}
 
+        coroutine: Any = None
+        try:
+            coroutine = context.run(fn, *args, **kwargs) if kwargs else context.run(fn, *args)
             # The plain case first: to ask an abstract class takes longer.
             if type(coroutine) is not _PLAIN:
-                coroutine = as_coroutine(invocation.fn, coroutine)
+                coroutine = as_coroutine(fn, coroutine)
 
             # Bound methods are not kept: the collector would look at them as long as the agent waits.
             step = context.run(_send, coroutine, None)
             self.waited = True
-            # Most often all workers are at work, or one looks for something to do.
             if crew is not None and not crew.seeking and crew.can_call:
                 crew.call()
 
             while True:
-                sent: Any = None
+                sent = thrown = None
                 try:
                     sent = yield step
                 except GeneratorExit:
@@ -151,22 +142,18 @@ class Attempts(Slot, Generic[T]):
 
                         step = context.run(coroutine.throw, thrown)
                 finally:
-                    # An exception refers to this frame, and trio sends exceptions too.
-                    thrown = sent = None
+                    thrown = sent = None  # exceptions refer to this frame, and trio sends some too
         except StopIteration as stop:
             if coroutine is None:
-                yield from self._conclude(slot, options, scope, caller, stop).__await__()
-                return scope.now()
+                return (yield from self._conclude(slot, options, scope, caller, stop).__await__())
 
             self.output = stop.value
         except BaseException as exc:
-            yield from self._conclude(slot, options, scope, caller, exc).__await__()
-            return scope.now()
+            return (yield from self._conclude(slot, options, scope, caller, exc).__await__())
 
         ended_at = scope.now()
         if scope.children:
-            yield from self._conclude(slot, options, scope, caller, None).__await__()
-            return scope.now()
+            return (yield from self._conclude(slot, options, scope, caller, None).__await__())
 
         # It may have been cancelled before the agent returned; and a stream moves the deadline.
         if ended_at >= scope.until or act is not None:
@@ -181,12 +168,14 @@ class Attempts(Slot, Generic[T]):
         scope: AttemptScope,
         new_context: Callable[[], Context],
         now: float,
-    ) -> Context | None:
+    ) -> Context:
         """
         Begin an attempt. QUEUED, RETRYING -> RUNNING.
 
-        :return: the context of the agent; ``None``, with the slot given back, if a scope around is cancelled
+        :return: the context of the agent. If a scope around is cancelled, nothing starts, not even to its
+            first checkpoint, and the slot is given back
         """
+        context = new_context()
         try:
             deadline, observer = now + options.timeout, options.observer
             if options.total is None:
@@ -196,9 +185,8 @@ class Attempts(Slot, Generic[T]):
 
             if not may_start:
                 slot.release()
-                return None
+                return context
 
-            context = new_context()
             context.run(_set_slot, slot)
             attempts = self.attempts
             self.attempts = attempts + 1
@@ -236,11 +224,12 @@ class Attempts(Slot, Generic[T]):
         scope: AttemptScope,
         caller: CallersCancellation | None,
         raised: BaseException | None,
-    ) -> None:
+    ) -> float:
         """
         Find out how an attempt has failed, and give its slot back.
 
         :param raised: what came out of the agent; ``None`` if it returned and left a scope open
+        :return: the time
         :raises BaseException: as :meth:`run`
         """
         cancelled_class = anyio.get_cancelled_exc_class()
@@ -285,7 +274,7 @@ class Attempts(Slot, Generic[T]):
 
             if reason is not None:
                 self.cancel(reason, scope.cause)
-                return
+                return scope.now()
 
             verdict = self._fail(
                 outcome_of(
@@ -303,6 +292,8 @@ class Attempts(Slot, Generic[T]):
             # Their tracebacks refer to this frame; the frame must not refer back.
             raised = error = None
             slot.release(verdict, False, options.longest_hold)
+
+        return scope.now()
 
     def _fail(self, outcome: Outcome, options: RunOptions) -> Verdict | None:
         if self.failures is None:

@@ -75,7 +75,7 @@ def _frames(coro: Any) -> Iterator[FrameType]:
             yield frame
 
         inner = getattr(coro, "cr_await", None) or getattr(coro, "gi_yieldfrom", None)
-        if inner is None and frame is not None and frame.f_code is Attempts.run.__code__:
+        if inner is None and frame is not None and frame.f_code is vars(Attempts)["run"].__code__:
             # It drives the agent's coroutine by hand, so the interpreter does not know what it waits for.
             inner = frame.f_locals.get("coroutine")
 

@@ -597,7 +597,7 @@ MUTANTS = [
     Mutant(
         "a native cancellation of a worker ends it",
         "Worker.work",
-        "await tasks.go_on()",
+        "await self._tasks.go_on()",
         "raise",
         "asyncio",
     ),
@@ -617,18 +617,15 @@ MUTANTS = [
     ),
     Mutant(
         "a task that a scope was left open in does not wait for the others",
-        "Tasks.member",
+        "Tasks.leave_by",
         "await self.park()",
         "",
     ),
     Mutant(
         "a task that a scope was left open in does not wait for the others if it is cancelled",
-        "Tasks.member",
-        """
-        if not self._is_spoilt():
-            raise
-        """,
-        "raise",
+        "Tasks.leave_by",
+        "cancelled and (not spoilt)",
+        "cancelled",
     ),
     Mutant(
         "agents may leave scopes open for ever",
