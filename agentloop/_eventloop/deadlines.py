@@ -149,28 +149,14 @@ class AttemptScope(ABC):
         if scope is None:
             return False
 
-        self.scope = None
+        self.scope = self._inner = None
         self.children = ()
-        queue = self._queue
-        if queue is not None:
-            # The same as forget() does; a call for every invocation shows.
-            queue.scopes.pop(self, None)
-            if queue.rests and not queue.scopes:
-                queue.forget(self)
+        if self._queue is not None:
+            self._queue.forget(self)
 
-        try:
-            if exc is None:
-                scope.__exit__(None, None, None)
-                self.keep()
-                return False
-
-            # Neither backend needs the traceback, and an exception of a user's may raise when asked for it.
-            return bool(scope.__exit__(type(exc), exc, None))
-        finally:
-            self._inner = None
-
-    def keep(self) -> None:
-        """Keep a scope that was left by no exception, if it can be entered again."""
+        # Neither backend needs the traceback, and an exception of a user's may raise when asked for it.
+        caught = scope.__exit__(None if exc is None else type(exc), exc, None)
+        return exc is not None and bool(caught)
 
     def abandon(self, cancel: bool) -> None:
         """

@@ -95,13 +95,27 @@ class AsyncioScope(_InsideScope):
 
         return True
 
-    def keep(self) -> None:
-        inner = self._inner
+    def leave(self, exc: BaseException | None = None) -> bool:
+        inner: Any = self._inner
+        if exc is not None or self.scope is None:
+            return super().leave(exc)
+
+        self.scope = self._inner = None
+        self.children = ()
+        if self._queue is not None:
+            # The same as forget() does; a call for every invocation shows.
+            self._queue.scopes.pop(self, None)
+            if self._queue.rests and not self._queue.scopes:
+                self._queue.forget(self)
+
+        inner.__exit__(None, None, None)
         if not (inner._cancel_called or inner._child_scopes or inner._tasks):
             # What else is left of the last time does not differ from a new scope's.
             inner._parent_scope = None
             inner._deadline = math.inf
             self._left = inner
+
+        return False
 
     def sees_open(self, scope: Any) -> bool:
         return bool(scope._child_scopes)

@@ -241,5 +241,9 @@ def pool_of(limiter: Limiter) -> SlotPool:
 
     :raises RuntimeError: if it is in use in another event loop
     """
-    pool = limiter._pools.current()  # pyright: ignore[reportPrivateUsage]  # not for users
-    return limiter._enter_run() if pool is None else pool  # pyright: ignore[reportPrivateUsage]  # nor this
+    # As Handover.current() has it; a call for every invocation shows.
+    pool = limiter._pools.state  # pyright: ignore[reportPrivateUsage]  # not for users
+    if pool is not None and pool.is_current():
+        return pool
+
+    return limiter._enter_run()  # pyright: ignore[reportPrivateUsage]  # nor this

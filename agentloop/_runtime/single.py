@@ -106,7 +106,16 @@ class Single(Generic[T]):
             raise LeftOpenError(job.invocation.agent_id)
 
         # No local name for the result: the traceback of an error in it refers to this frame.
-        return self._end(scope, now)
+        if own_task or not job.is_plain:
+            return self._end(scope, now)
+
+        # The same as _end() does; a call for every invocation shows.
+        loop.spare.append(scope)
+        pool.users -= 1
+        if not options.observer.count_result() % COUNTED_AT_ONCE:
+            options.observer.count()
+
+        return job.finish(options.observer, now)
 
     async def run_cancellable(self) -> InvocationResult[T]:
         """Run to the end, or to a call of :meth:`cancel`, which makes a result as well."""
