@@ -166,7 +166,7 @@ def works_here(kind: type[AttemptScope], new_scope: Callable[..., anyio.CancelSc
     far = anyio.current_time() + 1000
     seen: list[bool] = []
     try:
-        attempt = kind(anyio.current_time, new_scope, _Untimed(rests=False))
+        attempt = kind(anyio.current_time, new_scope, _Untimed(rests=True))
         with new_scope(shield=True) as around:
             seen += [attempt.begin(far), attempt.begin(far + 1), bool(attempt.children)]
             scope: Any = attempt.scope

@@ -107,6 +107,11 @@ async def test_public_scope_sees_nothing_left_open() -> None:
     attempt.leave()
 
 
+async def test_queue_never_looks_at_a_public_scope() -> None:
+    with pytest.raises(NotImplementedError):
+        make_loop(public=True).attempt_scope().due(0)
+
+
 # --- whether the insides of AnyIO are as expected
 
 
@@ -271,6 +276,30 @@ async def test_use_of_the_insides_of_anyio_is_said(monkeypatch: pytest.MonkeyPat
 
 
 # --- the event loop
+
+
+async def test_task_that_could_be_lost_has_begun_once_tasks_were_let_begin() -> None:
+    kind, begun = kind_of_loop(), anyio.Event()
+
+    async def begin() -> None:
+        begun.set()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(begin)
+        assert await kind.let_tasks_begin() is None
+        assert begun.is_set() is kind.loses_tasks
+
+
+async def test_native_cancellation_that_comes_while_tasks_begin_is_left_to_the_caller(
+    anyio_backend_name: str,
+) -> None:
+    kind = kind_of_loop()
+    if anyio_backend_name == "asyncio":
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        assert isinstance(await kind.let_tasks_begin(), asyncio.CancelledError)
+        task.uncancel()
 
 
 async def test_native_cancellations_are_forgotten_and_cancel_nothing_afterwards(
