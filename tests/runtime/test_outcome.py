@@ -151,6 +151,15 @@ async def test_cancelled_wait_is_not_caused_by_the_failure_before_it() -> None:
     assert [type(failure) for failure in result.failures] == [OSError]
 
 
+async def test_stop_iteration_that_calling_an_agent_raises_is_its_error() -> None:
+    def agent() -> Any:
+        return next(iter(()))
+
+    result = await AgentLoop(LoopConfig(max_retries=0)).run_single("a", agent)
+    assert result.status is Status.ERROR
+    assert isinstance(result.exception, StopIteration)
+
+
 # --- errors among cancellations
 
 
