@@ -82,8 +82,7 @@ class Single(Generic[T]):
                 finally:
                     scope.leave()
 
-                failures = job.failures
-                if failures is None or failures.last is None:
+                if job.failures is None or job.failures.last is None:
                     slot.release(None, True)
                     break
 
