@@ -6,6 +6,7 @@ import anyio
 import pytest
 
 from agentloop import AgentLoop, Backoff, Invocation, Limiter, LoopConfig, Status
+from agentloop._batch.inputs import ASLEEP_PER_SLOT
 
 
 @pytest.mark.parametrize("attempts", [1, 2, 9, 16, 17, 18, 30])
@@ -36,3 +37,19 @@ async def test_total_time_passes_in_line_however_often_an_invocation_was_retried
     assert (result.status, result.error) == (Status.TIMEOUT, "Timeout after 5s in total")
     assert calls == attempts
     assert anyio.current_time() - start == pytest.approx(5)
+
+
+async def test_input_is_pulled_again_once_those_that_wait_have_been_retried() -> None:
+    config = LoopConfig(max_concurrency=1, max_retries=100, backoff=Backoff(initial_seconds=1, jitter="none"))
+    failures = 0
+
+    async def fail_often() -> None:
+        nonlocal failures
+        failures += 1
+        if failures <= 2 * ASLEEP_PER_SLOT:
+            raise OSError
+
+    with anyio.fail_after(3600):
+        results = await AgentLoop(config).run_all(Invocation("a", fail_often) for _ in range(20))
+
+    assert [result.status for result in results] == [Status.SUCCESS] * 20

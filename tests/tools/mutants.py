@@ -357,12 +357,6 @@ MUTANTS = [
         "False",
     ),
     Mutant(
-        "the last reason to stop a batch wins",
-        "Ending.stop",
-        "self.stopped is not None",
-        "False",
-    ),
-    Mutant(
         "a result is lost",
         "CompletionBatch._deliver",
         "self.channel.send(result)",
@@ -408,12 +402,6 @@ MUTANTS = [
         "what a cancelled batch had yet to retry is forgotten",
         "Batch.run",
         "self._abandon()",
-        "",
-    ),
-    Mutant(
-        "what has been retried counts as waiting for that",
-        "RetryQueue._take",
-        "self.count -= 1",
         "",
     ),
     Mutant(
