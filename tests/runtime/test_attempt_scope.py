@@ -426,7 +426,7 @@ def test_virtual_clock_does_not_jump_to_the_time_limit_of_an_attempt_that_has_en
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_attempts_are_timed_out_on_a_real_clock(backend: str, kind: type[Limiter]) -> None:
     async def main() -> list[Status]:
-        loop = AgentLoop(LoopConfig(timeout_seconds=0.02, max_retries=0), limiter=kind(2))
+        loop = AgentLoop(LoopConfig(timeout_seconds=0.1, max_retries=0), limiter=kind(2))
         results = await loop.run_all(Invocation.map(anyio.sleep, [0, 0.005, 9, 0, 9]))
         single = await loop.run_single("a", anyio.sleep, 9)
         assert (await loop.run_single("a", anyio.sleep, 0.005)).success
