@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["LOST", "Tasks"]
 
-import math
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager
 from types import TracebackType
@@ -141,14 +140,8 @@ class Tasks:
 
     async def go_on(self) -> None:
         """Go on in a task that was cancelled, unless a scope around it has asked for that."""
-        while True:
-            try:
-                await checkpoint_if_cancelled()
-                await self._kind.forget_cancellations()
-                return
-            except anyio.get_cancelled_exc_class():
-                if anyio.current_effective_deadline() == -math.inf:
-                    raise
+        await checkpoint_if_cancelled()
+        await self._kind.forget_cancellations()
 
     async def _run(self, task: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self.enter()
