@@ -135,6 +135,28 @@ def test_attempt_that_had_less_time_than_others_leaves_the_next_one_its_time(
     anyio.run(main, backend=name, backend_options=options)
 
 
+async def test_worker_that_waits_in_line_is_not_cancelled_by_the_deadline_of_its_attempt_before(
+    limiter: Limiter, loop: AgentLoop
+) -> None:
+    order: list[str] = []
+
+    async def work(name: str, seconds: float) -> None:
+        order.append(name)
+        await anyio.sleep(seconds)
+
+    async def later(name: str, begin: float, seconds: float) -> None:
+        await anyio.sleep(begin)
+        await AgentLoop(limiter=limiter).run_single(name, work, name, seconds)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(later, "b", 0.5, 20)
+        group.start_soon(later, "d", 2, 1)
+        await loop.run_all([Invocation("a", work, ("a", 1)), Invocation("c", work, ("c", 1))])
+
+    # A worker that was cancelled would have stood in line again, behind d.
+    assert order == ["a", "b", "c", "d"]
+
+
 # --- one timer for all attempts
 
 
