@@ -456,13 +456,6 @@ MUTANTS = [
         "asyncio",  # the only one on which programs catch it
     ),
     Mutant(
-        "a timer goes on while its worker waits for something else",
-        "Worker._acquire",
-        "self.let_go()",
-        "self._give_back()",
-        "asyncio",
-    ),
-    Mutant(
         "what was not read when a stream ended is lost",
         "Channel.close",
         "self._rest.append(self._receive.receive_nowait())",
@@ -561,20 +554,6 @@ MUTANTS = [
         "Single.run",
         "not job.waited and not own_task",
         "not job.waited",
-        "asyncio",
-    ),
-    Mutant(
-        "a native cancellation of a task of ours ends it",
-        "Tasks._run",
-        "await self.go_on()",
-        "raise",
-        "asyncio",
-    ),
-    Mutant(
-        "a native cancellation of a worker ends it",
-        "Worker.work",
-        "await self._tasks.go_on()",
-        "raise",
         "asyncio",
     ),
     Mutant(
