@@ -46,7 +46,7 @@ class Worker(Generic[T]):
         pool, crew, source, ending = batch.pool, batch.crew, batch.source, batch.ending
         loop, options, new_context, next_job = pool.loop, batch.options, batch.new_context, batch.next_job
         now_at, pace, cancellations = loop.now, loop.pace, loop.count_cancellations()
-        admission, selective, keeps = pool.admission, pool.selective, options.observer.is_plain
+        admission, selective = pool.admission, pool.selective
         async with self:
             while not batch.done:
                 job: Job[T] | None = None
@@ -87,7 +87,7 @@ class Worker(Generic[T]):
                             batch.settle(job, slot, scope, now)
                             if scope.is_spoilt:
                                 break
-                        elif keeps and slot.is_plain and admission.is_open and not pool.in_line:
+                        elif slot.is_plain and admission.is_open and not pool.in_line:
                             self._has_slot = True
                             batch.finish(job, now)
                         else:
