@@ -111,7 +111,7 @@ class AsyncioScope(_InsideScope):
         inner.__exit__(None, None, None)
         if not (inner._cancel_called or inner._child_scopes or inner._tasks):
             # What else is left of the last time does not differ from a new scope's.
-            inner._parent_scope = None
+            inner._parent_scope = inner._host_task = None
             inner._deadline = math.inf
             self._left = inner
 

@@ -89,13 +89,13 @@ class Job(Attempts[T]):
         if self.bill is not None:
             return True
 
+        self.is_plain = False
         try:
             if self.pool.route is not None:
                 # In use from now on, as the one that led here is.
                 self.pool = self.pool.route(self.invocation)
 
             self.bill = self.pool.admission.price(self.invocation)
-            self.is_plain = False
         except BaseException as exc:
             if not is_error(exc):
                 raise

@@ -22,6 +22,9 @@ from .options import RunOptions
 
 T = TypeVar("T")
 
+# How many scopes of attempts are kept for other invocations of an event loop.
+SPARE_SCOPES = 100
+
 
 class Single(Generic[T]):
     """
@@ -109,7 +112,9 @@ class Single(Generic[T]):
             return self._end(scope, now)
 
         # The same as _end() does; a call for every invocation shows.
-        loop.spare.append(scope)
+        if len(loop.spare) < SPARE_SCOPES:
+            loop.spare.append(scope)
+
         pool.users -= 1
         if not options.observer.count_result() % COUNTED_AT_ONCE:
             options.observer.count()
@@ -140,7 +145,7 @@ class Single(Generic[T]):
 
     def _end(self, scope: AttemptScope, now: float) -> InvocationResult[T]:
         self.left_open = scope.is_spoilt
-        if not scope.is_spoilt:
+        if not scope.is_spoilt and len(self._pool.loop.spare) < SPARE_SCOPES:
             self._pool.loop.spare.append(scope)
 
         job, observer = self._job, self._options.observer

@@ -502,3 +502,18 @@ def test_limiters_serve_one_run_after_the_other(backend: str) -> None:
 
     for name, main in ((backend, first), ("asyncio", second), ("trio", first), (backend, second)):
         anyio.run(main, backend=name, backend_options=virtual_clock(name)[1])
+
+
+@pytest.mark.parametrize("verb", ["single", "batch"])
+async def test_limiter_whose_cost_raises_is_in_use_no_more(verb: str) -> None:
+    def fail(_: object) -> float:
+        raise KeyError("tokens")
+
+    # That nothing is left in use is audited at the end of the test.
+    loop = AgentLoop(limiter=KeyedLimiter(lambda _: "key", lambda _: Limiter(2, rates=[Rate(5, cost=fail)])))
+    if verb == "single":
+        result = await loop.run_single("a", anyio.sleep, 1)
+    else:
+        (result,) = await loop.run_all([Invocation("a", anyio.sleep, (1,))])
+
+    assert result.error == "KeyError: 'tokens'"
