@@ -20,7 +20,7 @@ MODULES_IN_A_FOLDER = 15
 # Adapters and tools for tests, whose classes and modules may be larger.
 OUTER = ("contrib/", "testing/", "journal/")
 
-# Our frames and modules for each invocation, and the coroutines of ours below which an agent of a stream runs.
+# Our frames and modules for each invocation, and our coroutines below which an agent of a stream runs.
 BATCH_FRAMES, BATCH_MODULES = 12, 8
 SINGLE_FRAMES = 20
 CHUNK_FRAMES = 4

@@ -232,7 +232,6 @@ class Attempts(Slot, Generic[T]):
         :return: the time
         :raises BaseException: as :meth:`run`
         """
-        cancelled_class = anyio.get_cancelled_exc_class()
         assert scope.scope is not None
         timed_out = scope.scope.cancel_called
         left_open = scope.left_open or bool(scope.children)
@@ -262,12 +261,12 @@ class Attempts(Slot, Generic[T]):
                 await checkpoint_if_cancelled()
 
             if caller is not None and caller.came(raised):
-                if raised is None or not issubclass(type(raised), cancelled_class):
-                    # It may still be on its way.
-                    await checkpoint()
-                    raised = cancelled_class()
+                if raised is not None and issubclass(type(raised), anyio.get_cancelled_exc_class()):
+                    raise raised
 
-                raise raised
+                # It may still be on its way.
+                await checkpoint()
+                raise anyio.get_cancelled_exc_class()
 
             if error is not None:
                 trim(error)
