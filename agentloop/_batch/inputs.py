@@ -134,7 +134,10 @@ class InputSource(Generic[T]):
             if not is_error(exc):
                 raise
 
+            item = None
             self.exhaust(as_exception(exc, CANCELLED))
+
+        if item is None:
             return None
 
         index, began = self.pulled, self._began

@@ -22,7 +22,7 @@ from .._limits.slots import Slot, current_slot
 from .._result import Status
 from .._verdict import Verdict
 from .options import RunOptions
-from .outcome import Failures, Outcome, outcome_of, without_cancellation
+from .outcome import Failures, Outcome, leave, outcome_of, without_cancellation
 from .states import ENDED, RUNNING, Helpers, Progress, State
 from .tracebacks import plumbing, trim
 
@@ -109,9 +109,9 @@ class Attempts(Slot, Generic[T]):
             fn, args, kwargs = act, (self, slot, options, scope), {}
 
         coroutine: Any = None
+        ended_at: float | None = None
         try:
             coroutine = context.run(fn, *args, **kwargs) if kwargs else context.run(fn, *args)
-            # The plain case first: to ask an abstract class takes longer.
             if type(coroutine) is not _PLAIN:
                 coroutine = as_coroutine(fn, coroutine)
 
@@ -129,8 +129,7 @@ class Attempts(Slot, Generic[T]):
                     context.run(coroutine.close)
                     raise
                 except BaseException as exc:
-                    # Thrown in below, outside of this block: inside, it would become the context of whatever
-                    # the agent raises later on, even if it had handled it.
+                    # Thrown in below: in here, it would become the context of what the agent raises later on.
                     thrown = exc
 
                 try:
@@ -145,19 +144,19 @@ class Attempts(Slot, Generic[T]):
                     thrown = sent = None  # exceptions refer to this frame, and trio sends some too
         except StopIteration as stop:
             if coroutine is None:
-                return (yield from self._conclude(slot, options, scope, caller, stop).__await__())
-
-            self.output = stop.value
+                ended_at = yield from self._conclude(slot, options, scope, caller, stop).__await__()
+            else:
+                self.output = stop.value
         except BaseException as exc:
-            return (yield from self._conclude(slot, options, scope, caller, exc).__await__())
+            ended_at = yield from self._conclude(slot, options, scope, caller, exc).__await__()
 
-        ended_at = scope.now()
-        if scope.children:
-            return (yield from self._conclude(slot, options, scope, caller, None).__await__())
-
-        # It may have been cancelled before the agent returned; and a stream moves the deadline.
-        if ended_at >= scope.until or act is not None:
-            scope.leave()
+        if ended_at is None:
+            ended_at = scope.now()
+            if scope.children:
+                ended_at = yield from self._conclude(slot, options, scope, caller, None).__await__()
+            elif ended_at >= scope.until or act is not None:
+                # It may have been cancelled before the agent returned; and a stream moves the deadline.
+                scope.leave()
 
         return ended_at
 
@@ -241,7 +240,7 @@ class Attempts(Slot, Generic[T]):
         self.output = None
         try:
             if not left_open:
-                raised = _leave(scope, raised)
+                raised = leave(scope, raised)
 
             if raised is not None:
                 error = without_cancellation(raised)
@@ -324,26 +323,3 @@ class Attempts(Slot, Generic[T]):
             self.failures = Failures(self.started_at)
 
         self.failures.end(outcome)
-
-
-def _leave(scope: AttemptScope, raised: BaseException | None) -> BaseException | None:
-    """
-    Leave the scope of an attempt that has failed.
-
-    :param raised: what came out of the agent
-    :return: what is raised out of the scope; ``None`` if that was its own cancellation
-    """
-    assert scope.scope is not None
-    if scope.scope.cancel_called and issubclass(type(raised), anyio.get_cancelled_exc_class()):
-        assert raised is not None
-        # The scope is about to drop it, but trio holds on to it in a cycle: without this, the frames and
-        # arguments of the agent would live until the next collection.
-        raised.__traceback__ = None
-
-    try:
-        return None if scope.leave(raised) else raised
-    except BaseException as rest:
-        return rest
-    finally:
-        # Its traceback refers to this frame; the frame must not refer back.
-        del raised

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Failures", "Outcome", "as_exception", "outcome_of", "without_cancellation"]
+__all__ = ["Failures", "Outcome", "as_exception", "leave", "outcome_of", "without_cancellation"]
 
 import inspect
 import math
@@ -14,7 +14,7 @@ import anyio
 
 from .._config import LoopConfig
 from .._errors import InvocationCancelled, LeftOpenError, describe
-from .._eventloop.deadlines import TimeLimit
+from .._eventloop.deadlines import AttemptScope, TimeLimit
 from .._eventloop.errors import is_error
 from .._limits.admission import Admission
 from .._result import Status
@@ -78,6 +78,33 @@ def outcome_of(
 def _caused(error: ErrorT, cause: BaseException | None) -> ErrorT:
     error.__cause__ = cause
     return error
+
+
+def leave(scope: AttemptScope, raised: BaseException | None) -> BaseException | None:
+    """
+    Leave the scope of an attempt that has failed.
+
+    :param raised: what the attempt raised
+    :return: what is raised out of the scope; ``None`` if that was its own cancellation
+    """
+    assert scope.scope is not None
+    if scope.scope.cancel_called and issubclass(type(raised), anyio.get_cancelled_exc_class()):
+        assert raised is not None
+        # The scope is about to drop it, but trio holds on to it in a cycle: without this, the frames and
+        # arguments of the agent would live until the next collection.
+        raised.__traceback__ = None
+
+    try:
+        if scope.leave(raised):
+            raised = None
+    except BaseException as rest:
+        raised = rest
+
+    try:
+        return raised
+    finally:
+        # Its traceback refers to this frame; the frame must not refer back.
+        del raised
 
 
 def without_cancellation(exc: BaseException) -> Exception | None:

@@ -8,7 +8,7 @@ import inspect
 import math
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine
 from functools import partial
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
@@ -228,6 +228,7 @@ class _StreamAttempt(Generic[ItemT]):
 
         :return: what advances the agent then
         """
+        cancelled: BaseException | None = None
         try:
             await self._wait_for_room()
         except anyio.get_cancelled_exc_class() as exc:
@@ -235,9 +236,15 @@ class _StreamAttempt(Generic[ItemT]):
                 raise
 
             # It would have reached an agent that waits; one that is suspended at a yield gets it too.
-            return partial(iterator.athrow, exc)
+            cancelled = exc
 
-        return iterator.__anext__
+        try:
+            return (
+                iterator.__anext__ if cancelled is None else partial(cast("Any", iterator).athrow, cancelled)
+            )
+        finally:
+            # Its traceback refers to this frame; the frame must not refer back.
+            del cancelled
 
     async def _wait_for_room(self) -> None:
         pool, slot = self._pool, self._slot
