@@ -37,6 +37,7 @@ from ._loop import AgentLoop
 from ._metrics.histogram import Distribution
 from ._metrics.recorder import MetricsRecorder, MetricsSnapshot
 from ._result import InvocationResult, Status
+from ._stop_rule import StopRule
 from ._store.store import ContextStore
 from ._stream.stream import AgentStream
 from ._verdict import Verdict, VerdictKind, classify
@@ -76,6 +77,7 @@ __all__ = [
     "StartedEvent",
     "Status",
     "StopEvent",
+    "StopRule",
     "StreamChunk",
     "StreamEvent",
     "Verdict",

@@ -11,6 +11,7 @@ import attrs
 from . import _validators as must
 from ._backoff import Backoff
 from ._misuse import name_parameters
+from ._stop_rule import StopRule
 from ._verdict import Verdict, classify
 
 _TIMEOUT = 300.0
@@ -44,6 +45,7 @@ class LoopConfig:
     :param idle_timeout_seconds: how long a stream may take from one chunk to the next
     :param overload_timeout_seconds: how long an invocation goes on being retried through overload; such
         retries do not count towards ``max_retries``
+    :param stop: when a batch stops by itself; single invocations and streams are no batches
     :param collect_metrics: whether results are recorded
     :raises TypeError: if a value is of the wrong type; ``bool`` is no number
     :raises ValueError: if a value is out of its range, or would be ignored because of another one
@@ -68,5 +70,8 @@ class LoopConfig:
     )
     overload_timeout_seconds: float | None = attrs.field(
         default=600.0, validator=must.number(above=0, optional=True)
+    )
+    stop: StopRule | None = attrs.field(
+        default=None, validator=attrs.validators.optional(must.instance(StopRule))
     )
     collect_metrics: bool = attrs.field(default=True, validator=must.instance(bool))

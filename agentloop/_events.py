@@ -148,8 +148,18 @@ class LimitEvent:
 @attrs.frozen
 class StopEvent:
     """
-    A batch starts nothing new any more: because of a fatal verdict, because its loop was left, because too
-    many agents have left scopes open, or because one of its own tasks was cancelled from outside.
+    A batch starts nothing new any more, and retries nothing. What runs may finish. The first reason wins:
+
+    =============================================  ===============================
+    ``"'<id>' failed with <error>"``               a fatal verdict
+    ``"<n> failed"``                               :class:`StopRule`, ``failures``
+    ``"<n> failed in a row"``                      ``in_a_row``
+    ``"<n> of <m> failed, more than <s> of all"``  ``share``
+    ``"<n>s have passed"``                         ``seconds``
+    ``"the loop was left"``                        the end of ``async with loop:``
+    ``"<n> agents left a scope open, ..."``        as many as the limit did
+    ``"one of its own tasks was cancelled ..."``   natively, before it began
+    =============================================  ===============================
 
     :param reason: why, in words
     :param at: when it was, in seconds of the event loop's clock

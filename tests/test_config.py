@@ -21,6 +21,7 @@ DEFAULTS = {
     "first_chunk_timeout_seconds": None,
     "idle_timeout_seconds": None,
     "overload_timeout_seconds": 600.0,
+    "stop": None,
     "collect_metrics": True,
 }
 DURATIONS = [name for name in DEFAULTS if name.endswith("_seconds")]

@@ -60,6 +60,7 @@ CONTRACT = [
     "IdleTimeout",
     "InvocationCancelled",
     "BatchStopped",
+    "StopRule",
 ]
 
 

@@ -12,6 +12,7 @@ from anyio.lowlevel import checkpoint_if_cancelled
 from .._errors import InvocationCancelled
 from .._eventloop.tasks import LOST, Tasks
 from .bookkeeping import Bookkeeping
+from .ending import RULE_HINT
 from .worker import Worker
 
 T = TypeVar("T")
@@ -27,6 +28,7 @@ class Batch(Bookkeeping[T]):
         :raises BaseException: the caller's cancellation, and what an agent raised that is no ``Exception``
         """
         self._deadline = anyio.current_effective_deadline()
+        self._began = self.pool.loop.now()
         self.pool.claim()
         self.pool.on_raise.add(self._resized)
         self.source.count_to_come(1)
@@ -43,6 +45,8 @@ class Batch(Bookkeeping[T]):
             self.source.count_to_come(-1)
             self.pool.users -= 1
             self._abandon()
+            # It refers to an error, whose frames may refer to this.
+            self._judge = None
             self.source.close()
 
     async def _run_tasks(self) -> None:
@@ -58,6 +62,7 @@ class Batch(Bookkeeping[T]):
                 if self.deadlines is not None:
                     tasks.start_soon(self.deadlines.watch_scopes, "agentloop timer")
 
+                self._start_rule()
                 self._resized()
         finally:
             self.tasks = None
@@ -68,6 +73,14 @@ class Batch(Bookkeeping[T]):
         await checkpoint_if_cancelled()
         if tasks.failure is not None:
             raise tasks.failure
+
+    def _start_rule(self) -> None:
+        rule = self.options.config.stop
+        if rule is not None and rule.seconds is not None and self.ending.stopped is None:
+            reason, grace_seconds = f"{rule.seconds:.10g}s have passed", rule.grace_seconds
+            self.start_timer(
+                self._began + rule.seconds, lambda: self.stop(reason, None, RULE_HINT, grace_seconds)
+            )
 
     async def _feed(self) -> None:
         assert self.source.feeder is not None

@@ -20,9 +20,10 @@ from .._runtime.job import Job
 from .._runtime.observer import COUNTED_AT_ONCE
 from .._runtime.options import RunOptions
 from .._verdict import VerdictKind
-from .ending import FATAL_HINT, Ending
+from .ending import FATAL_HINT, RULE_HINT, Ending, Judge
 from .inputs import InputSource
 from .retry_queue import RetryQueue
+from .timer import Timer
 from .workers import Crew
 
 T = TypeVar("T")
@@ -62,11 +63,15 @@ class Bookkeeping(Generic[T]):
         self.crew = Crew(limiter.max_concurrency)
         self.deadlines = self.pool.loop.batch_deadlines()
         self.ending = Ending()
+        rule = options.config.stop
+        self._judge = None if rule is None else Judge(rule)
+        self.timers: list[Timer] = []
         self.tasks: Tasks | None = None
         self.done = False
         self._limiter = limiter
-        # When the caller's own time is up.
+        # When the caller's own time is up, and when the batch was called.
         self._deadline = math.inf
+        self._began = 0.0
         # How many jobs have their result.
         self._ended = 0
 
@@ -117,13 +122,20 @@ class Bookkeeping(Generic[T]):
 
     # -- its end
 
-    def stop(self, reason: str, cause: BaseException, hint: str = "") -> None:
+    def stop(
+        self,
+        reason: str,
+        cause: BaseException | None,
+        hint: str = "",
+        grace_seconds: float | None = None,
+    ) -> None:
         """
         Start nothing new and retry nothing; let running invocations finish.
 
         :param reason: what stops the batch, in words
-        :param cause: the same, as an exception
+        :param cause: the same, as an exception, if there is one
         :param hint: what to do to have it go on
+        :param grace_seconds: how long they may take for that before they are cancelled; ``None`` for no limit
         """
         stopped = None if self.done else self.ending.stop(reason, cause, hint)
         if stopped is None:
@@ -144,8 +156,19 @@ class Bookkeeping(Generic[T]):
                 job.pool.withdraw(job.waiter)
 
         self.check_done()
+        if grace_seconds == 0:
+            self.cancel(stopped.reason, cause)
+        elif grace_seconds is not None:
+            self.start_timer(now + grace_seconds, lambda: self.cancel(stopped.reason, cause))
 
-    def cancel(self, reason: str, cause: BaseException) -> None:
+    def start_timer(self, at: float, action: Callable[[], object]) -> None:
+        """Call a function at a time, unless the batch is done before."""
+        if not self.done and self.tasks is not None:
+            timer = Timer(at, action)
+            self.timers.append(timer)
+            self.tasks.start_soon(timer.run, "agentloop stop")
+
+    def cancel(self, reason: str, cause: BaseException | None) -> None:
         """
         Stop, and cancel what runs. Each invocation still has its result, except those of an async input that
         were not pulled: there is no saying how long that would take.
@@ -174,6 +197,9 @@ class Bookkeeping(Generic[T]):
             self.crew.close()
             self.retries.close()
             self.source.stop_feeding()
+            while self.timers:
+                self.timers.pop().stop()
+
             if self.deadlines is not None:
                 self.deadlines.stop()
 
@@ -253,5 +279,13 @@ class Bookkeeping(Generic[T]):
             if not self.crew.seeking or source.feeder is not None:
                 self.changed()
 
+        if self._judge is not None:
+            self._apply(self._judge, result)
+
         if source.exhausted:
             self.check_done()
+
+    def _apply(self, judge: Judge, result: InvocationResult[T]) -> None:
+        reason = judge.judge(result)
+        if reason is not None:
+            self.stop(reason, judge.error, RULE_HINT, judge.rule.grace_seconds)

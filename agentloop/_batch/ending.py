@@ -2,16 +2,61 @@
 
 from __future__ import annotations
 
-__all__ = ["FATAL_HINT", "Ending"]
+__all__ = ["FATAL_HINT", "RULE_HINT", "Ending", "Judge"]
 
 from typing import Any
 
 from .._errors import BatchStopped
+from .._result import InvocationResult, Status
 from .._runtime.job import Job
 from .._runtime.states import ENDED
+from .._stop_rule import StopRule
 
 # What to do about a batch that one failure has stopped.
 FATAL_HINT = "a classify= that does not judge the error FATAL lets a batch go on"
+RULE_HINT = "as LoopConfig(stop=...) has it"
+
+
+class Judge:
+    """
+    Applies a rule to the results of one batch, in the order in which they end.
+
+    :param rule: what to stop for
+    """
+
+    def __init__(self, rule: StopRule) -> None:
+        self.rule = rule
+        self.error: BaseException | None = None
+        """Of the last invocation that failed."""
+        self._ended = 0
+        self._failed = 0
+        self._row = 0
+
+    def judge(self, result: InvocationResult[Any]) -> str | None:
+        """Count a result, and return why the batch is to stop, if it is."""
+        status, rule = result.status, self.rule
+        if status is Status.CANCELLED or status is Status.SKIPPED:
+            return None
+
+        self._ended += 1
+        if status is Status.SUCCESS:
+            self._row = 0
+        else:
+            self.error = result.exception
+            self._failed += 1
+            self._row += 1
+
+        failed, row, ended = self._failed, self._row, self._ended
+        if rule.failures is not None and failed >= rule.failures:
+            return f"{failed} failed"
+
+        if rule.in_a_row is not None and row >= rule.in_a_row:
+            return f"{row} failed in a row"
+
+        if rule.share is not None and ended >= rule.at_least and failed > rule.share * ended:
+            return f"{failed} of {ended} failed, more than {rule.share:.10g} of all"
+
+        return None
 
 
 class Ending:
@@ -34,12 +79,12 @@ class Ending:
         """Why what still runs is cancelled, if it is."""
         return self._cancelled_by if self.stopped is None else self.stopped.reason
 
-    def stop(self, reason: str, cause: BaseException, hint: str = "") -> BatchStopped | None:
+    def stop(self, reason: str, cause: BaseException | None, hint: str = "") -> BatchStopped | None:
         """
         Stop the batch.
 
         :param reason: what stops it, in words
-        :param cause: the same, as an exception
+        :param cause: the same, as an exception, if there is one
         :param hint: what to do to have it go on
         :return: the exception that says so; ``None`` if it was stopped before
         """

@@ -73,7 +73,7 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
         self.stop("the loop was left", LoopClosed("the loop was left"))
         self.channel.limit_patience(lambda: self.cancel("nobody read", LoopClosed("the loop was left")))
 
-    def cancel(self, reason: str, cause: BaseException) -> None:
+    def cancel(self, reason: str, cause: BaseException | None) -> None:
         """Cancel what runs; each invocation that was started still has its result."""
         super().cancel(reason, cause)
         self.channel.abandon()
@@ -105,8 +105,14 @@ class StreamBatch(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
         # It refers to the task's owner, which refers to this.
         self.options.act = None
 
-    def stop(self, reason: str, cause: BaseException, hint: str = "") -> None:
-        super().stop(reason, cause, hint)
+    def stop(
+        self,
+        reason: str,
+        cause: BaseException | None,
+        hint: str = "",
+        grace_seconds: float | None = None,
+    ) -> None:
+        super().stop(reason, cause, hint, grace_seconds)
         self.changed()
 
     def has_work(self) -> bool:
