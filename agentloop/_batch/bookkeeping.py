@@ -91,8 +91,11 @@ class Bookkeeping(Generic[T]):
         return self.ending.error(self.cut_short)
 
     def _deliver(self, job: Job[T], result: InvocationResult[T], now: float) -> None:
-        """Take the result of a job that ended at ``now``. It counts as live until :meth:`_taken`."""
-        raise NotImplementedError
+        """
+        Take the result of a job that ended at ``now``, unless results are :attr:`kept`.
+
+        The job counts as live until :meth:`_taken`.
+        """
 
     def _taken(self) -> None:
         """Count a delivered result as no longer live."""

@@ -139,11 +139,11 @@ class Crew:
 
     def replace(self) -> None:
         """Let another worker go on in place of the current one, whose task was spoilt."""
+        assert self._tasks is not None
         self.spoilt += 1
-        if self._tasks is not None:
-            self._tasks.spoil()
-            # It takes over what this one counts for.
-            self._hire()
+        self._tasks.spoil()
+        # It takes over what this one counts for.
+        self._hire()
 
     def _hire(self) -> None:
         assert self._tasks is not None

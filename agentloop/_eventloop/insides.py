@@ -44,6 +44,8 @@ class AsyncioScope(_InsideScope):
     """
     Asyncio's twin: AnyIO's own scopes.
 
+    There is always a queue, that of the event loop.
+
     A scope of AnyIO's that was left is entered again, unless it was cancelled, or others are still in it. To
     make one takes as long as to use it.
     """
@@ -70,8 +72,8 @@ class AsyncioScope(_InsideScope):
             inner.__enter__()
             self.children = inner._child_scopes
             self.limit = self.reason = self.cause = None
-            queue = self._queue
-            if queue is not None and queue.watch(self, deadline):
+            queue: Any = self._queue
+            if queue.watch(self, deadline):
                 # The same as _watch() does; a call for every invocation shows.
                 inner._deadline = self._look_at = deadline
             else:
@@ -102,11 +104,11 @@ class AsyncioScope(_InsideScope):
 
         self.scope = self._inner = None
         self.children = ()
-        if self._queue is not None:
-            # The same as forget() does; a call for every invocation shows.
-            self._queue.scopes.pop(self, None)
-            if self._queue.rests and not self._queue.scopes:
-                self._queue.forget(self)
+        queue: Any = self._queue
+        # The same as forget() does; a call for every invocation shows.
+        queue.scopes.pop(self, None)
+        if queue.rests and not queue.scopes:
+            queue.forget(self)
 
         inner.__exit__(None, None, None)
         if not (inner._cancel_called or inner._child_scopes or inner._tasks):

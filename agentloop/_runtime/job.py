@@ -107,10 +107,7 @@ class Job(Attempts[T]):
         return True
 
     def next_slot(self) -> Slot:
-        """Return the slot of the next attempt, which is to be acquired."""
-        if not self.attempts:
-            return self
-
+        """Return the slot of a retry, which is to be acquired. The job is that of its first attempt."""
         if self.bill is not None:
             self.bill = self.bill.again()
 

@@ -27,6 +27,8 @@ from agentloop import (
     Rate,
     StartedEvent,
     Status,
+    Verdict,
+    VerdictKind,
 )
 from agentloop._limits.rates import Charge, Meter, make_meter
 from agentloop.testing import virtual_clock
@@ -36,6 +38,11 @@ backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 
 async def nothing(*_: object) -> None:
     pass
+
+
+async def release(event: anyio.Event) -> None:
+    await anyio.wait_all_tasks_blocked()
+    event.set()
 
 
 def weight(invocation: Invocation[Any]) -> float:
@@ -253,6 +260,27 @@ async def test_what_was_paid_in_the_moment_of_a_cancellation_is_given_back() -> 
         assert anyio.current_time() == begin, f"cancelled after {steps} steps"
 
     assert steps > 0
+
+
+async def test_what_was_reserved_in_the_moment_in_which_the_batch_is_stopped_is_given_back() -> None:
+    limiter = Limiter(2, rates=[Rate(3, per_seconds=100)])
+    loop = AgentLoop(LoopConfig(classify=lambda _: Verdict(VerdictKind.FATAL)), limiter=limiter)
+    go = anyio.Event()
+
+    async def fail() -> None:
+        await go.wait()
+        raise OSError
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(loop.run_single, "before", go.wait)
+        await anyio.wait_all_tasks_blocked()
+        group.start_soon(release, go)
+        failed, granted = await loop.run_all([Invocation("fails", fail), Invocation("waits", nothing)])
+
+    assert (failed.status, granted.status) == (Status.ERROR, Status.SKIPPED)
+    begin = anyio.current_time()
+    await loop.run_single("after", nothing)
+    assert anyio.current_time() == begin
 
 
 @pytest.mark.parametrize("verb", ["single", "batch"])

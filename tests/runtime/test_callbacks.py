@@ -17,6 +17,7 @@ from agentloop import (
     AgentLoop,
     BatchStopped,
     ChunkEvent,
+    Event,
     Invocation,
     InvocationCancelled,
     InvocationResult,
@@ -24,6 +25,7 @@ from agentloop import (
     Limiter,
     LoopConfig,
     Rate,
+    StartedEvent,
     Status,
     VerdictKind,
     classify,
@@ -238,7 +240,7 @@ async def fatal_stream(x: int) -> AsyncIterator[int]:
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("callback", ["cost", "settle", "classify", "input", "close"])
+@pytest.mark.parametrize("callback", ["cost", "settle", "classify", "input", "close", "on_event"])
 async def test_interrupt_out_of_a_callback_ends_the_batch(callback: str, kind: Any) -> None:
     def interrupt(*args: Any) -> Any:
         raise kind
@@ -261,8 +263,13 @@ async def test_interrupt_out_of_a_callback_ends_the_batch(callback: str, kind: A
     rate = {callback: interrupt} if callback in ("cost", "settle") else {}
     config = LoopConfig(classify=interrupt if callback == "classify" else classify)
     limiter = Limiter(10, rates=[Rate(100, **rate)])
+
+    def on_event(event: Event) -> None:
+        if callback == "on_event" and isinstance(event, StartedEvent):
+            interrupt()
+
     with pytest.raises(kind):
-        async with AgentLoop(config, limiter=limiter).as_completed(inputs()) as results:
+        async with AgentLoop(config, limiter=limiter, on_event=on_event).as_completed(inputs()) as results:
             async for _ in results:
                 if callback == "close":
                     break

@@ -424,6 +424,7 @@ async def test_nothing_is_recorded_where_metrics_are_off(loop: AgentLoop) -> Non
     async with quiet.run_streaming("a", words, 1, 1) as stream:
         assert [chunk async for chunk in stream] == ["word"] * 2
 
+    await quiet.run_all([Invocation("a", checkpoint)] * observer.COUNTED_AT_ONCE)
     assert loop.metrics.snapshot() == AgentLoop().metrics.snapshot()
 
 
