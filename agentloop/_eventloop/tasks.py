@@ -40,6 +40,8 @@ class Tasks:
         self._cancelled_before = 0
         # How many tasks have begun and not ended, without the spoilt ones.
         self._running = 0
+        # How many were started at all.
+        self._started = 0
         self._spoilt: set[int] = set()
         self._left = False
         self._changed: anyio.Event | None = None
@@ -92,10 +94,12 @@ class Tasks:
 
     def start_soon(self, task: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
         """Start a task."""
+        self._started += 1
         self._group.start_soon(self._run, task, name=name)
 
     def start_once(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         """Start a task for a coroutine that counts itself as :meth:`running`, and parks."""
+        self._started += 1
         self._group.create_task(coroutine, name=name)
 
     @contextmanager
@@ -176,8 +180,12 @@ class Tasks:
             while True:
                 try:
                     # A task that was started just now begins meanwhile.
+                    started = self._started
                     await checkpoint()
                     await checkpoint()
+                    if self._started > started:
+                        continue
+
                     if self._left and not self._running:
                         break
 

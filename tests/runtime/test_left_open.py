@@ -152,6 +152,21 @@ async def test_batch_stops_after_as_many_as_the_limit(leave: Any) -> None:
 
 
 @every_way
+async def test_agents_that_leave_scopes_open_at_once_harm_none_that_begins_then(leave: Any) -> None:
+    async def agent(x: int) -> int:
+        if x == 3:
+            await anyio.sleep(1)
+        else:
+            await leave()
+
+        return x
+
+    loop = AgentLoop(LoopConfig(max_concurrency=4))
+    results = await loop.run_all(Invocation.map(agent, range(4)))
+    assert results[3].output == 3
+
+
+@every_way
 async def test_cancelled_batch_leaves_no_task_of_a_spoilt_one(leave: Any) -> None:
     async def agent(x: int) -> None:
         if x == 0:
