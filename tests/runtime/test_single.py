@@ -574,3 +574,18 @@ async def test_group_of_cancellation_and_error_under_the_callers_cancellation_is
         await AgentLoop().run_single("a", agent)
 
     assert scope.cancelled_caught
+
+
+async def test_more_at_once_than_scopes_are_kept_for() -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=150))
+    outputs: list[Any] = []
+
+    async def call(x: int) -> None:
+        outputs.append((await loop.run_single("a", double, x)).output)
+
+    for _ in range(2):
+        async with anyio.create_task_group() as group:
+            for x in range(150):
+                group.start_soon(call, x)
+
+    assert sorted(outputs) == sorted([2 * x for x in range(150)] * 2)
