@@ -171,15 +171,20 @@ class AgentLoop:
         :raises LoopClosed: if the loop's ``async with`` block has been left
         """
         lifetime = self._lifetime
-        if lifetime.is_left:
-            lifetime.check()
-
+        stopped = lifetime.check() if lifetime.is_left or lifetime.drained is not None else None
         single = Single(make_invocation(agent_id, fn, args, kwargs), self._limiter, self._plan)
-        if lifetime.tasks is None:
-            return await single.run()
+        if stopped is not None:
+            return await single.refuse(stopped)
 
-        with lifetime.call(single):
-            return await single.run_cancellable()
+        if lifetime.tasks is not None:
+            with lifetime.call(single):
+                return await single.run_cancellable()
+
+        lifetime.outside[single] = None  # as call() does; a call for every invocation shows
+        try:
+            return await single.run()
+        finally:
+            del lifetime.outside[single]
 
     async def run_all(self, invocations: Inputs[T]) -> list[InvocationResult[T]]:
         """
@@ -199,23 +204,15 @@ class AgentLoop:
         :raises LoopClosed: if the loop's ``async with`` block has been left
         """
         check_inputs(invocations)
-        self._lifetime.check()
+        stopped = self._lifetime.check()
         batch = CollectingBatch(invocations, self._limiter, self._plan)
-        if self._lifetime.tasks is not None:
-            with self._lifetime.call(batch):
-                await batch.run()
-        else:
+        if stopped is not None:
+            batch.wind_down(stopped, None)
+
+        with self._lifetime.call(batch):
             await batch.run()
 
-        if batch.input_error is not None:
-            raise batch.input_error
-
-        results = batch.results()
-        if batch.cut_short and batch.stopped is not None:
-            batch.stopped.results = results
-            raise batch.stopped.with_traceback(None)
-
-        return results
+        return batch.results()
 
     def as_completed(
         self, invocations: Inputs[T]
@@ -320,6 +317,28 @@ class AgentLoop:
             lambda: StreamBatch[T](cast("Inputs[None]", invocations), self._limiter, self._plan),
             self._lifetime,
         )
+
+    def drain(self, reason: str = "drained", *, grace_seconds: float | None = None) -> None:
+        """
+        Start nothing new and retry nothing any more, for good: in all calls of this loop and of its views,
+        those made later too. Other loops on its limiter go on. What runs may finish, with all the work that
+        it gives to this loop, and open streams are read to their end. Invocations that wait are ``SKIPPED``,
+        or end with their last failure and a note that says so.
+
+        Batches end as :exc:`BatchStopped` has it; a stream entered later raises that. Drained twice, the
+        first reason holds, and the shorter grace. Any task of the event loop may call this.
+
+        :param reason: why, for results and events
+        :param grace_seconds: in how many seconds what still runs is cancelled; ``None`` for never
+        :raises TypeError: if a value is of the wrong type
+        :raises ValueError: if ``grace_seconds`` is negative or not finite
+        :raises RuntimeError: if the loop is in use in the event loop of another thread
+        """
+        if not isinstance(reason, str):
+            raise TypeError(f"reason must be of type str, got {reason!r}")
+
+        must.check_number("grace_seconds", grace_seconds, minimum=0, optional=True, finite=True)
+        self._lifetime.drain(reason, grace_seconds)
 
     async def __aenter__(self) -> Self:
         await self._lifetime.enter()

@@ -179,6 +179,22 @@ class Bookkeeping(Generic[T]):
         self.stop(reason, cause)
         self.crew.cancel(reason)
 
+    @property
+    def outer(self) -> Slot | None:
+        """The slot of the invocation that runs the batch, if one does."""
+        return self.source.outer
+
+    def wind_down(self, stopped: BatchStopped, until: float | None) -> None:
+        """
+        Start and retry nothing any more.
+
+        :param stopped: says why
+        :param until: when to cancel what still runs
+        """
+        self.stop(stopped.reason, stopped.__cause__)
+        if until is not None:
+            self.start_timer(until, lambda: self.cancel(stopped.reason, None))
+
     def drain(self) -> None:
         """Begin nothing new that nobody waits for; somebody waits for the whole of a batch."""
 

@@ -26,8 +26,21 @@ class CollectingBatch(Batch[T]):
         self.kept = []
 
     def results(self) -> list[InvocationResult[T]]:
-        """Return the results of a batch that has run, and forget them."""
+        """
+        Return the results of a batch that has run, and forget them.
+
+        :raises Exception: what the input has raised
+        :raises BatchStopped: if an async input was not read to its end
+        """
+        if self.input_error is not None:
+            raise self.input_error
+
         # The frames of workers can stay alive with an error that a result holds; they refer to the batch.
         results, self.kept = self.kept or [], []
         results.sort(key=attrgetter("index"))
+        stopped = self.stopped
+        if self.cut_short and stopped is not None:
+            stopped.results = results
+            raise stopped.with_traceback(None)
+
         return results

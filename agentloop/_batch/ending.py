@@ -9,7 +9,6 @@ from typing import Any
 from .._errors import BatchStopped
 from .._result import InvocationResult, Status
 from .._runtime.job import Job
-from .._runtime.states import ENDED
 from .._stop_rule import StopRule
 
 # What to do about a batch that one failure has stopped.
@@ -105,14 +104,8 @@ class Ending:
 
     def close(self, job: Job[Any]) -> None:
         """Make final what a stopped batch does not start or retry, unless it has ended by itself."""
-        if self.stopped is None or job.state is ENDED:
-            return
-
-        if job.attempts:
-            job.give_up(f"the batch was stopped: {self.stopped.reason}")
-        else:
+        if self.stopped is not None and job.close(self.stopped):
             self._has_skipped = True
-            job.skip(self.stopped)
 
     def error(self, cut_short: bool) -> BatchStopped | None:
         """

@@ -62,8 +62,9 @@ class InputSource(Generic[T]):
         """Whether there was input left when it was decided to pull no more."""
         self.error: Exception | None = None
         """What the input has raised."""
+        self.outer = outer
+        """The slot of the invocation that runs the batch, if one does."""
         self._pool = pool
-        self._outer = outer
         self._observer = observer
         self._retries = retries
         self._run = copy_context().run
@@ -144,7 +145,7 @@ class InputSource(Generic[T]):
         self.pulled = index + 1
         self.live += 1
         self.is_fresh = began is None
-        job = Job(item, index, self._now() if began is None else began, self._pool, self._outer)
+        job = Job(item, index, self._now() if began is None else began, self._pool, self.outer)
         if self._reports:
             self._report(job)
 
@@ -178,7 +179,7 @@ class InputSource(Generic[T]):
 
     def feed(self, item: Input[T]) -> None:
         """Take an input that the feeder has pulled."""
-        job: Job[T] = Job(as_invocation(item), self.pulled, self._now(), self._pool, self._outer)
+        job: Job[T] = Job(as_invocation(item), self.pulled, self._now(), self._pool, self.outer)
         self.pulled += 1
         self.live += 1
         self._report(job)

@@ -129,6 +129,12 @@ class AttemptScope(ABC):
             self.reason = reason
             self.scope.cancel(reason)
 
+    def end_by(self, at: float, reason: str) -> None:
+        """Cancel the attempt that runs, if one does, at a time, unless its own time is up before."""
+        if self.scope is not None and at < self.scope.deadline:
+            self.reason = reason
+            self.scope.deadline = at
+
     def note(self, cause: Exception | None, left_open: bool = False) -> None:
         """Note what the agent has made of a cancellation, or that it has left a scope open."""
         self.cause = cause

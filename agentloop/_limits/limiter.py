@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Limiter", "LimiterStatistics", "LoopStatistics", "pool_of"]
+__all__ = ["Limiter", "LimiterStatistics", "LoopStatistics", "own_pool", "pool_of"]
 
 import math
 import weakref
@@ -247,3 +247,13 @@ def pool_of(limiter: Limiter) -> SlotPool:
         return pool
 
     return limiter._enter_run()  # pyright: ignore[reportPrivateUsage]  # nor this
+
+
+def own_pool(limiter: Limiter, what: str) -> SlotPool | None:
+    """
+    Return the state of a limiter in the event loop of this thread, if there is one.
+
+    :param what: what is to be done with it, for the message of the error
+    :raises RuntimeError: if it is in use in the event loop of another thread
+    """
+    return limiter._own_pool(what)  # pyright: ignore[reportPrivateUsage]  # not for users

@@ -7,6 +7,7 @@ __all__ = ["Job"]
 import math
 from typing import Any, TypeVar
 
+from .._errors import BatchStopped
 from .._eventloop.deadlines import TimeLimit
 from .._eventloop.errors import is_error
 from .._invocation import Invocation
@@ -174,9 +175,22 @@ class Job(Attempts[T]):
         error.__cause__ = None if failed is None else failed.error
         self._end(Outcome(Status.TIMEOUT, error))
 
-    def skip(self, error: Exception) -> None:
-        """End without an attempt. QUEUED -> ENDED."""
-        self._end(Outcome(Status.SKIPPED, error))
+    def close(self, stopped: BatchStopped) -> bool:
+        """
+        Make final what is not started or retried any more, unless it has ended by itself.
+
+        :param stopped: says why
+        :return: whether it is skipped
+        """
+        if self.state is ENDED:
+            return False
+
+        if self.attempts:
+            self.give_up(f"the batch was stopped: {stopped.reason}")
+            return False
+
+        self._end(Outcome(Status.SKIPPED, stopped))
+        return True
 
     def finish(self, observer: Observer, now: float) -> InvocationResult[T]:
         """Return the result, once everybody was told of it. Any -> ENDED."""

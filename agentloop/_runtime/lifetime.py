@@ -10,17 +10,25 @@ from typing import Protocol
 
 import anyio
 
-from .._errors import InvocationCancelled, LoopClosed
+from .._errors import BatchStopped, InvocationCancelled, LoopClosed
 from .._eventloop.tasks import LOST, Tasks
-from .._limits.limiter import Limiter, pool_of
-from .._limits.slots import current_slot
+from .._limits.limiter import Limiter, own_pool, pool_of
+from .._limits.slots import Slot, current_slot
 
 
 class Call(Protocol):
     """Something in progress that a loop waits for, or ends, when it is left."""
 
+    @property
+    def outer(self) -> Slot | None:
+        """The slot of the invocation that has made the call, if one has."""
+        ...
+
     def drain(self) -> None:
         """Begin nothing new that nobody waits for; go on with what runs."""
+
+    def wind_down(self, stopped: BatchStopped, until: float | None) -> None:
+        """Start and retry nothing any more, and cancel at a time what still runs."""
 
     def cancel(self, reason: str, cause: BaseException) -> None:
         """Cancel what runs."""
@@ -30,7 +38,7 @@ class Lifetime:
     """
     Keeps account of the calls in progress, and owns the tasks whose readers may live elsewhere.
 
-    A loop that was never entered has no lifetime: then nothing is kept account of, and nothing refused.
+    A loop that was never entered waits for none of its calls, and refuses none. But it can be drained.
 
     :param limiter: the limiter whose running invocations may still make calls while the loop is being left
     """
@@ -43,25 +51,57 @@ class Lifetime:
         self.is_left = False
         """Whether the block has been left."""
         self._calls: dict[Call, None] = {}
+        self.outside: dict[Call, None] = {}
+        """The calls in progress that were made outside of the block."""
+        self.drained: BatchStopped | None = None
+        """Why the loop has been drained, if it has."""
         self._idle: anyio.Event | None = None
         self.failure: BaseException | None = None
         """What ended a batch, such as an agent's ``KeyboardInterrupt``, until its reader has raised it."""
 
-    def check(self) -> None:
-        """
-        Refuse new work once the block has been left.
+    @property
+    def refuses(self) -> bool:
+        """Whether new work is refused, unless it is that of an invocation which is still running."""
+        return self.is_left or self.drained is not None
 
-        :raises LoopClosed: unless the work is that of an invocation which is still running
+    def check(self) -> BatchStopped | None:
         """
-        if self.is_left and not pool_of(self._limiter).encloses(current_slot.get()):
+        Refuse new work once the block has been left or the loop was drained, unless it is that of an
+        invocation which is still running.
+
+        :return: why all of the work is to be skipped, if it is
+        :raises LoopClosed: if the block has been left
+        """
+        if not self.refuses or pool_of(self._limiter).encloses(current_slot.get()):
+            return None
+
+        if self.is_left:
             raise LoopClosed(
                 "this loop's `async with` block has been left, so it takes no new work: "
                 "call it inside the block, or enter the loop again"
             )
 
+        return self.drained
+
+    def drain(self, reason: str, grace_seconds: float | None) -> None:
+        """
+        Let all calls start and retry nothing any more, now and later.
+
+        :param grace_seconds: how long what runs may go on before it is cancelled
+        :raises RuntimeError: if the calls are made in the event loop of another thread
+        """
+        pool = own_pool(self._limiter, "a loop in use can be drained")
+        self.drained = self.drained or BatchStopped(reason)
+        for call in (*self._calls, *self.outside):
+            assert pool is not None
+            until = None if grace_seconds is None else pool.loop.now() + grace_seconds
+            # The work of an invocation that still runs is needed for it to finish.
+            if not pool.encloses(call.outer):
+                call.wind_down(self.drained, until)
+
     @contextmanager
     def call(self, call: Call) -> Generator[None]:
-        """Count a call as in progress within the block."""
+        """Count a call as in progress."""
         self.begin(call)
         try:
             yield
@@ -69,11 +109,15 @@ class Lifetime:
             self.end(call)
 
     def begin(self, call: Call) -> None:
-        """Count a call as in progress."""
-        self._calls[call] = None
+        """Count a call as in progress, within the block if that has been entered."""
+        (self.outside if self.tasks is None else self._calls)[call] = None
 
     def end(self, call: Call) -> None:
         """Count a call as ended."""
+        if call in self.outside:
+            del self.outside[call]
+            return
+
         del self._calls[call]
         if not self._calls and self._idle is not None:
             self._idle.set()

@@ -8,17 +8,19 @@ from contextvars import copy_context
 from typing import Generic, TypeVar
 
 import anyio
-from anyio.lowlevel import cancel_shielded_checkpoint
+from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
 
-from .._errors import LeftOpenError
+from .._errors import BatchStopped, LeftOpenError
 from .._eventloop.deadlines import AttemptScope
 from .._invocation import Invocation
 from .._limits.limiter import Limiter, pool_of
 from .._limits.slots import Slot, current_slot
 from .._result import InvocationResult
+from .._verdict import VerdictKind
 from .job import Job
 from .observer import COUNTED_AT_ONCE
 from .options import RunOptions
+from .states import QUEUED
 
 T = TypeVar("T")
 
@@ -40,6 +42,10 @@ class Single(Generic[T]):
     left_open = False
     """Whether the agent has left a cancel scope or a task group open in the task."""
     _scope: anyio.CancelScope | None = None
+    # Why nothing is started or retried any more, if so.
+    _stopped: BatchStopped | None = None
+    _attempt: AttemptScope | None = None
+    _resting: anyio.CancelScope | None = None
 
     def __init__(
         self, invocation: Invocation[T], limiter: Limiter, options: RunOptions, own_task: bool = False
@@ -60,7 +66,7 @@ class Single(Generic[T]):
         loop = pool.loop
         # From here on it has to come to its end, by _end().
         pool.claim()
-        scope = loop.spare.pop() if loop.spare else loop.attempt_scope()
+        self._attempt = scope = loop.spare.pop() if loop.spare else loop.attempt_scope()
         if not options.observer.is_plain:
             job.queue(options.observer)
 
@@ -71,11 +77,15 @@ class Single(Generic[T]):
                 # Whoever said what it costs may have taken his time.
                 now = loop.now()
 
-            while ready:
+            while ready and self._stopped is None:
                 slot = job.next_slot() if job.attempts else job
                 if not job.pool.acquire_nowait(slot):
                     granted = await self._wait_in_line(slot)
                     now = loop.now()
+                    if granted and self._stopped is not None:
+                        slot.give_back()
+                        break
+
                     if not granted:
                         break
 
@@ -89,11 +99,14 @@ class Single(Generic[T]):
                     slot.release(None, True)
                     break
 
-                if job.next_start(now, anyio.current_effective_deadline(), options) is None:
+                if not self._is_retried(now):
                     break
 
                 await self._rest(now)
                 now = loop.now()
+
+            if self._stopped is not None and job.state is QUEUED:
+                job.close(self._stopped)
 
             if not job.waited and not own_task:
                 await cancel_shielded_checkpoint()
@@ -112,6 +125,7 @@ class Single(Generic[T]):
             return self._end(scope, now)
 
         # The same as _end() does; a call for every invocation shows.
+        self._attempt = None
         if len(loop.spare) < SPARE_SCOPES:
             loop.spare.append(scope)
 
@@ -133,6 +147,39 @@ class Single(Generic[T]):
         assert self.ended is not None
         return self.ended
 
+    async def refuse(self, stopped: BatchStopped) -> InvocationResult[T]:
+        """Return the result of an invocation that is not to begin."""
+        await checkpoint()
+        self._pool.claim()
+        self._job.queue(self._options.observer)
+        self._job.close(stopped)
+        return self._end(None, self._pool.loop.now())
+
+    @property
+    def outer(self) -> Slot | None:
+        """The slot of the invocation that runs this one, if one does."""
+        return self._job.outer
+
+    def wind_down(self, stopped: BatchStopped, until: float | None) -> None:
+        """
+        Start and retry nothing any more.
+
+        :param stopped: says why
+        :param until: when to cancel an attempt that still runs
+        """
+        job = self._job
+        if self._stopped is None:
+            self._stopped = stopped
+            if job.waiter is not None and not job.waiter.granted:
+                # One that has been granted a slot meanwhile finds out by itself.
+                job.close(stopped)
+                job.pool.withdraw(job.waiter)
+            elif self._resting is not None:
+                self._resting.cancel(stopped.reason)
+
+        if until is not None and self._attempt is not None:
+            self._attempt.end_by(until, stopped.reason)
+
     def drain(self) -> None:
         """Begin nothing new; what waits to be retried here is not new."""
 
@@ -143,10 +190,24 @@ class Single(Generic[T]):
         self.reason = reason
         self._scope.cancel(reason)
 
-    def _end(self, scope: AttemptScope, now: float) -> InvocationResult[T]:
-        self.left_open = scope.is_spoilt
-        if not scope.is_spoilt and len(self._pool.loop.spare) < SPARE_SCOPES:
-            self._pool.loop.spare.append(scope)
+    def _is_retried(self, now: float) -> bool:
+        job, failed = self._job, self._job.failed
+        if self._stopped is None:
+            return job.next_start(now, anyio.current_effective_deadline(), self._options) is not None
+
+        verdict = None if failed is None else failed.verdict
+        if verdict is not None and verdict.kind in (VerdictKind.TRANSIENT, VerdictKind.OVERLOAD):
+            job.close(self._stopped)
+
+        return False
+
+    def _end(self, scope: AttemptScope | None, now: float) -> InvocationResult[T]:
+        # No wind_down() is to find the scope of another invocation.
+        self._attempt = None
+        if scope is not None:
+            self.left_open = scope.is_spoilt
+            if not scope.is_spoilt and len(self._pool.loop.spare) < SPARE_SCOPES:
+                self._pool.loop.spare.append(scope)
 
         job, observer = self._job, self._options.observer
         self._pool.users -= 1
@@ -170,8 +231,10 @@ class Single(Generic[T]):
             if self._own_task and loop.count_cancellations()():
                 await loop.forget_cancellations()
 
-            await anyio.sleep_until(wake_at)
+            with anyio.CancelScope() as self._resting:
+                await anyio.sleep_until(wake_at)
         finally:
+            self._resting = None
             self._job.wake()
 
     async def _wait_in_line(self, slot: Slot) -> bool:

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from .._errors import InvocationCancelled
+from .._errors import BatchStopped, InvocationCancelled
 from .._eventloop.loop import kind_of_loop
 from .._eventloop.tasks import LOST, Tasks
-from .._limits.slots import current_slot
+from .._limits.slots import Slot, current_slot
 from .._runtime.lifetime import Call, Lifetime
 from .channel import Channel
 from .stream_attempt import StartSoon
@@ -50,6 +50,13 @@ class Producer(Call, Protocol):
 
     def end(self) -> None:
         """Tell the reader that nothing comes any more, and keep nothing that was for running."""
+
+    def refuse(self, stopped: BatchStopped) -> None:
+        """
+        Begin nothing, since the loop has been drained.
+
+        :raises BatchStopped: ``stopped``, if there would be nothing to read at all
+        """
 
     def leave(self) -> None:
         """Cancel what runs, since its reader has left."""
@@ -89,10 +96,10 @@ class Background:
 
         :raises InvocationCancelled: if the task belongs to the loop, and was cancelled before it began
         """
-        if self._is_loops:
-            self._lifetime.begin(self)
-        else:
+        if not self._is_loops:
             await self._tasks.__aenter__()
+
+        self._lifetime.begin(self)
 
         self._producer.begin(self._tasks.start_soon)
         self._task = self._run()
@@ -166,6 +173,15 @@ class Background:
         if self._reader_slot is None or self._reader_slot.is_released:
             self._producer.drain()
 
+    @property
+    def outer(self) -> Slot | None:
+        """The slot of the invocation that reads, if one does."""
+        return self._reader_slot
+
+    def wind_down(self, stopped: BatchStopped, until: float | None) -> None:
+        """Start and retry nothing any more, and cancel at a time what still runs."""
+        self._producer.wind_down(stopped, until)
+
     def cancel(self, reason: str, cause: BaseException) -> None:
         """Cancel what runs; each invocation that was started still has its result."""
         self._producer.cancel(reason, cause)
@@ -219,8 +235,7 @@ class Background:
 
                 self._producer.end()
                 self._ended.set()
-                if self._is_loops:
-                    self._lifetime.end(self)
+                self._lifetime.end(self)
 
         await self._tasks.park()
 

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar, cast
 import anyio
 
 from .._batch.batch import Batch
-from .._errors import LoopClosed
+from .._errors import BatchStopped, LoopClosed
 from .._events import ChunkEvent, ResultEvent
 from .._invocation import Inputs
 from .._limits.limiter import Limiter
@@ -50,6 +50,10 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
         if not isinstance(cast("object", item), ChunkEvent):
             # It is the last item of its invocation.
             self._taken()
+
+    def refuse(self, stopped: BatchStopped) -> None:
+        """Skip everything."""
+        self.wind_down(stopped, None)
 
     def end(self) -> None:
         """Say that no item will come any more."""

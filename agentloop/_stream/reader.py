@@ -42,8 +42,12 @@ class Reader(EnteredOnly, Generic[ItemT, ProducerT]):
         if self._producer is not None:
             raise RuntimeError(f"a {self._kind} can be read in one `async with` block only")
 
-        self._lifetime.check()
-        self._producer = self._make()
+        stopped = self._lifetime.check()
+        producer = self._make()
+        if stopped is not None:
+            producer.refuse(stopped)
+
+        self._producer = producer
         self._background = Background(self._producer, self._lifetime)
         await self._background.start()
         return self

@@ -12,8 +12,11 @@ from typing import Any, Generic, TypeVar
 
 import anyio
 
+from .._batch.timer import Timer
+from .._errors import BatchStopped
 from .._invocation import Invocation
 from .._limits.limiter import Limiter
+from .._limits.slots import Slot
 from .._result import InvocationResult
 from .._runtime.job import Job
 from .._runtime.lifetime import Lifetime
@@ -45,12 +48,18 @@ class Streaming(Generic[T]):
         # Last, since it has to be closed: a limiter that is in use elsewhere is refused above.
         self.channel: Channel[T] = Channel()
         self.scope = anyio.CancelScope()
+        self._timers: list[Timer] = []
 
     @property
     def left_open(self) -> bool:
         return self._single.left_open
 
+    @property
+    def outer(self) -> Slot | None:
+        return self._single.outer
+
     def begin(self, start_soon: StartSoon) -> None:
+        self._start_soon: StartSoon | None = start_soon
         self._options.act = partial(carry, self.channel, _as_it_is, start_soon)
 
     def run(self) -> Coroutine[Any, Any, object]:
@@ -60,11 +69,25 @@ class Streaming(Generic[T]):
         # Neither is left there: the result may refer to a frame of the task, which refers to that object, and
         # the plan to the task's owner, which refers to this.
         self.result, self._single.ended = self._single.ended, None
-        self._options.act = None
+        self._options.act = self._start_soon = None
+        while self._timers:
+            self._timers.pop().stop()
+
         self.channel.close()
 
     def leave(self) -> None:
         self._cancel("the block that reads the stream was left")
+
+    def wind_down(self, stopped: BatchStopped, until: float | None) -> None:
+        self._single.wind_down(stopped, None)
+        if until is not None and self._start_soon is not None:
+            timer = Timer(until, lambda: self._cancel(stopped.reason))
+            self._timers.append(timer)
+            self._start_soon(timer.run, "agentloop stop")
+
+    def refuse(self, stopped: BatchStopped) -> None:
+        self.channel.close()
+        raise stopped.with_traceback(None)
 
     def drain(self) -> None:
         self.channel.limit_patience(lambda: self._cancel("the loop was left, and nobody read the stream"))
