@@ -15,8 +15,9 @@ import anyio
 from anyio.lowlevel import EventLoopToken, cancel_shielded_checkpoint, current_token
 
 from .callers import CallersCancellation
-from .deadlines import AsyncioQueue, AttemptScope, DeadlineQueue, PublicScope, TrioQueue
+from .deadlines import AsyncioQueue, AttemptScope, DeadlineQueue, TrioQueue
 from .insides import AsyncioScope, TrioScope, works_here
+from .public import PublicScope
 from .time_slice import TimeSlice
 
 

@@ -152,11 +152,12 @@ class Attempts(Slot, Generic[T]):
 
         if ended_at is None:
             ended_at = scope.now()
+            # It may have been cancelled before the agent returned; and a stream moves the deadline.
+            if (ended_at >= scope.until or act is not None) and not scope.children:
+                scope.leave()
+
             if scope.children:
                 ended_at = yield from self._conclude(slot, options, scope, caller, None).__await__()
-            elif ended_at >= scope.until or act is not None:
-                # It may have been cancelled before the agent returned; and a stream moves the deadline.
-                scope.leave()
 
         return ended_at
 
@@ -233,15 +234,15 @@ class Attempts(Slot, Generic[T]):
         """
         assert scope.scope is not None
         timed_out = scope.scope.cancel_called
-        left_open = scope.left_open or bool(scope.children)
         limit, reason = scope.limit or options.limit, scope.reason
         error: Exception | None = None
         verdict: Verdict | None = None
         self.output = None
         try:
-            if not left_open:
+            if not (scope.left_open or scope.children):
                 raised = leave(scope, raised)
 
+            left_open = scope.left_open or bool(scope.children)
             if raised is not None:
                 error = without_cancellation(raised)
 

@@ -106,41 +106,49 @@ class _StreamAttempt(Generic[ItemT]):
         cut_short = False
         # A generator that is suspended at a yield may have scopes open, which lie within this one. A scope
         # that was entered only in order to close it would lie within those, and they would end first.
-        with self._closing:
-            iterator = self._open()
-            next_chunk: Callable[[], Awaitable[Any]] = iterator.__anext__
-            step = next_chunk
-            channel.enter()
-            try:
-                while not cut_short:
-                    chunk = await step()
-                    if progress is not None:
-                        at = now()
-                        gaps.append(at - self._idle_since)
-                        self._idle_since = at
-                        if len(gaps) >= GAPS_KEPT_AT_MOST:
-                            self._count_gaps()
-                    else:
-                        progress = self._first_chunk()
+        ended = False
+        try:
+            with self._closing:
+                iterator = self._open()
+                next_chunk: Callable[[], Awaitable[Any]] = iterator.__anext__
+                step = next_chunk
+                channel.enter()
+                try:
+                    while not cut_short:
+                        chunk = await step()
+                        if progress is not None:
+                            at = now()
+                            gaps.append(at - self._idle_since)
+                            self._idle_since = at
+                            if len(gaps) >= GAPS_KEPT_AT_MOST:
+                                self._count_gaps()
+                        else:
+                            progress = self._first_chunk()
 
-                    progress.chunks += 1
-                    step = next_chunk
-                    if channel.send(as_item(job, chunk), progress.chunks):
-                        step = await self._wait_for_reader(iterator)
-                        cut_short = channel.abandoned
-            except StopAsyncIteration:
-                pass
-            except BaseException as exc:
-                failure = exc
-            finally:
-                # The traceback of what it throws in refers to this frame; the frame must not refer back.
-                del step
-                channel.leave()
+                        progress.chunks += 1
+                        step = next_chunk
+                        if channel.send(as_item(job, chunk), progress.chunks):
+                            step = await self._wait_for_reader(iterator)
+                            cut_short = channel.abandoned
+                except StopAsyncIteration:
+                    pass
+                except BaseException as exc:
+                    failure = exc
+                finally:
+                    # The traceback of what it throws in refers to this frame; the frame must not refer back.
+                    del step
+                    channel.leave()
 
-            self._end_timers()
-            error = await self._close(iterator)
-            # Trio forgets it as the scope around it is left.
-            self._attempt.note(self._attempt.cause, self._attempt.sees_open(self._closing))
+                self._end_timers()
+                error = await self._close(iterator)
+                ended = True
+        except RuntimeError as exc:
+            if not ended:
+                raise
+
+            # The agent has left a scope open in it. Trio forgets that as the scope is left.
+            self._attempt.note(self._attempt.cause, left_open=True)
+            failure = failure or exc
 
         if self._closing.cancelled_caught:
             error = self._attempt.cause

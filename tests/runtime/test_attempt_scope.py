@@ -13,8 +13,9 @@ from anyio.abc import TaskStatus
 from anyio.lowlevel import checkpoint, current_token
 
 from agentloop import AgentLoop, Backoff, Invocation, InvocationTimeout, Limiter, LoopConfig, Status
-from agentloop._eventloop.deadlines import AttemptScope, DeadlineQueue, PublicScope, TimeLimit
+from agentloop._eventloop.deadlines import AttemptScope, DeadlineQueue, TimeLimit
 from agentloop._eventloop.loop import kind_of_loop
+from agentloop._eventloop.public import PublicScope
 from agentloop.testing import VirtualClockDeadlock, virtual_clock
 
 

@@ -22,6 +22,7 @@ from agentloop import (
     ResultEvent,
     Status,
 )
+from agentloop._eventloop import loop as event_loop
 
 
 async def leave_scope() -> None:
@@ -40,6 +41,12 @@ async def leave_deadline() -> None:
 
 # Kept, as a client that was opened and never closed would be.
 groups: list[Any] = []
+
+
+@pytest.fixture(autouse=True, params=["insides", "public"])
+def way_to_see_it(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "public":
+        monkeypatch.setattr(event_loop, "works_here", lambda *_: False)
 
 
 @pytest.fixture(autouse=True)
@@ -266,6 +273,33 @@ async def test_stream_that_leaves_a_scope_open_fails_alone(leave: Any, entered: 
     assert loop.statistics().running == 0
     if entered:
         await loop.__aexit__(None, None, None)
+
+
+async def test_runtime_error_of_a_streams_function_does_not_pass_for_a_scope_left_open() -> None:
+    def agent() -> AsyncIterator[int]:
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        async with AgentLoop().run_streaming("a", agent) as stream:
+            await anext(stream)
+
+    assert not isinstance(stream.result.exception, LeftOpenError)
+
+
+@every_way
+async def test_stream_that_leaves_a_scope_open_has_failed_by_its_error(leave: Any) -> None:
+    async def agent() -> AsyncIterator[int]:
+        yield 1
+        await leave()
+        raise KeyError("mine")
+
+    loop = AgentLoop(LoopConfig(max_concurrency=2))
+    async with loop.stream_all([Invocation("a", agent)]) as events:
+        results = [event.result async for event in events if isinstance(event, ResultEvent)]
+
+    [result] = results
+    assert isinstance(result.exception, LeftOpenError)
+    assert isinstance(result.exception.__cause__, KeyError)
 
 
 @every_way

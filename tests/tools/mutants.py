@@ -257,8 +257,14 @@ MUTANTS = [
     Mutant(
         "a result that was ready is thrown away",
         "Attempts.run",
-        "scope.children",
-        "scope.children or scope.scope.cancel_called",
+        """
+        if scope.children:
+            ...
+        """,
+        """
+        if scope.children or (scope.scope and scope.scope.cancel_called):
+            ...
+        """,
     ),
     Mutant(
         "attempts share a context",
@@ -559,14 +565,17 @@ MUTANTS = [
     Mutant(
         "a scope that was left open is not noticed",
         "Attempts.run",
-        "scope.children",
-        "False",
+        """
+        if scope.children:
+            ...
+        """,
+        "",
     ),
     Mutant(
         "a scope that a stream leaves open is not noticed",
         "_StreamAttempt.run",
-        "self._attempt.sees_open(self._closing)",
-        "False",
+        "self._attempt.note(self._attempt.cause, left_open=True)",
+        "",
         # On asyncio that the scope cannot be left says the same.
         "trio",
     ),
