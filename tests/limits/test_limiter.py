@@ -90,6 +90,42 @@ async def test_cancelled_waiters_leave_the_line() -> None:
     assert result.queue_ms == pytest.approx(9000)
 
 
+async def test_one_that_waits_in_line_comes_before_the_next_of_a_batch() -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=1))
+    started: list[str] = []
+
+    async def agent(name: str) -> None:
+        started.append(name)
+        await anyio.sleep(1)
+
+    async with anyio.create_task_group() as group:
+        # Each is pulled when it is about to begin, so its worker could keep the slot of the one before.
+        group.start_soon(loop.run_all, (Invocation(name, agent, (name,)) for name in "abc"))
+        await anyio.sleep(0.5)
+        await loop.run_single("x", agent, "x")
+
+    assert started == ["a", "x", "b", "c"]
+
+
+async def test_batch_begins_nothing_while_more_run_than_a_limit_that_its_agent_has_lowered() -> None:
+    limiter = Limiter(2)
+    loop = AgentLoop(limiter=limiter)
+    begin = anyio.current_time()
+    started: list[float] = []
+
+    async def agent() -> None:
+        # It never waits, so no other worker of its batch is in line.
+        limiter.max_concurrency = 1
+        started.append(anyio.current_time() - begin)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(loop.run_single, "long", anyio.sleep, 10)
+        await anyio.wait_all_tasks_blocked()
+        await loop.run_all(Invocation("a", agent) for _ in range(3))
+
+    assert started == [0, 10, 10]
+
+
 async def test_slot_granted_to_a_waiter_that_is_cancelled_in_the_same_moment_is_handed_on() -> None:
     loop = AgentLoop(LoopConfig(max_concurrency=1))
     served = []
