@@ -37,6 +37,7 @@ from ._loop import AgentLoop
 from ._metrics.histogram import Distribution
 from ._metrics.recorder import MetricsRecorder, MetricsSnapshot
 from ._result import InvocationResult, Status
+from ._runtime.current import Attempt, current_attempt
 from ._stop_rule import StopRule
 from ._store.store import ContextStore
 from ._stream.stream import AgentStream
@@ -46,6 +47,7 @@ __all__ = [
     "AgentLoop",
     "AgentLoopError",
     "AgentStream",
+    "Attempt",
     "Backoff",
     "BatchStopped",
     "ChunkEvent",
@@ -84,6 +86,7 @@ __all__ = [
     "VerdictKind",
     "classify",
     "collect_text",
+    "current_attempt",
 ]
 
 

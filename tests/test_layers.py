@@ -61,6 +61,8 @@ CONTRACT = [
     "InvocationCancelled",
     "BatchStopped",
     "StopRule",
+    "Attempt",
+    "current_attempt",
 ]
 
 

@@ -162,8 +162,10 @@ WRITERS = ("_limits/", "_runtime/", "_loop")
 def is_owner(found: Class) -> bool:
     """Whether only its own methods may write what a class has."""
     name = found.name.rpartition(".")[2]
-    return found.module.startswith(WRITERS) and (
-        name in ("Job", "Slot") or name.endswith(("Attempt", "AttemptScope"))
+    return (
+        found.module.startswith(WRITERS)
+        and not found.is_frozen
+        and (name in ("Job", "Slot") or name.endswith(("Attempt", "AttemptScope")))
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Attempts"]
 
 import math
+import threading
 import types
 from collections.abc import Callable, Generator
 from contextvars import Context
@@ -21,6 +22,8 @@ from .._invocation import Invocation
 from .._limits.slots import Slot, current_slot
 from .._result import Status
 from .._verdict import Verdict
+from .current import Attempt, AttemptSlot, idempotency_key
+from .observer import new_id
 from .options import RunOptions
 from .outcome import Failures, Outcome, leave, outcome_of, without_cancellation
 from .states import ENDED, RUNNING, Helpers, Progress, State
@@ -31,9 +34,11 @@ T = TypeVar("T")
 _set_slot = current_slot.set
 _PLAIN: type[types.CoroutineType[Any, Any, Any]] = types.CoroutineType
 _send = _PLAIN.send
+# Held while an invocation without an id is given one: threads of one agent may ask at the same time.
+_identifying = threading.Lock()
 
 
-class Attempts(Slot, Generic[T]):
+class Attempts(AttemptSlot, Generic[T]):
     """
     The attempts at one invocation, one after the other, and the slot of the first of them.
 
@@ -72,6 +77,16 @@ class Attempts(Slot, Generic[T]):
     def failed(self) -> Outcome | None:
         """What became of it, unless that was a success."""
         return None if self.failures is None else self.failures.last
+
+    def attempt(self) -> Attempt:
+        return Attempt(self.invocation.agent_id, 1, (), self.idempotency_key())
+
+    def idempotency_key(self) -> str:
+        """Return the key that all attempts have. Worker threads may call this too."""
+        with _identifying:
+            self.id = self.id or new_id()
+
+        return idempotency_key(self.id)
 
     def make_progress(self, now: float) -> Progress:
         """Return what counts the chunks of a stream, which hands over its first one now."""

@@ -15,6 +15,7 @@ from .._limits.lines import Waiter
 from .._limits.slots import HELD, RELEASED, Pool, Slot
 from .._result import SUCCESS, Draft, InvocationResult, Status
 from .attempt import Attempts
+from .current import Attempt, LaterSlot
 from .observer import Observer
 from .options import RunOptions
 from .outcome import Outcome, as_exception
@@ -112,7 +113,10 @@ class Job(Attempts[T]):
         if self.bill is not None:
             self.bill = self.bill.again()
 
-        return Slot(self.pool, self.outer, self.bill)
+        assert self.failures is not None
+        errors, key = tuple(self.failures.errors), self.idempotency_key()
+        known = Attempt(self.invocation.agent_id, self.attempts + 1, errors, key)
+        return LaterSlot(self.pool, self.outer, self.bill, known)
 
     def join_line(self, slot: Slot) -> Waiter:
         """Stand in line for a slot."""
