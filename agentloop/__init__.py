@@ -38,6 +38,7 @@ from ._metrics.histogram import Distribution
 from ._metrics.recorder import MetricsRecorder, MetricsSnapshot
 from ._result import InvocationResult, Status
 from ._runtime.current import Attempt, current_attempt
+from ._runtime.threads import in_thread
 from ._stop_rule import StopRule
 from ._store.store import ContextStore
 from ._stream.stream import AgentStream
@@ -87,6 +88,7 @@ __all__ = [
     "classify",
     "collect_text",
     "current_attempt",
+    "in_thread",
 ]
 
 

@@ -11,6 +11,7 @@ __all__ = [
     "check_fn",
     "check_inputs",
     "make_invocation",
+    "name_of",
 ]
 
 import inspect
@@ -147,7 +148,7 @@ class Invocation(Referable, Generic[T_co]):
         :raises TypeError: if ``fn`` cannot be called or ``items`` cannot be iterated
         """
         check_fn(None, attrs.fields(Invocation).fn, fn)
-        prefix = _name(fn) if agent_id is None else agent_id
+        prefix = name_of(fn) if agent_id is None else agent_id
         if not isinstance(prefix, str) and not callable(prefix):
             raise TypeError(f"agent_id must be a str, a function of an item or None, got {agent_id!r}")
 
@@ -223,7 +224,8 @@ def check_inputs(value: object) -> None:
         )
 
 
-def _name(fn: Callable[..., Any]) -> str:
+def name_of(fn: Callable[..., Any]) -> str:
+    """Return what to call a function."""
     while isinstance(fn, partial):
         fn = fn.func
 

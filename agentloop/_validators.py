@@ -9,6 +9,7 @@ __all__ = [
     "close_coroutine",
     "instance",
     "is_async",
+    "is_generator",
     "number",
     "one_of",
     "plain_function",
@@ -148,14 +149,22 @@ def plain_functions(name: str, value: object) -> tuple[Callable[..., Any], ...]:
 
 def is_async(fn: object) -> bool:
     """Return whether a call gives a coroutine or an async generator, as far as this shows without a call."""
+    return any(
+        inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called) for called in _called(fn)
+    )
+
+
+def is_generator(fn: object) -> bool:
+    """Return whether a call gives a generator, as far as this shows without a call."""
+    return any(map(inspect.isgeneratorfunction, _called(fn)))
+
+
+def _called(fn: object) -> tuple[object, object]:
     while isinstance(fn, partial):
         fn = fn.func
 
     # An object is called by a method of its class.
-    return any(
-        inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called)
-        for called in (fn, type(fn).__call__)
-    )
+    return fn, type(fn).__call__
 
 
 def close_coroutine(value: object) -> bool:

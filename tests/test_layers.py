@@ -63,6 +63,7 @@ CONTRACT = [
     "StopRule",
     "Attempt",
     "current_attempt",
+    "in_thread",
 ]
 
 

@@ -140,6 +140,18 @@ class AttemptScope(ABC):
         """Say what the deadline is for."""
         self.limit = limit
 
+    def move(self, deadline: float, limit: TimeLimit | None) -> None:
+        """
+        Move the deadline of the attempt that runs, from within it. The scope is left when the attempt ends.
+
+        :param limit: what the deadline is for now
+        """
+        scope = self.scope
+        if scope is not None and not scope.cancel_called:
+            scope.deadline = deadline
+            self.limit = limit
+            self.until = -math.inf
+
     def leave(self, exc: BaseException | None = None) -> bool:
         """
         Leave the scope, if it is open. This has to be called before anything else is awaited.

@@ -150,6 +150,15 @@ class EventLoop(ABC):
     def can_go_on(native: Any) -> bool:
         """Return whether an event loop is running, or stopped in a way that lets it go on."""
 
+    @staticmethod
+    @abstractmethod
+    def call_from_thread(native: Any, callback: Callable[[], object]) -> None:
+        """
+        Have an event loop call a function soon, from any thread, and wait for nothing.
+
+        :raises RuntimeError: if the event loop has ended
+        """
+
 
 class AsyncioLoop(EventLoop):
     """Asyncio's twin."""
@@ -229,6 +238,10 @@ class AsyncioLoop(EventLoop):
     def can_go_on(native: asyncio.AbstractEventLoop) -> bool:
         return not native.is_closed()
 
+    @staticmethod
+    def call_from_thread(native: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
+        native.call_soon_threadsafe(callback)
+
 
 class TrioLoop(EventLoop):
     """Trio's twin."""
@@ -296,6 +309,10 @@ class TrioLoop(EventLoop):
         return True
 
     can_go_on = is_running
+
+    @staticmethod
+    def call_from_thread(native: Any, callback: Callable[[], object]) -> None:
+        native.run_sync_soon(callback)
 
 
 def kind_of_loop() -> type[EventLoop]:

@@ -70,6 +70,9 @@ class Pool(Protocol):
     users: int
     route: Callable[[Invocation[Any]], Any] | None
     home: Any
+    is_current: Callable[[], bool]
+    on_raise: set[Callable[[], None]]
+    limit: int
 
     def serve(self) -> None: ...
     def lender(self, slot: Slot | None, anyones: bool = False) -> Slot | None: ...

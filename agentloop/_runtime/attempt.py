@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = ["Attempts"]
 
 import math
-import threading
 import types
 from collections.abc import Callable, Generator
 from contextvars import Context
@@ -22,8 +21,7 @@ from .._invocation import Invocation
 from .._limits.slots import Slot, current_slot
 from .._result import Status
 from .._verdict import Verdict
-from .current import Attempt, AttemptSlot, idempotency_key
-from .observer import new_id
+from .current import AttemptSlot, LaterSlot, Timing
 from .options import RunOptions
 from .outcome import Failures, Outcome, leave, outcome_of, without_cancellation
 from .states import ENDED, RUNNING, Helpers, Progress, State
@@ -34,8 +32,6 @@ T = TypeVar("T")
 _set_slot = current_slot.set
 _PLAIN: type[types.CoroutineType[Any, Any, Any]] = types.CoroutineType
 _send = _PLAIN.send
-# Held while an invocation without an id is given one: threads of one agent may ask at the same time.
-_identifying = threading.Lock()
 
 
 class Attempts(AttemptSlot, Generic[T]):
@@ -48,14 +44,14 @@ class Attempts(AttemptSlot, Generic[T]):
 
     __slots__ = (
         "attempts",
-        "deadline",
         "failures",
         "id",
         "invocation",
         "output",
-        "progress",
+        "scope",
         "started_at",
         "state",
+        "total",
         "waited",
     )
 
@@ -63,35 +59,37 @@ class Attempts(AttemptSlot, Generic[T]):
     state: State
     attempts: int
     started_at: float | None
-    deadline: float
-    """When all of them have to be over."""
+    scope: AttemptScope | None
+    """What times the last of them out; ``None`` for a stream, which moves its deadlines itself."""
+    total: TimeLimit | None
+    """How long all of them may take."""
     output: T | None
     failures: Failures | None
-    progress: Progress | None
     waited: bool
     """Whether other tasks were let run."""
     id: int
     """What events call the invocation."""
 
     @property
+    def deadline(self) -> float:
+        """When all of them have to be over."""
+        if self.total is None or self.started_at is None:
+            return math.inf
+
+        return self.started_at + self.total.seconds
+
+    @property
     def failed(self) -> Outcome | None:
         """What became of it, unless that was a success."""
         return None if self.failures is None else self.failures.last
 
-    def attempt(self) -> Attempt:
-        return Attempt(self.invocation.agent_id, 1, (), self.idempotency_key())
-
-    def idempotency_key(self) -> str:
-        """Return the key that all attempts have. Worker threads may call this too."""
-        with _identifying:
-            self.id = self.id or new_id()
-
-        return idempotency_key(self.id)
-
     def make_progress(self, now: float) -> Progress:
         """Return what counts the chunks of a stream, which hands over its first one now."""
-        self.progress = Progress(now)
-        return self.progress
+        if self.failures is None:
+            self.failures = Failures(self.started_at)
+
+        self.failures.progress = progress = Progress(now)
+        return progress
 
     @plumbing
     @types.coroutine
@@ -203,6 +201,7 @@ class Attempts(AttemptSlot, Generic[T]):
                 return context
 
             context.run(_set_slot, slot)
+            self.scope = scope if options.act is None else None
             attempts = self.attempts
             self.attempts = attempts + 1
             self.state = RUNNING
@@ -211,7 +210,7 @@ class Attempts(AttemptSlot, Generic[T]):
                 tell = observer.tell_in_flight
                 tell(1)
             else:
-                self._report_start(options, now, context)
+                self._report_start(slot, options, scope, now, context)
 
             if not slot.is_plain and slot.bill is not None:
                 slot.pay()
@@ -223,13 +222,11 @@ class Attempts(AttemptSlot, Generic[T]):
 
     def _begin_bounded(self, deadline: float, now: float, scope: AttemptScope, total: TimeLimit) -> bool:
         """Begin an attempt that the time for all attempts bounds too."""
-        if not self.attempts:
-            self.deadline = now + total.seconds
-
-        deadline = min(deadline, self.deadline)
-        may_start = scope.begin(deadline)
+        self.total = total
+        end = self.deadline if self.attempts else now + total.seconds
+        may_start = scope.begin(min(deadline, end))
         # Remembered, since a timer may fire a moment before its time.
-        scope.set_limit(total if deadline == self.deadline else None)
+        scope.set_limit(total if end <= deadline else None)
         return may_start
 
     async def _conclude(
@@ -316,9 +313,14 @@ class Attempts(AttemptSlot, Generic[T]):
         self.failures.add(outcome)
         return self.failures.judge(options.config, options.observer.log_classify)
 
-    def _report_start(self, options: RunOptions, now: float, context: Context) -> None:
+    def _report_start(
+        self, slot: Slot, options: RunOptions, scope: AttemptScope, now: float, context: Context
+    ) -> None:
         if self.attempts == 1:
             self.started_at = now
+        elif self.scope is not None:
+            assert isinstance(slot, LaterSlot)
+            slot.enter(Timing(scope, self.deadline, self.total))
 
         attempt_ms, failures = 0.0, self.failures
         if failures is not None:

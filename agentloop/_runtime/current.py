@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["Attempt", "AttemptSlot", "LaterSlot", "current_attempt", "idempotency_key"]
+__all__ = ["Attempt", "AttemptSlot", "LaterSlot", "Timing", "current_attempt", "idempotency_key"]
 
 import functools
 import os
 import uuid
 from abc import abstractmethod
+from typing import NamedTuple
 
 import attrs
 
+from .._eventloop.deadlines import AttemptScope, TimeLimit
 from .._limits.admission import Bill
 from .._limits.slots import Pool, Slot, current_slot
 
@@ -55,6 +57,16 @@ def current_attempt() -> Attempt:
     )
 
 
+class Timing(NamedTuple):
+    """What times an attempt out."""
+
+    scope: AttemptScope
+    deadline: float
+    """When all attempts have to be over."""
+    total: TimeLimit | None
+    """What that is for."""
+
+
 class AttemptSlot(Slot):
     """A slot that knows the attempt for which it was acquired."""
 
@@ -63,6 +75,10 @@ class AttemptSlot(Slot):
     @abstractmethod
     def attempt(self) -> Attempt:
         """Return what the agent may know of the attempt."""
+
+    @abstractmethod
+    def timing(self) -> Timing | None:
+        """Return what times the attempt out; ``None`` for a stream, which moves its deadlines itself."""
 
 
 class LaterSlot(AttemptSlot):
@@ -75,14 +91,22 @@ class LaterSlot(AttemptSlot):
     :param known: what the agent may know of the attempt
     """
 
-    __slots__ = ("_known",)
+    __slots__ = ("_known", "_timing")
 
     def __init__(self, pool: Pool, outer: Slot | None, bill: Bill | None, known: Attempt) -> None:
         super().__init__(pool, outer, bill)
         self._known = known
+        self._timing: Timing | None = None
+
+    def enter(self, timing: Timing) -> None:
+        """Note what times the attempt out, which begins now."""
+        self._timing = timing
 
     def attempt(self) -> Attempt:
         return self._known
+
+    def timing(self) -> Timing | None:
+        return self._timing
 
 
 def idempotency_key(number: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Job"]
 
 import math
+import threading
 from typing import Any, TypeVar
 
 from .._errors import BatchStopped
@@ -15,14 +16,17 @@ from .._limits.lines import Waiter
 from .._limits.slots import HELD, RELEASED, Pool, Slot
 from .._result import SUCCESS, Draft, InvocationResult, Status
 from .attempt import Attempts
-from .current import Attempt, LaterSlot
-from .observer import Observer
+from .current import Attempt, LaterSlot, Timing, idempotency_key
+from .observer import Observer, new_id
 from .options import RunOptions
 from .outcome import Outcome, as_exception
 from .states import ENDED, QUEUED, RETRYING
 from .tracebacks import drop_frames
 
 T = TypeVar("T")
+
+# Held while an invocation without an id is given one: threads of one agent may ask at the same time.
+_identifying = threading.Lock()
 
 
 class Job(Attempts[T]):
@@ -53,8 +57,7 @@ class Job(Attempts[T]):
         self.queued_at = now
         self.state = QUEUED
         self.attempts = self.id = 0
-        self.deadline = math.inf
-        self.started_at = self.output = self.failures = self.progress = None
+        self.started_at = self.output = self.failures = self.scope = self.total = None
         self.waited = False
         # Its place in line, while it waits for a slot.
         self.waiter: Waiter | None = None
@@ -129,6 +132,21 @@ class Job(Attempts[T]):
         """Note that it stands in line no more."""
         self.waiter = None
 
+    # -- what its agent may ask
+
+    def attempt(self) -> Attempt:
+        return Attempt(self.invocation.agent_id, 1, (), self.idempotency_key())
+
+    def timing(self) -> Timing | None:
+        return None if self.scope is None else Timing(self.scope, self.deadline, self.total)
+
+    def idempotency_key(self) -> str:
+        """Return the key that all attempts have. Worker threads may call this too."""
+        with _identifying:
+            self.id = self.id or new_id()
+
+        return idempotency_key(self.id)
+
     # -- what comes after it
 
     def next_start(self, now: float, deadline: float, options: RunOptions) -> float | None:
@@ -140,7 +158,7 @@ class Job(Attempts[T]):
         :return: when the next attempt begins; ``None`` if this failure is final
         """
         # What was handed over once cannot be taken back.
-        if self.failures is None or self.progress is not None:
+        if self.failures is None or self.failures.progress is not None:
             return None
 
         admission = self.pool.admission
@@ -201,7 +219,7 @@ class Job(Attempts[T]):
         self.state = ENDED
         # A worker may keep the slot, which is no longer this job's to lend.
         self.hold = RELEASED
-        if self.failures is not None or self.progress is not None or not observer.is_plain:
+        if self.failures is not None or not observer.is_plain:
             return self._finish(observer, now)
 
         # Most invocations succeed at once, and there is nothing else to know about them.
@@ -243,9 +261,10 @@ class Job(Attempts[T]):
         A frame of ours can stay alive with an error that was raised below it, and so with this job: it must
         not refer back to the error.
         """
-        failures, failed, progress = self.failures, self.failed, self.progress
+        failures, failed = self.failures, self.failed
         # A clock that goes back makes no duration negative, which no figure could hold.
         started_at = now if self.started_at is None else self.started_at
+        progress = None if failures is None else failures.progress
         first_at = None if progress is None else progress.first_at
         errors = () if failures is None else tuple(failures.errors)
         if failed is None:

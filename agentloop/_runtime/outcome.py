@@ -19,6 +19,7 @@ from .._eventloop.errors import is_error
 from .._limits.admission import Admission
 from .._result import Status
 from .._verdict import Verdict, VerdictKind
+from .states import Progress
 from .tracebacks import add_note
 
 ErrorT = TypeVar("ErrorT", bound=Exception)
@@ -138,9 +139,19 @@ class Failures:
     :ivar wake_at: when the next attempt begins
     :ivar attempt_at: when the attempt that runs began; ``None`` during a wait
     :ivar attempt_ms: how long the attempt before a wait took
+    :ivar progress: how far the last attempt came, if that is of a stream and has handed over a chunk
     """
 
-    __slots__ = ("_counted", "_overloaded_at", "attempt_at", "attempt_ms", "errors", "last", "wake_at")
+    __slots__ = (
+        "_counted",
+        "_overloaded_at",
+        "attempt_at",
+        "attempt_ms",
+        "errors",
+        "last",
+        "progress",
+        "wake_at",
+    )
 
     def __init__(self, began: float | None) -> None:
         self.errors: list[Exception] = []
@@ -151,6 +162,7 @@ class Failures:
         self.wake_at = -math.inf
         self.attempt_at = began
         self.attempt_ms = 0.0
+        self.progress: Progress | None = None
 
     def begin(self, now: float) -> None:
         """Note that another attempt begins."""

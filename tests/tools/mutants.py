@@ -477,7 +477,7 @@ MUTANTS = [
     Mutant(
         "a stream is retried after a chunk",
         "Job.next_start",
-        "self.failures is None or self.progress is not None",
+        "self.failures is None or self.failures.progress is not None",
         "self.failures is None",
     ),
     Mutant(

@@ -23,6 +23,7 @@ from typing import Any, assert_never, assert_type
 from agentloop import (
     AgentLoop,
     AgentStream,
+    Attempt,
     Backoff,
     ChunkEvent,
     ContextStore,
@@ -43,6 +44,8 @@ from agentloop import (
     VerdictKind,
     classify,
     collect_text,
+    current_attempt,
+    in_thread,
 )
 from agentloop.testing import Chunks, Fail, FakeAgent, FakeHTTPError, Reply, Stall
 
@@ -103,6 +106,7 @@ async def run_single_gives_a_result_of_what_the_agent_returns() -> None:
     assert_type(await loop.run_single("a", agent, "text"), InvocationResult[int])
     assert_type(await loop.run_single("a", agent.ask, "text"), InvocationResult[float])
     assert_type(await loop.run_single("a", lambda: count("text")), InvocationResult[int])
+    assert_type(await loop.run_single("a", in_thread(blocking), "text"), InvocationResult[int])
 
 
 async def run_single_checks_the_arguments_of_the_agent() -> None:
@@ -111,6 +115,8 @@ async def run_single_checks_the_arguments_of_the_agent() -> None:
     await loop.run_single("a", count, "text", 5)  # type: ignore[call-arg]  # has to be refused
     await loop.run_single("a", count, "text", up=5)  # type: ignore[call-arg]  # has to be refused
     await loop.run_single("a", agent, 5)  # type: ignore[arg-type]  # has to be refused
+    await loop.run_single("a", in_thread(blocking), 5)  # type: ignore[arg-type]  # has to be refused
+    await loop.run_single("a", in_thread(blocking))  # type: ignore[call-arg]  # has to be refused
     await loop.run_single(5, count, "text")  # type: ignore[arg-type]  # has to be refused
 
 
@@ -120,6 +126,25 @@ async def run_single_wants_an_async_callable() -> None:
     await loop.run_single("a", 5)  # type: ignore[arg-type]  # has to be refused
     coroutine = count("text")
     await loop.run_single("a", coroutine)  # type: ignore[arg-type]  # has to be refused
+
+
+async def blocking_function_in_a_thread_is_an_async_function() -> None:
+    assert_type(await in_thread(blocking)("text"), int)
+    assert_type(Invocation("a", in_thread(blocking), ("text",)), Invocation[int])
+    assert_type(Invocation.map(in_thread(blocking), ["text"]), Iterator[Invocation[int]])
+    assert_type(await loop.run_all(Invocation.map(in_thread(blocking), "ab")), list[InvocationResult[int]])
+    await in_thread(blocking)(text=5)  # type: ignore[arg-type]  # has to be refused
+    in_thread(5)  # type: ignore[arg-type]  # has to be refused
+    loop.run_streaming("a", in_thread(blocking), "text")  # type: ignore[arg-type]  # has to be refused
+
+
+def attempt_is_a_value() -> None:
+    attempt = current_attempt()
+    assert_type(attempt, Attempt)
+    assert_type((attempt.agent_id, attempt.number), tuple[str, int])
+    assert_type(attempt.failures, tuple[Exception, ...])
+    assert_type(attempt.idempotency_key, str)
+    attempt.number = 2  # type: ignore[misc]  # has to be refused
 
 
 # --- invocations
