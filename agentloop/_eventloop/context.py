@@ -49,6 +49,6 @@ def as_coroutine(fn: object, returned: object) -> Coroutine[Any, Any, Any]:
         raise not_async(f"{fn!r} is an async generator function: run it with run_streaming()")
 
     raise not_async(
-        f"{fn!r} returned a {type(returned).__name__}, which cannot be awaited: pass an async function; run "
-        "a blocking one in a thread, as in partial(anyio.to_thread.run_sync, fn)"
+        f"{fn!r} returned a {type(returned).__name__}, which cannot be awaited: pass an async function, "
+        "or in_thread(fn) for a blocking one"
     )

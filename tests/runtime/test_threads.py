@@ -211,6 +211,16 @@ async def test_streams_refuse_it() -> None:
                 pass
 
 
+async def test_blocking_function_as_an_agent_is_told_to_be_wrapped() -> None:
+    def blocking() -> int:
+        return 5
+
+    result = await AgentLoop(ONCE).run_single("a", blocking)  # type: ignore[arg-type]  # the point
+    assert str(result.exception).endswith(
+        "cannot be awaited: pass an async function, or in_thread(fn) for a blocking one"
+    )
+
+
 # --- what it looks like
 
 
