@@ -39,6 +39,7 @@ from ._metrics.recorder import MetricsRecorder, MetricsSnapshot
 from ._result import InvocationResult, Status
 from ._runtime.current import Attempt, current_attempt
 from ._runtime.threads import in_thread
+from ._signals import drain_on_signals
 from ._stop_rule import StopRule
 from ._store.store import ContextStore
 from ._stream.stream import AgentStream
@@ -88,6 +89,7 @@ __all__ = [
     "classify",
     "collect_text",
     "current_attempt",
+    "drain_on_signals",
     "in_thread",
 ]
 

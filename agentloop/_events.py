@@ -150,16 +150,17 @@ class StopEvent:
     """
     A batch starts nothing new any more, and retries nothing. What runs may finish. The first reason wins:
 
-    =============================================  ===============================
+    =============================================  ================================================
     ``"'<id>' failed with <error>"``               a fatal verdict
     ``"<n> failed"``                               :class:`StopRule`, ``failures``
     ``"<n> failed in a row"``                      ``in_a_row``
     ``"<n> of <m> failed, more than <s> of all"``  ``share``
     ``"<n>s have passed"``                         ``seconds``
+    the reason given; ``"received SIGTERM"``       :meth:`AgentLoop.drain`; :func:`drain_on_signals`
     ``"the loop was left"``                        the end of ``async with loop:``
     ``"<n> agents left a scope open, ..."``        as many as the limit did
     ``"one of its own tasks was cancelled ..."``   natively, before it began
-    =============================================  ===============================
+    =============================================  ================================================
 
     :param reason: why, in words
     :param at: when it was, in seconds of the event loop's clock

@@ -131,8 +131,8 @@ class AgentLoop:
 
     def statistics(self) -> LoopStatistics:
         """Return the state at this moment."""
-        now = self._limiter.statistics()
-        return LoopStatistics(now.running, now.waiting, now.max_concurrency)
+        now, drained = self._limiter.statistics(), self._lifetime.drained is not None
+        return LoopStatistics(now.running, now.waiting, now.max_concurrency, drained)
 
     def get_latency_stats(self) -> dict[str, float]:
         """

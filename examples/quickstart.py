@@ -36,6 +36,7 @@ from agentloop import (
     Status,
     VerdictKind,
     classify,
+    drain_on_signals,
 )
 
 FAULTS = Faults(
@@ -52,7 +53,7 @@ FAULT_NAMES: dict[Outcome, str] = {
     "hang": "InvocationTimeout",
     "disconnect": "RemoteProtocolError",
 }
-MAP = "Each prompt: . first try, 1-9 retries, E error, T time-out, ? no result"
+MAP = "Each prompt: . first try, 1-9 retries, E error, T time-out, S skipped, ? none"
 USUAL = (Status.SUCCESS, Status.ERROR, Status.TIMEOUT)
 Section = tuple[str, Sequence[tuple[str, str]]]  # a title, and rows of a label and a value
 
@@ -77,6 +78,7 @@ async def ask_all(options: argparse.Namespace) -> bool:
     results: list[InvocationResult[str]] = []
     stopped: BatchStopped | None = None
     async with (
+        drain_on_signals(loop),  # at the first Ctrl-C what runs may finish, a second one cancels it
         embedded as server,
         httpx2.AsyncClient(
             base_url=server.base_url if server else options.base_url,
@@ -94,9 +96,11 @@ async def ask_all(options: argparse.Namespace) -> bool:
                     async for result in completed:
                         results.append(result)
                         advance()
-        except BatchStopped as exc:  # no other prompt would fare better, with a key that is refused
+        except (
+            BatchStopped
+        ) as exc:  # by Ctrl-C; or with a key that is refused, no other prompt would fare better
             stopped = exc
-        finally:  # on Ctrl-C too: what has been finished is worth reading
+        finally:  # whatever has happened: what has been finished is worth reading
             elapsed = time.perf_counter() - start
             results.sort(key=lambda result: result.index)
             show(story(prompts, results, server))

@@ -21,7 +21,17 @@ PACKAGE = Path(agentloop.__file__).parent
 # the package are its vocabulary.
 VOCABULARY = "vocabulary"
 PARTS = ["_limits", "_metrics", "_store"]
-LAYERS = [[VOCABULARY], ["_eventloop"], PARTS, ["_runtime"], ["_batch"], ["_stream"], ["_loop"], ["__init__"]]
+LAYERS = [
+    [VOCABULARY],
+    ["_eventloop"],
+    PARTS,
+    ["_runtime"],
+    ["_batch"],
+    ["_stream"],
+    ["_loop"],
+    ["_signals"],
+    ["__init__"],
+]
 HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
 
 OUTSIDE = {"anyio", "attrs"}
@@ -63,6 +73,7 @@ CONTRACT = [
     "StopRule",
     "Attempt",
     "current_attempt",
+    "drain_on_signals",
     "in_thread",
 ]
 

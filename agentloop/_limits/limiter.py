@@ -47,18 +47,20 @@ class LimiterStatistics:
 @attrs.frozen
 class LoopStatistics:
     """
-    A loop at this moment. Loops that share a limiter share these figures.
+    A loop at this moment. Loops that share a limiter share the figures.
 
     :param running: how many slots are in use; an invocation that waits for others which it runs on the same
         loop has lent them its slot and counts once with them
     :param waiting: how many invocations wait for a slot or for their next retry, with the rest of a sequence
         that was given to :meth:`AgentLoop.run_all`; other input does not count until it is pulled
     :param max_concurrency: how many slots there are
+    :param drained: whether the loop was drained: nothing new is started, and what runs finishes
     """
 
     running: int
     waiting: int
     max_concurrency: int
+    drained: bool = False
 
 
 @name_parameters()

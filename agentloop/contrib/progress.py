@@ -136,6 +136,7 @@ class _State:
     elapsed: float
     done: int
     total: int | None
+    drained: bool
     running: int
     waiting: int
     retries: int
@@ -149,12 +150,19 @@ class _State:
     @property
     def eta(self) -> float | None:
         """How many seconds there are to go, if that can be known."""
-        left = 0 if self.total is None else self.total - self.done - self.cancelled - self.skipped
+        if self.drained or self.total is None:
+            return None
+
+        left = self.total - self.done - self.cancelled - self.skipped
         return left / self.rate if left > 0 and self.rate else None
 
     def items(self) -> Iterator[tuple[str, str]]:
         """Yield the figures, each with its style."""
-        yield f"{self.running} running", "cyan" if self.running else "dim"
+        if self.drained:
+            yield f"draining, {self.running} running" if self.running else "drained", "yellow"
+        else:
+            yield f"{self.running} running", "cyan" if self.running else "dim"
+
         yield f"{self.waiting} waiting", "cyan" if self.waiting else "dim"
         yield _counted(self.retries, "retry", "retries"), "yellow" if self.retries else "dim"
         yield _counted(self.failures, "failure", "failures"), "bold red" if self.failures else "dim"
@@ -203,6 +211,7 @@ class _Meter:
             now - self._began,
             done,
             self._total,
+            loop.drained,
             loop.running,
             loop.waiting,
             max(0, so_far.retries - before.retries),

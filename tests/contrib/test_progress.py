@@ -87,6 +87,20 @@ async def test_one_of_a_thing_is_said_in_the_singular() -> None:
     assert ", 1 retry, 1 failure, " in screen.lines[-1]
 
 
+async def test_loop_that_drains_says_so_and_has_no_time_to_go() -> None:
+    screen, loop = Screen(), AgentLoop(LoopConfig(max_concurrency=2))
+    async with progress(loop, 20, console=screen.console), anyio.create_task_group() as group:
+        group.start_soon(loop.run_all, [Invocation("a", agent, (4,)) for _ in range(20)])
+        await anyio.sleep(4.5)
+        loop.drain()
+
+    assert [line.partition(", 24.0/min")[0].partition(", 30.0/min")[0] for line in screen.lines] == [
+        "2/20 (10%), draining, 2 running, 16 waiting, 0 retries, 0 failures",
+        "4/20 (20%), drained, 0 waiting, 0 retries, 0 failures, 16 skipped",
+    ]
+    assert "ETA" not in screen.lines[0]
+
+
 async def test_what_was_cancelled_or_skipped_is_not_done() -> None:
     screen, loop = Screen(), AgentLoop(LoopConfig(max_concurrency=2))
     async with progress(loop, 10, console=screen.console):

@@ -378,8 +378,8 @@ MUTANTS = [
     Mutant(
         "a result is delivered to the wrong input",
         "InputSource.next_job",
-        "Job(item, index, self._now() if began is None else began, self._pool, self._outer)",
-        "Job(item, max(0, index - 1), self._now() if began is None else began, self._pool, self._outer)",
+        "Job(item, index, self._now() if began is None else began, self._pool, self.outer)",
+        "Job(item, max(0, index - 1), self._now() if began is None else began, self._pool, self.outer)",
     ),
     Mutant(
         "a reader that is cancelled loses a result",

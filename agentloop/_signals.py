@@ -1,0 +1,158 @@
+"""Loops that drain when the process is told to stop."""
+
+from __future__ import annotations
+
+__all__ = ["drain_on_signals"]
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable
+from contextlib import AbstractAsyncContextManager, suppress
+from functools import partial
+from types import FrameType, TracebackType
+from typing import Any
+
+from anyio.lowlevel import checkpoint, current_token
+
+from . import _validators as must
+from ._eventloop.loop import kind_of_loop
+from ._loop import AgentLoop
+
+_logger = logging.getLogger("agentloop")
+
+_ON_WINDOWS = os.name == "nt"
+_NOT_CAUGHT = {"SIGKILL", "SIGSTOP"}
+
+
+def drain_on_signals(
+    *loops: AgentLoop,
+    grace_seconds: float | None = 25,
+    signals: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
+) -> AbstractAsyncContextManager[None]:
+    """
+    Drain loops when the process is told to stop, in the block, which is to be the outermost one::
+
+        async with drain_on_signals(loop), httpx.AsyncClient() as client:
+            results = await loop.run_all(Invocation.map(partial(ask, client), prompts))
+            save(results)
+
+    The first signal drains the loops (:meth:`AgentLoop.drain`). A second one cancels what still runs, so that
+    there is a result for it, and the block goes on. A third one does what it does without this.
+
+    When the block is left after a signal, however it is left, standard output and error are flushed and the
+    first signal is raised again, with the handlers that there were before: SIGTERM ends the process there,
+    SIGINT raises ``KeyboardInterrupt``. So a shell, systemd or Kubernetes see from the exit status what has
+    happened, and what is to be done at the end belongs into the block.
+
+    On Windows this does nothing, and says so in the log: Ctrl-C raises ``KeyboardInterrupt`` as ever.
+
+    :param loops: the loops to drain
+    :param grace_seconds: how long what runs may go on after the first signal, in seconds; then it is
+        cancelled. ``None`` for as long as it takes. Kubernetes kills 30 seconds after SIGTERM, by default
+    :param signals: the signals to wait for
+    :raises TypeError: if there is no loop, or a value is of the wrong type
+    :raises ValueError: if ``grace_seconds`` is negative or not finite, or a signal cannot be caught
+    :raises RuntimeError: when it is entered, if that is not in the main thread, or for the second time
+    """
+    if not loops:
+        raise TypeError("drain_on_signals() needs the loops to drain, as in drain_on_signals(loop)")
+
+    for loop in loops:
+        if not isinstance(loop, AgentLoop):
+            raise TypeError(f"loops must be of type AgentLoop, got {loop!r}")
+
+    must.check_number("grace_seconds", grace_seconds, minimum=0, optional=True, finite=True)
+    return _Draining(loops, grace_seconds, _checked(signals))
+
+
+def _checked(signals: Iterable[signal.Signals]) -> list[signal.Signals]:
+    if not isinstance(signals, Iterable):
+        raise TypeError(f"signals must be several, as in (signal.SIGTERM,), got {signals!r}")
+
+    numbers = list(signals)
+    for number in numbers:
+        if not isinstance(number, int) or number not in signal.Signals.__members__.values():
+            raise TypeError(f"signals must be of type signal.Signals, got {number!r}")
+
+        if signal.Signals(number).name in _NOT_CAUGHT:
+            raise ValueError(f"no process can catch {signal.Signals(number).name}: leave it out of signals")
+
+    return [signal.Signals(number) for number in numbers]
+
+
+class _Draining(AbstractAsyncContextManager[None]):
+    """
+    The block in which signals drain loops.
+
+    The handlers are Python's own, so they run in the main thread wherever that is, also while an agent blocks
+    the event loop. They leave the draining to the event loop.
+    """
+
+    def __init__(
+        self, loops: tuple[AgentLoop, ...], grace_seconds: float | None, signals: list[signal.Signals]
+    ) -> None:
+        self._loops = loops
+        self._grace_seconds = grace_seconds
+        self._signals = signals
+        self._received: list[int] = []
+        self._before: dict[signal.Signals, Any] | None = None
+
+    async def __aenter__(self) -> None:
+        if self._before is not None:
+            raise RuntimeError("drain_on_signals() can be entered once: call it again for another block")
+
+        self._before = {}
+        if _ON_WINDOWS:
+            _logger.warning("drain_on_signals() does nothing on Windows; Ctrl-C interrupts as ever")
+            return
+
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError(
+                "signals arrive in the main thread alone: enter drain_on_signals() there, or call drain()"
+            )
+
+        self._call_soon = partial(kind_of_loop().call_from_thread, current_token().native_token)
+        for number in self._signals:
+            self._before[number] = signal.signal(number, self._handle)
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._restore()
+        if not self._received:
+            return
+
+        for stream in (sys.stdout, sys.stderr):
+            # There may be no stream, it may be closed, and nobody may read it any more.
+            with suppress(AttributeError, OSError, ValueError):
+                stream.flush()
+
+        signal.raise_signal(self._received[0])
+        # To SIGINT asyncio's runner answers with a cancellation of the main task. It is to arrive here, and
+        # not to be lost because nothing is awaited any more.
+        await checkpoint()
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self._received.append(number)
+        is_first = len(self._received) == 1
+        if not is_first:
+            self._restore()
+
+        reason = f"received {signal.Signals(number).name}"
+        self._call_soon(partial(self._drain, reason, self._grace_seconds if is_first else 0))
+
+    def _drain(self, reason: str, grace_seconds: float | None) -> None:
+        for loop in self._loops:
+            try:
+                loop.drain(reason, grace_seconds=grace_seconds)
+            except RuntimeError:
+                _logger.exception("a loop could not be drained")
+
+    def _restore(self) -> None:
+        before, self._before = self._before or {}, {}
+        for number, handler in before.items():
+            # None stands for one that Python cannot call.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
