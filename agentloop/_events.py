@@ -162,6 +162,17 @@ class StopEvent:
     ``"one of its own tasks was cancelled ..."``   natively, before it began
     =============================================  ================================================
 
+    Whatever the reason, this becomes of the invocations of the batch:
+
+    =================  ================================================================================
+    not begun          ``SKIPPED``; of lazy input that was not pulled there is no result
+    waits for a retry  ends with its last failure, and a note that says why
+    runs               finishes; is ``CANCELLED`` when the grace of the rule or the drain is over
+    runs others        these are run whole, also in a drained loop; what stops a nested batch
+                       stops the batch around it only if the agent raises it
+    is a stream        as above; an open one is read to its end
+    =================  ================================================================================
+
     :param reason: why, in words
     :param at: when it was, in seconds of the event loop's clock
     """
