@@ -15,6 +15,7 @@ from functools import partial
 from types import FrameType, TracebackType
 from typing import Any
 
+import anyio
 from anyio.lowlevel import checkpoint, current_token
 
 from . import _validators as must
@@ -31,7 +32,7 @@ def drain_on_signals(
     *loops: AgentLoop,
     grace_seconds: float | None = 25,
     signals: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
-) -> AbstractAsyncContextManager[None]:
+) -> AbstractAsyncContextManager[anyio.Event]:
     """
     Drain loops when the process is told to stop, in the block, which is to be the outermost one::
 
@@ -39,7 +40,8 @@ def drain_on_signals(
             results = await loop.run_all(Invocation.map(partial(ask, client), prompts))
             save(results)
 
-    The first signal drains the loops (:meth:`AgentLoop.drain`). A second one cancels what still runs, so that
+    The first signal drains the loops (:meth:`AgentLoop.drain`) and sets the ``anyio.Event`` that the block is
+    given, for whatever else has to stop, such as a server. A second one cancels what still runs, so that
     there is a result for it, and the block goes on. A third one does what it does without this.
 
     When the block is left after a signal, however it is left, standard output and error are flushed and the
@@ -83,7 +85,7 @@ def _checked(signals: Iterable[signal.Signals]) -> list[signal.Signals]:
     return [signal.Signals(number) for number in numbers]
 
 
-class _Draining(AbstractAsyncContextManager[None]):
+class _Draining(AbstractAsyncContextManager[anyio.Event]):
     """
     The block in which signals drain loops.
 
@@ -100,14 +102,15 @@ class _Draining(AbstractAsyncContextManager[None]):
         self._received: list[int] = []
         self._before: dict[signal.Signals, Any] | None = None
 
-    async def __aenter__(self) -> None:
+    async def __aenter__(self) -> anyio.Event:
         if self._before is not None:
             raise RuntimeError("drain_on_signals() can be entered once: call it again for another block")
 
         self._before = {}
+        self._draining = anyio.Event()
         if _ON_WINDOWS:
             _logger.warning("drain_on_signals() does nothing on Windows; Ctrl-C interrupts as ever")
-            return
+            return self._draining
 
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError(
@@ -117,6 +120,8 @@ class _Draining(AbstractAsyncContextManager[None]):
         self._call_soon = partial(kind_of_loop().call_from_thread, current_token().native_token)
         for number in self._signals:
             self._before[number] = signal.signal(number, self._handle)
+
+        return self._draining
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -150,6 +155,8 @@ class _Draining(AbstractAsyncContextManager[None]):
                 loop.drain(reason, grace_seconds=grace_seconds)
             except RuntimeError:
                 _logger.exception("a loop could not be drained")
+
+        self._draining.set()
 
     def _restore(self) -> None:
         before, self._before = self._before or {}, {}

@@ -11,14 +11,14 @@ It needs ``pip install -e ".[serve]"``: Starlette on Hypercorn, which serves on 
 
 Each request is one invocation, and its answer the invocation's stream, as server-sent events. Where too many
 wait already, a request is refused with 503 and a Retry-After. A client that leaves takes its invocation with
-it. When the server is told to stop, it takes no new requests, and ends when those that it has are answered.
+it. When the server is told to stop, it takes no new requests, answers those that it has begun, and ends by
+that signal.
 """
 
 import argparse
 import importlib
 import math
 import os
-import signal
 import socket
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -39,7 +39,15 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 from streaming import write
 
-from agentloop import AgentLoop, Invocation, LoopConfig, Status, StreamChunk, StreamEvent
+from agentloop import (
+    AgentLoop,
+    Invocation,
+    LoopConfig,
+    Status,
+    StreamChunk,
+    StreamEvent,
+    drain_on_signals,
+)
 from agentloop.contrib.prometheus import LoopCollector
 
 MAX_WAITING = 4
@@ -61,12 +69,15 @@ class Endpoint:
 
     :param loop: a loop that has been entered, so that streams belong to it and not to whoever reads them
     :param agent: an async generator function of a prompt
+    :param draining: is set when the loop is drained
     """
 
-    def __init__(self, loop: AgentLoop, agent: Callable[[str], AsyncIterator[StreamChunk]]) -> None:
+    def __init__(
+        self, loop: AgentLoop, agent: Callable[[str], AsyncIterator[StreamChunk]], draining: anyio.Event
+    ) -> None:
         self.loop = loop
         self.agent = agent
-        self.draining = anyio.Event()
+        self.draining = draining
         self.drained = anyio.Event()
         # Counted here and not read off the loop: requests of this very moment do not wait there yet.
         self.open = 0
@@ -114,18 +125,15 @@ class Endpoint:
             yield StreamChunk(StreamEvent.ERROR, type(exc).__name__).to_sse()
 
 
-async def wait_for_signal(draining: anyio.Event, *, task_status: TaskStatus[None]) -> None:
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        task_status.started()
-        async for _ in signals:
-            break
-
-    # A second signal does what it would do anyway.
-    draining.set()
-
-
-async def serve(sock: socket.socket, backend: str, *, task_status: TaskStatus[Endpoint]) -> None:
-    """Serve until a signal comes, and then until every request that was begun is answered."""
+async def serve(
+    sock: socket.socket,
+    backend: str,
+    loop: AgentLoop,
+    draining: anyio.Event,
+    *,
+    task_status: TaskStatus[Endpoint],
+) -> None:
+    """Serve until the loop is drained, and then until every request that was begun is answered."""
     config = hypercorn.Config()
     config.bind = [f"fd://{sock.detach()}"]
     # Every invocation is bounded by itself; who cannot wait for them may send a second signal.
@@ -134,8 +142,7 @@ async def serve(sock: socket.socket, backend: str, *, task_status: TaskStatus[En
     async with (
         serve_model(FAULTS, seed=SEED) as model_server,
         httpx2.AsyncClient(base_url=model_server.base_url, timeout=None, trust_env=False) as model,
-        AgentLoop(CONFIG) as loop,
-        anyio.create_task_group() as group,
+        loop,
     ):
         registry = CollectorRegistry()
         registry.register(LoopCollector({"agent": loop}))
@@ -143,13 +150,11 @@ async def serve(sock: socket.socket, backend: str, *, task_status: TaskStatus[En
         async def metrics(_: Request) -> Response:
             return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-        endpoint = Endpoint(loop, partial(write, model))
+        endpoint = Endpoint(loop, partial(write, model), draining)
         app = Starlette(routes=[Route("/", endpoint, methods=["GET"]), Route("/metrics", metrics)])
-        await group.start(wait_for_signal, endpoint.draining)
         task_status.started(endpoint)
         worker = importlib.import_module(f"hypercorn.{backend}")
-        await worker.serve(app, config, shutdown_trigger=endpoint.draining.wait)
-        group.cancel_scope.cancel("the server has ended")
+        await worker.serve(app, config, shutdown_trigger=draining.wait)
         endpoint.drained.set()
 
 
@@ -211,14 +216,14 @@ async def read_metrics(client: httpx2.AsyncClient) -> None:
 
 
 async def stop(endpoint: Endpoint, client: httpx2.AsyncClient) -> None:
-    print("\nSIGTERM, while a request is being answered")
+    print("\nA drain, as at SIGTERM, while a request is being answered")
     names: list[str] = []
     async with client.sse("/", params={"prompt": "Pack for the moon"}) as events:
         async for event in events:
             names.append(event.event)
             if len(names) == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-                await endpoint.draining.wait()
+                endpoint.loop.drain()
+                endpoint.draining.set()
                 print(f"  a new one    is {await knock(str(client.base_url))}")
 
     print(f"  that one     goes on to the end: {names[-1]} after {len(names)} events")
@@ -235,10 +240,16 @@ async def knock(base_url: str) -> str:
 
 
 async def main(backend: str, port: int | None) -> None:
+    loop = AgentLoop(CONFIG)
+    async with drain_on_signals(loop, grace_seconds=None) as draining:
+        await run(backend, port, loop, draining)
+
+
+async def run(backend: str, port: int | None, loop: AgentLoop, draining: anyio.Event) -> None:
     with socket.create_server(("127.0.0.1", port or 0)) as sock:
         base_url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         async with anyio.create_task_group() as group:
-            endpoint = await group.start(serve, sock, backend)
+            endpoint = await group.start(serve, sock, backend, loop, draining)
             if port is not None:
                 print(f"{base_url}/?prompt=..., on {backend}; end it with SIGTERM or Ctrl-C", flush=True)
             else:
@@ -265,7 +276,7 @@ if __name__ == "__main__":
 
     try:
         anyio.run(main, options.backend, options.port, backend=options.backend)
-    except* KeyboardInterrupt:  # the second one, while it drains
+    except* KeyboardInterrupt:  # Ctrl-C, after it has drained
         sys.exit(130)
     except* BrokenPipeError:  # whoever reads what we print has had enough, as "head" has after ten lines
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -146,8 +146,10 @@ def test_interrupt_drains_and_is_raised_when_the_block_is_left(backend: str) -> 
 
     async def main() -> None:
         loop = AgentLoop(LoopConfig(max_concurrency=1))
-        async with drain_on_signals(loop):
+        async with drain_on_signals(loop) as draining:
+            assert not draining.is_set()
             results = await loop.run_all(Invocation.map(agent, range(3)))
+            await draining.wait()
             statuses.extend(result.status for result in results)
             assert str(results[1].exception) == "received SIGINT"
 
