@@ -176,7 +176,7 @@ class Background:
     @property
     def outer(self) -> Slot | None:
         """The slot of the invocation that reads, if one does."""
-        return self._reader_slot
+        return self._producer.outer
 
     def wind_down(self, stopped: BatchStopped, until: float | None) -> None:
         """Start and retry nothing any more, and cancel at a time what still runs."""

@@ -18,6 +18,7 @@ from agentloop import (
     Event,
     Invocation,
     InvocationResult,
+    KeyedLimiter,
     Limiter,
     LoopConfig,
     Rate,
@@ -308,6 +309,18 @@ async def test_each_batch_tells_that_it_stops() -> None:
     loop = AgentLoop(LoopConfig(max_concurrency=1), on_event=events.append)
     await drained_at(1, loop, lambda: loop.run_all([Invocation("a", agent, (3,))] * 2), reason="night over")
     assert [event.reason for event in events if isinstance(event, StopEvent)] == ["night over"]
+
+
+@pytest.mark.parametrize("verb", ["run_all", "as_completed"])
+async def test_key_function_that_drains_the_loop_and_raises_fails_its_own_input(verb: str) -> None:
+    def by(invocation: Invocation[Any]) -> str:
+        loop.drain()
+        raise LookupError("no key")
+
+    loop = AgentLoop(limiter=KeyedLimiter(by, lambda _: Limiter(1)))
+    results, _ = await collect(loop, verb, [1, 1])
+    assert isinstance(results[0].exception, LookupError)
+    assert [result.status for result in results[1:]] in ([], [Status.SKIPPED])
 
 
 async def test_agent_can_drain_the_loop_that_runs_it() -> None:
