@@ -250,16 +250,16 @@ async def test_what_is_wrong_is_said_at_once() -> None:
         drain_on_signals()
 
     with pytest.raises(TypeError, match="loops must be of type AgentLoop, got 5"):
-        drain_on_signals(loop, 5)  # type: ignore[arg-type]
+        drain_on_signals(loop, 5)  # type: ignore[arg-type]  # has to be refused
 
     with pytest.raises(ValueError, match="grace_seconds must be at least 0"):
         drain_on_signals(loop, grace_seconds=-1)
 
     with pytest.raises(TypeError, match=r"signals must be several"):
-        drain_on_signals(loop, signals=signal.SIGTERM)  # type: ignore[arg-type]
+        drain_on_signals(loop, signals=signal.SIGTERM)  # type: ignore[arg-type]  # has to be refused
 
     with pytest.raises(TypeError, match=r"signals must be of type signal.Signals, got 'SIGTERM'"):
-        drain_on_signals(loop, signals=["SIGTERM"])  # type: ignore[list-item]
+        drain_on_signals(loop, signals=["SIGTERM"])  # type: ignore[list-item]  # has to be refused
 
     with pytest.raises(ValueError, match="no process can catch SIGKILL"):
         drain_on_signals(loop, signals=[signal.SIGKILL])
