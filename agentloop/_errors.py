@@ -73,6 +73,9 @@ def _printable(character: str) -> str:
 class AgentLoopError(Exception):
     """The base of every error that is this library's own."""
 
+    # What kind of verdict it deserves, where that does not depend on what it tells of a response.
+    _verdict: str | None = None
+
 
 class InvocationTimeout(AgentLoopError, TimeoutError):
     """
@@ -86,6 +89,7 @@ class InvocationTimeout(AgentLoopError, TimeoutError):
         rather than ``timeout_seconds`` (one attempt)
     """
 
+    _verdict = "transient"
     _text = "Timeout after {:.10g}s"
 
     def __init__(self, seconds: float, total: bool = False) -> None:
@@ -117,6 +121,8 @@ class InvocationCancelled(AgentLoopError):
     Its ``__cause__`` is the cancellation that came out of the agent, where one did.
     """
 
+    _verdict = "transient"
+
 
 class BatchStopped(AgentLoopError):
     """
@@ -130,6 +136,8 @@ class BatchStopped(AgentLoopError):
     :param reason: why the batch was stopped
     :param hint: what to do to have it go on, if there is anything
     """
+
+    _verdict = "permanent"
 
     results: list[Any]
     """The results that there are, of a ``run_all()`` that raised this; else empty."""
@@ -152,6 +160,8 @@ class LeftOpenError(AgentLoopError, RuntimeError):
     :param agent_id: which one
     """
 
+    _verdict = "permanent"
+
     def __init__(self, agent_id: str) -> None:
         super().__init__(agent_id)
         self.agent_id = agent_id
@@ -165,6 +175,8 @@ class LeftOpenError(AgentLoopError, RuntimeError):
 
 class LoopClosed(AgentLoopError, RuntimeError):
     """New work was given to a loop whose ``async with`` block had been left."""
+
+    _verdict = "permanent"
 
 
 def not_async(message: str) -> TypeError:

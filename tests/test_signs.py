@@ -1,0 +1,113 @@
+"""What an exception tells of a response and of a provider. Nothing in here needs an event loop."""
+
+import errno
+import ssl
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from agentloop import BatchStopped, IdleTimeout, InvocationTimeout, LoopClosed
+from agentloop._signs import speaks_of_provider
+from agentloop.testing import FakeHTTPError
+
+
+class Wrapper(Exception):
+    """What a framework makes of an error."""
+
+
+class RpcError(Exception):
+    def __init__(self, name: str) -> None:
+        self.code = lambda: SimpleNamespace(name=name)
+
+
+def caused_by(cause: BaseException) -> Exception:
+    error = Wrapper()
+    error.__cause__ = cause
+    return error
+
+
+def on_handling(context: BaseException) -> Exception:
+    error = Wrapper()
+    error.__context__ = context
+    return error
+
+
+def grouped(member: Exception) -> Exception:
+    return ExceptionGroup("several", [ValueError(), ExceptionGroup("inner", [member])])
+
+
+every_wrapping = pytest.mark.parametrize("wrap", [lambda exc: exc, caused_by, on_handling, grouped])
+
+
+@every_wrapping
+@pytest.mark.parametrize(
+    "error",
+    [
+        FakeHTTPError(408),
+        FakeHTTPError(500),
+        FakeHTTPError(503),
+        FakeHTTPError(529),
+        RpcError("UNAVAILABLE"),
+        RpcError("DEADLINE_EXCEEDED"),
+        ConnectionRefusedError(),
+        TimeoutError(),
+        OSError(errno.ENETUNREACH, "no network"),
+        OSError("no number"),
+        ssl.SSLError(),
+    ],
+    ids=repr,
+)
+def test_bad_status_or_network_error_speaks_of_the_provider(wrap: Any, error: Exception) -> None:
+    assert speaks_of_provider(wrap(error))
+    assert speaks_of_provider(wrap(wrap(error)))
+
+
+@every_wrapping
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError(),
+        FakeHTTPError(429),
+        FakeHTTPError(404),
+        RpcError("RESOURCE_EXHAUSTED"),
+        FileExistsError(),
+        FileNotFoundError(),
+        IsADirectoryError(),
+        NotADirectoryError(),
+        PermissionError(),
+        OSError(errno.ENOSPC, "disk full"),
+        OSError(errno.EDQUOT, "quota"),
+        OSError(errno.EROFS, "read-only"),
+        OSError(errno.EMFILE, "too many open files"),
+        InvocationTimeout(5),
+        IdleTimeout(5),
+        BatchStopped("spent"),
+        LoopClosed(),
+    ],
+    ids=repr,
+)
+def test_any_other_error_does_not_speak_of_the_provider(wrap: Any, error: Exception) -> None:
+    assert not speaks_of_provider(wrap(error))
+
+
+def test_what_caused_an_error_of_the_library_does_not_speak_of_the_provider() -> None:
+    stopped = BatchStopped("too many failures")
+    stopped.__cause__ = ConnectionError()
+    assert not speaks_of_provider(stopped)
+
+
+def test_chain_of_causes_without_an_end_speaks_of_nobody() -> None:
+    error = Wrapper()
+    error.__cause__ = caused_by(error)
+    assert not speaks_of_provider(error)
+
+
+def test_number_of_causes_that_are_looked_at_is_bounded() -> None:
+    error: Exception = ConnectionError()
+    for _ in range(10_000):
+        error = caused_by(error)
+
+    assert not speaks_of_provider(error)
+    assert error.__cause__ is not None
+    assert speaks_of_provider(error.__cause__)
