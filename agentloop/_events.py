@@ -135,14 +135,20 @@ class ResultEvent:
 @attrs.frozen
 class LimitEvent:
     """
-    How many slots there are: told as a run begins to use the limiter, and whenever the number changes.
+    What a limiter allows: told as a run begins to use it, and whenever that changes.
 
-    :param limit: how many there are now
+    :param limit: how many slots there are now
     :param at: when it was, in seconds of the event loop's clock
+    :param held_until: until when nothing starts but probes, because a server has asked to wait; ``None`` if
+        nothing is held back. No event tells that this time has come
+    :param outage_since: since when all attempts have failed in ways that speak of the provider; ``None`` if
+        there is no outage
     """
 
     limit: int
     at: float = 0.0
+    held_until: float | None = None
+    outage_since: float | None = None
 
 
 @attrs.frozen

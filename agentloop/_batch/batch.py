@@ -30,6 +30,7 @@ class Batch(Bookkeeping[T]):
         self._deadline = anyio.current_effective_deadline()
         self._began = self.pool.loop.now()
         self.pool.claim()
+        self.pool.begin_call(self, self.outer)
         self.pool.on_raise.add(self._resized)
         self.source.count_to_come(1)
         try:
@@ -45,6 +46,7 @@ class Batch(Bookkeeping[T]):
             self.source.count_to_come(-1)
             self.pool.users -= 1
             self._abandon()
+            self.pool.end_call(self, self.outer)
             # It refers to an error, whose frames may refer to this.
             self._judge = None
             self.source.close()

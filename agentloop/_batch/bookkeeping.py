@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextvars import copy_context
 from typing import ClassVar, Generic, TypeVar
 
-from .._errors import BatchStopped, describe
+from .._errors import BatchStopped
 from .._eventloop.deadlines import AttemptScope
 from .._eventloop.tasks import Tasks
 from .._invocation import Inputs
@@ -19,8 +19,9 @@ from .._result import InvocationResult
 from .._runtime.job import Job
 from .._runtime.observer import COUNTED_AT_ONCE
 from .._runtime.options import RunOptions
+from .._runtime.outcome import Outcome
 from .._verdict import VerdictKind
-from .ending import FATAL_HINT, RULE_HINT, Ending, Judge
+from .ending import FATAL_HINT, PATIENCE_HINT, RULE_HINT, Ending, Judge, blame
 from .inputs import InputSource
 from .retry_queue import RetryQueue
 from .timer import Timer
@@ -247,16 +248,32 @@ class Bookkeeping(Generic[T]):
                 self.stop(f"{self.crew.spoilt} agents left a scope open, {agent}", failed.error)
         elif failed is not None and verdict is not None:
             if verdict.kind is VerdictKind.FATAL:
-                reason = f"{job.invocation.agent_id!r} failed with {describe(failed.error)}"
-                self.stop(reason, failed.error, FATAL_HINT)
-            elif self.ending.stopped is not None:
-                if verdict.kind is not VerdictKind.PERMANENT:
+                self.stop(blame(job, failed), failed.error, FATAL_HINT)
+            elif verdict.kind is VerdictKind.OVERLOAD:
+                self._lose_patience(job, failed)
+
+            if self.ending.stopped is not None:
+                if verdict.kind not in (VerdictKind.PERMANENT, VerdictKind.FATAL):
                     self.ending.close(job)
             elif job.next_start(now, self._deadline, self.options) is not None:
                 self._retry(job, now)
                 return
 
         self.finish(job, now)
+
+    def _lose_patience(self, job: Job[T], failed: Outcome) -> None:
+        """Stop if the provider has let nothing succeed for too long."""
+        config = self.options.config
+        if job.pool.is_hopeless(config.overload_timeout_seconds):
+            assert job.pool.admission.provider is not None
+            only_timeouts = job.pool.admission.provider.outage.timed_out
+            reason = (
+                f"nothing has succeeded for {config.overload_timeout_seconds:.10g}s: {blame(job, failed)}"
+            )
+            hint = (
+                f"is timeout_seconds={config.timeout_seconds} too short?" if only_timeouts else PATIENCE_HINT
+            )
+            self.stop(reason, failed.error, hint)
 
     def _retry(self, job: Job[T], now: float) -> None:
         wake_at = job.rest(self.options.observer, now)

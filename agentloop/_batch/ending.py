@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-__all__ = ["FATAL_HINT", "RULE_HINT", "Ending", "Judge"]
+__all__ = ["FATAL_HINT", "PATIENCE_HINT", "RULE_HINT", "Ending", "Judge", "blame"]
 
 from typing import Any
 
-from .._errors import BatchStopped
+from .._errors import BatchStopped, describe
 from .._result import InvocationResult, Status
 from .._runtime.job import Job
+from .._runtime.outcome import Outcome
 from .._stop_rule import StopRule
 
 # What to do about a batch that one failure has stopped.
 FATAL_HINT = "a classify= that does not judge the error FATAL lets a batch go on"
 RULE_HINT = "as LoopConfig(stop=...) has it"
+PATIENCE_HINT = "LoopConfig(overload_timeout_seconds=...) says how long to wait for a provider"
+
+
+def blame(job: Job[Any], failed: Outcome) -> str:
+    """Return which invocation has failed, and how, as the reason of a stop."""
+    return f"{job.invocation.agent_id!r} failed with {describe(failed.error)}"
 
 
 class Judge:

@@ -1,11 +1,10 @@
-"""What an attempt needs besides a slot: rates that it can pay, and the end of a cool-off."""
+"""What an attempt needs besides a slot: rates that it can pay, and a provider that is ready for it."""
 
 from __future__ import annotations
 
 __all__ = ["Admission", "Bill"]
 
 import logging
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,7 +16,7 @@ from .._foreign import foreign_code
 from .._invocation import Invocation
 from .._result import InvocationResult
 from .._verdict import Verdict, VerdictKind
-from .overload import AdaptiveLimit
+from .provider import Provider
 from .rates import Charge, Rate, make_meter, price
 from .retry_budget import RetryLedger
 
@@ -45,7 +44,7 @@ class Bill:
 
 class Admission:
     """
-    The rates, the working limit and the retry budget of a limiter in one event loop.
+    The rates, the provider and the retry budget of a limiter in one event loop.
 
     An attempt reserves the costs of all rates at once when it gets its slot, and pays them when its agent is
     called: in between, the event loop may be busy with other tasks for longer than the time that a rate is
@@ -54,21 +53,21 @@ class Admission:
     It never reads a clock: the caller tells the time.
 
     :param rates: how much may start in a time
-    :param governor: lowers the limit after overloads, and holds attempts back in a cool-off
+    :param provider: learns what the provider bears, and holds attempts back for it
     :param ledger: bounds retries
     """
 
     def __init__(
         self,
         rates: Iterable[Rate] = (),
-        governor: AdaptiveLimit | None = None,
+        provider: Provider | None = None,
         ledger: RetryLedger | None = None,
     ) -> None:
         self.meters = tuple(make_meter(rate) for rate in rates)
-        self.governor = governor
+        self.provider = provider
         self.ledger = ledger
         self.gated = bool(self.meters)
-        """Whether an attempt may need more than a slot; during a cool-off, even where there are no rates."""
+        """Whether an attempt may need more than a slot; in a cool-off, say, even where there are no rates."""
         self.paused = False
         """Whether no attempt begins but those on loan."""
         self.epoch = 0
@@ -89,16 +88,6 @@ class Admission:
         self.paused = paused
         self._look()
 
-    @property
-    def held_until(self) -> float:
-        """When the cool-off ends; minus infinity if there was none."""
-        return -math.inf if self.governor is None else self.governor.held_until
-
-    @property
-    def cuts(self) -> int:
-        """How often overload has lowered the limit."""
-        return 0 if self.governor is None else self.governor.cuts
-
     # -- before an attempt
 
     def price(self, invocation: Invocation[Any]) -> Bill | None:
@@ -114,33 +103,37 @@ class Admission:
 
     def ready_at(self, bill: Bill | None, now: float) -> float:
         """Return when a bill can be reserved, ``now`` or later."""
-        at = now if self.governor is None else self.governor.ready_at(now)
+        at = now if self.provider is None else self.provider.ready_at(now)
         if bill is not None:
             for meter, cost in zip(self.meters, bill.costs, strict=True):
                 at = max(at, meter.ready_at(cost, now))
 
         return at
 
-    def reserve(self, bill: Bill | None, now: float) -> None:
-        """Reserve a bill for which it is time."""
-        if self.governor is not None:
-            self.governor.start(now)
+    def reserve(self, attempt: object, bill: Bill | None, now: float) -> None:
+        """Reserve the bill of an attempt for which it is time."""
+        if self.provider is not None:
+            self.provider.cool_off.start(attempt, now)
 
         if bill is not None:
             bill.charges = [meter.reserve(cost) for meter, cost in zip(self.meters, bill.costs, strict=True)]
 
+    def end_probe(self, attempt: object) -> bool:
+        """Note that an attempt gives up its slot, and return whether it was the probe of a cool-off."""
+        return self.provider is not None and self.provider.cool_off.end(attempt)
+
     def open_gate(self, now: float) -> None:
-        """Note that no attempt waits for a time; once a cool-off is over, a slot is all that is needed."""
-        if not self.meters and self.governor is not None:
-            self.gated = now < self.governor.staggers_until
+        """Note that no attempt waits for a time: once nothing holds them back, a slot is all they need."""
+        if not self.meters and self.provider is not None:
+            self.gated = self.provider.holds(now)
             self._look()
 
     # -- once it begins, and afterwards
 
     def begin(self, running: int) -> None:
         """Count an attempt that begins while the limit recovers."""
-        assert self.governor is not None
-        self.governor.begin(running)
+        assert self.provider is not None
+        self.provider.limit.begin(running)
 
     def pay(self, bill: Bill, now: float) -> None:
         """Pay what was reserved."""
@@ -176,45 +169,44 @@ class Admission:
             else:
                 meter.correct(charge, cost, now)
 
-    def learn(
-        self, verdict: Verdict | None, epoch: int, running: int, longest_hold: float, now: float
-    ) -> bool:
+    def succeeded(self, epoch: int, running: int, now: float) -> None:
         """
-        Learn from the end of an attempt.
+        Learn from an attempt that has succeeded.
 
-        :param verdict: why it failed; ``None`` if it succeeded
         :param epoch: the epoch in which it began
         :param running: how many attempts run, with this one
-        :param longest_hold: for how many seconds others wait at most because of it
-        :return: whether the limit may have changed
         """
-        governor = self.governor
-        if verdict is None:
-            if self.ledger is not None:
-                self.ledger.succeeded(now)
+        if self.ledger is not None:
+            self.ledger.succeeded(now)
 
-            if governor is None or not self.recovers:
-                return False
+        if self.provider is not None:
+            self.provider.answered(epoch, now)
+            if self.recovers:
+                self.provider.limit.complete(epoch, running - 1)
 
-            governor.complete(running - 1)
-        elif governor is None or verdict.kind is not VerdictKind.OVERLOAD:
-            return False
-        else:
-            if verdict.retry_after is not None:
-                governor.hold(now, min(verdict.retry_after, longest_hold))
+    def failed(self, verdict: Verdict, epoch: int, running: int, longest_hold: float, now: float) -> None:
+        """
+        Learn from an attempt that has failed.
 
-            governor.reject(epoch, now)
-            self.gated = self.gated or now < governor.staggers_until
+        :param epoch: the epoch in which it began
+        :param running: how many attempts run, with this one
+        :param longest_hold: for how many seconds others are held back at most because of it
+        """
+        if self.provider is not None and verdict.kind is VerdictKind.OVERLOAD:
+            asked = verdict.retry_after
+            # What nobody will wait for is not held for.
+            hold_seconds = None if asked is None or asked > longest_hold else asked
+            self.provider.reject(epoch, running - 1, hold_seconds, now)
 
-        self.follow(governor)
-        return True
-
-    def follow(self, governor: AdaptiveLimit) -> None:
-        """Take over what the governor has come to."""
-        self.epoch = governor.epoch
-        self.recovers = governor.recovers
-        self.listens = self.recovers or self.ledger is not None
-        self._look()
+    def follow(self, now: float) -> None:
+        """Take over what the provider has shown."""
+        provider = self.provider
+        if provider is not None:
+            self.epoch = provider.limit.epoch
+            self.recovers = provider.limit.recovers
+            self.listens = provider.listens or self.ledger is not None
+            self.gated = bool(self.meters) or provider.holds(now)
+            self._look()
 
     def may_retry(self, now: float) -> bool:
         """Count a retry, if the budget has one left."""

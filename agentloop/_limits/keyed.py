@@ -132,7 +132,10 @@ class KeyedLimiter(Limiter):
             limiter.resume()
 
     def statistics(self) -> LimiterStatistics:
-        """Return the sums over all limiters; ``paused_until`` is the time when the first of them goes on."""
+        """
+        Return the sums over all limiters; ``paused_until`` is the time when the first of them goes on, and
+        ``outage_since`` the first outage.
+        """
         each = [limiter.statistics() for limiter in self._limiters.values()]
         untils = [now.paused_until for now in each]
         paused_until = min((until for until in untils if until is not None), default=None)
@@ -149,6 +152,8 @@ class KeyedLimiter(Limiter):
             max(1, sum(now.limit for now in each)),
             sum(now.cuts for now in each),
             paused_until,
+            min((now.outage_since for now in each if now.outage_since is not None), default=None),
+            any(now.probing for now in each),
         )
 
     def _check_thread(self, what: str) -> None:
@@ -196,9 +201,9 @@ class KeyedLimiter(Limiter):
             self._tell_limit(self._pools.state)
 
     def _tell_limit(self, pool: SlotPool) -> None:
-        limit = self.statistics().limit
+        now = self.statistics()
         for sink in tuple(self._sinks):
-            sink(LimitEvent(limit, pool.loop.now()))
+            sink(LimitEvent(now.limit, pool.loop.now(), now.paused_until, now.outage_since))
 
 
 def check_concurrency(value: int, limiter: Limiter) -> None:

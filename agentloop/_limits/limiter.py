@@ -17,6 +17,7 @@ from .._misuse import name_parameters
 from .admission import Admission
 from .overload import AdaptiveLimit
 from .pool import SlotPool
+from .provider import Provider
 from .rates import Rate
 from .retry_budget import RetryBudget, RetryLedger
 
@@ -32,8 +33,13 @@ class LimiterStatistics:
     :param max_concurrency: how many slots there are at most
     :param limit: how many there are now, as far as the provider bears them
     :param cuts: how often overload has lowered that
-    :param paused_until: until when nothing new starts, in seconds of the event loop's clock, because a
-        server has asked for that; infinite after :meth:`Limiter.pause`; ``None`` if there is no such time
+    :param paused_until: until when nothing new starts but probes, in seconds of the event loop's clock,
+        because a server has asked for that; infinite after :meth:`Limiter.pause`; ``None`` if there is no
+        such time
+    :param outage_since: since when all attempts have failed in ways that speak of the provider (time-outs,
+        HTTP 5xx, network errors), in seconds of the event loop's clock; ``None`` if there is no outage
+    :param probing: whether a probe is under way: the one attempt that finds out whether the server meant the
+        time that it has named
     """
 
     running: int
@@ -42,6 +48,8 @@ class LimiterStatistics:
     limit: int
     cuts: int = 0
     paused_until: float | None = None
+    outage_since: float | None = None
+    probing: bool = False
 
 
 @attrs.frozen
@@ -192,13 +200,16 @@ class Limiter:
             until = math.inf if self._paused else None
             return LimiterStatistics(0, 0, self._max_concurrency, self._max_concurrency, 0, until)
 
+        provider = pool.admission.provider
         return LimiterStatistics(
             pool.running,
             pool.waiting,
             self._max_concurrency,
             pool.limit,
-            pool.admission.cuts,
+            0 if provider is None else provider.limit.cuts,
             math.inf if self._paused else pool.held_until,
+            pool.outage_since,
+            provider is not None and provider.cool_off.probe is not None,
         )
 
     def _own_pool(self, what: str) -> SlotPool | None:
@@ -226,7 +237,7 @@ class Limiter:
             self._max_concurrency,
             Admission(
                 self._rates,
-                AdaptiveLimit(self._max_concurrency) if self._adaptive else None,
+                Provider(AdaptiveLimit(self._max_concurrency)) if self._adaptive else None,
                 None if self._retry_budget is None else RetryLedger(self._retry_budget),
             ),
             self._tell_limit,
@@ -234,7 +245,7 @@ class Limiter:
 
     def _tell_limit(self, pool: SlotPool) -> None:
         for sink in tuple(self._sinks):
-            sink(LimitEvent(pool.limit, pool.loop.now()))
+            sink(LimitEvent(pool.limit, pool.loop.now(), pool.held_until, pool.outage_since))
 
 
 def pool_of(limiter: Limiter) -> SlotPool:

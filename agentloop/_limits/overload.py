@@ -1,4 +1,4 @@
-"""What a limiter learns from a provider that has too much to do."""
+"""How many attempts a provider is given at once: less after an overload, more again with successes."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import random
 
 from .._backoff import Backoff
 
+# What a cut leaves of the limit.
 CUT = 0.8
+# The same, one after the other, while the provider takes nothing.
+DEEP_CUTS = (0.5, 0.0)
 GROWTH = 0.05
 # After so many steps of growth in a row each is by as much larger than the one before, up to a quarter.
 STEADY_STEPS = 6
 LARGEST_GROWTH = 0.25
 IN_USE = 0.8
-STAGGER = 0.25
 
-# Where not even one call at a time is taken, one is tried now and then.
-PROBES = Backoff(initial_seconds=0.1, multiplier=2, max_seconds=30, jitter="equal")
-# So many such in a row are an outage.
-OUTAGE = 3
+# How long the next attempt waits when not even one at a time was taken.
+PAUSES = Backoff(initial_seconds=0.1, multiplier=2, max_seconds=30, jitter="equal")
+# After so many of these the provider was gone, rather than short of capacity.
+GONE = 3
 
 
 class AdaptiveLimit:
@@ -33,12 +35,15 @@ class AdaptiveLimit:
     TCP Variant", 2008). This is additive increase and multiplicative decrease (Chiu and Jain, "Analysis of
     the Increase and Decrease Algorithms for Congestion Avoidance", 1989) that counts calls, not seconds.
 
-    At a limit of 1 there is nothing to cut, so the next call waits, twice as long each time. What was an
-    outage rather than a lack of capacity ends as a TCP connection starts (RFC 5681, section 3.1): one more
-    for each clean completion, up to the limit that there was before.
+    When all calls that ran at the last cut have ended, and of those that began since none has succeeded, the
+    provider takes nothing at all: then a cut halves the limit, and the next one makes it 1. So a window of
+    requests that is used up costs few rejections.
 
-    It also keeps the cool-off for which a server has asked, and lets those who waited go one by one. It never
-    reads a clock: who asks tells the time.
+    At a limit of 1 there is nothing to cut, so the next call waits, twice as long each time. Once the
+    provider was gone rather than short of capacity, it is found again as a TCP connection starts (RFC 5681,
+    section 3.1): one more for each clean completion, up to the limit that there was before.
+
+    It never reads a clock: the caller tells the time.
 
     :param ceiling: the highest limit
     """
@@ -48,16 +53,17 @@ class AdaptiveLimit:
         self.epoch: int = 0
         """How often there was a reason for a cut; a call remembers what it was when it began."""
         self.cuts = 0
-        self.held_until = -math.inf
-        """Until when nothing may start."""
-        self.staggers_until = -math.inf
-        """Until when those that may start do so one by one."""
-        self._next_at = -math.inf
-        self._gap = 0.0
+        self.next_at = -math.inf
+        """When the next call may start."""
         self._clean = 0
         self._most_in_use = 0
         self._steps = 0
-        self._refused_probes = 0
+        # How many calls of the epochs before run, and whether one of this epoch has succeeded.
+        self._old = 0
+        self._taken = True
+        # Deep cuts, and pauses at a limit of 1, since the last success.
+        self._deep_cuts = 0
+        self._pauses = 0
         # The limit before a row of cuts, and up to where it is found again fast.
         self._before = ceiling
         self._in_row = False
@@ -66,7 +72,7 @@ class AdaptiveLimit:
     @property
     def recovers(self) -> bool:
         """Whether a clean completion is of interest."""
-        return self.limit < self.ceiling or self._refused_probes > 0
+        return self.limit < self.ceiling or self._pauses > 0
 
     def resize(self, ceiling: int) -> None:
         """Change the ceiling, and the limit with it unless that is lower for a reason."""
@@ -77,16 +83,15 @@ class AdaptiveLimit:
         """Count a call that begins."""
         self._most_in_use = max(self._most_in_use, in_use)
 
-    def complete(self, in_use: int) -> None:
+    def complete(self, epoch: int, in_use: int) -> None:
         """
         Count a call that has succeeded.
 
+        :param epoch: the epoch in which it began
         :param in_use: how many calls run without it
         """
-        if self._refused_probes >= OUTAGE:
-            self._known = self._before
-
-        self._refused_probes = 0
+        self.answered(epoch)
+        self._old -= epoch != self.epoch
         self._clean += 1
         if self.limit < min(self._known, self.ceiling):
             self.limit += 1
@@ -102,43 +107,50 @@ class AdaptiveLimit:
         self._clean = 0
         self._most_in_use = in_use
 
-    def reject(self, epoch: int, now: float) -> None:
+    def answered(self, epoch: int) -> None:
+        """Note that the provider has taken a call, which may not be complete yet."""
+        self._taken = self._taken or epoch == self.epoch
+        if self._pauses >= GONE:
+            self._known = self._before
+
+        self._deep_cuts = self._pauses = 0
+        self.next_at = -math.inf
+
+    def reject(self, epoch: int, in_use: int, now: float) -> None:
         """
         Count a call that met an overload.
 
         :param epoch: the epoch in which it began
+        :param in_use: how many calls run without it
         """
         self._clean = 0
         if epoch != self.epoch:
+            self._old -= 1
             return
 
-        self.epoch += 1
+        takes_nothing = self._old <= 0 and not self._taken
+        self.new_epoch(in_use)
         self._known = self._steps = 0
         if self.limit == 1:
-            self.hold(now, PROBES.delay(self._refused_probes, random))
-            self._refused_probes += 1
+            self.next_at = now + PAUSES.delay(self._pauses, random)
+            self._pauses += 1
             return
 
         if not self._in_row:
             self._in_row = True
             self._before = self.limit
 
+        share = CUT
+        if takes_nothing:
+            share = DEEP_CUTS[min(self._deep_cuts, 1)]
+            self._deep_cuts += 1
+
         self.cuts += 1
-        self.limit = max(1, int(self.limit * CUT))
+        self.limit = max(1, int(self.limit * share))
         self._most_in_use = 0
 
-    def hold(self, now: float, seconds: float) -> None:
-        """Let nothing start for a time, and then one call after the other for a quarter of it."""
-        if now + seconds > self.held_until:
-            self.held_until = self._next_at = now + seconds
-            self.staggers_until = self.held_until + seconds * STAGGER
-            self._gap = seconds * STAGGER / self.limit
-
-    def ready_at(self, now: float) -> float:
-        """Return when the next call may start."""
-        return max(now, min(self._next_at, self.staggers_until))
-
-    def start(self, now: float) -> None:
-        """Count a start for which it is time."""
-        if now < self.staggers_until:
-            self._next_at = max(self._next_at, now) + self._gap
+    def new_epoch(self, in_use: int) -> None:
+        """Tell calls that begin from now on from those that run."""
+        self.epoch += 1
+        self._old = in_use
+        self._taken = False

@@ -10,131 +10,19 @@ from typing import Any
 
 import anyio
 
-from .._eventloop.handover import Handover, LoopState
 from .._invocation import Invocation
-from .._result import InvocationResult
-from .._verdict import Verdict
-from .admission import Admission, Bill
-from .lines import Lines, Waiter
-from .overload import AdaptiveLimit
+from .lines import Waiter
+from .pool_state import PoolState
 from .slots import RELEASED, SUSPENDED, Slot
 
 
-class SlotPool(LoopState):
-    """
-    The state that a limiter has in one event loop: slots, lines, and what else an attempt needs.
-
-    :param pools: hands the limiter over from one event loop to the next
-    :param max_concurrency: how many slots there are
-    :param admission: what an attempt needs besides
-    :param tell_limit: is told when the limit has changed
-    """
+class SlotPool(PoolState):
+    """The state that a limiter has in one event loop: slots, lines, and what else an attempt needs."""
 
     route: Callable[[Invocation[Any]], SlotPool] | None = None
     """Finds the pool of an invocation, where that is another one."""
     home: SlotPool | None = None
     """The pool whose :attr:`route` leads here, if there is one."""
-
-    def __init__(
-        self,
-        pools: Handover[SlotPool],
-        max_concurrency: int,
-        admission: Admission,
-        tell_limit: Callable[[SlotPool], None],
-    ) -> None:
-        super().__init__(pools)
-        self.loop = self.kind(self.token)
-        self.admission = admission
-        self.pending = 0
-        """How many invocations wait to be retried, and how many inputs of batches wait to be pulled."""
-        self.on_raise: set[Callable[[], None]] = set()
-        """Called when the limit was raised, so that a batch can start more workers."""
-        self.selective = bool(admission.meters)
-        """Whether it matters which invocation an attempt is of."""
-        self.limit = max_concurrency
-        self.running = 0
-        self._tell_limit = tell_limit
-        # Keeps us from ever having more than the limit. What was borrowed is kept for the next attempt: to
-        # give a token back and borrow another takes longer than all else about a slot.
-        self._tokens = anyio.CapacityLimiter(max_concurrency)
-        self._borrowed = 0
-        self.in_line = 0
-        """How many wait for a slot, and have none on loan."""
-        self.lines = Lines()
-
-    @property
-    def waiting(self) -> int:
-        """How many invocations wait, for a slot or for their next retry."""
-        return len(self.lines) + self.pending
-
-    @property
-    def held_until(self) -> float | None:
-        """When the cool-off ends, if there is one."""
-        until = self.admission.held_until
-        return until if until > self.loop.now() else None
-
-    def resize(self, max_concurrency: int) -> None:
-        """Change the limit, or what is the ceiling of it."""
-        governor = self.admission.governor
-        if governor is None:
-            self._set_limit(max_concurrency)
-        else:
-            governor.resize(max_concurrency)
-            self._follow(governor)
-
-        for callback in tuple(self.on_raise):
-            callback()
-
-    def pause(self) -> None:
-        """Start nothing new but what runs on loan."""
-        self.admission.pause(True)
-        # Another waiter may be the first in line now.
-        self.serve()
-
-    def resume(self) -> None:
-        """Start again."""
-        self.admission.pause(False)
-        self.serve()
-
-    # -- what attempts cost, and what they teach
-
-    def pay(self, bill: Bill) -> None:
-        """Pay what was reserved for an attempt."""
-        self.admission.pay(bill, self.loop.now())
-        # When the next one can pay may have depended on it.
-        self.serve()
-
-    def refund(self, bill: Bill) -> None:
-        """Give back what was reserved for an attempt that will not begin."""
-        self.admission.refund(bill)
-        self.serve()
-
-    def settle(self, bill: Bill, result: InvocationResult[Any]) -> None:
-        """Correct what was paid for the last attempt of an invocation, now that it has ended."""
-        if bill.is_paid:
-            self.admission.settle(bill, result, self.loop.now())
-            self.serve()
-
-    def learn(self, slot: Slot, verdict: Verdict | None, longest_hold: float) -> None:
-        """
-        Learn from the end of an attempt.
-
-        :param verdict: why it failed; ``None`` if it succeeded
-        """
-        admission = self.admission
-        if admission.learn(verdict, slot.epoch, self.running, longest_hold, self.loop.now()):
-            assert admission.governor is not None
-            self._follow(admission.governor)
-
-    def _follow(self, governor: AdaptiveLimit) -> None:
-        self.admission.follow(governor)
-        if governor.limit != self.limit:
-            self._set_limit(governor.limit)
-
-    def _set_limit(self, limit: int) -> None:
-        self.limit = self._tokens.total_tokens = limit
-        self._tell_limit(self)
-        self.serve()
 
     # -- slots
 
@@ -172,8 +60,8 @@ class SlotPool(LoopState):
 
         # The same as _take() does; a call for every invocation shows.
         self.running = running + 1
-        if running >= self._borrowed:
-            self._borrow()
+        if running >= self.guard.borrowed:
+            self.guard.borrow()
 
         return True
 
@@ -182,6 +70,7 @@ class SlotPool(LoopState):
         if lender is not None and lender.lent is not None:
             lender = None
 
+        self._look_for_break()
         admission = self.admission
         if lender is None and (
             self.running >= self.limit or self.in_line or (admission.paused and not returning)
@@ -193,7 +82,7 @@ class SlotPool(LoopState):
             if self._first() is not None or admission.ready_at(slot.bill, now) > now:
                 return False
 
-            admission.reserve(slot.bill, now)
+            admission.reserve(slot, slot.bill, now)
             admission.open_gate(now)
 
         if lender is None:
@@ -244,6 +133,7 @@ class SlotPool(LoopState):
     def withdraw(self, waiter: Waiter) -> None:
         """Take a waiter that was granted no slot out of the line, and wake it."""
         self._leave(waiter)
+        self.used()
         waiter.return_loan()
         # The next one may have waited for nothing else.
         self.serve()
@@ -277,16 +167,11 @@ class SlotPool(LoopState):
     def _take(self) -> None:
         """Count one more slot as running."""
         self.running += 1
-        if self.running > self._borrowed:
-            self._borrow()
+        if self.running > self.guard.borrowed:
+            self.guard.borrow()
 
         if self.admission.recovers:
             self.admission.begin(self.running)
-
-    def _borrow(self) -> None:
-        # A borrower of its own for each: equal or repeated borrowers collide.
-        self._tokens.acquire_on_behalf_of_nowait(object())
-        self._borrowed += 1
 
     # -- the lines
 
@@ -319,7 +204,7 @@ class SlotPool(LoopState):
                 lines.set_alarm(waiter, at)
                 return
 
-            admission.reserve(waiter.slot.bill, now)
+            admission.reserve(waiter.slot, waiter.slot.bill, now)
             if not waiter.has_loan:
                 self._take()
 

@@ -18,7 +18,8 @@ class RetryBudget:
 
     Within the last ``window_seconds`` there may be as many retries as ``ratio`` times the successes, and
     ``min_per_second`` for each second besides. An invocation whose retry would be one more fails with the
-    error that it has, and a note on it says so. This is the retry budget of Finagle
+    error that it has, and a note on it says so. Retries of an overload do not count: the limit, the cool-off
+    and ``LoopConfig.overload_timeout_seconds`` bound them. This is the retry budget of Finagle
     (``com.twitter.finagle.service.RetryBudget``), which counts successes rather than calls here; for why, see
     "Handling Overload" in Beyer et al., "Site Reliability Engineering" (2016).
 

@@ -45,6 +45,7 @@ from .._invocation import Invocation
 from .._result import InvocationResult
 from .._verdict import Verdict
 from .admission import Admission, Bill
+from .work import Work
 
 current_slot: ContextVar[Slot | None] = ContextVar("agentloop.current_slot", default=None)
 """The slot of the invocation that the current code runs in."""
@@ -73,6 +74,7 @@ class Pool(Protocol):
     is_current: Callable[[], bool]
     on_raise: set[Callable[[], None]]
     limit: int
+    work: Work
 
     def serve(self) -> None: ...
     def lender(self, slot: Slot | None, anyones: bool = False) -> Slot | None: ...
@@ -81,7 +83,11 @@ class Pool(Protocol):
     def pay(self, bill: Bill) -> None: ...
     def refund(self, bill: Bill) -> None: ...
     def settle(self, bill: Bill, result: InvocationResult[Any]) -> None: ...
+    def judge(self, verdict: Verdict, error: Exception, timed_out: bool) -> Verdict: ...
     def learn(self, slot: Slot, verdict: Verdict | None, longest_hold: float) -> None: ...
+    def answered(self, slot: Slot) -> None: ...
+    def used(self) -> None: ...
+    def is_hopeless(self, patience: float | None) -> bool: ...
     def acquire_nowait(self, slot: Slot, returning: bool = False) -> bool: ...
     def enqueue(self, slot: Slot, returning: bool = False) -> Any: ...
     async def wait(self, waiter: Any) -> bool: ...
@@ -210,6 +216,7 @@ class Slot:
         self.is_plain = False
         self.lent = borrower
         borrower.lender = self
+        self.pool.work.loans += 1
 
     def offer(self, waiter: Waiting) -> bool:
         """Lend the slot to a waiter now, if it is not lent; else put the waiter in line for it."""
@@ -230,23 +237,31 @@ class Slot:
             self.waiters.pop(waiter, None)
 
     def _pass_on(self) -> None:
+        pool = self.pool
+        probe_ends = pool.admission.end_probe(self)
         waiters, self.waiters = self.waiters, None
         if waiters:
-            lender = self.pool.lender(self.outer)
+            lender = pool.lender(self.outer)
             for waiter in waiters:
-                self.pool.offer_loan(waiter, lender)
+                pool.offer_loan(waiter, lender)
 
         borrower, self.lent = self.lent, None
         lender, self.lender = self.lender, None
         if borrower is not None:
             # The loan becomes the borrower's own.
+            pool.work.loans -= 1
             borrower.lender = lender
             if lender is not None:
                 lender.lent = borrower
         elif lender is None:
-            self.pool.running -= 1
-            self.pool.serve()
+            pool.running -= 1
+            pool.serve()
         else:
+            pool.work.loans -= 1
             lender.lent = None
             if lender.waiters:
-                self.pool.offer_loan(next(iter(lender.waiters)), lender)
+                pool.offer_loan(next(iter(lender.waiters)), lender)
+
+        if probe_ends:
+            # The next one may begin with a slot on loan, for which nothing but this was missing.
+            pool.serve()

@@ -310,8 +310,15 @@ class Attempts(AttemptSlot, Generic[T]):
         if self.failures is None:
             self.failures = Failures(self.started_at)
 
-        self.failures.add(outcome)
-        return self.failures.judge(options.config, options.observer.log_classify)
+        failures = self.failures
+        failures.add(outcome)
+        verdict = failures.judge(options.config, options.observer.log_classify)
+        if verdict is not None and failures.progress is None:
+            outcome.verdict = verdict = self.pool.judge(
+                verdict, outcome.error, outcome.status is Status.TIMEOUT
+            )
+
+        return verdict
 
     def _report_start(
         self, slot: Slot, options: RunOptions, scope: AttemptScope, now: float, context: Context

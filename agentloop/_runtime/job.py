@@ -161,9 +161,10 @@ class Job(Attempts[T]):
         if self.failures is None or self.failures.progress is not None:
             return None
 
-        admission = self.pool.admission
+        pool, config = self.pool, options.config
+        hopeless = pool.is_hopeless(config.overload_timeout_seconds)
         return self.failures.next_start(
-            self.attempts, now, self.deadline, deadline, options.config, admission
+            self.attempts, now, self.deadline, deadline, config, pool.admission, hopeless
         )
 
     def rest(self, observer: Observer, now: float) -> float:
@@ -185,6 +186,7 @@ class Job(Attempts[T]):
         """Wait for the next attempt no more. RETRYING -> QUEUED."""
         self.state = QUEUED
         self.pool.pending -= 1
+        self.pool.used()
 
     def give_up(self, reason: str) -> None:
         """Make the last failure final although it would have been retried, and let the error say why."""

@@ -216,6 +216,7 @@ class Failures:
         deadline: float,
         config: LoopConfig,
         admission: Admission,
+        hopeless: bool,
     ) -> float | None:
         """
         Decide about a retry.
@@ -224,6 +225,7 @@ class Failures:
         :param now: when the last one failed
         :param total_deadline: when the time for all of them is up
         :param deadline: when the caller's own time is up; a wait beyond it would only lose the error
+        :param hopeless: whether nothing has succeeded for longer than an overload is retried
         :return: when the next attempt begins; ``None`` if this failure is final
         """
         last, backoff = self.last, config.backoff
@@ -251,7 +253,10 @@ class Failures:
             self.give_up("the caller's deadline would pass during the wait")
         elif overload and self._is_impatient(wake_at, config.overload_timeout_seconds):
             self.give_up(f"overload_timeout_seconds={config.overload_timeout_seconds} would pass")
-        elif not admission.may_retry(now):
+        elif overload and hopeless:
+            seconds = f"overload_timeout_seconds={config.overload_timeout_seconds:.10g}"
+            self.give_up(f"the provider has let nothing succeed for longer than {seconds}")
+        elif not overload and not admission.may_retry(now):
             self.give_up("the retry budget of the limiter is used up, since too many attempts fail")
         else:
             self._counted += not overload

@@ -45,6 +45,8 @@ class Single(Generic[T]):
     # Why nothing is started or retried any more, if so.
     _stopped: BatchStopped | None = None
     _attempt: AttemptScope | None = None
+    # The slot of the invocation that runs this one, if one does.
+    _caller: Slot | None = None
     _resting: anyio.CancelScope | None = None
 
     def __init__(
@@ -67,8 +69,8 @@ class Single(Generic[T]):
         # From here on it has to come to its end, by _end().
         pool.claim()
         self._attempt = scope = loop.spare.pop() if loop.spare else loop.attempt_scope()
-        if not options.observer.is_plain:
-            job.queue(options.observer)
+        if not (job.is_plain and pool.admission.is_open and options.observer.is_plain):
+            self._begin()
 
         try:
             now, ready = job.queued_at, True
@@ -135,6 +137,13 @@ class Single(Generic[T]):
 
         return job.finish(options.observer, now)
 
+    def _begin(self) -> None:
+        # Kept, since the job forgets it once that invocation has ended.
+        self._caller = self._job.outer
+        self._pool.begin_call(self, self._caller)
+        if not self._options.observer.is_plain:
+            self._job.queue(self._options.observer)
+
     async def run_cancellable(self) -> InvocationResult[T]:
         """Run to the end, or to a call of :meth:`cancel`, which makes a result as well."""
         try:
@@ -151,7 +160,7 @@ class Single(Generic[T]):
         """Return the result of an invocation that is not to begin."""
         await checkpoint()
         self._pool.claim()
-        self._job.queue(self._options.observer)
+        self._begin()
         self._job.close(stopped)
         return self._end(None, self._pool.loop.now())
 
@@ -211,6 +220,7 @@ class Single(Generic[T]):
 
         job, observer = self._job, self._options.observer
         self._pool.users -= 1
+        self._pool.end_call(self, self._caller)
         result = job.finish(observer, now)
         if not observer.count_result() % COUNTED_AT_ONCE:
             observer.count()

@@ -221,8 +221,8 @@ class _Places:
         self._taken.release_on_behalf_of(borrower)
 
     def _resize(self, pool: Pool) -> None:
-        governor = pool.admission.governor
-        self._taken.total_tokens = pool.limit if governor is None else governor.ceiling
+        provider = pool.admission.provider
+        self._taken.total_tokens = pool.limit if provider is None else provider.limit.ceiling
 
     @contextmanager
     def _following(self, pool: Pool) -> Generator[None]:

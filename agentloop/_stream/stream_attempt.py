@@ -204,6 +204,7 @@ class _StreamAttempt(Generic[ItemT]):
     def _first_chunk(self) -> Progress:
         job, now = self._job, self._pool.loop.now()
         progress = job.make_progress(now)
+        self._pool.answered(self._slot)
         self._idle_since = now
         self._gaps = self._options.observer.first_chunk(job.invocation, job.id, now)
         if self._awaits_first:

@@ -26,7 +26,7 @@ async def nothing() -> None:
 
 
 async def fail() -> None:
-    raise OSError("down")
+    raise LookupError("down")
 
 
 async def overload() -> None:
@@ -128,20 +128,20 @@ async def test_invocation_fails_with_its_own_error_and_a_note_when_the_budget_is
     # Two for the four successes.
     assert sum(result.retries for result in results) == 2
     for result in results:
-        assert isinstance(result.exception, OSError)
-        assert result.error == "OSError: down"
+        assert isinstance(result.exception, LookupError)
+        assert result.error == "LookupError: down"
         assert notes(result) == [NOTE]
         assert result.exception is result.failures[-1]
 
 
 async def test_stream_is_bound_by_the_budget_too() -> None:
     async def write() -> Any:
-        raise OSError("down")
+        raise LookupError("down")
         yield
 
     limiter = Limiter(1, retry_budget=RetryBudget(ratio=0, min_per_second=0))
     stream = AgentLoop(limiter=limiter).run_streaming("a", write)
-    with pytest.raises(OSError, match="down") as caught:
+    with pytest.raises(LookupError, match="down") as caught:
         async with stream:
             async for _ in stream:
                 pass
@@ -150,12 +150,13 @@ async def test_stream_is_bound_by_the_budget_too() -> None:
     assert stream.result.retries == 0
 
 
-async def test_retries_through_overload_count_too() -> None:
+async def test_retries_through_overload_do_not_draw_on_the_budget() -> None:
     limiter = Limiter(5, retry_budget=RetryBudget(ratio=0, min_per_second=0.1, window_seconds=50))
-    config = LoopConfig(backoff=AT_ONCE, overload_timeout_seconds=None)
-    results = await AgentLoop(config, limiter=limiter).run_all([Invocation("a", overload)] * 5)
-    assert sum(result.retries for result in results) == 5
-    assert [notes(result) for result in results] == [[NOTE]] * 5
+    loop = AgentLoop(LoopConfig(max_retries=1, backoff=AT_ONCE, overload_timeout_seconds=30), limiter=limiter)
+    results = await loop.run_all([Invocation("a", overload)] * 5)
+    assert sum(result.retries for result in results) > 5
+    assert not any(NOTE in notes(result) for result in results)
+    assert [(await loop.run_single("a", fail)).retries for _ in range(6)] == [1] * 5 + [0]
 
 
 async def test_retry_that_is_not_made_for_another_reason_costs_nothing() -> None:

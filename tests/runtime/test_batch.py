@@ -429,7 +429,7 @@ async def test_waiting_to_retry_is_bounded_by_a_multiple_of_the_limit(verb: str)
     pulled = 0
 
     async def agent(x: int) -> None:
-        raise OSError
+        raise LookupError
 
     def inputs() -> Iterator[Invocation[None]]:
         nonlocal pulled

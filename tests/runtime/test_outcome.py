@@ -290,10 +290,11 @@ def next_start(
     total: float = math.inf,
     caller: float = math.inf,
     admission: Admission | None = None,
+    hopeless: bool = False,
     **config: Any,
 ) -> float | None:
     settings = LoopConfig(**{"backoff": PLAIN, "total_timeout_seconds": 100} | config)
-    return known.next_start(attempts, now, total, caller, settings, admission or Admission())
+    return known.next_start(attempts, now, total, caller, settings, admission or Admission(), hopeless)
 
 
 @pytest.mark.parametrize(
@@ -344,6 +345,11 @@ def test_invocation_that_succeeded_or_was_cancelled_is_not_tried_again() -> None
         ),
         (OVERLOAD, {"overload_timeout_seconds": 0.5}, "overload_timeout_seconds=0.5 would pass"),
         (
+            OVERLOAD,
+            {"hopeless": True},
+            "the provider has let nothing succeed for longer than overload_timeout_seconds=600",
+        ),
+        (
             TRANSIENT,
             {"admission": Admission(ledger=RetryLedger(RetryBudget(ratio=0, min_per_second=0)))},
             "the retry budget of the limiter is used up, since too many attempts fail",
@@ -362,7 +368,7 @@ def test_time_limit_that_the_wait_just_keeps_is_no_reason_against_a_retry() -> N
     assert next_start(failures(verdict=TRANSIENT), total=11.5, caller=11.5) == 11
     assert next_start(failures(verdict=OVERLOAD), overload_timeout_seconds=1) == 11
     # An attempt that failed otherwise has nothing to do with the patience for overload.
-    assert next_start(failures(verdict=TRANSIENT), overload_timeout_seconds=0.5) == 11
+    assert next_start(failures(verdict=TRANSIENT), overload_timeout_seconds=0.5, hopeless=True) == 11
 
 
 def test_retry_that_does_not_begin_leaves_the_budget_alone() -> None:
@@ -371,6 +377,7 @@ def test_retry_that_does_not_begin_leaves_the_budget_alone() -> None:
     for why_not in ({"total": 11}, {"caller": 11}, {"max_retries": 0}):
         assert next_start(failures(OSError("x"), TRANSIENT), admission=admission, **why_not) is None
 
+    assert next_start(failures(verdict=OVERLOAD), admission=admission) == 11
     assert next_start(failures(verdict=TRANSIENT), admission=admission) == 11
     assert next_start(failures(OSError("x"), TRANSIENT), admission=admission) is None
 

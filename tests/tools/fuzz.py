@@ -33,6 +33,7 @@ from agentloop import (
     BatchStopped,
     ChunkEvent,
     Event,
+    FirstChunkEvent,
     FirstChunkTimeout,
     IdleTimeout,
     Invocation,
@@ -197,6 +198,38 @@ class Times:
         self.resumed = now
 
 
+class CoolOffAccount:
+    """Knows when an attempt may begin in a cool-off: one at a time, and ever more rarely."""
+
+    def __init__(self) -> None:
+        self.until = self.probe_at = -math.inf
+        self.gap = 0.0
+        self.begun: set[int] = set()
+
+    def hold(self, now: float, seconds: float) -> None:
+        if now >= self.until:
+            self.gap = max(1.0, seconds / 20)
+            self.probe_at = now + self.gap
+            self.begun.clear()
+
+        self.until = max(self.until, now + seconds)
+
+    def start(self, number: int, now: float) -> bool:
+        may_start = now > self.until - 1e-6 or (now > self.probe_at - 1e-6 and not self.begun)
+        if now < self.until:
+            self.gap *= 2
+            self.probe_at = now + self.gap
+
+        self.begun.add(number)
+        return may_start
+
+    def end(self, number: int, succeeded: bool) -> None:
+        if succeeded and number in self.begun:
+            self.until = -math.inf
+
+        self.begun.discard(number)
+
+
 class Program:
     def __init__(self, seed: int, backend: str) -> None:
         self.random = random.Random(seed)
@@ -210,7 +243,7 @@ class Program:
         self.paid: dict[str, list[Payment]] = {}
         self.call_of: dict[str, Call] = {}
         # Since when each cool-off was, and until when; since when it is paused.
-        self.cool_offs: list[tuple[float, float]] = []
+        self.cool_off = CoolOffAccount()
         self.paused_at = math.inf
         # The limit, and whether it was just cut; the order of starts and cuts.
         self.limit = 0
@@ -384,6 +417,8 @@ class Program:
                 self.note_start(event)
             elif isinstance(event, RetryEvent | ResultEvent):
                 self.note_end(event)
+            elif isinstance(event, FirstChunkEvent):
+                self.cool_off.end(event.id, True)
 
         self.raise_sometimes("on_event")
 
@@ -400,8 +435,8 @@ class Program:
         self.paid[name] = [
             account.pay(cost, now) for account, (cost, _) in zip(self.accounts, costs, strict=True)
         ]
-        if any(since < now < until - 1e-6 for since, until in self.cool_offs):
-            self.violations.append(f"{name} starts at {now}, during a cool-off")
+        if not self.cool_off.start(event.id, now):
+            self.violations.append(f"{name} starts at {now}, during a cool-off, and is no probe")
 
         # Who runs may run others; who is not run by another waits.
         if now > self.paused_at and not self.call_of[name].depth:
@@ -412,13 +447,16 @@ class Program:
         cut, self.cut = self.cut, False
         if isinstance(event, RetryEvent):
             failures, error = event.attempt, event.error
-            self.check_budget(event.at)
+            if event.verdict.kind is not VerdictKind.OVERLOAD:
+                self.check_budget(event.at)
+
             if self.is_unjudged(error):
                 self.violations.append(f"{error!r} was retried although nothing could judge it")
         else:
             failures, error = len(event.result.failures), event.result.exception
             self.call_of[event.result.agent_id].open_ends += isinstance(error, LeftOpenError)
 
+        self.cool_off.end(event.id, isinstance(event, ResultEvent) and event.result.success)
         overloaded = False
         if failures > self.failed[event.id]:
             self.failed[event.id] = failures
@@ -427,10 +465,11 @@ class Program:
                 if took < error.seconds * 0.999:
                     self.violations.append(f"timed out after {took} s, and not after {error.seconds}")
 
-            overloaded = isinstance(error, HttpError) and error.status_code == 429
+            # In an outage, what speaks of the provider is an overload as well.
+            overloaded = isinstance(error, HttpError | OSError | ExceptionGroup)
             overloaded = overloaded and not self.is_unjudged(error)
-            if overloaded and "retry-after" in error.headers and self.limiter._adaptive:
-                self.cool_offs.append((event.at, event.at + float(error.headers["retry-after"])))
+            if overloaded and "retry-after" in getattr(error, "headers", ()) and self.limiter._adaptive:
+                self.cool_off.hold(event.at, float(error.headers["retry-after"]))
 
         if cut:
             if not overloaded:
@@ -525,14 +564,14 @@ class Program:
 
     async def fail(self, *_: Any) -> None:
         await self.work(self.random.choice([0, 0.4]))
-        raise OSError("transient")
+        raise self.random.choice([LookupError, ConnectionError])("transient")
 
     async def fail_at_once(self, *_: Any) -> None:
-        raise OSError("transient")
+        raise LookupError("transient")
 
     async def overload(self, *_: Any) -> None:
         await self.work(0)
-        raise HttpError(429, self.random.choice([None, 0.3, 2.0]) if self.gated else None)
+        raise HttpError(429, self.random.choice([None, 0.3, 2.0, 9.0]) if self.gated else None)
 
     async def reject(self, *_: Any) -> None:
         raise HttpError(400)
@@ -1130,7 +1169,12 @@ class Program:
         status, error = result.status, result.exception
         assert call.made[result.index] == result.agent_id, "a result does not belong to its input"
         assert result.retries == max(0, starts - 1), (result, starts)
-        overloads = sum(getattr(error, "status_code", 0) == 429 for error in result.failures)
+        # In an outage, what speaks of the provider is an overload as well.
+        overloads = sum(
+            getattr(error, "status_code", 0) == 429
+            or (self.limiter._adaptive and isinstance(error, (OSError, ExceptionGroup)))
+            for error in result.failures
+        )
         assert result.retries <= self.config.max_retries + overloads, "there were more retries than allowed"
         assert result.latency_ms >= 0
         assert result.queue_ms >= 0
@@ -1197,7 +1241,7 @@ class Program:
 
             assert error is result.failures[-1]
             assert not isinstance(error, InvocationTimeout)
-            assert isinstance(error, (OSError, HttpError, ExceptionGroup, TimeoutError)), repr(error)
+            assert isinstance(error, (LookupError, OSError, HttpError, ExceptionGroup)), repr(error)
 
     def check_times(self, times: Times, result: InvocationResult[Any], error: InvocationTimeout) -> None:
         """The time that a reader takes is nobody's fault but its own."""
@@ -1236,7 +1280,7 @@ class Program:
         if first is None or pool.lines.alarmed is not first:
             return False
 
-        ready_at = now if pool.admission.governor is None else pool.admission.governor.ready_at(now)
+        ready_at = now if pool.admission.provider is None else pool.admission.provider.ready_at(now)
         costs = () if first.slot.bill is None else first.slot.bill.costs
         for account, cost in zip(self.accounts, costs, strict=True):
             ready_at = max(ready_at, account.ready_at(cost, now))

@@ -1,0 +1,85 @@
+"""Whether the provider is gone, and for how long it has been of no use."""
+
+from __future__ import annotations
+
+__all__ = ["Outage"]
+
+import math
+
+# So many failures in a row, or as many as run at once if that is more, are an outage.
+IN_A_ROW = 8
+# A limiter with which nothing ran or waited for so long was not in use.
+BREAK_SECONDS = 60.0
+
+
+class Outage:
+    """
+    Tells failures of a provider from those of single invocations, and keeps the time without a success.
+
+    One call that finds no connection may be unlucky. When as many in a row as run at once fail so, and none
+    succeeds, the provider is gone: to retry each of them a few times would lose all of them within seconds.
+    From then on such failures are an overload, until the first success.
+
+    It never reads a clock: the caller tells the time.
+    """
+
+    def __init__(self) -> None:
+        self.since: float | None = None
+        """When the first of the failures was, if they are an outage."""
+        self.fruitless_since: float | None = None
+        """When an overload was met, if nothing has succeeded since the first one."""
+        self.timed_out = True
+        """Whether all of these overloads were time-outs."""
+        self._row = 0
+        self._row_began = 0.0
+        self._used_at = -math.inf
+
+    @property
+    def listens(self) -> bool:
+        """Whether a success is of interest."""
+        return self._row > 0 or self.fruitless_since is not None
+
+    def fail(self, limit: int, now: float) -> bool:
+        """
+        Count a failure that speaks of the provider.
+
+        :param limit: how many calls may run at once
+        :return: whether it is a part of an outage
+        """
+        if not self._row:
+            self._row_began = now
+
+        self._row += 1
+        if self.since is None and self._row >= max(IN_A_ROW, limit):
+            self.since = self._row_began
+
+        return self.since is not None
+
+    def overload(self, now: float, timed_out: bool) -> None:
+        """Count an overload."""
+        if self.fruitless_since is None:
+            self.fruitless_since = now
+            self.timed_out = True
+
+        self.timed_out = self.timed_out and timed_out
+
+    def succeed(self) -> None:
+        """Note that a call has succeeded."""
+        self._row = 0
+        self.since = self.fruitless_since = None
+
+    # -- patience
+
+    def use(self, now: float) -> None:
+        """Note that something has run or waited until now."""
+        self._used_at = now
+
+    def begin(self, now: float) -> None:
+        """Note that something runs or waits again: after a break, the time without a success begins anew."""
+        if now >= self._used_at + BREAK_SECONDS:
+            self.fruitless_since = None
+
+    def lasts(self, patience: float | None, now: float) -> bool:
+        """Return whether nothing has succeeded for longer than that many seconds; ``None`` is for ever."""
+        since = self.fruitless_since
+        return since is not None and patience is not None and now >= since + patience

@@ -1,0 +1,201 @@
+"""What a limiter counts and learns in one event loop."""
+
+from __future__ import annotations
+
+__all__ = ["PoolState"]
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from .._eventloop.handover import Handover, LoopState
+from .._result import InvocationResult
+from .._verdict import Verdict
+from .admission import Admission, Bill
+from .lines import Lines
+from .slots import Slot
+from .work import Guard, Work
+
+
+class PoolState(LoopState):
+    """
+    The figures of a pool of slots, and what it learns from attempts. Subclasses grant the slots.
+
+    :param pools: hands the limiter over from one event loop to the next
+    :param max_concurrency: how many slots there are
+    :param admission: what an attempt needs besides
+    :param tell_limit: is told when the limit, a cool-off or an outage has changed
+    """
+
+    def __init__(
+        self,
+        pools: Handover[Any],
+        max_concurrency: int,
+        admission: Admission,
+        tell_limit: Callable[[Any], None],
+    ) -> None:
+        super().__init__(pools)
+        self.loop = self.kind(self.token)
+        self.admission = admission
+        self.pending = 0
+        """How many invocations wait to be retried, and how many inputs of batches wait to be pulled."""
+        self.on_raise: set[Callable[[], None]] = set()
+        """Called when the limit was raised, so that a batch can start more workers."""
+        self.selective = bool(admission.meters)
+        """Whether it matters which invocation an attempt is of."""
+        self.limit = max_concurrency
+        self.running = 0
+        self._tell_limit = tell_limit
+        self.guard = Guard(max_concurrency)
+        self.in_line = 0
+        """How many wait for a slot, and have none on loan."""
+        self.lines = Lines()
+        self.work = Work()
+
+    @property
+    def waiting(self) -> int:
+        """How many invocations wait, for a slot or for their next retry."""
+        return len(self.lines) + self.pending
+
+    @property
+    def held_until(self) -> float | None:
+        """When the cool-off ends, if there is one."""
+        provider = self.admission.provider
+        return None if provider is None else provider.held_until(self.loop.now())
+
+    @property
+    def outage_since(self) -> float | None:
+        """Since when there is an outage, if there is one."""
+        provider = self.admission.provider
+        return None if provider is None else provider.outage.since
+
+    def resize(self, max_concurrency: int) -> None:
+        """Change the limit, or what is the ceiling of it."""
+        provider = self.admission.provider
+        if provider is None:
+            self._set_limit(max_concurrency)
+        else:
+            provider.limit.resize(max_concurrency)
+            self._follow()
+
+        for callback in tuple(self.on_raise):
+            callback()
+
+    def pause(self) -> None:
+        """Start nothing new but what runs on loan."""
+        self.admission.pause(True)
+        # Another waiter may be the first in line now.
+        self.serve()
+
+    def resume(self) -> None:
+        """Start again."""
+        self.admission.pause(False)
+        self.serve()
+
+    # -- what attempts cost, and what they teach
+
+    def pay(self, bill: Bill) -> None:
+        """Pay what was reserved for an attempt."""
+        self.admission.pay(bill, self.loop.now())
+        # When the next one can pay may have depended on it.
+        self.serve()
+
+    def refund(self, bill: Bill) -> None:
+        """Give back what was reserved for an attempt that will not begin."""
+        self.admission.refund(bill)
+        self.serve()
+
+    def settle(self, bill: Bill, result: InvocationResult[Any]) -> None:
+        """Correct what was paid for the last attempt of an invocation, now that it has ended."""
+        if bill.is_paid:
+            self.admission.settle(bill, result, self.loop.now())
+            self.serve()
+
+    def judge(self, verdict: Verdict, error: Exception, timed_out: bool) -> Verdict:
+        """
+        Return what the failure of an attempt is acted on as: in an outage, as an overload.
+
+        :param timed_out: whether the attempt ran into a time-out of its own
+        """
+        provider = self.admission.provider
+        if provider is not None:
+            verdict = provider.judge(verdict, error, timed_out, self.loop.now())
+            self._follow()
+
+        return verdict
+
+    def learn(self, slot: Slot, verdict: Verdict | None, longest_hold: float) -> None:
+        """
+        Learn from the end of an attempt.
+
+        :param verdict: why it failed; ``None`` if it succeeded
+        """
+        now = self.loop.now()
+        if verdict is None:
+            self.admission.succeeded(slot.epoch, self.running, now)
+        else:
+            self.admission.failed(verdict, slot.epoch, self.running, longest_hold, now)
+
+        self._follow()
+
+    def answered(self, slot: Slot) -> None:
+        """Learn that a stream has yielded its first chunk."""
+        if self.admission.listens and self.admission.provider is not None:
+            self.admission.provider.answered(slot.epoch, self.loop.now())
+            self._follow()
+
+    def _follow(self) -> None:
+        """Take over what the provider has shown, and tell of it."""
+        provider, now = self.admission.provider, self.loop.now()
+        if provider is not None:
+            self.used()
+            self.admission.follow(now)
+            if provider.has_changed():
+                self._set_limit(provider.limit.limit)
+
+    def _set_limit(self, limit: int) -> None:
+        self.limit = limit
+        self.guard.resize(limit)
+        self._tell_limit(self)
+        self.serve()
+
+    # -- patience
+
+    def begin_call(self, call: object, outer: Slot | None) -> None:
+        """
+        Note that a call begins.
+
+        :param outer: the slot of the invocation that makes it, if one does
+        """
+        if outer is not None:
+            outer.pool.work.calls[call] = outer
+
+        self._look_for_break()
+
+    def end_call(self, call: object, outer: Slot | None) -> None:
+        """Note that a call has ended."""
+        if outer is not None:
+            outer.pool.work.calls.pop(call, None)
+
+        self.used()
+
+    def used(self) -> None:
+        """Note that something has run or waited until now."""
+        if self.admission.provider is not None:
+            self.admission.provider.outage.use(self.loop.now())
+
+    def _look_for_break(self) -> None:
+        if self.admission.provider is not None and not self.running and not self.waiting:
+            self.admission.provider.outage.begin(self.loop.now())
+
+    def is_hopeless(self, patience: float | None) -> bool:
+        """Return whether nothing has succeeded for so many seconds, and nothing at work still might."""
+        provider = self.admission.provider
+        if provider is None or not provider.outage.lasts(patience, self.loop.now()):
+            return False
+
+        return self.work.count(self.running, len(self.lines.borrowing)) <= 0
+
+    @abstractmethod
+    def serve(self) -> None:
+        """Serve all waiters that can be served now."""

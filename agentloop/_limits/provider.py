@@ -1,0 +1,103 @@
+"""What a limiter has found out about the provider behind it."""
+
+from __future__ import annotations
+
+__all__ = ["Provider"]
+
+import math
+
+from .._signs import speaks_of_provider
+from .._verdict import Verdict, VerdictKind
+from .cool_off import CoolOff
+from .outage import Outage
+from .overload import AdaptiveLimit
+
+
+class Provider:
+    """
+    Learns from how attempts end: how many the provider bears at once, how long it wants to be left alone, and
+    whether it is there at all.
+
+    It never reads a clock: the caller tells the time.
+
+    :param limit: how many attempts may run at once
+    """
+
+    def __init__(self, limit: AdaptiveLimit) -> None:
+        self.limit = limit
+        self.cool_off = CoolOff()
+        self.outage = Outage()
+        self._shown: tuple[int, float, float | None] = limit.limit, -math.inf, None
+
+    @property
+    def listens(self) -> bool:
+        """Whether a success is of interest."""
+        return self.limit.recovers or self.outage.listens or self.cool_off.until > -math.inf
+
+    def held_until(self, now: float) -> float | None:
+        """Return when the cool-off ends, if there is one."""
+        return self.cool_off.until if self.cool_off.until > now else None
+
+    def has_changed(self) -> bool:
+        """Return whether limit, cool-off or outage are others than when this was asked last."""
+        shown, self._shown = self._shown, (self.limit.limit, self.cool_off.until, self.outage.since)
+        return shown != self._shown
+
+    # -- before an attempt
+
+    def holds(self, now: float) -> bool:
+        """Return whether attempts may have to wait for a time."""
+        return now < self.cool_off.staggers_until or now < self.limit.next_at
+
+    def ready_at(self, now: float) -> float:
+        """Return when the next attempt may begin."""
+        return max(self.limit.next_at, self.cool_off.ready_at(now))
+
+    # -- after it
+
+    def judge(self, verdict: Verdict, error: Exception, timed_out: bool, now: float) -> Verdict:
+        """
+        Return what the failure of an attempt is acted on as: in an outage, what speaks of the provider is an
+        overload.
+
+        :param verdict: what it means by itself
+        :param timed_out: whether the attempt ran into a time-out of its own
+        """
+        outage = self.outage
+        if verdict.kind is VerdictKind.OVERLOAD:
+            outage.overload(now, False)
+        elif (
+            verdict.kind is VerdictKind.TRANSIENT
+            and (timed_out or speaks_of_provider(error))
+            and outage.fail(self.limit.limit, now)
+        ):
+            outage.overload(now, timed_out)
+            verdict = Verdict(VerdictKind.OVERLOAD, verdict.retry_after)
+
+        return verdict
+
+    def answered(self, epoch: int, now: float) -> None:
+        """
+        Note that an attempt was taken: it has succeeded, or its stream has yielded a chunk.
+
+        :param epoch: the epoch in which it began
+        """
+        if epoch == self.limit.epoch:
+            self.cool_off.lift(now)
+
+        self.limit.answered(epoch)
+        self.outage.succeed()
+
+    def reject(self, epoch: int, in_use: int, hold_seconds: float | None, now: float) -> None:
+        """
+        Learn from an attempt that met an overload.
+
+        :param epoch: the epoch in which it began
+        :param in_use: how many attempts run without it
+        :param hold_seconds: how long to hold others back, if at all
+        """
+        limit = self.limit
+        limit.reject(epoch, in_use, now)
+        if hold_seconds is not None and self.cool_off.hold(now, hold_seconds, limit.limit):
+            # A success of what has begun before is none of a probe.
+            limit.new_epoch(in_use)
