@@ -40,6 +40,7 @@ from ._result import InvocationResult, Status
 from ._runtime.current import Attempt, current_attempt
 from ._runtime.threads import in_thread
 from ._signals import drain_on_signals
+from ._signs import response_status
 from ._stop_rule import StopRule
 from ._store.store import ContextStore
 from ._stream.stream import AgentStream
@@ -91,6 +92,7 @@ __all__ = [
     "current_attempt",
     "drain_on_signals",
     "in_thread",
+    "response_status",
 ]
 
 

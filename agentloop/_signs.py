@@ -5,25 +5,37 @@ from __future__ import annotations
 __all__ = [
     "GRPC",
     "MOST_ERRORS",
+    "cause_of",
+    "error_bodies",
     "is_of",
     "members",
     "own_verdict",
-    "read_item",
+    "response_headers",
     "response_status",
+    "retry_delays",
     "speaks_of_provider",
+    "text_of",
 ]
 
 import errno
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, cast
 
 from ._errors import AgentLoopError
 from ._foreign import foreign_code, read_attribute
 from ._validators import close_coroutine
 
-# How many exceptions of groups and of chains of causes are looked at.
+# How many exceptions of groups and of chains of causes are looked at, and how many items of a mapping.
 MOST_ERRORS = 10_000
+_MOST_ITEMS = 1000
+# The longest date of RFC 9110 has 33 characters.
+_MOST_CHARACTERS = 100
+_MOST_BITS = 3 * _MOST_CHARACTERS
 _STATUS_FIELDS = ("status_code", "status", "http_status", "code")
+_BODY_FIELDS = ("body", "error", "details")
+_READ_FIELDS = {"type", "code", "status", "error", "details"}
+_READ_HEADERS = ("retry-after", "x-should-retry", "x-ratelimit-re", "anthropic-ratelimit-")
 # The names of gRPC's statuses, and the HTTP status of each (google.rpc.Code).
 GRPC = {
     "CANCELLED": 499,
@@ -58,23 +70,32 @@ def is_of(value: object, kinds: type | tuple[type, ...]) -> bool:
     return issubclass(type(value), kinds)
 
 
+# --- the status
+
+
 def response_status(exc: BaseException) -> int | str | None:
     """
-    Return the status of the response that an exception tells of: an HTTP status, or the name of a gRPC one.
+    Return the status of the response that an exception tells of.
 
-    It is read from ``status_code``, ``status``, ``http_status`` or ``code``, which gRPC makes a method, from
-    ``response.status_code`` or ``response.status``, or from
-    ``response["ResponseMetadata"]["HTTPStatusCode"]``. It may be an int or three digits. So the exceptions of
-    httpx, openai, anthropic, aiohttp, botocore, google-genai, google-api-core, grpc and azure-core are
-    understood, and none of these libraries is imported. A ``classify`` of your own may ask for it.
+    The status is read from ``status_code``, ``status``, ``http_status`` or ``code``, then from
+    ``response.status_code``, ``response.status`` or ``response["ResponseMetadata"]["HTTPStatusCode"]``, each
+    an int, a member of ``HTTPStatus`` or three digits. gRPC's method ``code()`` is called. No SDK is
+    imported. A ``classify`` of your own may start from it.
 
     :param exc: the exception; its causes are not looked at
-    :return: the status, or ``None`` if there is none. This function never raises and takes bounded time
+    :return: an HTTP status, the name of a gRPC status, or ``None`` if there is no status; this function never
+        raises and takes bounded time, whatever attributes ``exc`` has
     """
     for field in _STATUS_FIELDS:
         status = _status(read_attribute(exc, field))
         if status is not None:
             return status
+
+    code = read_attribute(exc, "code")
+    if callable(code) and not is_of(code, type):
+        name = read_attribute(_call(code), "name")
+        if type(name) is str and name in GRPC:
+            return name
 
     response = read_attribute(exc, "response")
     for field in _STATUS_FIELDS[:2]:
@@ -82,45 +103,124 @@ def response_status(exc: BaseException) -> int | str | None:
         if status is not None:
             return status
 
-    return _status(read_item(read_item(response, "ResponseMetadata"), "HTTPStatusCode"))
+    return _status(_item(_item(response, "ResponseMetadata"), "HTTPStatusCode"))
 
 
-def _status(value: object) -> int | str | None:
-    """Return the status that a value is, if it is one."""
-    if value is None or type(value) is bool:
+def _status(value: object) -> int | None:
+    if type(value) is bool or not is_of(value, (int, str)):
         return None
 
-    if is_of(value, int):
-        # What it is, whatever a subclass says instead.
-        number = int.__index__(cast("int", value))
-        return number if 100 <= number <= 599 else None
+    digits = text_of(value)
+    is_number = len(digits) == 3 and digits.isascii() and digits.isdigit()
+    return int(digits) if is_number and "100" <= digits <= "599" else None
 
-    if is_of(value, str):
-        digits = str.__getitem__(cast("str", value), slice(4))
-        return _status(int(digits)) if len(digits) == 3 and digits.isascii() and digits.isdigit() else None
 
-    name = None
+def _call(method: Any) -> Any:
+    """Return what a foreign method returns; ``None`` if it raises or is async."""
     with foreign_code:
-        if callable(value) and not is_of(value, type):
-            code: object = value()
-            if not close_coroutine(code):
-                name = read_attribute(code, "name")
-
-    return name if type(name) is str and name in GRPC else None
+        value = method()
+        return None if close_coroutine(value) else value
 
 
-def read_item(source: object, key: str) -> Any:
+# --- the body
+
+
+def error_bodies(exc: BaseException) -> list[dict[str, Any]]:
+    """Return the mappings that say what was wrong, as far as they are read here, by lower-case names."""
+    sources = [read_attribute(exc, field) for field in _BODY_FIELDS]
+    sources.append(_item(read_attribute(exc, "response"), "Error"))
+    bodies = [_fields(source) for source in sources if source is not None]
+    return bodies + [_fields(body["error"]) for body in bodies if "error" in body]
+
+
+def retry_delays(exc: BaseException, bodies: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the delay of each ``google.rpc.RetryInfo``, in JSON or as an object, as ``41s``."""
+    for details in (read_attribute(exc, "details"), *(body.get("details") for body in bodies)):
+        if is_of(details, (list, tuple)):
+            for detail in _first(details):
+                yield text_of(_item(detail, "retryDelay"))
+                delay = read_attribute(detail, "retry_delay")
+                seconds, nanos = (text_of(read_attribute(delay, name)) for name in ("seconds", "nanos"))
+                yield f"{seconds}.{nanos or 0:0>9}s"
+
+
+def _item(source: object, key: str) -> Any:
     """Return an item of a mapping; ``None`` if it is missing, or cannot be had."""
-    with foreign_code:
-        if issubclass(type(source), Mapping):
-            return cast("Mapping[str, Any]", source).get(key)
+    if source is not None:
+        with foreign_code:
+            if issubclass(type(source), Mapping):
+                return cast("Mapping[str, Any]", source).get(key)
 
     return None
 
 
-def members(exc: BaseException) -> Iterator[BaseException]:
-    """Yield the errors that a group holds at any depth, each object once; of another error, itself."""
-    seen: set[int] = set()
+def _fields(source: object) -> dict[str, Any]:
+    """Return the items of a mapping that are read here, by lower-case names."""
+    found: dict[str, Any] = {}
+    with foreign_code:
+        if issubclass(type(source), Mapping):
+            for key, value in _first(cast("Mapping[Any, Any]", source).items()):
+                name = text_of(key).lower()
+                if name in _READ_FIELDS:
+                    found.setdefault(name, value)
+
+    return found
+
+
+# --- the headers
+
+
+def response_headers(exc: BaseException) -> dict[str, str]:
+    """Return the headers that say when to come back, by lower-case names; those of the response first."""
+    response = read_attribute(exc, "response")
+    found: dict[str, str] = {}
+    for headers in (
+        read_attribute(response, "headers"),
+        read_attribute(exc, "headers"),
+        _item(_item(response, "ResponseMetadata"), "HTTPHeaders"),
+    ):
+        if headers is None:
+            continue
+
+        with foreign_code:
+            for key, value in _first(headers.items() if hasattr(headers, "items") else headers):
+                name = text_of(key).lower()
+                if name.startswith(_READ_HEADERS):
+                    found.setdefault(name, text_of(value))
+
+    return found
+
+
+def text_of(value: object) -> str:
+    """Return a name or a value as text, empty if it is none or has more than 100 characters."""
+    text = ""
+    # By the types' own methods: a subclass may have put anything in their place.
+    if is_of(value, str):
+        text = str.__getitem__(cast("str", value), slice(_MOST_CHARACTERS + 1))
+    elif is_of(value, bytes):
+        text = bytes.__getitem__(cast("bytes", value), slice(_MOST_CHARACTERS + 1)).decode("latin-1")
+    elif is_of(value, int):
+        number = int.__index__(cast("int", value))
+        text = str(number) if number.bit_length() <= _MOST_BITS else ""
+    elif is_of(value, float):
+        text = float.__repr__(cast("float", value))
+
+    return text if len(text) <= _MOST_CHARACTERS else ""
+
+
+def _first(source: Any) -> Iterator[Any]:
+    return islice(source, _MOST_ITEMS)
+
+
+# --- groups and causes
+
+
+def members(exc: BaseException, seen: set[int]) -> Iterator[BaseException]:
+    """
+    Yield the errors that a group holds at any depth, each object once; of another error, itself.
+
+    :param seen: the ids of those that are left out, to which these are added
+    """
     left = [exc]
     while left:
         exc = left.pop()
@@ -130,6 +230,18 @@ def members(exc: BaseException) -> Iterator[BaseException]:
                 left.extend(_exceptions_of(exc))
             else:
                 yield exc
+
+
+def cause_of(exc: BaseException) -> BaseException | None:
+    """Return the ``__cause__`` of an exception, or what the ``last_attempt`` of tenacity's has raised."""
+    cause = _cause_of(exc)
+    if cause is None:
+        attempt = read_attribute(exc, "last_attempt")
+        # An unfinished one would be waited for.
+        if attempt is not None and _call(read_attribute(attempt, "done")) is True:
+            cause = _call(read_attribute(attempt, "exception"))
+
+    return cause if is_of(cause, BaseException) else None
 
 
 def speaks_of_provider(exc: BaseException) -> bool:

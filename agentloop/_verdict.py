@@ -8,16 +8,28 @@ import datetime
 import email.utils
 import enum
 import math
+import re
+import ssl
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
-from typing import Any
 
 import attrs
 
 from . import _validators as must
-from ._errors import is_not_async
-from ._foreign import foreign_code, read_attribute
+from ._errors import BatchStopped, is_not_async
+from ._foreign import read_attribute
+from ._signs import (
+    MOST_ERRORS,
+    cause_of,
+    error_bodies,
+    is_of,
+    members,
+    own_verdict,
+    response_headers,
+    response_status,
+    retry_delays,
+    text_of,
+)
 
 
 class VerdictKind(enum.StrEnum):
@@ -53,160 +65,283 @@ class Verdict:
     )
 
 
-_PROGRAMMING_ERRORS = (
+# From what can be retried to what can not: a group is as bad as the worst error in it.
+_GRAVITY = TRANSIENT, OVERLOAD, PERMANENT, FATAL = tuple(VerdictKind)
+_PERMANENT_TYPES = (
     AssertionError,
     AttributeError,
+    FileNotFoundError,
     ImportError,
     NameError,
     NotImplementedError,
+    PermissionError,
     RecursionError,
     TypeError,
+    ssl.SSLCertVerificationError,
 )
-_TRANSIENT_STATUSES = (408, 409, 425)
-_OVERLOAD_STATUSES = (429, 529)
-# From what can be retried to what can not: a group is as bad as the worst error in it.
-_GRAVITY = (VerdictKind.TRANSIENT, VerdictKind.OVERLOAD, VerdictKind.PERMANENT, VerdictKind.FATAL)
-_MOST_MEMBERS = 10_000
-_MOST_HEADERS = 1000
-# The longest date of RFC 9110 has 33 characters.
-_MOST_CHARACTERS = 100
-# Not what a subclass may have put in its place: this tuple is finite and never changes.
-_exceptions_of = vars(BaseExceptionGroup)["exceptions"].__get__
+_NAME_FIELDS = ("type", "code", "status")
+# What stands in a body of any status, the gravest first, and in one that came with no bad status.
+_NAMES = {
+    FATAL: {
+        "account_deactivated",
+        "authentication_error",
+        "billing_hard_limit_reached",
+        "billing_not_active",
+        "insufficient_quota",
+        "invalid_api_key",
+        "unrecognizedclientexception",
+    },
+    OVERLOAD: {"resource_exhausted", "throttlingexception", "toomanyrequestsexception"},
+}
+_NAMES_WITHOUT_STATUS = {
+    OVERLOAD: {"429", "503", "529", "overloaded_error", "rate_limit_error", "rate_limit_exceeded"},
+    PERMANENT: {
+        "context_length_exceeded",
+        "invalid_request_error",
+        "not_found_error",
+        "permission_error",
+        "request_too_large",
+    },
+}
+# By status; else 5xx are transient, and the rest permanent.
+_STATUSES = {
+    FATAL: (401, 402, "UNAUTHENTICATED"),
+    OVERLOAD: (429, 498, 529, "RESOURCE_EXHAUSTED"),
+    PERMANENT: (501, 505),
+    TRANSIENT: (
+        *(408, 409, 425, 499),
+        *("ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE", "UNKNOWN"),
+    ),
+}
+_OVERLOAD_WITH_RETRY_AFTER = (403, 413, 503)
+_MOST_CAUSES = 5
+# No server asks for a wait of 30 years: such a number is a time of the wall clock.
+_FIRST_UNIX_TIME = 1e9
+_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_RESET_HEADER = re.compile(r"x-ratelimit-reset-.+|anthropic-ratelimit-.+-reset")
+_DURATION = re.compile(r"(\d+(?:\.\d*)?)(ms|[smhd])", re.ASCII)
 
 
 def classify(exc: Exception) -> Verdict:
     """
     Judge an exception by what it carries, without knowing the library it comes from.
 
-    An HTTP status is read from ``status_code``, ``status`` or ``response.status_code``: 429 and 529, and
-    503 with a Retry-After, are overload; 408, 409, 425 and other 5xx are transient; 401 is fatal; other
-    4xx are permanent. Without a status, ``TypeError AttributeError NameError ImportError AssertionError
-    NotImplementedError RecursionError`` are permanent and everything else is transient. A function that is
-    not async is fatal: it would fail for every input. An exception group is judged by the
-    gravest of its members, at whatever depth; at most 10,000 of them are looked at.
+    1. The status is read as :func:`response_status` does. A status below 300 counts as none.
+    2. Names in the body come before the status. The body is ``body``, ``error`` or ``details``, if that is a
+       mapping, or botocore's ``response["Error"]``. The names are its ``type``, ``code`` and ``status``, at
+       the top and under ``error``, in any case. ``insufficient_quota billing_hard_limit_reached
+       billing_not_active account_deactivated invalid_api_key authentication_error
+       UnrecognizedClientException`` are fatal. ``ThrottlingException TooManyRequestsException
+       RESOURCE_EXHAUSTED`` are overload. Without a status, ``overloaded_error rate_limit_error
+       rate_limit_exceeded 429 503 529`` are overload, ``invalid_request_error context_length_exceeded
+       not_found_error permission_error request_too_large`` are permanent, and any other name is transient.
+    3. By status, 401 and 402 are fatal. 429, 498 and 529 are overload, and so are 403, 413 and 503 with a
+       Retry-After. 408, 409, 425, 499 and other 5xx are transient. 501, 505, 3xx and other 4xx are permanent.
+       Of gRPC, ``UNAUTHENTICATED`` is fatal, ``RESOURCE_EXHAUSTED`` overload, ``UNAVAILABLE DEADLINE_EXCEEDED
+       ABORTED INTERNAL UNKNOWN CANCELLED`` transient, and the rest permanent.
+    4. The header ``x-should-retry: false`` makes transient and overload permanent, and ``true`` makes
+       permanent transient.
+    5. Without a status and a name, ``TypeError AttributeError NameError ImportError AssertionError
+       NotImplementedError RecursionError FileNotFoundError PermissionError ssl.SSLCertVerificationError`` are
+       permanent. Any other error is judged by the first of its causes that has a status or a name, at most
+       five steps of ``__cause__`` down, or of tenacity's ``last_attempt``. Without one it is transient.
 
-    A Retry-After is read from ``response.headers`` or ``headers`` in its three forms: ``retry-after-ms``,
-    seconds, and an HTTP date (RFC 9110, section 10.2.3). Zero, a time in the past and garbage are no
-    Retry-After, and neither is what stands behind the first 1,000 headers or is longer than 100 characters.
+    A function that is not async is fatal: it would fail for every input. An exception group is judged by the
+    gravest of its members, at whatever depth. At most 10,000 exceptions are looked at. ``BatchStopped`` is
+    judged as its cause, and is permanent without one; ``LoopClosed`` is permanent.
+
+    ``retry_after`` is read from the headers of the response or of the exception: ``retry-after-ms``, or
+    ``retry-after`` as seconds, as an HTTP date (RFC 9110, section 10.2.3) or as a Unix time. Of an overload
+    without these it is the longest of each ``x-ratelimit-reset-*`` and ``anthropic-ratelimit-*-reset`` whose
+    ``remaining`` is 0, and of the ``retryDelay`` of a ``google.rpc.RetryInfo`` in the body. Zero, a time in
+    the past and garbage are no Retry-After, and neither is what stands behind the first 1,000 headers or is
+    longer than 100 characters.
 
     :param exc: what the attempt raised
     :return: the verdict; this function never raises and takes bounded time, whatever attributes ``exc`` has
     """
-    if not _is(exc, BaseExceptionGroup):
-        return _classify_one(exc)
-
-    verdicts = [_classify_one(member) for member in islice(_members(exc), _MOST_MEMBERS)]
-    kind = max((verdict.kind for verdict in verdicts), key=_GRAVITY.index)
-    waits = [verdict.retry_after for verdict in verdicts if verdict.retry_after is not None]
-    return Verdict(kind, max(waits, default=None))
+    return _Judgement().of_all(exc, _MOST_CAUSES, set()) or Verdict(TRANSIENT)
 
 
-def _members(exc: BaseException) -> Iterator[BaseException]:
-    """Yield the errors that a group holds at any depth, each object once."""
-    seen: set[int] = set()
-    left = [exc]
-    while left:
-        exc = left.pop()
-        if id(exc) not in seen:
-            seen.add(id(exc))
-            if _is(exc, BaseExceptionGroup):
-                left.extend(_exceptions_of(exc))
-            else:
-                yield exc
+class _Judgement:
+    """One judgement of an exception, which looks at a bounded number of exceptions."""
 
+    def __init__(self) -> None:
+        self._left = iter(range(MOST_ERRORS))
+        # Members may share their causes, which are then judged with the first of them.
+        self._causes: set[int] = set()
+        self._stops: set[int] = set()
 
-def _is(value: object, kinds: type | tuple[type, ...]) -> bool:
-    # Not isinstance(), which asks the value itself for its class: that may be a property that raises.
-    return issubclass(type(value), kinds)
+    def of_all(self, exc: BaseException, steps: int, seen: set[int]) -> Verdict | None:
+        """
+        Judge an exception, or all of a group.
 
+        :param steps: how many causes may follow each other
+        :param seen: the ids of the exceptions that are left out
+        :return: the verdict, or ``None`` if nothing is left to be looked at
+        """
+        return _gravest(self._of_one(error, steps) for error in self._members(exc, seen))
 
-def _classify_one(exc: BaseException) -> Verdict:
-    status = _http_status(exc)
-    if status is None:
+    def _members(self, exc: BaseException, seen: set[int]) -> Iterator[BaseException]:
+        for error in members(exc, seen):
+            if next(self._left, None) is None:
+                return
+
+            yield error
+
+    def _of_one(self, exc: BaseException, steps: int) -> Verdict:
+        verdict = self._told(exc, steps)
+        if verdict is not None:
+            return verdict
+
         if is_not_async(exc):
-            return Verdict(VerdictKind.FATAL)
+            return Verdict(FATAL)
 
-        return Verdict(VerdictKind.PERMANENT if _is(exc, _PROGRAMMING_ERRORS) else VerdictKind.TRANSIENT)
+        if is_of(exc, _PERMANENT_TYPES):
+            return Verdict(PERMANENT)
 
-    headers = _retry_headers(exc)
-    if status in _OVERLOAD_STATUSES or (status == 503 and headers):
-        kind = VerdictKind.OVERLOAD
-    elif status in _TRANSIENT_STATUSES or not 400 <= status < 500:
-        kind = VerdictKind.TRANSIENT
-    elif status == 401:
-        kind = VerdictKind.FATAL
-    else:
-        kind = VerdictKind.PERMANENT
+        while verdict is None and steps > 0 and (cause := cause_of(exc)) is not None:
+            exc, steps = cause, steps - 1
+            verdict = _gravest(self._told(error, steps) for error in self._members(cause, self._causes))
 
-    return Verdict(kind, _retry_after(headers))
+        return verdict or Verdict(TRANSIENT)
 
+    def _told(self, exc: BaseException, steps: int) -> Verdict | None:
+        """Judge an error of this library, or by a status or a body; return ``None`` if there is neither."""
+        if is_of(exc, BatchStopped):
+            cause = cause_of(exc)
+            if cause is None or steps == 0:
+                return Verdict(PERMANENT)
 
-def _http_status(exc: BaseException) -> int | None:
-    for value in (
-        read_attribute(exc, "status_code"),
-        read_attribute(exc, "status"),
-        read_attribute(read_attribute(exc, "response"), "status_code"),
-    ):
-        if _is(value, int) and type(value) is not bool:
-            status = int.__index__(value)  # whatever a subclass says instead
-            if 100 <= status <= 599:
-                return status
+            return self.of_all(cause, steps - 1, self._stops) or Verdict(TRANSIENT)
 
-    return None
+        own = own_verdict(exc)
+        if own in _GRAVITY:
+            wait = _number(text_of(read_attribute(exc, "retry_after_seconds")))
+            return Verdict(VerdictKind(own), _positive(wait))
+
+        return _by_response(exc)
 
 
-def _retry_headers(exc: BaseException) -> dict[str, str]:
-    """Return the Retry-After headers that there are, by their lower-case names."""
-    for source in (read_attribute(exc, "response"), exc):
-        headers = read_attribute(source, "headers")
-        found: dict[str, str] = {}
-        with foreign_code:
-            pairs: Iterable[tuple[Any, Any]] = headers.items() if hasattr(headers, "items") else headers
-            for key, value in islice(pairs, _MOST_HEADERS):
-                name = _text(key).lower()
-                if name in ("retry-after-ms", "retry-after"):
-                    found[name] = _text(value)
+def _gravest(verdicts: Iterable[Verdict | None]) -> Verdict | None:
+    """Return the gravest kind with the longest wait, of the verdicts that there are."""
+    found = [verdict for verdict in verdicts if verdict is not None]
+    if len(found) <= 1:
+        return found[0] if found else None
 
-        if found:
-            return found
-
-    return {}
+    waits = [verdict.retry_after for verdict in found if verdict.retry_after is not None]
+    return Verdict(max((verdict.kind for verdict in found), key=_GRAVITY.index), max(waits, default=None))
 
 
-def _text(value: Any) -> str:
-    """Return the name or the value of a header; an empty text if it is longer than any that counts."""
-    if _is(value, bytes):
-        text = bytes.__getitem__(value, slice(_MOST_CHARACTERS + 1)).decode("latin-1")
-    elif _is(value, (str, int, float)):
-        text = str.__getitem__(str(value), slice(_MOST_CHARACTERS + 1))
-    else:
-        text = ""
+# --- what a response says
 
-    return text if len(text) <= _MOST_CHARACTERS else ""
+
+def _by_response(exc: BaseException) -> Verdict | None:
+    status = response_status(exc)
+    if isinstance(status, int) and status < 300:
+        status = None
+
+    bodies = error_bodies(exc)
+    names = {text_of(body.get(field)).lower() for body in bodies for field in _NAME_FIELDS}
+    names.discard("")
+    if status is None and not names:
+        return None
+
+    headers = response_headers(exc)
+    kind = _by_name(names, _NAMES)
+    if kind is None:
+        kind = _by_status(status, headers) if status else _by_name(names, _NAMES_WITHOUT_STATUS) or TRANSIENT
+
+    should_retry = headers.get("x-should-retry", "").strip().lower()
+    if should_retry == "false" and kind is not FATAL:
+        kind = PERMANENT
+    elif should_retry == "true" and kind is PERMANENT:
+        kind = TRANSIENT
+
+    wait = _retry_after(headers)
+    if kind is OVERLOAD and not _has_retry_after(headers):
+        waits = [*_resets(headers), *map(_duration, retry_delays(exc, bodies))]
+        wait = max((seconds for seconds in waits if seconds is not None), default=None)
+
+    return Verdict(kind, wait)
+
+
+def _by_name(names: set[str], table: Mapping[VerdictKind, set[str]]) -> VerdictKind | None:
+    return next((kind for kind, listed in table.items() if not listed.isdisjoint(names)), None)
+
+
+def _by_status(status: int | str, headers: Mapping[str, str]) -> VerdictKind:
+    if status in _OVERLOAD_WITH_RETRY_AFTER and _has_retry_after(headers):
+        return OVERLOAD
+
+    for kind, statuses in _STATUSES.items():
+        if status in statuses:
+            return kind
+
+    return TRANSIENT if isinstance(status, int) and status >= 500 else PERMANENT
+
+
+# --- the waits that a server asks for
+
+
+def _has_retry_after(headers: Mapping[str, str]) -> bool:
+    return "retry-after" in headers or "retry-after-ms" in headers
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that the headers ask for; ``None`` where they make no sense."""
-    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
-        value = headers.get(name)
-        if value is None or "_" in value:
-            continue
+    """Return the seconds that a Retry-After asks for; ``None`` if it makes no sense."""
+    milliseconds = _positive(_number(headers.get("retry-after-ms", "")) / 1000)
+    return milliseconds or _seconds(headers.get("retry-after", ""))
 
-        try:
-            seconds = float(value) / unit
-        except ValueError:
-            try:
-                # A date is the server's wall clock, so it is compared with ours.
-                date = email.utils.parsedate_to_datetime(value)
-                if date.tzinfo is None:
-                    # The asctime form names no zone, and means Greenwich like the others.
-                    date = date.replace(tzinfo=datetime.UTC)
 
-                seconds = date.timestamp() - time.time()
-            except Exception:
-                continue
+def _resets(headers: Mapping[str, str]) -> Iterator[float | None]:
+    """Yield in how many seconds each limit that is used up is reset."""
+    for name, text in headers.items():
+        if (
+            _RESET_HEADER.fullmatch(name)
+            and _number(headers.get(name.replace("reset", "remaining"), "")) <= 0
+        ):
+            yield _duration(text) or _seconds(text)
 
-        if seconds > 0 and math.isfinite(seconds):
-            return seconds
 
-    return None
+def _seconds(text: str) -> float | None:
+    """Return in how many seconds a time is: seconds, Unix time, HTTP date or RFC 3339."""
+    number = _positive(_number(text))
+    if number is not None and number < _FIRST_UNIX_TIME:
+        return number
+
+    try:
+        # A date is the server's wall clock, so it is compared with ours.
+        return _positive((number or _timestamp(text)) - time.time())
+    except Exception:
+        return None
+
+
+def _timestamp(text: str) -> float:
+    try:
+        date = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        date = email.utils.parsedate_to_datetime(text)
+
+    # The asctime form names no zone, and means Greenwich like the others.
+    return (date if date.tzinfo else date.replace(tzinfo=datetime.UTC)).timestamp()
+
+
+def _duration(text: str) -> float | None:
+    """Return the seconds of a duration such as ``6m0s`` or ``120ms``; ``None`` if it is none."""
+    parts = _DURATION.findall(text)
+    if "".join(map("".join, parts)) != text.strip():
+        return None
+
+    return _positive(sum(float(number) * _UNITS[unit] for number, unit in parts))
+
+
+def _number(text: str) -> float:
+    try:
+        return math.nan if "_" in text else float(text)
+    except ValueError:
+        return math.nan
+
+
+def _positive(number: float) -> float | None:
+    return number if 0 < number < math.inf else None

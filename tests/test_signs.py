@@ -2,12 +2,13 @@
 
 import errno
 import ssl
+from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from agentloop import BatchStopped, IdleTimeout, InvocationTimeout, LoopClosed
+from agentloop import BatchStopped, IdleTimeout, InvocationTimeout, LoopClosed, response_status
 from agentloop._signs import speaks_of_provider
 from agentloop.testing import FakeHTTPError
 
@@ -35,6 +36,34 @@ def on_handling(context: BaseException) -> Exception:
 
 def grouped(member: Exception) -> Exception:
     return ExceptionGroup("several", [ValueError(), ExceptionGroup("inner", [member])])
+
+
+class ResponseError(Exception):
+    def __init__(self, **attributes: object) -> None:
+        vars(self).update(attributes)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (FakeHTTPError(429), 429),
+        (ResponseError(status=HTTPStatus.NOT_FOUND), 404),
+        (ResponseError(code="503"), 503),
+        (RpcError("UNAVAILABLE"), "UNAVAILABLE"),
+        (RpcError("OK"), None),
+        (ResponseError(response={"ResponseMetadata": {"HTTPStatusCode": 400}}), 400),
+        (ResponseError(status_code=None, response=SimpleNamespace(status=500)), 500),
+        (ResponseError(status_code=401, status=402, code=403), 401),
+        (ResponseError(code=1006), None),
+        (caused_by(FakeHTTPError(429)), None),
+        (ValueError(), None),
+    ],
+    ids=range(11),
+)
+def test_status_of_a_response_is_read_from_an_exception(error: Exception, status: object) -> None:
+    found = response_status(error)
+    assert found == status
+    assert type(found) is type(status)
 
 
 every_wrapping = pytest.mark.parametrize("wrap", [lambda exc: exc, caused_by, on_handling, grouped])

@@ -9,9 +9,12 @@ import itertools
 import math
 import pickle
 import re
+import ssl
 import time
-from collections.abc import Iterator
-from types import SimpleNamespace
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import attrs
@@ -19,10 +22,26 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from agentloop import Verdict, VerdictKind, classify
+from agentloop import (
+    AgentLoopError,
+    BatchStopped,
+    IdleTimeout,
+    InvocationCancelled,
+    InvocationTimeout,
+    LeftOpenError,
+    LoopClosed,
+    Verdict,
+    VerdictKind,
+    classify,
+)
+from agentloop._errors import not_async
 
 TRANSIENT, OVERLOAD, PERMANENT, FATAL = VerdictKind
 
+ATTRIBUTES = [
+    *("status_code", "status", "http_status", "code", "response", "headers", "body", "error", "details"),
+    *("last_attempt", "__cause__", "__class__"),
+]
 # The date that RFC 9110 writes in each of its three forms (section 5.6.7).
 RFC_DATE = 784111777
 HTTP_DATES = [
@@ -56,6 +75,9 @@ class Broken:
 def named(value: object) -> str:
     """Return a test id that is the same in every run."""
     return re.sub(r" at 0x\w+", "", repr(value))[:60]
+
+
+DOWN = HTTPError(status=503)
 
 
 class BrokenStatus(Exception):
@@ -127,44 +149,58 @@ def test_bad_retry_after_is_refused_by_name(value: Any, error: type[Exception], 
 # --- the table
 
 
-@pytest.mark.parametrize(
-    ("status", "kind"),
-    [
-        (429, OVERLOAD),
-        (529, OVERLOAD),
-        (408, TRANSIENT),
-        (409, TRANSIENT),
-        (425, TRANSIENT),
-        (500, TRANSIENT),
-        (502, TRANSIENT),
-        (503, TRANSIENT),
-        (504, TRANSIENT),
-        (599, TRANSIENT),
-        (401, FATAL),
-        (400, PERMANENT),
-        (402, PERMANENT),
-        (403, PERMANENT),
-        (404, PERMANENT),
-        (410, PERMANENT),
-        (413, PERMANENT),
-        (422, PERMANENT),
-        (499, PERMANENT),
-        (302, TRANSIENT),
-    ],
-)
+KIND_OF_STATUS = {
+    **dict.fromkeys([401, 402], FATAL),
+    **dict.fromkeys([429, 498, 529], OVERLOAD),
+    **dict.fromkeys([408, 409, 425, 499, 500, 502, 503, 504, 520, 599], TRANSIENT),
+    **dict.fromkeys([300, 302, 304, 400, 403, 404, 410, 413, 422, 451, 501, 505], PERMANENT),
+    **dict.fromkeys([100, 200, 204, 299], TRANSIENT),
+}
+KIND_OF_GRPC_STATUS = {
+    "RESOURCE_EXHAUSTED": OVERLOAD,
+    "UNAUTHENTICATED": FATAL,
+    **dict.fromkeys(
+        ["UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "INTERNAL", "UNKNOWN", "CANCELLED"], TRANSIENT
+    ),
+    **dict.fromkeys(
+        ["INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED", "FAILED_PRECONDITION"],
+        PERMANENT,
+    ),
+    **dict.fromkeys(["OUT_OF_RANGE", "UNIMPLEMENTED", "DATA_LOSS"], PERMANENT),
+}
+
+
+def rpc_error(name: object) -> HTTPError:
+    return HTTPError(code=lambda: SimpleNamespace(name=name), details=lambda: "no mapping")
+
+
+@pytest.mark.parametrize(("status", "kind"), KIND_OF_STATUS.items())
 def test_status_decides_wherever_it_is_found(status: int, kind: VerdictKind) -> None:
-    for exc in (
-        HTTPError(status_code=status),
-        HTTPError(status=status),
-        HTTPError(response=SimpleNamespace(status_code=status)),
-    ):
-        assert classify(exc) == Verdict(kind)
+    for value in (status, str(status)):
+        for exc in (
+            HTTPError(status_code=value),
+            HTTPError(status=value),
+            HTTPError(http_status=value),
+            HTTPError(code=value),
+            HTTPError(response=SimpleNamespace(status_code=value)),
+            HTTPError(response=SimpleNamespace(status=value)),
+            HTTPError(response={"ResponseMetadata": {"HTTPStatusCode": value}}),
+        ):
+            assert classify(exc) == Verdict(kind)
 
 
-def test_503_with_a_retry_after_is_overload() -> None:
-    assert classify(with_headers({"Retry-After": "5"}, 503)) == Verdict(OVERLOAD, 5)
-    assert classify(with_headers({"Retry-After": "0"}, 503)) == Verdict(OVERLOAD)
-    assert classify(with_headers({"Date": "today"}, 503)) == Verdict(TRANSIENT)
+@pytest.mark.parametrize(("name", "kind"), KIND_OF_GRPC_STATUS.items())
+def test_status_of_grpc_decides(name: str, kind: VerdictKind) -> None:
+    assert classify(rpc_error(name)) == Verdict(kind)
+
+
+@pytest.mark.parametrize("status", [403, 413, 503])
+def test_refusal_with_a_retry_after_is_overload(status: int) -> None:
+    for headers in ({"Retry-After": "5"}, {"retry-after-ms": "5000"}):
+        assert classify(with_headers(headers, status)) == Verdict(OVERLOAD, 5)
+
+    assert classify(with_headers({"Retry-After": "0"}, status)) == Verdict(OVERLOAD)
+    assert classify(with_headers({"Date": "today"}, status)) == Verdict(KIND_OF_STATUS[status])
 
 
 @pytest.mark.parametrize("status", [400, 401, 408, 500])
@@ -185,9 +221,12 @@ def test_retry_after_is_reported_with_every_status_and_changes_no_other_kind(sta
         NotImplementedError,
         RecursionError,
         TypeError,
+        FileNotFoundError,
+        PermissionError,
+        ssl.SSLCertVerificationError,
     ],
 )
-def test_programming_error_is_permanent(error: type[Exception]) -> None:
+def test_error_that_comes_again_is_permanent(error: type[Exception]) -> None:
     assert classify(error("bug")) == Verdict(PERMANENT)
 
 
@@ -199,6 +238,8 @@ def test_programming_error_is_permanent(error: type[Exception]) -> None:
         BrokenPipeError,
         TimeoutError,
         OSError,
+        IsADirectoryError,
+        ssl.SSLError,
         EOFError,
         Exception,
         KeyError,
@@ -215,6 +256,284 @@ def test_status_wins_over_the_type_of_the_error() -> None:
     error = TypeError("of a client that translates badly")
     error.status_code = 429
     assert classify(error).kind is OVERLOAD
+    error.status_code = 200
+    assert classify(error).kind is PERMANENT
+
+
+# --- what the body says
+
+FATAL_NAMES = [
+    "insufficient_quota",
+    "billing_hard_limit_reached",
+    "billing_not_active",
+    "account_deactivated",
+    "invalid_api_key",
+    "authentication_error",
+    "UnrecognizedClientException",
+]
+OVERLOAD_NAMES = ["ThrottlingException", "TooManyRequestsException", "RESOURCE_EXHAUSTED"]
+NAMES_WITHOUT_STATUS = {
+    **dict.fromkeys(["overloaded_error", "rate_limit_error", "rate_limit_exceeded"], OVERLOAD),
+    **dict.fromkeys(["429", "503", "529", 429, 503, 529], OVERLOAD),
+    "invalid_request_error": PERMANENT,
+    "context_length_exceeded": PERMANENT,
+    "not_found_error": PERMANENT,
+    "permission_error": PERMANENT,
+    "request_too_large": PERMANENT,
+    "api_error": TRANSIENT,
+    "unheard_of": TRANSIENT,
+    500: TRANSIENT,
+}
+
+
+def with_body(name: object, **attributes: Any) -> Iterator[Exception]:
+    """Yield an error for each place where a body may have a name."""
+    for field, key in itertools.product(["type", "code", "status"], [str.lower, str.upper, str.title]):
+        body = {"message": "no", key(field): name}
+        for attribute in ("body", "error", "details"):
+            yield HTTPError(**attributes, **{attribute: body})
+            yield HTTPError(**attributes, **{attribute: {"type": "error", key("error"): body}})
+            yield HTTPError(**attributes, **{attribute: MappingProxyType(body)})
+
+        if "response" not in attributes:
+            yield HTTPError(**attributes, response={"Error": body})
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*zip(FATAL_NAMES, itertools.repeat(FATAL)), *zip(OVERLOAD_NAMES, itertools.repeat(OVERLOAD))],
+)
+def test_name_in_a_body_of_any_status_decides(name: str, kind: VerdictKind) -> None:
+    for text in (name, name.upper(), name.lower(), name.encode()):
+        for exc in (*with_body(text), *with_body(text, status_code=400), *with_body(text, status=500)):
+            assert classify(exc) == Verdict(kind)
+
+
+@pytest.mark.parametrize(("name", "kind"), NAMES_WITHOUT_STATUS.items(), ids=named)
+def test_name_in_a_body_without_a_status_or_with_a_good_one_decides(name: object, kind: VerdictKind) -> None:
+    good = SimpleNamespace(status_code=200)
+    for exc in (*with_body(name), *with_body(name, status_code=200), *with_body(name, response=good)):
+        assert classify(exc) == Verdict(kind)
+
+
+@pytest.mark.parametrize("name", NAMES_WITHOUT_STATUS, ids=named)
+def test_other_name_in_a_body_with_a_bad_status_changes_nothing(name: object) -> None:
+    for status in (404, 429, 500):
+        assert {classify(exc).kind for exc in with_body(name, status_code=status)} == {KIND_OF_STATUS[status]}
+
+
+def test_gravest_of_the_names_in_a_body_decides() -> None:
+    names = {"type": "invalid_request_error", "code": "rate_limit_exceeded"}
+    assert classify(HTTPError(body=names)).kind is OVERLOAD
+    assert classify(HTTPError(body={**names, "status": "invalid_api_key"})).kind is FATAL
+    assert (
+        classify(
+            HTTPError(body={"type": "ThrottlingException", "error": {"code": "insufficient_quota"}})
+        ).kind
+        is FATAL
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        None,
+        "insufficient_quota",
+        ["insufficient_quota"],
+        {"message": "insufficient_quota"},
+        {"type": None, "code": "", "status": []},
+        {"error": {"error": {"type": "insufficient_quota"}}},
+        {"error": "insufficient_quota"},
+        {"type": "insufficient_quota" + " " * 100},
+        SimpleNamespace(type="insufficient_quota"),
+    ],
+    ids=named,
+)
+def test_body_without_a_name_says_nothing(body: object) -> None:
+    error = AssertionError()
+    error.body = error.error = error.details = body
+    assert classify(error) == Verdict(PERMANENT)
+    assert classify(HTTPError(response={"Error": body})) == Verdict(TRANSIENT)
+
+
+def test_name_in_a_body_wins_over_the_type_of_the_error() -> None:
+    error = TypeError()
+    error.body = {"type": "api_error"}
+    assert classify(error) == Verdict(TRANSIENT)
+
+
+# --- what the header x-should-retry says
+
+
+@pytest.mark.parametrize(
+    ("status", "value", "kind"),
+    [
+        (429, "false", PERMANENT),
+        (500, "false", PERMANENT),
+        (400, "false", PERMANENT),
+        (401, "false", FATAL),
+        (400, "true", TRANSIENT),
+        (501, "TRUE", TRANSIENT),
+        (429, "true", OVERLOAD),
+        (500, "true", TRANSIENT),
+        (401, "true", FATAL),
+        (400, "1", PERMANENT),
+        (500, "", TRANSIENT),
+    ],
+)
+def test_server_says_whether_a_retry_is_worth_it(status: int, value: str, kind: VerdictKind) -> None:
+    assert classify(with_headers({"X-Should-Retry": value}, status)) == Verdict(kind)
+
+
+def test_server_that_wants_no_retry_is_heard_on_what_a_body_says() -> None:
+    headers = {"x-should-retry": "false"}
+    assert classify(HTTPError(headers=headers, body={"type": "overloaded_error"})).kind is PERMANENT
+    assert classify(HTTPError(headers=headers, body={"type": "insufficient_quota"})).kind is FATAL
+
+
+# --- what the causes say
+
+
+def caused_by(cause: BaseException | None, *, error: Exception | None = None, steps: int = 1) -> Exception:
+    for _ in range(steps):
+        error = error or HTTPError()
+        error.__cause__, cause, error = cause, error, None
+
+    assert isinstance(cause, Exception)
+    return cause
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [HTTPError(status=429), rpc_error("RESOURCE_EXHAUSTED"), HTTPError(body={"type": "overloaded_error"})],
+    ids=named,
+)
+def test_error_without_a_status_is_judged_by_its_causes(cause: Exception) -> None:
+    for steps in range(1, 6):
+        assert classify(caused_by(cause, steps=steps)) == Verdict(OVERLOAD)
+
+    assert classify(caused_by(cause, steps=6)) == Verdict(TRANSIENT)
+
+
+def test_wait_of_a_cause_is_waited() -> None:
+    assert classify(caused_by(with_headers({"Retry-After": "5"}))) == Verdict(OVERLOAD, 5)
+
+
+def test_error_with_a_status_or_of_a_permanent_type_is_not_judged_by_its_causes() -> None:
+    assert classify(caused_by(HTTPError(status=401), error=HTTPError(status=500))) == Verdict(TRANSIENT)
+    assert classify(caused_by(HTTPError(status=500), error=TypeError())) == Verdict(PERMANENT)
+
+
+@pytest.mark.parametrize("cause", [TypeError(), ValueError(), KeyboardInterrupt()], ids=named)
+def test_cause_without_a_status_says_nothing(cause: BaseException) -> None:
+    assert classify(caused_by(cause)) == Verdict(TRANSIENT)
+
+
+def test_what_an_error_was_raised_on_handling_says_nothing() -> None:
+    error = HTTPError()
+    error.__context__ = HTTPError(status=401)
+    assert classify(error) == Verdict(TRANSIENT)
+
+
+def test_causes_without_an_end_say_nothing() -> None:
+    error = HTTPError()
+    error.__cause__ = caused_by(error)
+    assert classify(error) == Verdict(TRANSIENT)
+
+
+def test_group_that_is_a_cause_is_judged_by_its_gravest_member() -> None:
+    group = ExceptionGroup(
+        "", [HTTPError(status=500), ExceptionGroup("", [HTTPError(status=401)]), TypeError()]
+    )
+    assert classify(caused_by(group)) == Verdict(FATAL)
+    assert classify(caused_by(caused_by(HTTPError(status=429), error=ExceptionGroup("", [TypeError()]))))
+    assert classify(ExceptionGroup("", [TypeError(), caused_by(HTTPError(status=401))])) == Verdict(FATAL)
+
+
+def attempt(*, done: object = True, raised: object = None) -> Exception:
+    """Return an error like tenacity's ``RetryError``."""
+    return HTTPError(last_attempt=SimpleNamespace(done=lambda: done, exception=lambda: raised))
+
+
+def test_last_attempt_of_tenacity_is_a_cause() -> None:
+    assert classify(attempt(raised=HTTPError(status=401))) == Verdict(FATAL)
+    assert classify(caused_by(attempt(raised=HTTPError(status=429)))) == Verdict(OVERLOAD)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        attempt(done=False, raised=HTTPError(status=401)),
+        attempt(done=1, raised=HTTPError(status=401)),
+        attempt(raised="401"),
+        attempt(),
+        HTTPError(last_attempt=5),
+        HTTPError(last_attempt=Broken()),
+        caused_by(ValueError(), error=attempt(raised=HTTPError(status=401))),
+    ],
+    ids=range(7),
+)
+def test_last_attempt_that_has_not_failed_says_nothing(error: Exception) -> None:
+    assert classify(error) == Verdict(TRANSIENT)
+
+
+# --- the errors of the library
+
+
+class Queued(AgentLoopError):
+    """An error that says what kind of verdict it deserves, and when to come back."""
+
+    _verdict = "transient"
+
+    def __init__(self, seconds: object = 7.5) -> None:
+        self.retry_after_seconds = seconds
+
+
+def stopped(cause: BaseException | None) -> Exception:
+    return caused_by(cause, error=BatchStopped("why"))
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"),
+    [
+        (InvocationTimeout(5), Verdict(TRANSIENT)),
+        (IdleTimeout(5), Verdict(TRANSIENT)),
+        (caused_by(HTTPError(status=401), error=InvocationTimeout(5)), Verdict(TRANSIENT)),
+        (InvocationCancelled("why"), Verdict(TRANSIENT)),
+        (LoopClosed(), Verdict(PERMANENT)),
+        (LeftOpenError("agent"), Verdict(PERMANENT)),
+        (caused_by(LoopClosed()), Verdict(PERMANENT)),
+        (Queued(), Verdict(TRANSIENT, 7.5)),
+        (Queued(None), Verdict(TRANSIENT)),
+        (Queued(-1), Verdict(TRANSIENT)),
+        (type("Odd", (Queued,), {"_verdict": "odd"})(), Verdict(TRANSIENT)),
+        (type("Hostile", (Queued,), {"_verdict": Broken()})(), Verdict(TRANSIENT)),
+        (type("Remote", (AgentLoopError,), {"status": 429})(), Verdict(OVERLOAD)),
+        (stopped(None), Verdict(PERMANENT)),
+        (stopped(HTTPError(status=401)), Verdict(FATAL)),
+        (stopped(HTTPError(status=500)), Verdict(TRANSIENT)),
+        (stopped(ValueError()), Verdict(TRANSIENT)),
+        (stopped(TypeError()), Verdict(PERMANENT)),
+        (stopped(stopped(with_headers({"Retry-After": "5"}))), Verdict(OVERLOAD, 5)),
+        (stopped(stopped(None)), Verdict(PERMANENT)),
+        (stopped(ExceptionGroup("", [ValueError(), HTTPError(status=401)])), Verdict(FATAL)),
+        (caused_by(stopped(HTTPError(status=401))), Verdict(FATAL)),
+        (ExceptionGroup("", [stopped(DOWN), stopped(DOWN)]), Verdict(TRANSIENT)),
+    ],
+    ids=range(23),
+)
+def test_own_error_says_what_it_means(error: Exception, verdict: Verdict) -> None:
+    assert classify(error) == verdict
+
+
+def test_function_that_is_not_async_is_fatal() -> None:
+    assert classify(not_async("give an async function")) == Verdict(FATAL)
+
+
+def test_stop_without_an_end_of_causes_is_transient() -> None:
+    stop = BatchStopped("why")
+    stop.__cause__ = stopped(stop)
+    assert classify(stop) == Verdict(TRANSIENT)
 
 
 # --- attributes of all sorts
@@ -228,7 +547,7 @@ def test_status_code_comes_before_status_and_that_before_the_response() -> None:
 
 def test_attribute_that_is_no_status_is_passed_over_for_the_next() -> None:
     response = SimpleNamespace(status_code=401)
-    assert classify(HTTPError(status_code=None, status="429", response=response)).kind is FATAL
+    assert classify(HTTPError(status_code=None, status="4290", response=response)).kind is FATAL
     assert classify(HTTPError(status_code=True, status=0, response=response)).kind is FATAL
 
 
@@ -236,8 +555,16 @@ def test_attribute_that_is_no_status_is_passed_over_for_the_next() -> None:
     "value",
     [
         None,
-        "429",
         b"429",
+        "4290",
+        "42",
+        "099",
+        "600",
+        " 429",
+        "4.9",
+        "٤٢٩",
+        "²²²",
+        HTTPError,
         True,
         False,
         429.0,
@@ -257,7 +584,9 @@ def test_value_that_is_no_http_status_is_no_status(value: Any) -> None:
     for exc in (
         HTTPError(status_code=value),
         HTTPError(status=value),
+        HTTPError(code=value),
         HTTPError(response=SimpleNamespace(status_code=value)),
+        rpc_error(value),
     ):
         assert classify(exc) == Verdict(TRANSIENT)
 
@@ -265,6 +594,21 @@ def test_value_that_is_no_http_status_is_no_status(value: Any) -> None:
 def test_status_may_be_an_enum() -> None:
     assert classify(HTTPError(status=http.HTTPStatus.TOO_MANY_REQUESTS)).kind is OVERLOAD
     assert classify(HTTPError(status_code=http.HTTPStatus.UNAUTHORIZED)).kind is FATAL
+
+
+async def coroutine() -> Any:
+    return SimpleNamespace(name="UNAVAILABLE")
+
+
+def generator() -> Any:
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize(
+    "code", [coroutine, generator, HTTPError, Broken(), lambda _: 429, lambda: 429], ids=range(6)
+)
+def test_code_that_gives_no_status_of_grpc_is_no_status(code: object) -> None:
+    assert classify(HTTPError(code=code, response=SimpleNamespace(status=429))) == Verdict(OVERLOAD)
 
 
 def test_attribute_that_raises_is_an_attribute_that_is_not_there() -> None:
@@ -291,7 +635,7 @@ def test_status_that_does_not_even_tell_its_class_is_no_status() -> None:
 @pytest.mark.parametrize(
     "raised", [KeyError(), asyncio.CancelledError(), GeneratorExit(), BaseExceptionGroup("", [Exception()])]
 )
-@pytest.mark.parametrize("name", ["status_code", "status", "response", "headers", "__class__"])
+@pytest.mark.parametrize("name", ATTRIBUTES)
 def test_attribute_that_raises_whatever_it_likes_is_not_there(name: str, raised: BaseException) -> None:
     def get(_: object) -> Any:
         raise raised
@@ -423,6 +767,15 @@ def test_headers_without_an_end_are_read_for_a_while() -> None:
     assert retry_after([("X", "1")] * 999 + [("Retry-After", "7")]) == 7
 
 
+def test_first_of_two_headers_of_one_name_is_read() -> None:
+    assert retry_after([("Retry-After", "5"), ("retry-after", "7")]) == 5
+
+
+def test_headers_of_botocore_are_read() -> None:
+    metadata = {"HTTPStatusCode": 503, "HTTPHeaders": {"retry-after": "7"}}
+    assert classify(HTTPError(response={"ResponseMetadata": metadata})) == Verdict(OVERLOAD, 7)
+
+
 LONG = 10**6
 
 
@@ -492,6 +845,7 @@ def test_retry_after_is_read_in_milliseconds_and_seconds(headers: dict[str, str]
         "5s",
         "5, 5",
         "0x10",
+        "1_0",
     ],
     ids=named,
 )
@@ -550,6 +904,128 @@ def test_date_means_the_same_in_every_time_zone(date: str) -> None:
 @pytest.mark.usefixtures("now")
 def test_date_that_is_past_or_garbage_is_none(date: str) -> None:
     assert retry_after({"Retry-After": date}) is None
+
+
+@pytest.mark.usefixtures("now")
+def test_retry_after_may_be_a_time_of_the_servers_clock_in_other_forms() -> None:
+    assert retry_after({"Retry-After": str(10**9 + 5)}) == 10**9 + 5 - (RFC_DATE - 30)
+    assert retry_after({"Retry-After": "1994-11-06T08:49:37Z"}) == 30
+
+
+def test_unix_time_is_told_from_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 2e9)
+    assert retry_after({"Retry-After": "2000000060"}) == 60
+    assert retry_after({"Retry-After": "1999999999"}) is None
+    assert retry_after({"Retry-After": "999999999"}) == 999_999_999
+
+
+# --- the waits of an overload without a Retry-After
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("1s", 1),
+        ("6m0s", 360),
+        ("120ms", 0.12),
+        ("1h2m3.5s", 3723.5),
+        ("1d", 86400),
+        (" 20s ", 20),
+        ("20", 20),
+        ("1994-11-06T08:49:37Z", 30),
+        ("1994-11-06T09:49:37.500+01:00", 30.5),
+        ("1994-11-06T08:49:06Z", None),
+        ("0s", None),
+        ("1s soon", None),
+        ("5 s", None),
+        ("s", None),
+        ("-5s", None),
+        ("5us", None),
+        ("9" * 90 + "d", float("9" * 90) * 86400),
+        ("٣s", None),
+        ("", None),
+    ],
+    ids=named,
+)
+@pytest.mark.usefixtures("now")
+def test_reset_of_a_limit_that_is_used_up_is_waited_for(text: str, seconds: float | None) -> None:
+    for family in ("x-ratelimit-{}-requests", "anthropic-ratelimit-input-tokens-{}"):
+        headers = {family.format("remaining"): "0", family.format("reset"): text}
+        assert retry_after(headers) == seconds
+        assert classify(with_headers(headers, 498)) == Verdict(OVERLOAD, seconds)
+
+
+@pytest.mark.parametrize("remaining", ["1", "0.5", "", "none", "nan", "0_0"])
+def test_reset_of_a_limit_that_is_not_used_up_is_not_waited_for(remaining: str) -> None:
+    assert retry_after({"x-ratelimit-reset-tokens": "5s", "x-ratelimit-remaining-tokens": remaining}) is None
+    assert retry_after({"x-ratelimit-reset-tokens": "5s", "x-ratelimit-remaining-requests": "0"}) is None
+
+
+def test_longest_reset_is_waited_for() -> None:
+    resets = {"x-ratelimit-reset-a": "1s", "X-RateLimit-Reset-B": "5s", "x-ratelimit-reset-c": "3s"}
+    remaining = {
+        "x-ratelimit-remaining-a": "0",
+        "x-ratelimit-remaining-b": "0",
+        "x-ratelimit-remaining-c": "0",
+    }
+    assert retry_after({**resets, **remaining}) == 5
+
+
+@pytest.mark.parametrize("value", ["7", "0", "soon"])
+def test_reset_is_not_waited_for_if_there_is_a_retry_after(value: str) -> None:
+    resets = {"x-ratelimit-reset-a": "5s", "x-ratelimit-remaining-a": "0"}
+    assert retry_after({"retry-after": value, **resets}) == (7 if value == "7" else None)
+
+
+RETRY_INFO = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "41.5s"}
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        [RETRY_INFO],
+        ({"reason": "quota"}, RETRY_INFO, {**RETRY_INFO, "retryDelay": "3s"}),
+        [None, SimpleNamespace(retry_delay=SimpleNamespace(seconds=41, nanos=500_000_000)), Broken()],
+    ],
+    ids=range(3),
+)
+def test_retry_info_of_google_is_waited_for(details: Any) -> None:
+    body = {"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "details": details}}
+    assert classify(HTTPError(code=429, details=body)) == Verdict(OVERLOAD, 41.5)
+    assert classify(HTTPError(body={"details": details}, status=429)) == Verdict(OVERLOAD, 41.5)
+    assert classify(HTTPError(code=429, details=details)) == Verdict(OVERLOAD, 41.5)
+
+
+@pytest.mark.parametrize(
+    "detail",
+    [
+        {"retryDelay": 41},
+        {"retryDelay": "soon"},
+        {"retryDelay": "-41s"},
+        {"retryDelay": Broken()},
+        {},
+        SimpleNamespace(retry_delay=None),
+        SimpleNamespace(retry_delay=SimpleNamespace(seconds="x", nanos=Broken())),
+        SimpleNamespace(retry_delay=SimpleNamespace(seconds=0, nanos=0)),
+    ],
+    ids=range(8),
+)
+def test_retry_info_that_makes_no_sense_is_none(detail: object) -> None:
+    assert classify(HTTPError(code=429, details=[detail])) == Verdict(OVERLOAD)
+
+
+def test_delay_may_be_whole_seconds_or_less_than_one() -> None:
+    for delay, seconds in ((timedelta(seconds=41), 41), (SimpleNamespace(seconds=0, nanos=5_000_000), 0.005)):
+        assert (
+            classify(HTTPError(code=429, details=[SimpleNamespace(retry_delay=delay)])).retry_after == seconds
+        )
+
+
+def test_only_an_overload_waits_for_a_reset_or_retry_info() -> None:
+    headers = {"x-ratelimit-reset-a": "5s", "x-ratelimit-remaining-a": "0"}
+    for status in (400, 401, 500):
+        error = HTTPError(status=status, headers=headers, details=[RETRY_INFO])
+        assert classify(error) == Verdict(KIND_OF_STATUS[status])
 
 
 # --- groups
@@ -629,6 +1105,137 @@ def test_group_without_an_end_in_sight_is_judged_by_ten_thousand_of_its_members(
     assert classify(ExceptionGroup("many", [*members, TypeError()])) == Verdict(PERMANENT)
 
 
+# --- hostile objects
+
+
+class Hostile(Exception):
+    """An error and everything that is in it: asked for anything, it gives more of its like, or raises."""
+
+    asked = 0
+    """How often any of them was asked for anything."""
+
+    def __init__(self, answers: list[Any]) -> None:
+        super().__init__()
+        vars(self)["answers"] = itertools.cycle(answers)
+
+    def _answer(self) -> Any:
+        Hostile.asked += 1
+        answer = next(vars(self)["answers"])
+        if isinstance(answer, BaseException) and not isinstance(answer, Hostile):
+            raise answer
+
+        return self if answer is ... else answer
+
+    def __getattr__(self, name: str) -> Any:
+        return self._answer()
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield "retry-after", self._answer()
+
+    def __call__(self) -> Any:
+        return self._answer()
+
+    def __str__(self) -> str:
+        raise AssertionError("the text of a foreign object was asked for")
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(f"{type(self).__name__}(...)")
+
+
+class HostileMapping(Hostile, Mapping[Any, Any]):
+    """A mapping without an end."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._answer()
+
+    def __len__(self) -> int:
+        raise AssertionError("the length of a mapping without an end was asked for")
+
+    def keys(self) -> Any:
+        return self
+
+    def items(self) -> Any:
+        return self
+
+
+plain_answers = st.sampled_from(
+    [
+        ...,
+        None,
+        429,
+        "503",
+        b"x",
+        "X" * 1000,
+        10**1000,
+        math.nan,
+        KeyError(),
+        asyncio.CancelledError(),
+        {},
+        [],
+    ]
+)
+hostile_objects = st.recursive(
+    plain_answers,
+    lambda inner: st.builds(
+        lambda kind, answers: kind(answers),
+        st.sampled_from([Hostile, HostileMapping]),
+        st.lists(inner, min_size=1, max_size=3),
+    ),
+    max_leaves=6,
+)
+hostile_errors = st.builds(
+    lambda kind, answers: kind(answers),
+    st.sampled_from([Hostile, HostileMapping]),
+    st.lists(hostile_objects, min_size=1, max_size=3),
+)
+# Three sources of headers and eight of bodies, at most 1,000 items of each; details are in all bodies.
+MOST_ASKED = 20_000
+
+
+@given(hostile_errors)
+@example(HostileMapping([...]))
+@example(Hostile([...]))
+def test_hostile_error_is_asked_a_bounded_number_of_times(error: Exception) -> None:
+    Hostile.asked = 0
+    assert isinstance(classify(error), Verdict)
+    assert Hostile.asked <= MOST_ASKED
+
+
+@given(hostile_errors)
+def test_hostile_cause_is_asked_a_bounded_number_of_times(error: Exception) -> None:
+    Hostile.asked = 0
+    assert isinstance(classify(caused_by(error, steps=3)), Verdict)
+    assert Hostile.asked <= 6 * MOST_ASKED
+
+
+def test_causes_that_members_of_a_group_share_are_judged_once() -> None:
+    asked = 0
+
+    class Counted(Exception):
+        @property
+        def status_code(self) -> None:
+            nonlocal asked
+            asked += 1
+
+    cause = ExceptionGroup("", [Counted() for _ in range(100)])
+    assert classify(ExceptionGroup("", [caused_by(cause) for _ in range(100)])) == Verdict(TRANSIENT)
+    assert classify(ExceptionGroup("", [stopped(cause) for _ in range(100)])) == Verdict(TRANSIENT)
+    assert asked == 200
+
+
+def test_number_of_errors_that_are_looked_at_includes_causes() -> None:
+    several = [caused_by(ValueError()) for _ in range(5_000)]
+    assert classify(ExceptionGroup("", [HTTPError(status=401), *several])) == Verdict(TRANSIENT)
+    assert classify(ExceptionGroup("", [HTTPError(status=401), *several[1:]])) == Verdict(FATAL)
+
+
+def test_judging_adds_nothing_to_a_mapping_that_makes_its_items() -> None:
+    response: Any = defaultdict(dict)
+    assert classify(HTTPError(response=response)) == Verdict(TRANSIENT)
+    assert not response
+
+
 # --- fuzz
 
 
@@ -648,7 +1255,16 @@ scalars = st.one_of(
     st.floats(),
     st.sampled_from([None, True, False, Broken()]),
 )
-names = st.sampled_from(["Retry-After", "retry-after-ms", b"retry-after", "Date"])
+names = st.sampled_from(
+    [
+        "Retry-After",
+        "retry-after-ms",
+        b"retry-after",
+        "Date",
+        "x-ratelimit-reset-a",
+        "x-ratelimit-remaining-a",
+    ]
+)
 headers_of_all_sorts = st.one_of(
     st.dictionaries(names, scalars, max_size=3),
     st.lists(st.tuples(names | scalars, scalars), max_size=3),
@@ -657,11 +1273,18 @@ headers_of_all_sorts = st.one_of(
 )
 statuses = st.sampled_from([429, 503, 500, 404, 401]) | scalars
 responses = st.builds(SimpleNamespace, status_code=statuses, headers=headers_of_all_sorts) | scalars
+bodies = st.dictionaries(
+    st.sampled_from(["type", "code", "status", "error", "details"]) | scalars,
+    scalars | st.dictionaries(st.sampled_from(["type", "code"]), scalars) | st.lists(scalars, max_size=2),
+    max_size=3,
+)
 errors = st.fixed_dictionaries(
     {},
     optional={
         "status_code": statuses,
-        "status": statuses,
+        "code": statuses,
+        "body": bodies | scalars,
+        "details": bodies | scalars,
         "headers": headers_of_all_sorts,
         "response": responses,
     },

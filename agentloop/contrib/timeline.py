@@ -33,6 +33,7 @@ from agentloop import (
     StartedEvent,
     Status,
     StopEvent,
+    response_status,
 )
 
 _FLUSH_BYTES = 1 << 16
@@ -393,21 +394,10 @@ class _Group:
 
 
 def _reason(exc: BaseException) -> str:
-    """Return what kind of failure it is: the type, and the HTTP status if it has one."""
+    """Return what kind of failure it is: the type, and the status of the response if it has one."""
     # Not type(exc).__name__, of which a metaclass may make a property.
-    name = _name_of_type(type(exc))
-    try:
-        for holder in exc, getattr(exc, "response", None):
-            for field in "status_code", "status":
-                status = getattr(holder, field, None)
-                if isinstance(status, int):
-                    return f"{name} {int(status)}"
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException:
-        pass  # an exception may do anything when it is asked for an attribute
-
-    return name
+    name, status = _name_of_type(type(exc)), response_status(exc)
+    return name if status is None else f"{name} {status}"
 
 
 def _clip(text: str) -> str:

@@ -92,7 +92,7 @@ async def nap(seconds: float) -> float:
 class StatusError(Exception):
     def __init__(self, status_code: int) -> None:
         super().__init__(f"status {status_code}")
-        self.status_code = status_code
+        self.code = str(status_code)
 
 
 def failing(times: int, error: Exception) -> Callable[[], Any]:
