@@ -233,8 +233,11 @@ def members(exc: BaseException, seen: set[int]) -> Iterator[BaseException]:
 
 
 def cause_of(exc: BaseException) -> BaseException | None:
-    """Return the ``__cause__`` of an exception, or what the ``last_attempt`` of tenacity's has raised."""
+    """Return the cause of an exception: by default, as azure-core names it, or of tenacity's last attempt."""
     cause = _cause_of(exc)
+    if cause is None:
+        cause = read_attribute(exc, "inner_exception")
+
     if cause is None:
         attempt = read_attribute(exc, "last_attempt")
         # An unfinished one would be waited for.
@@ -269,7 +272,7 @@ def speaks_of_provider(exc: BaseException) -> bool:
         if is_of(error, BaseExceptionGroup):
             left.extend(_exceptions_of(error))
 
-        left += [_context_of(error), _cause_of(error)]
+        left += [_context_of(error), cause_of(error)]
 
     return False
 

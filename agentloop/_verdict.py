@@ -143,8 +143,9 @@ def classify(exc: Exception) -> Verdict:
        permanent transient.
     5. Without a status and a name, ``TypeError AttributeError NameError ImportError AssertionError
        NotImplementedError RecursionError FileNotFoundError PermissionError ssl.SSLCertVerificationError`` are
-       permanent. Any other error is judged by the first of its causes that has a status or a name, at most
-       five steps of ``__cause__`` down, or of tenacity's ``last_attempt``. Without one it is transient.
+       permanent. Any other error is judged by the first of its causes with a status or a name, at most five
+       steps down: ``__cause__``, azure-core's ``inner_exception`` or tenacity's ``last_attempt``. Else it is
+       transient.
 
     A function that is not async is fatal: it would fail for every input. An exception group is judged by the
     gravest of its members, at whatever depth. At most 10,000 exceptions are looked at. ``BatchStopped`` is

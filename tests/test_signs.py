@@ -34,6 +34,10 @@ def on_handling(context: BaseException) -> Exception:
     return error
 
 
+def inside(inner: BaseException) -> Exception:
+    return ResponseError(inner_exception=inner)  # as azure-core keeps it
+
+
 def grouped(member: Exception) -> Exception:
     return ExceptionGroup("several", [ValueError(), ExceptionGroup("inner", [member])])
 
@@ -66,7 +70,7 @@ def test_status_of_a_response_is_read_from_an_exception(error: Exception, status
     assert type(found) is type(status)
 
 
-every_wrapping = pytest.mark.parametrize("wrap", [lambda exc: exc, caused_by, on_handling, grouped])
+every_wrapping = pytest.mark.parametrize("wrap", [lambda exc: exc, caused_by, on_handling, inside, grouped])
 
 
 @every_wrapping

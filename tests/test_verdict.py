@@ -40,7 +40,7 @@ TRANSIENT, OVERLOAD, PERMANENT, FATAL = VerdictKind
 
 ATTRIBUTES = [
     *("status_code", "status", "http_status", "code", "response", "headers", "body", "error", "details"),
-    *("last_attempt", "__cause__", "__class__"),
+    *("inner_exception", "last_attempt", "__cause__", "__class__"),
 ]
 # The date that RFC 9110 writes in each of its three forms (section 5.6.7).
 RFC_DATE = 784111777
@@ -448,6 +448,13 @@ def test_group_that_is_a_cause_is_judged_by_its_gravest_member() -> None:
     assert classify(caused_by(group)) == Verdict(FATAL)
     assert classify(caused_by(caused_by(HTTPError(status=429), error=ExceptionGroup("", [TypeError()]))))
     assert classify(ExceptionGroup("", [TypeError(), caused_by(HTTPError(status=401))])) == Verdict(FATAL)
+
+
+def test_cause_may_be_where_azure_core_keeps_it() -> None:
+    assert classify(HTTPError(inner_exception=HTTPError(status=401))) == Verdict(FATAL)
+    assert classify(HTTPError(inner_exception="401")) == Verdict(TRANSIENT)
+    error = caused_by(HTTPError(status=429), error=HTTPError(inner_exception=HTTPError(status=401)))
+    assert classify(error) == Verdict(OVERLOAD)
 
 
 def attempt(*, done: object = True, raised: object = None) -> Exception:
