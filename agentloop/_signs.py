@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 __all__ = [
-    "GRPC",
     "MOST_ERRORS",
     "cause_of",
     "error_bodies",
@@ -36,24 +35,12 @@ _STATUS_FIELDS = ("status_code", "status", "http_status", "code")
 _BODY_FIELDS = ("body", "error", "details")
 _READ_FIELDS = {"type", "code", "status", "error", "details"}
 _READ_HEADERS = ("retry-after", "x-should-retry", "x-ratelimit-re", "anthropic-ratelimit-")
-# The names of gRPC's statuses, and the HTTP status of each (google.rpc.Code).
-GRPC = {
-    "CANCELLED": 499,
-    "UNKNOWN": 500,
-    "INVALID_ARGUMENT": 400,
-    "DEADLINE_EXCEEDED": 504,
-    "NOT_FOUND": 404,
-    "ALREADY_EXISTS": 409,
-    "PERMISSION_DENIED": 403,
-    "RESOURCE_EXHAUSTED": 429,
-    "FAILED_PRECONDITION": 400,
-    "ABORTED": 409,
-    "OUT_OF_RANGE": 400,
-    "UNIMPLEMENTED": 501,
-    "INTERNAL": 500,
-    "UNAVAILABLE": 503,
-    "DATA_LOSS": 500,
-    "UNAUTHENTICATED": 401,
+# As google.rpc.Code has them; the first six are 5xx in HTTP.
+_GRPC_5XX = ("DATA_LOSS", "DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE", "UNIMPLEMENTED", "UNKNOWN")
+_GRPC_STATUSES = {
+    *_GRPC_5XX,
+    *("ABORTED", "ALREADY_EXISTS", "CANCELLED", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "NOT_FOUND"),
+    *("OUT_OF_RANGE", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED"),
 }
 _FILE_ERRORS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 _FILE_ERRNOS = {errno.ENOSPC, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE}
@@ -94,7 +81,7 @@ def response_status(exc: BaseException) -> int | str | None:
     code = read_attribute(exc, "code")
     if callable(code) and not is_of(code, type):
         name = read_attribute(_call(code), "name")
-        if type(name) is str and name in GRPC:
+        if type(name) is str and name in _GRPC_STATUSES:
             return name
 
     response = read_attribute(exc, "response")
@@ -265,8 +252,8 @@ def speaks_of_provider(exc: BaseException) -> bool:
 
         seen.add(id(error))
         status = response_status(error)
-        status = GRPC.get(status, 0) if isinstance(status, str) else status or 0
-        if status == 408 or status >= 500 or _is_about_network(error):
+        is_bad = status == 408 or status >= 500 if isinstance(status, int) else status in _GRPC_5XX
+        if is_bad or _is_about_network(error):
             return True
 
         if is_of(error, BaseExceptionGroup):

@@ -58,11 +58,13 @@ class ResponseError(Exception):
         (ResponseError(response={"ResponseMetadata": {"HTTPStatusCode": 400}}), 400),
         (ResponseError(status_code=None, response=SimpleNamespace(status=500)), 500),
         (ResponseError(status_code=401, status=402, code=403), 401),
+        (ResponseError(status=100, code=503), 100),
+        (ResponseError(status=599), 599),
         (ResponseError(code=1006), None),
         (caused_by(FakeHTTPError(429)), None),
         (ValueError(), None),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_status_of_a_response_is_read_from_an_exception(error: Exception, status: object) -> None:
     found = response_status(error)
@@ -83,6 +85,8 @@ every_wrapping = pytest.mark.parametrize("wrap", [lambda exc: exc, caused_by, on
         FakeHTTPError(529),
         RpcError("UNAVAILABLE"),
         RpcError("DEADLINE_EXCEEDED"),
+        RpcError("INTERNAL"),
+        RpcError("UNKNOWN"),
         ConnectionRefusedError(),
         TimeoutError(),
         OSError(errno.ENETUNREACH, "no network"),

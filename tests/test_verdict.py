@@ -344,7 +344,7 @@ def test_gravest_of_the_names_in_a_body_decides() -> None:
         {"type": None, "code": "", "status": []},
         {"error": {"error": {"type": "insufficient_quota"}}},
         {"error": "insufficient_quota"},
-        {"type": "insufficient_quota" + " " * 100},
+        {"type": "insufficient_quota" + " " * 100, "code": 10**400},
         SimpleNamespace(type="insufficient_quota"),
     ],
     ids=named,
