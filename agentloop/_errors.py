@@ -73,7 +73,8 @@ def _printable(character: str) -> str:
 class AgentLoopError(Exception):
     """The base of every error that is this library's own."""
 
-    # What kind of verdict it deserves, where that does not depend on what it tells of a response.
+    # The value of its VerdictKind, of the class or of one error. None leaves it to the response it tells of.
+    # An error with such a value does not speak of the provider.
     _verdict: str | None = None
 
 
