@@ -7,6 +7,7 @@ __all__ = [
     "cause_of",
     "error_bodies",
     "is_of",
+    "is_plain",
     "members",
     "own_verdict",
     "response_headers",
@@ -16,6 +17,7 @@ __all__ = [
     "text_of",
 ]
 
+import builtins
 import errno
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -49,7 +51,17 @@ _FILE_ERRNOS.add(getattr(errno, "EDQUOT", errno.ENOSPC))  # missing on Windows
 _exceptions_of = vars(BaseExceptionGroup)["exceptions"].__get__
 _cause_of = vars(BaseException)["__cause__"].__get__
 _context_of = vars(BaseException)["__context__"].__get__
+_has_no_context = vars(BaseException)["__suppress_context__"].__get__
 _errno_of = vars(OSError)["errno"].__get__
+
+
+_GROUPS = (BaseExceptionGroup, ExceptionGroup)
+_PLAIN_TYPES = {kind for kind in vars(builtins).values() if isinstance(kind, type) and kind not in _GROUPS}
+
+
+def is_plain(exc: BaseException) -> bool:
+    """Return whether an exception is one of Python's own, without attributes, cause or members."""
+    return type(exc) in _PLAIN_TYPES and not exc.__dict__ and _cause_of(exc) is None
 
 
 def is_of(value: object, kinds: type | tuple[type, ...]) -> bool:
@@ -73,6 +85,9 @@ def response_status(exc: BaseException) -> int | str | None:
     :return: an HTTP status, the name of a gRPC status, or ``None`` if there is no status; this function never
         raises and takes bounded time, whatever attributes ``exc`` has
     """
+    if is_plain(exc):
+        return None  # the most frequent case
+
     for field in _STATUS_FIELDS:
         status = _status(read_attribute(exc, field))
         if status is not None:
@@ -238,8 +253,9 @@ def speaks_of_provider(exc: BaseException) -> bool:
     """
     Return whether a failure is one that a provider in trouble causes.
 
-    Such a failure has the status 408 or 5xx, or is an ``OSError`` that is not about files. The exceptions in
-    its ``__cause__`` and ``__context__`` and in its group count too. An error of this library with a verdict
+    Such a failure has the status 408 or 5xx, or is an ``OSError`` that is not about files. Its causes, what
+    was handled as it was raised (unless it was raised ``from`` another), and the members of a group count
+    too. An error of this library with a verdict
     of its own, such as the time-out of a nested call, says nothing about a provider, and neither do its
     causes. This function never raises and takes bounded time.
     """
@@ -259,7 +275,10 @@ def speaks_of_provider(exc: BaseException) -> bool:
         if is_of(error, BaseExceptionGroup):
             left.extend(_exceptions_of(error))
 
-        left += [_context_of(error), cause_of(error)]
+        left.append(cause_of(error))
+        # Some clients raise an error of theirs while they handle the network's, without naming it the cause.
+        if not _has_no_context(error):
+            left.append(_context_of(error))
 
     return False
 

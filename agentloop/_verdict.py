@@ -23,6 +23,7 @@ from ._signs import (
     cause_of,
     error_bodies,
     is_of,
+    is_plain,
     members,
     own_verdict,
     response_headers,
@@ -161,6 +162,9 @@ def classify(exc: Exception) -> Verdict:
     :param exc: what the attempt raised
     :return: the verdict; this function never raises and takes bounded time, whatever attributes ``exc`` has
     """
+    if is_plain(exc):
+        return Verdict(PERMANENT if isinstance(exc, _PERMANENT_TYPES) else TRANSIENT)
+
     return _Judgement().of_all(exc, _MOST_CAUSES, set()) or Verdict(TRANSIENT)
 
 
@@ -243,8 +247,7 @@ def _by_response(exc: BaseException) -> Verdict | None:
         status = None
 
     bodies = error_bodies(exc)
-    names = {text_of(body.get(field)).lower() for body in bodies for field in _NAME_FIELDS}
-    names.discard("")
+    names = {text_of(body.get(field)).lower() for body in bodies for field in _NAME_FIELDS} - {""}
     if status is None and not names:
         return None
 
@@ -298,10 +301,8 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 def _resets(headers: Mapping[str, str]) -> Iterator[float | None]:
     """Yield in how many seconds each limit that is used up is reset."""
     for name, text in headers.items():
-        if (
-            _RESET_HEADER.fullmatch(name)
-            and _number(headers.get(name.replace("reset", "remaining"), "")) <= 0
-        ):
+        remaining = headers.get(name.replace("reset", "remaining"), "")
+        if _RESET_HEADER.fullmatch(name) and _number(remaining) <= 0:
             yield _duration(text) or _seconds(text)
 
 
