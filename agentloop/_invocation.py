@@ -92,6 +92,11 @@ def _check_kwargs(_: object, attribute: "attrs.Attribute[Any]", value: object) -
         raise TypeError(f"{attribute.name} must be a mapping of argument names to values, got {value!r}")
 
 
+def _check_key(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
+    if value is not None and (not isinstance(value, (str, int)) or isinstance(value, bool)):
+        raise TypeError(f"{attribute.name} must be a str, an int or None, got {value!r}")
+
+
 class Referable:
     """What weak references can be made to."""
 
@@ -109,6 +114,7 @@ class Invocation(Referable, Generic[T_co]):
         the same arguments
     :param args: its positional arguments
     :param kwargs: its keyword arguments
+    :param key: what a journal knows it by; ``None`` for its function and its arguments
     :raises TypeError: if a value is of the wrong type
     """
 
@@ -116,6 +122,7 @@ class Invocation(Referable, Generic[T_co]):
     fn: Callable[..., Awaitable[T_co] | AsyncIterable[T_co]] = attrs.field(validator=check_fn)
     args: tuple[Any, ...] = attrs.field(default=(), converter=_args, validator=_check_args)
     kwargs: Mapping[str, Any] = attrs.field(factory=dict[str, Any], validator=_check_kwargs)
+    key: str | int | None = attrs.field(default=None, validator=_check_key)
 
     @overload
     @staticmethod
@@ -123,6 +130,7 @@ class Invocation(Referable, Generic[T_co]):
         fn: Callable[[ItemT], Awaitable[T] | AsyncIterable[T]],
         items: Iterable[ItemT],
         agent_id: str | Callable[[ItemT], str] | None = None,
+        key: Callable[[ItemT], str | int | None] | None = None,
     ) -> "Iterator[Invocation[T]]": ...
     @overload
     @staticmethod
@@ -130,12 +138,14 @@ class Invocation(Referable, Generic[T_co]):
         fn: Callable[[ItemT], Awaitable[T] | AsyncIterable[T]],
         items: AsyncIterable[ItemT],
         agent_id: str | Callable[[ItemT], str] | None = None,
+        key: Callable[[ItemT], str | int | None] | None = None,
     ) -> "AsyncIterator[Invocation[T]]": ...
     @staticmethod
     def map(
         fn: Callable[[ItemT], Awaitable[T] | AsyncIterable[T]],
         items: Iterable[ItemT] | AsyncIterable[ItemT],
         agent_id: str | Callable[[ItemT], str] | None = None,
+        key: Callable[[ItemT], str | int | None] | None = None,
     ) -> "Iterator[Invocation[T]] | AsyncIterator[Invocation[T]]":
         """
         Make one invocation of ``fn`` for each item, lazily.
@@ -144,6 +154,7 @@ class Invocation(Referable, Generic[T_co]):
         :param items: a sync or async iterable
         :param agent_id: a function that names an item, or a prefix to number the items by
             (``"q"`` gives ``"q-0"``, ``"q-1"``); the name of ``fn`` if absent
+        :param key: a function that gives an item's key in a journal
         :return: an iterator, or an async iterator where ``items`` is async
         :raises TypeError: if ``fn`` cannot be called or ``items`` cannot be iterated
         """
@@ -155,8 +166,12 @@ class Invocation(Referable, Generic[T_co]):
         if not isinstance(prefix, str):
             must.check_plain_function("agent_id", prefix)
 
+        if key is not None:
+            must.check_plain_function("key", key)
+
         def make(index: int, item: ItemT) -> Invocation[T]:
-            return Invocation(prefix(item) if callable(prefix) else f"{prefix}-{index}", fn, (item,))
+            name = prefix(item) if callable(prefix) else f"{prefix}-{index}"
+            return Invocation(name, fn, (item,), {}, None if key is None else key(item))
 
         if isinstance(items, AsyncIterable):
             return _amap(make, items)
@@ -165,7 +180,7 @@ class Invocation(Referable, Generic[T_co]):
             raise TypeError(f"items must be a sync or async iterable, got {items!r}")
 
         iterator = iter(items)
-        if isinstance(prefix, str):
+        if isinstance(prefix, str) and key is None:
             return Mapped(_numbered(prefix, fn, iterator), iterator)
 
         return Mapped(_named(make, iterator), iterator)
@@ -251,6 +266,7 @@ def make_invocation(
     draft.fn = fn
     draft.args = args
     draft.kwargs = kwargs
+    draft.key = None
     draft.__class__ = Invocation
     invocation: Invocation[T] = draft
     return invocation
@@ -291,6 +307,7 @@ def _numbered(
             draft.fn = fn
             draft.args = (item,)
             draft.kwargs = {}
+            draft.key = None
             draft.__class__ = Invocation
             yield draft
 

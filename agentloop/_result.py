@@ -54,6 +54,7 @@ class InvocationResult(Referable, Generic[T_co]):
     :param index: the place in the batch's input; 0 for a single invocation
     :param chunks: how many chunks a stream yielded
     :param first_chunk_ms: from the first start to the first chunk of a stream; ``None`` without one
+    :param replayed: whether it came out of a journal, and the agent was not run
     """
 
     agent_id: str
@@ -67,6 +68,7 @@ class InvocationResult(Referable, Generic[T_co]):
     index: int = 0
     chunks: int = 0
     first_chunk_ms: float | None = None
+    replayed: bool = False
 
     @property
     def success(self) -> bool:
@@ -103,6 +105,7 @@ class InvocationResult(Referable, Generic[T_co]):
             "index": self.index,
             "chunks": self.chunks,
             "first_chunk_ms": self.first_chunk_ms,
+            "replayed": self.replayed,
         }
 
     def unwrap(self) -> T_co:

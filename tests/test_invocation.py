@@ -67,6 +67,7 @@ def test_arguments_are_none_where_none_are_given() -> None:
         "fn": double,
         "args": (),
         "kwargs": {},
+        "key": None,
     }
     assert invocation.kwargs is not Invocation("b", double).kwargs
 
@@ -144,6 +145,14 @@ def test_kwargs_that_are_no_mapping_of_names_are_refused(value: Any) -> None:
         Invocation("a", double, (), value)
 
     assert str(caught.value) == f"kwargs must be a mapping of argument names to values, got {value!r}"
+
+
+@pytest.mark.parametrize("value", [1.5, True, b"a", ("a",)], ids=named)
+def test_key_that_is_neither_text_nor_a_whole_number_is_refused(value: Any) -> None:
+    with pytest.raises(TypeError) as caught:
+        Invocation("a", double, key=value)
+
+    assert str(caught.value) == f"key must be a str, an int or None, got {value!r}"
 
 
 # --- what a batch accepts
@@ -236,6 +245,22 @@ def test_map_takes_a_function_that_names_each_item() -> None:
         "item 7",
         "item 8",
     ]
+
+
+def test_map_takes_a_function_that_gives_each_item_a_key() -> None:
+    invocations = list(Invocation.map(double, [7, 8], key=lambda x: x * 10))
+    assert invocations == [
+        Invocation("double-0", double, (7,), key=70),
+        Invocation("double-1", double, (8,), key=80),
+    ]
+
+
+def test_map_refuses_a_key_that_is_no_plain_function() -> None:
+    with pytest.raises(TypeError, match=r"^key must be callable, got 'id'$"):
+        Invocation.map(double, [1], key="id")  # type: ignore[arg-type]
+
+    with pytest.raises(TypeError, match=r"^key must be a plain function, got an async one"):
+        Invocation.map(double, [1], key=double)  # type: ignore[arg-type]
 
 
 def test_map_refuses_an_item_whose_name_is_no_str() -> None:

@@ -65,6 +65,7 @@ def test_result_has_the_defaults_of_a_plain_success() -> None:
         "index": 0,
         "chunks": 0,
         "first_chunk_ms": None,
+        "replayed": False,
     }
     assert result.success
     assert result.error is None
@@ -238,6 +239,7 @@ def test_dict_of_a_success_has_every_field_that_json_carries() -> None:
         "index": 7,
         "chunks": 2,
         "first_chunk_ms": 1.5,
+        "replayed": False,
     }
     assert result.to_dict()["output"] is result.output
     assert json.loads(json.dumps(result.to_dict())) == result.to_dict()

@@ -251,6 +251,7 @@ class Job(Attempts[T]):
         draft.index = self.index
         draft.chunks = 0
         draft.first_chunk_ms = None
+        draft.replayed = False
         draft.__class__ = InvocationResult
         self.output = None
         result: InvocationResult[T] = draft

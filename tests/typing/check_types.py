@@ -158,12 +158,14 @@ def invocation_carries_what_its_agent_returns() -> None:
     assert_type(Invocation("a", returns_awaitable), Invocation[int])
     assert_type(Invocation("a", count).fn, Callable[..., Awaitable[int] | AsyncIterable[int]])
     assert_type(Invocation("a", count).args, tuple[Any, ...])
+    assert_type(Invocation("a", count, key=7).key, str | int | None)
 
 
 def invocation_wants_an_async_callable() -> None:
     Invocation("a", blocking)  # type: ignore[arg-type]  # has to be refused
     Invocation(5, count)  # type: ignore[arg-type]  # has to be refused
     Invocation("a", count, 5)  # type: ignore[arg-type]  # has to be refused
+    Invocation("a", count, key=1.5)  # type: ignore[arg-type]  # has to be refused
 
 
 def invocation_cannot_be_changed(invocation: Invocation[int]) -> None:
@@ -193,6 +195,8 @@ def map_is_as_sync_as_its_items() -> None:
     assert_type(Invocation.map(count, ["a"], "q"), Iterator[Invocation[int]])
     assert_type(Invocation.map(spell, [1], agent_id="item {}".format), Iterator[Invocation[str]])
     assert_type(Invocation.map(agent, ["a"]), Iterator[Invocation[int]])
+    assert_type(Invocation.map(count, ["a"], key=len), Iterator[Invocation[int]])
+    assert_type(Invocation.map(spell, slow_numbers(), key=str), AsyncIterator[Invocation[str]])
     assert_type(Invocation.map(spell, slow_numbers()), AsyncIterator[Invocation[str]])
     assert_type(Invocation.map(spell, slow_numbers(), "q"), AsyncIterator[Invocation[str]])
 
@@ -201,6 +205,7 @@ def map_checks_the_items_against_the_agent() -> None:
     Invocation.map(spell, ["a"])  # type: ignore[arg-type]  # has to be refused
     Invocation.map(blocking, ["a"])  # type: ignore[arg-type]  # has to be refused
     Invocation.map(spell, 5)  # type: ignore[call-overload]  # has to be refused
+    Invocation.map(count, ["a"], key="id")  # type: ignore[call-overload]  # has to be refused
 
 
 # --- batches
