@@ -7,6 +7,10 @@ __all__ = [
     "IdleTimeout",
     "InvocationCancelled",
     "InvocationTimeout",
+    "JournalError",
+    "JournalInUse",
+    "JournalMismatch",
+    "JournaledError",
     "LeftOpenError",
     "LoopClosed",
     "describe",
@@ -42,6 +46,8 @@ def describe(exc: BaseException, *, named: bool = True) -> str:
         text = str.__getitem__(str(exc), slice(_READ_CHARACTERS + 1))
 
     name, line = _one_line(_name_of_type(type(exc))), _one_line(text)
+    # The line of an error of an earlier run begins with the type that it had then.
+    named = named and type(exc) is not JournaledError
     return _clip(f"{name}: {line}" if named and line else line or name)
 
 
@@ -178,6 +184,56 @@ class LoopClosed(AgentLoopError, RuntimeError):
     """New work was given to a loop whose ``async with`` block had been left."""
 
     _verdict = "permanent"
+
+
+class JournalError(AgentLoopError):
+    """
+    A journal cannot be read or written, or an output cannot be encoded.
+
+    The message says which file, what happened, and what can be done.
+    """
+
+    unwritten: list[Any]
+    """The results that the file does not hold, and that were not delivered otherwise."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.unwritten = []
+
+
+class JournalInUse(JournalError):
+    """Another process, or another ``Journal`` in this one, has the file open."""
+
+
+class JournalMismatch(JournalError):
+    """
+    A journal holds results of another ``version``.
+
+    :param path: the file
+    :param found: the version in the file, as JSON
+    :param given: the version that was given, as JSON
+    """
+
+    def __init__(self, path: str, found: str, given: str) -> None:
+        super().__init__(
+            f"{path} holds results of version {found}, and version={given} was given: take another file, or "
+            'open this one with changed="keep", which counts them as results of the new version, or with '
+            'changed="rerun", which runs all of them again'
+        )
+        self.path = path
+        self.found = found
+        self.given = given
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.found, self.given)
+
+
+class JournaledError(AgentLoopError):
+    """
+    What an agent raised in an earlier run, as a journal knows it: the line of the error, not the object.
+
+    :param line: ``"ValueError: boom"``, as :attr:`InvocationResult.error` has it
+    """
 
 
 def not_async(message: str) -> TypeError:

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, Self, TypeVar, cast
 import attrs
 
 from . import _validators as must
-from ._batch.collect import CollectingBatch
+from ._batch.journaled import AnyJournal, check_journal, collecting
 from ._config import LoopConfig
 from ._events import ChunkEvent, Event, ResultEvent
 from ._invocation import Inputs, Invocation, StreamInputs, check_inputs, make_invocation
@@ -25,7 +25,7 @@ from ._runtime.lifetime import Lifetime
 from ._runtime.observer import Observer, Sink
 from ._runtime.options import RunOptions
 from ._runtime.single import Single
-from ._stream.read import BatchReader, CompletionBatch, StreamBatch
+from ._stream.read import BatchReader, StreamBatch, completing
 from ._stream.stream import AgentStream, Streaming
 
 P = ParamSpec("P")
@@ -131,8 +131,9 @@ class AgentLoop:
 
     def statistics(self) -> LoopStatistics:
         """Return the state at this moment."""
-        now, drained = self._limiter.statistics(), self._lifetime.drained is not None
-        return LoopStatistics(now.running, now.waiting, now.max_concurrency, drained)
+        now, life = self._limiter.statistics(), self._lifetime
+        drained = life.drained is not None
+        return LoopStatistics(now.running, now.waiting, now.max_concurrency, drained, life.replayed)
 
     def get_latency_stats(self) -> dict[str, float]:
         """
@@ -140,13 +141,7 @@ class AgentLoop:
         milliseconds; all of them 0 before the first.
         """
         latency = self._metrics.snapshot().latency
-        return {
-            "p50_ms": latency.p50_ms,
-            "p95_ms": latency.p95_ms,
-            "p99_ms": latency.p99_ms,
-            "mean_ms": latency.mean_ms,
-            "count": latency.count,
-        }
+        return {name: getattr(latency, name) for name in ("p50_ms", "p95_ms", "p99_ms", "mean_ms", "count")}
 
     def reset_metrics(self) -> None:
         """Forget all that was measured."""
@@ -186,7 +181,9 @@ class AgentLoop:
         finally:
             del lifetime.outside[single]
 
-    async def run_all(self, invocations: Inputs[T]) -> list[InvocationResult[T]]:
+    async def run_all(
+        self, invocations: Inputs[T], *, journal: AnyJournal | None = None
+    ) -> list[InvocationResult[T]]:
         """
         Run every invocation and return the results in input order.
 
@@ -196,16 +193,19 @@ class AgentLoop:
 
         :param invocations: what to run: a sync or async iterable of invocations or
             ``(agent_id, fn, args, kwargs)`` tuples, pulled as slots get free
+        :param journal: an open ``agentloop.journal.Journal``, which has what was done before
         :return: exactly one result per input
         :raises TypeError: if ``invocations`` is no iterable, or an input is neither an :class:`Invocation`
             nor a 4-tuple
         :raises BatchStopped: if the batch was stopped before an async input was read to its end; its
             ``results`` are those that there are
+        :raises JournalError: if the journal cannot be read or written, after running invocations have ended
         :raises LoopClosed: if the loop's ``async with`` block has been left
         """
         check_inputs(invocations)
+        check_journal(journal)
         stopped = self._lifetime.check()
-        batch = CollectingBatch(invocations, self._limiter, self._plan)
+        batch = collecting(invocations, self._limiter, self._plan, journal, self._lifetime.count_replayed)
         if stopped is not None:
             batch.wind_down(stopped, None)
 
@@ -215,7 +215,7 @@ class AgentLoop:
         return batch.results()
 
     def as_completed(
-        self, invocations: Inputs[T]
+        self, invocations: Inputs[T], *, journal: AnyJournal | None = None
     ) -> AbstractAsyncContextManager[AsyncIterator[InvocationResult[T]], None]:
         """
         Run every invocation and give the results as they come::
@@ -236,17 +236,21 @@ class AgentLoop:
 
         :param invocations: what to run: a sync or async iterable of invocations or
             ``(agent_id, fn, args, kwargs)`` tuples
+        :param journal: as in :meth:`run_all`; results that are being written do not count as live
         :return: an async context manager that gives an async iterable of results in completion order
         :raises TypeError: if ``invocations`` is no iterable; while iterating, if an input is neither an
             :class:`Invocation` nor a 4-tuple
         :raises BatchStopped: while iterating, after the last result, if the batch was stopped by a fatal
             verdict, or since the loop was left, before all inputs were run
+        :raises JournalError: while iterating, after the last result
         :raises LoopClosed: on entering, if the loop's ``async with`` block has been left
         """
         check_inputs(invocations)
+        check_journal(journal)
+        replayed = self._lifetime.count_replayed
         return BatchReader(
             "as_completed",
-            lambda: CompletionBatch(invocations, self._limiter, self._plan),
+            lambda: completing(invocations, self._limiter, self._plan, journal, replayed),
             self._lifetime,
         )
 
@@ -334,10 +338,6 @@ class AgentLoop:
         :raises ValueError: if ``grace_seconds`` is negative or not finite
         :raises RuntimeError: if the loop is in use in the event loop of another thread
         """
-        if not isinstance(reason, str):
-            raise TypeError(f"reason must be of type str, got {reason!r}")
-
-        must.check_number("grace_seconds", grace_seconds, minimum=0, optional=True, finite=True)
         self._lifetime.drain(reason, grace_seconds)
 
     async def __aenter__(self) -> Self:

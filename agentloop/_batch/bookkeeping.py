@@ -154,10 +154,10 @@ class Bookkeeping(Generic[T]):
             self.ending.close(job)
             self.finish(job, now)
 
-        for job in tuple(self.retries.in_line):
+        for job, waiter in tuple(self.retries.in_line.items()):
             # One that has been granted a slot meanwhile finds out by itself.
-            if job.waiter is not None and not job.waiter.granted:
-                job.pool.withdraw(job.waiter)
+            if not waiter.granted:
+                job.pool.withdraw(waiter)
 
         self.check_done()
         if grace_seconds == 0:
@@ -288,13 +288,14 @@ class Bookkeeping(Generic[T]):
     def _expire(self, job: Job[T], now: float) -> None:
         """End a job that has waited until its total time was up."""
         assert self.options.total is not None
-        if job.waiter is None:
+        waiter = self.retries.in_line.get(job)
+        if waiter is None:
             self.source.live += 1
             job.expire(self.options.total)
             self.finish(job, now)
-        elif not job.waiter.granted:
+        elif not waiter.granted:
             job.expire(self.options.total)
-            job.pool.withdraw(job.waiter)
+            job.pool.withdraw(waiter)
 
     def finish(self, job: Job[T], now: float) -> None:
         source, results = self.source, self.kept

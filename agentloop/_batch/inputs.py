@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["InputSource"]
 
 from collections import deque
-from collections.abc import AsyncIterable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterable, Callable, Generator, Iterator, Sequence
 from contextvars import copy_context
 from operator import length_hint
 from typing import Any, Generic, TypeVar, cast
@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 from .._eventloop.errors import is_error
 from .._invocation import Input, Inputs, Invocation, Mapped, as_invocation
 from .._limits.pool import SlotPool
-from .._limits.slots import Slot
+from .._limits.slots import Pool, Slot
 from .._runtime.job import Job
 from .._runtime.observer import Observer
 from .._runtime.outcome import as_exception
@@ -64,6 +64,8 @@ class InputSource(Generic[T]):
         """What the input has raised."""
         self.outer = outer
         """The slot of the invocation that runs the batch, if one does."""
+        self.new_job: Callable[[Invocation[T], int, float, Pool, Slot | None], Job[T]] = Job
+        """Makes the job of an invocation. What it raises is an error of the input."""
         self._pool = pool
         self._observer = observer
         self._retries = retries
@@ -88,13 +90,17 @@ class InputSource(Generic[T]):
         self._to_pull = self._iterator
         # Jobs that were pulled and wait for a worker, not for a retry.
         self._fed: deque[Job[T]] = deque()
-        self._has_fed = False
 
     def count_to_come(self, sign: int) -> None:
         """Count what is still to be pulled as waiting in the limiter, or no more."""
         self._pool.pending += sign * self._to_come
 
     # -- what there is to do
+
+    @property
+    def selective(self) -> bool:
+        """Whether a job is to be resolved before it gets a slot."""
+        return self._pool.selective or self.new_job is not Job
 
     def has_work(self) -> bool:
         """Return whether :meth:`next_job` would give a job or pull one; if not, let the feeder pull."""
@@ -109,7 +115,7 @@ class InputSource(Generic[T]):
     @property
     def has_fed(self) -> bool:
         """Whether a job that was pulled waits for a worker."""
-        return self._has_fed
+        return bool(self._fed)
 
     def may_pull(self) -> bool:
         """Return whether there is room for one more input."""
@@ -119,7 +125,7 @@ class InputSource(Generic[T]):
     def next_job(self) -> Job[T] | None:
         """Return the next job to be done, if there is one: one that was fed, is due again, or is pulled."""
         iterator = self._to_pull
-        if iterator is None or self._has_fed or self._retries.count or self.live >= self.limit:
+        if iterator is None or self._fed or self._retries.count or self.live >= self.limit:
             job = self._next_job()
             if job is not None or iterator is None or not self.may_pull():
                 return job
@@ -128,6 +134,10 @@ class InputSource(Generic[T]):
             item = self._run(next, iterator)
             if type(item) is not Invocation:
                 item = as_invocation(item)
+
+            index, began = self.pulled, self._began
+            now = self._now() if began is None else began
+            job = self.new_job(item, index, now, self._pool, self.outer)
         except StopIteration:
             self.exhaust()
             return None
@@ -135,17 +145,15 @@ class InputSource(Generic[T]):
             if not is_error(exc):
                 raise
 
-            item = None
+            job = None
             self.exhaust(as_exception(exc, CANCELLED))
 
-        if item is None:
+        if job is None:
             return None
 
-        index, began = self.pulled, self._began
         self.pulled = index + 1
         self.live += 1
         self.is_fresh = began is None
-        job = Job(item, index, self._now() if began is None else began, self._pool, self.outer)
         if self._reports:
             self._report(job)
 
@@ -155,9 +163,7 @@ class InputSource(Generic[T]):
         """Return a job that need not be pulled."""
         self.is_fresh = False
         if self._fed:
-            job = self._fed.popleft()
-            self._has_fed = bool(self._fed)
-            return job
+            return self._fed.popleft()
 
         if self._retries.due and self.live < self.limit:
             self.live += 1
@@ -168,23 +174,20 @@ class InputSource(Generic[T]):
     def put_back(self, job: Job[T]) -> None:
         """Give a job out again before all others."""
         self._fed.appendleft(job)
-        self._has_fed = True
 
     def pop_all(self) -> list[Job[T]]:
         """Take the jobs that were pulled and wait for a worker."""
         jobs = [*self._fed]
         self._fed.clear()
-        self._has_fed = False
         return jobs
 
     def feed(self, item: Input[T]) -> None:
         """Take an input that the feeder has pulled."""
-        job: Job[T] = Job(as_invocation(item), self.pulled, self._now(), self._pool, self.outer)
+        job = self.new_job(as_invocation(item), self.pulled, self._now(), self._pool, self.outer)
         self.pulled += 1
         self.live += 1
         self._report(job)
         self._fed.append(job)
-        self._has_fed = True
 
     def exhaust(self, error: Exception | None = None, cut_short: bool = False) -> None:
         """

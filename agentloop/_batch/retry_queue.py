@@ -12,6 +12,7 @@ from typing import Any
 
 import anyio
 
+from .._limits.lines import Waiter
 from .._runtime.job import Job
 
 
@@ -30,8 +31,8 @@ class RetryQueue:
         """How many jobs wait to be retried."""
         self.due: dict[Job[Any], None] = {}
         """Those whose next attempt may begin."""
-        self.in_line: dict[Job[Any], None] = {}
-        """Those that wait for a slot."""
+        self.in_line: dict[Job[Any], Waiter] = {}
+        """Those that wait for a slot, each with its place."""
         self._now = now
         self._on_due: Callable[[], object] | None = None
         self._on_late: Callable[[Job[Any], float], object] | None = None
@@ -78,9 +79,9 @@ class RetryQueue:
         self._heap.clear()
         return jobs
 
-    def join_line(self, job: Job[Any]) -> None:
-        """Note that a job waits for a slot."""
-        self.in_line[job] = None
+    def join_line(self, job: Job[Any], waiter: Waiter) -> None:
+        """Note that a job waits for a slot, and its place in line."""
+        self.in_line[job] = waiter
 
     def leave_line(self, job: Job[Any]) -> None:
         """Note that a job waits for a slot no more."""

@@ -46,7 +46,7 @@ class Worker(Generic[T]):
         pool, crew, source, ending = batch.pool, batch.crew, batch.source, batch.ending
         loop, options, new_context, next_job = pool.loop, batch.options, batch.new_context, batch.next_job
         now_at, pace, cancellations = loop.now, loop.pace, loop.count_cancellations()
-        admission, selective = pool.admission, pool.selective
+        admission, selective = pool.admission, source.selective
         async with self:
             while not batch.done:
                 job: Job[T] | None = None
@@ -153,7 +153,7 @@ class Worker(Generic[T]):
         """Return the slot, once it was granted; ``None`` if it was not, or the batch has been stopped."""
         batch = self._batch
         waiter = job.join_line(slot)
-        batch.retries.join_line(job)
+        batch.retries.join_line(job, waiter)
         routed = batch.pool.route is not None
         if routed:
             # Others may be of a key that has slots.
@@ -168,7 +168,6 @@ class Worker(Generic[T]):
             raise
         finally:
             batch.crew.seeking += routed
-            job.leave_line()
             batch.retries.leave_line(job)
 
         if granted and batch.ending.stopped is not None:

@@ -63,12 +63,14 @@ class LoopStatistics:
         that was given to :meth:`AgentLoop.run_all`; other input does not count until it is pulled
     :param max_concurrency: how many slots there are
     :param drained: whether the loop was drained: nothing new is started, and what runs finishes
+    :param replayed: how many results came out of a journal so far; these are no part of its metrics
     """
 
     running: int
     waiting: int
     max_concurrency: int
     drained: bool = False
+    replayed: int = 0
 
 
 @name_parameters()

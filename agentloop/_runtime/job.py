@@ -40,7 +40,7 @@ class Job(Attempts[T]):
     :param outer: the slot of the invocation that runs it, if one does
     """
 
-    __slots__ = ("index", "queued_at", "waiter")
+    __slots__ = ("index", "queued_at")
 
     def __init__(
         self, invocation: Invocation[T], index: int, now: float, pool: Pool, outer: Slot | None
@@ -59,8 +59,6 @@ class Job(Attempts[T]):
         self.attempts = self.id = 0
         self.started_at = self.output = self.failures = self.scope = self.total = None
         self.waited = False
-        # Its place in line, while it waits for a slot.
-        self.waiter: Waiter | None = None
 
     @property
     def wake_at(self) -> float:
@@ -125,12 +123,7 @@ class Job(Attempts[T]):
         """Stand in line for a slot."""
         self.waited = True
         waiter: Waiter = self.pool.enqueue(slot)
-        self.waiter = waiter
         return waiter
-
-    def leave_line(self) -> None:
-        """Note that it stands in line no more."""
-        self.waiter = None
 
     # -- what its agent may ask
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import anyio
 
+from .. import _validators as must
 from .._errors import BatchStopped, InvocationCancelled, LoopClosed
 from .._eventloop.tasks import LOST, Tasks
 from .._limits.limiter import Limiter, own_pool, pool_of
@@ -55,9 +56,15 @@ class Lifetime:
         """The calls in progress that were made outside of the block."""
         self.drained: BatchStopped | None = None
         """Why the loop has been drained, if it has."""
+        self.replayed = 0
+        """How many results came out of a journal."""
         self._idle: anyio.Event | None = None
         self.failure: BaseException | None = None
         """What ended a batch, such as an agent's ``KeyboardInterrupt``, until its reader has raised it."""
+
+    def count_replayed(self) -> None:
+        """Count a result that came out of a journal."""
+        self.replayed += 1
 
     @property
     def refuses(self) -> bool:
@@ -88,8 +95,14 @@ class Lifetime:
         Let all calls start and retry nothing any more, now and later.
 
         :param grace_seconds: how long what runs may go on before it is cancelled
+        :raises TypeError: if a value is of the wrong type
+        :raises ValueError: if ``grace_seconds`` is negative or not finite
         :raises RuntimeError: if the calls are made in the event loop of another thread
         """
+        if not isinstance(reason, str):
+            raise TypeError(f"reason must be of type str, got {reason!r}")
+
+        must.check_number("grace_seconds", grace_seconds, minimum=0, optional=True, finite=True)
         pool = own_pool(self._limiter, "a loop in use can be drained")
         self.drained = self.drained or BatchStopped(reason)
         for call in (*self._calls, *self.outside):

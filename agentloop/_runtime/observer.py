@@ -196,6 +196,11 @@ class Observer:
         if self._sink is not None:
             self._sink(ResultEvent(invocation, result, number, now))
 
+    def replayed(self, invocation: Invocation[Any], result: InvocationResult[Any], now: float) -> None:
+        """A journal has the result of an invocation, which is not run."""
+        if self._sink is not None:
+            self._sink(ResultEvent(invocation, result, new_id(), now))
+
     def stopped(self, reason: str, now: float) -> None:
         """A batch starts nothing new any more."""
         if self._sink is not None:

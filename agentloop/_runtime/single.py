@@ -14,6 +14,7 @@ from .._errors import BatchStopped, LeftOpenError
 from .._eventloop.deadlines import AttemptScope
 from .._invocation import Invocation
 from .._limits.limiter import Limiter, pool_of
+from .._limits.lines import Waiter
 from .._limits.slots import Slot, current_slot
 from .._result import InvocationResult
 from .._verdict import VerdictKind
@@ -48,6 +49,8 @@ class Single(Generic[T]):
     # The slot of the invocation that runs this one, if one does.
     _caller: Slot | None = None
     _resting: anyio.CancelScope | None = None
+    # Its place in line, while it waits for a slot.
+    _waiter: Waiter | None = None
 
     def __init__(
         self, invocation: Invocation[T], limiter: Limiter, options: RunOptions, own_task: bool = False
@@ -179,10 +182,10 @@ class Single(Generic[T]):
         job = self._job
         if self._stopped is None:
             self._stopped = stopped
-            if job.waiter is not None and not job.waiter.granted:
+            if self._waiter is not None and not self._waiter.granted:
                 # One that has been granted a slot meanwhile finds out by itself.
                 job.close(stopped)
-                job.pool.withdraw(job.waiter)
+                job.pool.withdraw(self._waiter)
             elif self._resting is not None:
                 self._resting.cancel(stopped.reason)
 
@@ -256,9 +259,10 @@ class Single(Generic[T]):
         job = self._job
         try:
             with anyio.CancelScope(deadline=job.deadline):
-                return await job.pool.wait(job.join_line(slot))
+                self._waiter = job.join_line(slot)
+                return await job.pool.wait(self._waiter)
         finally:
-            job.leave_line()
+            self._waiter = None
 
         assert self._options.total is not None
         job.expire(self._options.total)

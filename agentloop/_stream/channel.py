@@ -268,7 +268,9 @@ class Channel(Generic[T]):
         if self._arrived is not None:
             self._arrived.set()
 
-    def drop(self) -> None:
-        """Drop what nobody will take any more, once it has ended."""
+    def drop(self) -> list[T]:
+        """Drop what nobody will take any more, once it has ended, and return it."""
+        dropped = [*self._rest]
         self._rest.clear()
         self._size = 0
+        return dropped

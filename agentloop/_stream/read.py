@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BatchReader", "CompletionBatch", "StreamBatch"]
+__all__ = ["BatchReader", "StreamBatch", "completing"]
 
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar, cast
 import anyio
 
 from .._batch.batch import Batch
+from .._batch.journaled import AnyJournal, Journaled
 from .._errors import BatchStopped, LoopClosed
 from .._events import ChunkEvent, ResultEvent
 from .._invocation import Inputs
@@ -89,6 +90,52 @@ class CompletionBatch(ReadBatch[T, InvocationResult[T]]):
     def _deliver(self, job: Job[T], result: InvocationResult[T], now: float) -> None:
         del job, now  # the result says whose it is
         self.channel.send(result)
+
+
+class JournaledCompletion(Journaled[T], CompletionBatch[T]):
+    """A batch with a journal that hands over its results."""
+
+    def __init__(
+        self,
+        inputs: Inputs[T],
+        limiter: Limiter,
+        options: RunOptions,
+        journal: AnyJournal,
+        on_replay: Callable[[], object],
+    ) -> None:
+        super().__init__(inputs, limiter, options, journal, on_replay)
+        # Of the results that were not read: which entries hold them.
+        self._rows: dict[int, int] = {}
+
+    def _hand_over(self, result: InvocationResult[T], row: int) -> None:
+        self._rows[result.index] = row
+        self.channel.send(result)
+
+    def _item_taken(self, item: InvocationResult[T]) -> None:
+        del self._rows[item.index]
+        super()._item_taken(item)
+
+    def drop(self) -> None:
+        """Drop the results that no reader will take any more, and leave their entries to a later batch."""
+        for result in self.channel.drop():
+            self.recording.session.release(self._rows[result.index])
+
+        super().drop()
+        self.recording.forget_error()
+
+
+def completing(
+    inputs: Inputs[T],
+    limiter: Limiter,
+    options: RunOptions,
+    journal: AnyJournal | None,
+    on_replay: Callable[[], object],
+) -> CompletionBatch[T]:
+    """Return a batch that hands over its results, with a journal if there is one."""
+    if journal is None:
+        return CompletionBatch(inputs, limiter, options)
+
+    return JournaledCompletion(inputs, limiter, options, journal, on_replay)
 
 
 class StreamBatch(ReadBatch[None, ChunkEvent[T] | ResultEvent]):

@@ -1,0 +1,125 @@
+"""Jobs whose results a journal holds, or is to hold."""
+
+from __future__ import annotations
+
+__all__ = ["Claim", "JournaledJob", "ReplayedJob"]
+
+from typing import Any, Protocol, TypeVar
+
+from .._invocation import Invocation
+from .._limits.slots import Pool, Slot
+from .._result import InvocationResult, Status
+from .job import Job
+from .observer import Observer
+from .outcome import Outcome
+from .states import ENDED
+
+T = TypeVar("T")
+
+
+class Claim(Protocol):
+    """The entry of a journal that an input has taken: one of an earlier run, or a new one."""
+
+    @property
+    def error(self) -> Exception | None:
+        """Why the output cannot be written, if that stops the batch."""
+        ...
+
+    @property
+    def row(self) -> int:
+        """Which entry it is, once there is one."""
+        ...
+
+    def replay(self, index: int) -> InvocationResult[Any] | None:
+        """Return the result that the entry holds, if it is one that is kept."""
+        ...
+
+    def idempotency_key(self) -> str:
+        """Return the key of the call that the entry waits for. Worker threads may call this too."""
+        ...
+
+    def encode(self, output: Any) -> Exception | None:
+        """
+        Encode what the agent has returned, which may change later on.
+
+        :return: why it cannot be encoded, if that is an error of this input alone
+        """
+        ...
+
+    def release(self) -> None:
+        """Leave the entry to another input."""
+
+
+class JournaledJob(Job[T]):
+    """
+    A job whose result is to be written into a journal.
+
+    :param claim: the entry
+    """
+
+    __slots__ = ("claim",)
+
+    def __init__(
+        self,
+        invocation: Invocation[T],
+        index: int,
+        now: float,
+        pool: Pool,
+        outer: Slot | None,
+        claim: Claim,
+    ) -> None:
+        super().__init__(invocation, index, now, pool, outer)
+        self.claim = claim
+
+    def idempotency_key(self) -> str:
+        return self.claim.idempotency_key()
+
+    def finish(self, observer: Observer, now: float) -> InvocationResult[T]:
+        """Return the result. An output that cannot be encoded makes it an ``ERROR``. Any -> ENDED."""
+        if self.attempts and self.failed is None:
+            error = self.claim.encode(self.output)
+            if error is not None:
+                self.output = None
+                self._end(Outcome(Status.ERROR, error))
+
+        return super().finish(observer, now)
+
+
+class ReplayedJob(Job[T]):
+    """
+    A job that ended in an earlier run: it needs no slot, and nobody but an event sink is told of it.
+
+    :param claim: the entry
+    :param result: what that holds
+    """
+
+    __slots__ = ("claim",)
+    output: Any
+    """The result."""
+
+    def __init__(
+        self,
+        invocation: Invocation[T],
+        index: int,
+        now: float,
+        pool: Pool,
+        outer: Slot | None,
+        claim: Claim,
+        result: InvocationResult[T],
+    ) -> None:
+        super().__init__(invocation, index, now, pool, outer)
+        self.state = ENDED
+        self.claim = claim
+        self.output = result
+
+    def queue(self, observer: Observer) -> None:
+        """Report nothing."""
+
+    def resolve(self) -> bool:
+        return False
+
+    def finish(self, observer: Observer, now: float) -> InvocationResult[T]:
+        """Return the result."""
+        result: InvocationResult[T] = self.output
+        observer.replayed(self.invocation, result, now)
+        return result
