@@ -196,8 +196,8 @@ class JournalError(AgentLoopError):
     unwritten: list[Any]
     """The results that the file does not hold, and that were not delivered otherwise."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
         self.unwritten = []
 
 
@@ -215,24 +215,24 @@ class JournalMismatch(JournalError):
     """
 
     def __init__(self, path: str, found: str, given: str) -> None:
-        super().__init__(
-            f"{path} holds results of version {found}, and version={given} was given: take another file, or "
-            'open this one with changed="keep", which counts them as results of the new version, or with '
-            'changed="rerun", which runs all of them again'
-        )
+        super().__init__(path, found, given)
         self.path = path
         self.found = found
         self.given = given
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.path, self.found, self.given)
+    def __str__(self) -> str:
+        return (
+            f"{self.path} holds results of version {self.found}, and version={self.given} was given: take "
+            'another file, or open this one with changed="keep", which counts them as results of the new '
+            'version, or with changed="rerun", which runs all of them again'
+        )
 
 
 class JournaledError(AgentLoopError):
     """
     What an agent raised in an earlier run, as a journal knows it: the line of the error, not the object.
 
-    :param line: ``"ValueError: boom"``, as :attr:`InvocationResult.error` has it
+    :param line: ``"ValueError: boom"``, as ``InvocationResult.error`` has it
     """
 
 

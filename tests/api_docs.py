@@ -17,6 +17,7 @@ from sphinx.application import Sphinx
 
 MODULES = (
     "agentloop",
+    "agentloop.journal",
     "agentloop.testing",
     "agentloop.contrib.opentelemetry",
     "agentloop.contrib.progress",
@@ -37,7 +38,9 @@ SETTINGS = {
     "maximum_signature_line_length": 80,
     "nitpicky": True,
     # Types in signatures that are others', private or variables have no page to lead to.
-    "nitpick_ignore_regex": [("py:class", r"(?!agentloop\.)\w+\..*|agentloop\.(testing\.)?_.*|P|T")],
+    "nitpick_ignore_regex": [
+        ("py:class", r"(?!agentloop\.)\w+\..*|agentloop\.(journal\.|testing\.)?_.*|P|T")
+    ],
 }
 # What a loop hands out and nobody makes.
 MADE_BY_LOOPS = {"agentloop.AgentStream"}

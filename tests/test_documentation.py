@@ -20,10 +20,11 @@ import attrs
 import pytest
 
 import agentloop.contrib
+import agentloop.journal
 
 ROOT = Path(__file__).parent.parent
 ADAPTERS = [f"agentloop.contrib.{module.name}" for module in pkgutil.iter_modules(agentloop.contrib.__path__)]
-MODULES = ["agentloop", "agentloop.testing", *ADAPTERS]
+MODULES = ["agentloop", "agentloop.journal", "agentloop.testing", *ADAPTERS]
 # What a loop hands out: how it is made is private.
 MADE_BY_LOOPS = {"agentloop.AgentStream"}
 
@@ -82,7 +83,11 @@ def test_class_that_checks_its_values_says_what_it_raises(name: str, value: Any)
 @pytest.mark.parametrize(("name", "value"), PUBLIC)
 def test_docstring_raises_nothing_but_exceptions_that_there_are(name: str, value: Any) -> None:
     for error in re.findall(r"^ *:raises (\w+): \S", value.__doc__ or "", re.MULTILINE):
-        kind = getattr(agentloop, error, None) or getattr(builtins, error)
+        kind = (
+            getattr(agentloop, error, None)
+            or getattr(agentloop.journal, error, None)
+            or getattr(builtins, error)
+        )
         assert issubclass(kind, BaseException)
 
 

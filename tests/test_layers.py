@@ -30,6 +30,7 @@ LAYERS = [
     ["_stream"],
     ["_loop"],
     ["_signals"],
+    ["journal"],
     ["__init__"],
 ]
 HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
@@ -37,6 +38,7 @@ HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
 OUTSIDE = {"anyio", "attrs"}
 # What a few modules may import besides, and nobody else may.
 RESERVED = {
+    "sqlite3": {"journal"},
     "asyncio": {"_eventloop", "testing/_clock_asyncio"},
     "trio": {"_eventloop", "testing/_clock_trio"},
     "outcome": {"testing/_clock_trio"},
@@ -184,6 +186,7 @@ def test_package_is_imported_without_trio_and_without_its_own_testing_tools_and_
     assert "agentloop._loop" in loaded
     assert not loaded & {"trio", "outcome", "pytest", "agentloop.testing"}
     assert not loaded & {"rich", "opentelemetry", "prometheus_client", "agentloop.contrib"}
+    assert not loaded & {"sqlite3", "agentloop.journal"}
 
 
 # --- what is public

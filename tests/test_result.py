@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import attrs
 import pytest
 
-import agentloop
+import agentloop.journal
 from agentloop import (
     AgentLoopError,
     BatchStopped,
@@ -38,6 +38,10 @@ ERRORS: list[Exception] = [
     InvocationCancelled("cancelled by itself"),
     InvocationTimeout(0.5),
     InvocationTimeout(60, total=True),
+    _errors.JournalError("disk full"),
+    _errors.JournalInUse("in use"),
+    _errors.JournalMismatch("night.db", "1", "2"),
+    _errors.JournaledError("ValueError: boom"),
     _errors.LeftOpenError("agent"),
     _errors.LoopClosed("left"),
 ]
@@ -340,7 +344,8 @@ def test_every_error_is_in_the_tests_below() -> None:
 @every_error
 def test_every_error_is_an_agentloop_error_and_public(error: Exception) -> None:
     assert isinstance(error, AgentLoopError)
-    assert getattr(agentloop, type(error).__name__) is type(error)
+    name = type(error).__name__
+    assert getattr(agentloop if hasattr(agentloop, name) else agentloop.journal, name) is type(error)
 
 
 @every_error

@@ -130,12 +130,12 @@ class InputSource(Generic[T]):
             if job is not None or iterator is None or not self.may_pull():
                 return job
 
+        index, began = self.pulled, self._began
         try:
             item = self._run(next, iterator)
             if type(item) is not Invocation:
                 item = as_invocation(item)
 
-            index, began = self.pulled, self._began
             now = self._now() if began is None else began
             job = self.new_job(item, index, now, self._pool, self.outer)
         except StopIteration:

@@ -58,7 +58,7 @@ class Session(Protocol):
         """
         ...
 
-    def write(self, claim: Claim, result: InvocationResult[Any], on_done: Callable[[bool], object]) -> None:
+    def write(self, claim: Claim, result: InvocationResult[Any], on_done: Callable[[bool], bool]) -> None:
         """
         Write a result soon.
 
@@ -157,10 +157,11 @@ class Recording(Generic[T]):
     def _write(self, claim: Claim, result: InvocationResult[T]) -> None:
         source = self._batch.source
         counted = self._uncounted >= source.limit
-        if counted:
+        if counted and self.error is None:
             # Nothing more is started before some of them are written.
             self.session.hurry()
-        else:
+
+        if not counted:
             self._uncounted += 1
             source.live -= 1
             self._batch.changed()
@@ -168,7 +169,7 @@ class Recording(Generic[T]):
         self.pending += 1
         self.session.write(claim, result, partial(self._end, claim, result, counted))
 
-    def _end(self, claim: Claim, result: InvocationResult[T], counted: bool, committed: bool) -> None:
+    def _end(self, claim: Claim, result: InvocationResult[T], counted: bool, committed: bool) -> bool:
         self.pending -= 1
         if not counted:
             self._uncounted -= 1
@@ -180,7 +181,7 @@ class Recording(Generic[T]):
             if not self.pending:
                 self._written.set()
 
-            return
+            return False
 
         if committed:
             self._deliver(result, claim.row)
@@ -188,6 +189,7 @@ class Recording(Generic[T]):
             self._give_up(claim, result)
 
         self._batch.check_done()
+        return True
 
     def _give_up(self, claim: Claim, result: InvocationResult[T]) -> None:
         """Keep a result that cannot be written for the error, and stop the batch if nothing has before."""

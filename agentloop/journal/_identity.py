@@ -1,0 +1,139 @@
+"""What a journal knows an input by: the name of its agent, and its key or its arguments."""
+
+from __future__ import annotations
+
+__all__ = ["Identity", "identify", "is_same"]
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+import attrs
+
+from .._invocation import Invocation
+from ._json import check
+
+# What SQLite can hold in a column.
+_LARGEST = 2**63
+
+
+@attrs.frozen
+class Identity:
+    """
+    What a journal knows an input by.
+
+    :param agent: the qualified name of its function
+    :param key: its own key, or a hash of its arguments
+    :param fn: the function itself, without what is wrapped around it
+    """
+
+    agent: str
+    key: str | int | bytes
+    fn: Callable[..., Any]
+
+    @property
+    def is_hashed(self) -> bool:
+        """Whether equal inputs have entries of their own."""
+        return isinstance(self.key, bytes)
+
+
+def identify(invocation: Invocation[Any]) -> Identity:
+    """
+    Return what a journal knows an invocation by.
+
+    :raises TypeError: if it needs a key and has none
+    :raises ValueError: if its key cannot be stored
+    """
+    fn: Any = invocation.fn
+    args, kwargs = invocation.args, dict(invocation.kwargs)
+    while True:
+        if isinstance(fn, partial):
+            # As a call of it does.
+            args, kwargs, fn = fn.args + args, {**fn.keywords, **kwargs}, fn.func
+        elif (wrapped := getattr(fn, "__wrapped__", None)) is not None:
+            fn = wrapped
+        else:
+            break
+
+    agent, is_bound = _name(fn)
+    if invocation.key is not None:
+        return Identity(agent, _checked(invocation.key), fn)
+
+    if is_bound:
+        raise TypeError(
+            f"{fn!r} depends on an object that a journal cannot know: give this invocation a key, "
+            f"Invocation({invocation.agent_id!r}, fn, args, key=...)"
+        )
+
+    try:
+        check([args, kwargs], strict=False)
+        text = json.dumps([args, kwargs], sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise TypeError(
+            f"the arguments of {invocation.agent_id!r} cannot be hashed: {exc}; give this invocation a key, "
+            "Invocation(agent_id, fn, args, key=...) or Invocation.map(fn, items, key=...)"
+        ) from exc
+
+    return Identity(agent, hashlib.blake2b(text.encode(), digest_size=16).digest(), fn)
+
+
+def is_same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    """Return whether two functions of one name do the same, since nothing is bound to them but their code."""
+    return one is other or (
+        isinstance(one, FunctionType)
+        and isinstance(other, FunctionType)
+        and one.__code__ is other.__code__
+        and not one.__closure__
+        and one.__defaults__ == other.__defaults__
+        and one.__kwdefaults__ == other.__kwdefaults__
+    )
+
+
+def _checked(key: str | int) -> str | int:
+    if isinstance(key, int):
+        if not -_LARGEST <= key < _LARGEST:
+            raise ValueError(f"key must fit in 64 bits, got {key!r}; make a str of it")
+
+        return int(key)
+
+    try:
+        key.encode()
+    except UnicodeEncodeError as exc:
+        raise ValueError(f"key must be text that UTF-8 can encode, got {key!r}") from exc
+
+    # Of a subclass the plain text.
+    return str.__str__(key)
+
+
+def _name(fn: Any) -> tuple[str, bool]:
+    """Return the name of a function, and whether it is bound to an object."""
+    owner: Any = getattr(fn, "__self__", None)
+    if owner is not None and not isinstance(owner, ModuleType):
+        is_bound = not isinstance(owner, type)
+        kind: type[Any] = owner if isinstance(owner, type) else type(owner)
+        return f"{_module(kind.__module__)}.{kind.__qualname__}.{fn.__name__}", is_bound
+
+    name = getattr(fn, "__qualname__", None)
+    if isinstance(name, str):
+        return f"{_module(fn.__module__)}.{name}", False
+
+    # An object with a method __call__.
+    return f"{_module(type(fn).__module__)}.{type(fn).__qualname__}", True
+
+
+def _module(name: str) -> str:
+    """Return the name of a module: of the one that was started, the name that others import it by."""
+    main = sys.modules.get("__main__")
+    if name != "__main__" or main is None:
+        return name
+
+    if main.__spec__ is not None:
+        return main.__spec__.name.removesuffix(".__main__")
+
+    path = getattr(main, "__file__", None)
+    return name if path is None else Path(path).stem

@@ -1,0 +1,237 @@
+"""The task that writes what batches have done, many results in one commit."""
+
+from __future__ import annotations
+
+__all__ = ["Writer"]
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from .._errors import InvocationCancelled, JournalError
+from .._eventloop.tasks import LOST, Tasks
+from .._result import InvocationResult
+from ._claims import Claims
+from ._codec import Codec
+from ._file import Group, JournalFile
+from ._session import Writing
+
+_logger = logging.getLogger("agentloop")
+
+# How long a result waits for others that can be committed with it: a commit waits for the disk, whatever is
+# in it, and takes some milliseconds then.
+LINGER_SECONDS = 0.02
+MOST_ROWS = 1000
+
+
+class Writer:
+    """
+    Writes what batches have done, and tells them when it is committed.
+
+    It has a task of its own, which a cancelled batch does not take with it. The task waits for a result and
+    then a moment for more of them, unless a batch waits for nothing else.
+
+    :param file: where results go
+    :param codec: encodes and decodes outputs
+    :param keep: the statuses of results that are kept
+    """
+
+    def __init__(self, file: JournalFile, codec: Codec, keep: frozenset[str]) -> None:
+        self.file = file
+        self.codec = codec
+        self.claims: Claims | None = None
+        """Who has taken what, while the file is open."""
+        self.replayed = 0
+        self.written = 0
+        self._keep = keep
+        self._tasks: Tasks | None = None
+        self._process = 0
+        self._queue: list[Writing] = []
+        # What is being written.
+        self._group: tuple[list[Writing], Group] | None = None
+        # The results that could not be written, of batches that were cancelled.
+        self._lost: list[InvocationResult[Any]] = []
+        self._closing = False
+        self._hurried = False
+        self._woken: anyio.Event | None = None
+
+    def check(self) -> None:
+        """
+        Refuse to be used after the block, or in another process.
+
+        :raises RuntimeError: if so
+        """
+        if self._closing:
+            raise RuntimeError("the `async with` block of this journal has been left")
+
+        if os.getpid() != self._process:
+            raise RuntimeError("this journal was opened by another process: open one after the fork")
+
+    def count_replayed(self) -> None:
+        """Count a result of an earlier run."""
+        self.replayed += 1
+
+    def enqueue(self, writing: Writing) -> None:
+        """Write a result soon."""
+        if self.claims is None:
+            error = JournalError(f"{self.file.path}: the `async with` block of this journal has been left")
+            self._fail([writing], error)
+        else:
+            self._queue.append(writing)
+            self._wake()
+
+    def hurry(self) -> None:
+        """Write at once."""
+        self._hurried = True
+        self._wake()
+
+    # -- its life
+
+    async def open(self) -> None:
+        """
+        Open the file and start the task.
+
+        :raises JournalError: if the file cannot be used
+        """
+        self._process = os.getpid()
+        try:
+            await _insist(self.file.open)
+            assert self.file.reader is not None
+            tasks = await Tasks().__aenter__()
+        except BaseException:
+            await _insist(self.file.close, "not begun")
+            raise
+
+        self.claims = Claims(self.file.reader, self.file.last_row, self._keep)
+        self._tasks = tasks
+        tasks.start_soon(self._write, "agentloop journal")
+
+    async def close(self, exc: BaseException | None) -> None:
+        """
+        Write what is left, end the task and close the file.
+
+        :param exc: what the block is left by
+        :raises JournalError: if results cannot be written whose batch was cancelled
+        :raises InvocationCancelled: if the block was cancelled because the task was, natively
+        """
+        assert self._tasks is not None
+        self._closing = True
+        self._wake()
+        lost = False
+        try:
+            lost = await self._tasks.leave(exc)
+        finally:
+            await self._finish("completed" if exc is None else type(exc).__name__)
+
+        if lost:
+            raise InvocationCancelled(LOST) from exc
+
+        if self._lost:
+            error = JournalError(
+                f"{self.file.path}: {len(self._lost)} results of a cancelled batch could not be written"
+            )
+            error.unwritten = self._lost
+            if exc is None:
+                raise error
+
+            _logger.error("%s", error)
+
+    async def _finish(self, outcome: str) -> None:
+        try:
+            while self._queue or self._group:
+                await self._write_group()
+        finally:
+            self.claims = None
+            await _insist(self.file.close, outcome)
+
+    def _wake(self) -> None:
+        if self._woken is not None:
+            self._woken.set()
+
+    async def _write(self) -> None:
+        """Write groups of results until the block is left."""
+        # So that it comes to the end of what it has begun.
+        with anyio.CancelScope(shield=True):
+            while not self._closing:
+                if not (self._queue or self._group):
+                    self._hurried = False
+                    await self._wait()
+                elif not self._hurried:
+                    with anyio.move_on_after(LINGER_SECONDS):
+                        while not (self._hurried or self._closing or len(self._queue) >= MOST_ROWS):
+                            await self._wait()
+
+                    self._hurried = True
+                else:
+                    await self._write_group()
+
+    async def _wait(self) -> None:
+        self._woken = anyio.Event()
+        await self._woken.wait()
+
+    async def _write_group(self) -> None:
+        if self._group is None:
+            writings, self._queue = self._queue[:MOST_ROWS], self._queue[MOST_ROWS:]
+            self._group = writings, Group([writing.row for writing in writings])
+            self._hurried = bool(self._queue)
+
+        writings, group = self._group
+        error: JournalError | None = None
+        try:
+            await _insist(self.file.commit, group)
+        except JournalError as exc:
+            error = exc
+
+        self._group = None
+        if error is not None:
+            self._fail(writings, error)
+            return
+
+        self.written += len(writings)
+        for writing in writings:
+            writing.claim.end()
+            writing.on_done(True)
+
+    def _fail(self, writings: list[Writing], error: JournalError) -> None:
+        """Leave what could not be written to the batches, which try once more; or give it up."""
+        failed = {writing.session: None for writing in writings if not writing.session.has_failed}
+        given_up = [writing for writing in writings if writing.session not in failed]
+        held = [writing for writing in (*writings, *self._queue) if writing.session in failed]
+        self._queue = [writing for writing in self._queue if writing.session not in failed]
+        for writing in held:
+            writing.session.hold(writing)
+
+        for session in failed:
+            session.fail(error)
+
+        for writing in given_up:
+            if not writing.on_done(False):
+                self._lost.append(writing.result)
+
+
+async def _insist(fn: Callable[..., object], *args: Any) -> None:
+    """
+    Call a function in a worker thread and wait for its end, also if this is cancelled meanwhile.
+
+    :param fn: is called again after a native cancellation, and then waits for the first call
+    """
+    cancelled: BaseException | None = None
+    with anyio.CancelScope(shield=True):
+        while True:
+            try:
+                # Not by the default limiter: threads of agents may have taken all of that.
+                await anyio.to_thread.run_sync(fn, *args, limiter=anyio.CapacityLimiter(1))
+                break
+            except anyio.get_cancelled_exc_class() as native:
+                cancelled = native
+
+    if cancelled is not None:
+        try:
+            raise cancelled
+        finally:
+            # Its traceback refers to this frame; the frame must not refer back.
+            del cancelled
