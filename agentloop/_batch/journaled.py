@@ -58,7 +58,7 @@ class Session(Protocol):
         """
         ...
 
-    def write(self, claim: Claim, result: InvocationResult[Any], on_done: Callable[[bool], bool]) -> None:
+    def write(self, claim: Claim, result: InvocationResult[Any], on_done: Callable[[bool], object]) -> None:
         """
         Write a result soon.
 
@@ -169,7 +169,7 @@ class Recording(Generic[T]):
         self.pending += 1
         self.session.write(claim, result, partial(self._end, claim, result, counted))
 
-    def _end(self, claim: Claim, result: InvocationResult[T], counted: bool, committed: bool) -> bool:
+    def _end(self, claim: Claim, result: InvocationResult[T], counted: bool, committed: bool) -> None:
         self.pending -= 1
         if not counted:
             self._uncounted -= 1
@@ -181,7 +181,7 @@ class Recording(Generic[T]):
             if not self.pending:
                 self._written.set()
 
-            return False
+            return
 
         if committed:
             self._deliver(result, claim.row)
@@ -189,7 +189,6 @@ class Recording(Generic[T]):
             self._give_up(claim, result)
 
         self._batch.check_done()
-        return True
 
     def _give_up(self, claim: Claim, result: InvocationResult[T]) -> None:
         """Keep a result that cannot be written for the error, and stop the batch if nothing has before."""
@@ -210,6 +209,10 @@ class Recording(Generic[T]):
             self.error = error
             self._batch.source.cut()
             self._batch.stop(str(error), error)
+
+        if self._written is not None:
+            # Nothing of the batch runs any more.
+            self.session.hurry()
 
     def forget_error(self) -> None:
         """Forget what is raised in the end, once it was."""

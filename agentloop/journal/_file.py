@@ -186,6 +186,8 @@ class JournalFile:
         _create(path)
         self._locked = connect(path, "rw", 0)
         try:
+            # Nothing is written there, so nothing has to be rolled back.
+            self._locked.execute("PRAGMA journal_mode = OFF")
             self._locked.execute("BEGIN EXCLUSIVE")
         except sqlite3.OperationalError as exc:
             if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:

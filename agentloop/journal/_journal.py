@@ -208,10 +208,10 @@ class Journal(AnyJournal, EnteredOnly):
         if self._token is None:
             raise RuntimeError(f"this journal is not open: {self._usage}")
 
+        self._writer.check()
         if self._token != current_token():
             raise RuntimeError("this journal is open in another event loop")
 
-        self._writer.check()
         assert self._writer.claims is not None
         self._batches += 1
         return BatchSession(self._writer, self._writer.claims, self._batches, on_failure)

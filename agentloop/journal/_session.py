@@ -50,19 +50,18 @@ class Writing:
     :param on_done: is told whether it was committed
     """
 
-    __slots__ = ("claim", "on_done", "result", "row", "session")
+    __slots__ = ("claim", "on_done", "row", "session")
 
     def __init__(
         self,
         session: BatchSession,
         claim: EntryClaim,
         result: InvocationResult[Any],
-        on_done: Callable[[bool], bool],
+        on_done: Callable[[bool], object],
     ) -> None:
         self.session = session
         self.claim = claim
         self.row = claim.make_row(result)
-        self.result = result
         self.on_done = on_done
 
 
@@ -103,7 +102,7 @@ class BatchSession:
 
         return EntryClaim(self, invocation.agent_id, place)
 
-    def write(self, claim: Claim, result: InvocationResult[Any], on_done: Callable[[bool], bool]) -> None:
+    def write(self, claim: Claim, result: InvocationResult[Any], on_done: Callable[[bool], object]) -> None:
         assert isinstance(claim, EntryClaim)
         writing = Writing(self, claim, result, on_done)
         if self.has_failed:

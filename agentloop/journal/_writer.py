@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["Writer"]
 
-import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +13,10 @@ import anyio.to_thread
 
 from .._errors import InvocationCancelled, JournalError
 from .._eventloop.tasks import LOST, Tasks
-from .._result import InvocationResult
 from ._claims import Claims
 from ._codec import Codec
 from ._file import Group, JournalFile
 from ._session import Writing
-
-_logger = logging.getLogger("agentloop")
 
 # How long a result waits for others that can be committed with it: a commit waits for the disk, whatever is
 # in it, and takes some milliseconds then.
@@ -53,8 +49,6 @@ class Writer:
         self._queue: list[Writing] = []
         # What is being written.
         self._group: tuple[list[Writing], Group] | None = None
-        # The results that could not be written, of batches that were cancelled.
-        self._lost: list[InvocationResult[Any]] = []
         self._closing = False
         self._hurried = False
         self._woken: anyio.Event | None = None
@@ -115,7 +109,6 @@ class Writer:
         Write what is left, end the task and close the file.
 
         :param exc: what the block is left by
-        :raises JournalError: if results cannot be written whose batch was cancelled
         :raises InvocationCancelled: if the block was cancelled because the task was, natively
         """
         assert self._tasks is not None
@@ -129,16 +122,6 @@ class Writer:
 
         if lost:
             raise InvocationCancelled(LOST) from exc
-
-        if self._lost:
-            error = JournalError(
-                f"{self.file.path}: {len(self._lost)} results of a cancelled batch could not be written"
-            )
-            error.unwritten = self._lost
-            if exc is None:
-                raise error
-
-            _logger.error("%s", error)
 
     async def _finish(self, outcome: str) -> None:
         try:
@@ -209,8 +192,7 @@ class Writer:
             session.fail(error)
 
         for writing in given_up:
-            if not writing.on_done(False):
-                self._lost.append(writing.result)
+            writing.on_done(False)
 
 
 async def _insist(fn: Callable[..., object], *args: Any) -> None:
