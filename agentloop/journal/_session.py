@@ -191,7 +191,10 @@ class EntryClaim:
             if not is_error(exc):
                 raise
 
-            error = TypeError(f"what {self._agent_id!r} returned cannot be put into the journal: {exc}")
+            error = TypeError(
+                f"what {self._agent_id!r} returned cannot be put into the journal: {exc}; pass "
+                "Journal(encode=..., decode=...)"
+            )
             error.__cause__ = exc
             if codec.is_proven(agent):
                 return error
