@@ -1,0 +1,156 @@
+"""``python -m agentloop.journal``."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from asking import Asker
+
+from agentloop import AgentLoop, Invocation, LoopConfig
+from agentloop.journal import Journal
+from agentloop.journal.__main__ import main
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "night.db"
+
+
+async def fill(path: Path, **settings: Any) -> None:
+    asker = Asker(1, fails=lambda x: ValueError(f"boom {x}") if x > 1 else None)
+    loop = AgentLoop(LoopConfig(max_retries=0))
+    async with Journal(path, **settings) as journal:
+        await loop.run_all(asker.inputs(range(4)), journal=journal)
+        await loop.run_all([Invocation("keyed", asker.ask, (0,), key="k")], journal=journal)
+
+
+async def test_show_prints_runs_counts_latencies_and_the_last_errors(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await fill(path, version={"model": "x"})
+    async with Journal(path, version=2, changed="rerun"):
+        assert main(["show", str(path)]) == 0
+
+    runs, first, second, results, *counts, latency, queue, errors, one, two = (
+        capsys.readouterr().out.splitlines()
+    )
+    assert (runs, results, errors) == ("2 runs", "5 results", "the last errors")
+    assert "completed after 0s" in first
+    assert first.endswith('version {"model": "x"}')
+    assert "running, or killed" in second
+    assert counts == [
+        "          2 error of another version  asking.Asker.__init__.<locals>.ask",
+        "          3 success of another version  asking.Asker.__init__.<locals>.ask",
+    ]
+    assert latency == "latency: mean 1,000.0 ms, p50 1,000.0, p95 1,000.0, p99 1,000.0, longest 1,000.0"
+    assert queue.startswith("queue: mean 0.0 ms")
+    assert sorted([one[23:], two[23:]]) == ["ask-2  ValueError: boom 2", "ask-3  ValueError: boom 3"]
+
+
+async def test_show_of_an_empty_journal_says_so(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with Journal(path):
+        pass
+
+    assert main(["show", str(path)]) == 0
+    runs, _, results = capsys.readouterr().out.splitlines()
+    assert (runs, results) == ("1 runs", "0 results")
+
+
+async def test_export_writes_a_line_of_json_for_each_result(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await fill(path)
+    assert main(["export", str(path), str(tmp_path / "out.jsonl")]) == 0
+    assert main(["export", str(path)]) == 0
+    text = (tmp_path / "out.jsonl").read_text("utf-8")
+    assert capsys.readouterr().out == text
+    lines = sorted(
+        (json.loads(line) for line in text.splitlines()), key=lambda line: str(line["custom_id"] == "k")
+    )
+    assert len(lines) == 5
+    assert lines[-1] == {
+        "custom_id": "k",
+        "index": 0,
+        "agent": "asking.Asker.__init__.<locals>.ask",
+        "status": "success",
+        "response": {"answer": 0},
+        "error": None,
+    }
+    failed = next(line for line in lines if line["index"] == 2)
+    assert (failed["status"], failed["response"], failed["error"]) == ("error", None, "ValueError: boom 2")
+    assert len({line["custom_id"] for line in lines}) == 5
+
+
+async def test_export_of_what_is_no_json_is_its_text(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    await fill(path, encode=lambda output: b"\xff%d" % output["answer"], decode=bytes)
+    assert main(["export", str(path)]) == 0
+    (line, *_) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert line["response"] in ("\\xff0", "\\xff1")
+
+
+async def test_check_finds_damage(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    await fill(path)
+    assert main(["check", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path} is good: 5 results\n"
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA writable_schema = 1")
+        connection.execute("UPDATE sqlite_master SET sql = replace(sql, 'status TEXT NOT', 'status INT NOT')")
+        connection.execute("UPDATE sqlite_master SET sql = replace(sql, 'error TEXT', 'error TEXT NOT NULL')")
+
+    assert main(["check", str(path)]) == 1
+    assert capsys.readouterr().out.endswith(f"save what can be read by `sqlite3 {path} .recover`\n")
+
+
+@pytest.mark.parametrize("command", ["show", "export", "check"])
+def test_missing_or_foreign_file_is_one_clear_line(
+    command: str, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, str(path)]) == 1
+    assert capsys.readouterr().err == f"{path}: there is no journal\n"
+    path.write_text("a line\n" * 100)
+    assert main([command, str(path)]) == 1
+    assert capsys.readouterr().err == f"{path}: file is not a database: this is not a journal\n"
+    path.unlink()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE results (id)")
+
+    assert main([command, str(path)]) == 1
+    assert capsys.readouterr().err == f"{path} is not a journal, but another database\n"
+    assert sorted(name.name for name in path.parent.iterdir()) == ["night.db"]
+
+
+async def test_damage_that_stops_a_command_is_one_line(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await fill(path)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("DROP TABLE runs")
+
+    assert main(["show", str(path)]) == 1
+    assert capsys.readouterr().err == f"{path}: no such table: runs\n"
+
+
+async def test_reader_that_has_seen_enough_gets_no_traceback(path: Path) -> None:
+    asker = Asker()
+    async with Journal(path) as journal:
+        await AgentLoop().run_all(asker.inputs(["x" * 1000 + str(i) for i in range(500)]), journal=journal)
+
+    with subprocess.Popen(
+        [sys.executable, "-m", "agentloop.journal", "export", path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        child.stdout.readline()
+        child.stdout.close()
+        assert child.stderr.read() == b""
+
+    assert child.returncode == 1
