@@ -71,7 +71,7 @@ class OpenTelemetrySink:
     parent is the span that is current where the invocation was asked for, and it is itself the current span
     inside the agent, so that what the agent traces, an HTTP client's spans say, becomes its child, in every
     attempt. Retries, the attempts that follow them and the first chunk are events in it. What was skipped
-    has no span.
+    has no span, and neither has what a journal has replayed.
 
     Few metrics are kept, since an SDK takes some microseconds for each value. How many invocations ended, and
     how, is the count of the histogram of their durations.
@@ -160,7 +160,9 @@ class OpenTelemetrySink:
     def _end(self, event: ResultEvent) -> None:
         result = event.result
         if event.id not in self._begun:
-            self._skipped.add(1, self._attributes(event.invocation))
+            if not result.replayed:
+                self._skipped.add(1, self._attributes(event.invocation))
+
             return
 
         span, inside, attributes = self._begun.pop(event.id)

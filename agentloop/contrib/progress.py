@@ -47,10 +47,10 @@ async def progress(
     the time to go, and percentiles of the latency.
 
     The figures are those of ``loop.metrics`` and ``loop.statistics()``, which are looked at now and then, so
-    showing them costs an invocation nothing. Results, retries and failures count from the beginning of the
-    block, percentiles since the recorder was made or reset. On a terminal it is drawn in place; elsewhere it
-    is a line now and then, and one at the end. However the block is left, the last state stays to be read,
-    and what the block raises is raised as it is.
+    showing them costs an invocation nothing. Results, those of a journal too, retries and failures count from
+    the beginning of the block, percentiles since the recorder was made or reset. On a terminal it is drawn in
+    place; elsewhere it is a line now and then, and one at the end. However the block is left, the last state
+    stays to be read, and what the block raises is raised as it is.
 
     :param loop: the loop to look at
     :param total: how many results there will be, or something as long as that, such as the list of inputs
@@ -135,6 +135,7 @@ class _State:
 
     elapsed: float
     done: int
+    replayed: int
     total: int | None
     drained: bool
     running: int
@@ -164,6 +165,9 @@ class _State:
             yield f"{self.running} running", "cyan" if self.running else "dim"
 
         yield f"{self.waiting} waiting", "cyan" if self.waiting else "dim"
+        if self.replayed:
+            yield f"{self.replayed} replayed", "green"
+
         yield _counted(self.retries, "retry", "retries"), "yellow" if self.retries else "dim"
         yield _counted(self.failures, "failure", "failures"), "bold red" if self.failures else "dim"
         if self.cancelled:
@@ -175,7 +179,7 @@ class _State:
         if self.rate:
             yield f"{self.rate:.1f}/s" if self.rate >= 1 else f"{self.rate * 60:.1f}/min", ""
 
-        if self.done:
+        if self.done > self.replayed:
             yield f"p50 {_duration(self.p50_ms)}", ""
             yield f"p95 {_duration(self.p95_ms)}", ""
 
@@ -200,6 +204,7 @@ class _Meter:
         self._loop = loop
         self._total = total
         self._before = loop.metrics.snapshot()
+        self._replayed_before = loop.statistics().replayed
         self._began = anyio.current_time()
         # When there were how many results; no more than a few hundred.
         self._seen = deque([(self._began, 0)])
@@ -207,9 +212,11 @@ class _Meter:
     def read(self) -> _State:
         now, so_far, before = anyio.current_time(), self._loop.metrics.snapshot(), self._before
         loop, done = self._loop.statistics(), max(0, _done(so_far) - _done(before))
+        replayed = loop.replayed - self._replayed_before
         return _State(
             now - self._began,
-            done,
+            done + replayed,
+            replayed,
             self._total,
             loop.drained,
             loop.running,

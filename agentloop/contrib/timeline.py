@@ -56,9 +56,9 @@ class Timeline:
 
     Each slot has a lane in which attempts follow each other, failed ones marked. Waits for a slot and
     backoffs have tracks of their own, and so have the limit and how many run, wait, and wait to be retried.
-    An agent that runs others keeps its lane, although it lends them its slot. Memory is that of what is open:
-    the file is written at the latest ``flush_seconds`` after each event, and is complete up to there
-    if the process is killed.
+    An agent that runs others keeps its lane, although it lends them its slot. Results of a journal are not
+    drawn. Memory is that of what is open: the file is written at the latest ``flush_seconds`` after each
+    event, and is complete up to there if the process is killed.
 
     Several runs, one after the other, follow each other in the file. Loops that share no limiter but the
     file are told apart by :meth:`named`.
@@ -304,6 +304,8 @@ class _Group:
             case FirstChunkEvent():
                 tid = self._tids[self.open[event.id].lane - 1]
                 self._write("first chunk", "i", now, tid=tid, cat="chunk", s="t")
+            case ResultEvent() if event.result.replayed:
+                pass  # it is of an earlier run
             case _:  # ResultEvent
                 self._finish(event, self.open.pop(event.id), now)
 

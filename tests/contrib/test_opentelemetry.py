@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -30,6 +31,7 @@ from agentloop import (
     Status,
 )
 from agentloop.contrib.opentelemetry import OpenTelemetrySink
+from agentloop.journal import Journal
 
 NO_JITTER = Backoff(initial_seconds=1.0, jitter="none")
 
@@ -382,6 +384,20 @@ async def test_what_was_skipped_has_no_span_and_is_counted(telemetry: Telemetry)
     assert telemetry.values("agentloop.skipped") == {(): 5}
     assert telemetry.counts() == {("Unauthorized", "error"): 1}
     assert len(telemetry.metrics()["agentloop.queue.duration"]) == 1
+
+
+async def test_result_of_a_journal_is_no_call(telemetry: Telemetry, tmp_path: Path) -> None:
+    async def ask(x: int) -> int:
+        return x
+
+    for count in (1, 2):
+        loop = AgentLoop(on_event=telemetry.sink)
+        async with Journal(tmp_path / "night.db") as journal:
+            await loop.run_all(Invocation.map(ask, range(count)), journal=journal)
+
+    assert telemetry.tree() == ["ask-0", "ask-1"]
+    assert "agentloop.skipped" not in telemetry.metrics()
+    assert sum(telemetry.counts().values()) == 2
 
 
 async def test_error_that_cannot_say_what_it_is_ends_the_span_all_the_same(telemetry: Telemetry) -> None:

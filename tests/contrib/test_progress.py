@@ -20,6 +20,7 @@ from rich.console import Console
 
 from agentloop import AgentLoop, Invocation, LoopConfig
 from agentloop.contrib.progress import progress
+from agentloop.journal import Journal
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +67,29 @@ async def test_log_gets_a_line_now_and_then_and_one_at_the_end() -> None:
         f"12/20 (60%), 2 running, 6 waiting, 0 retries, 0 failures, 2.4/s, {latency}, 0:05, ETA 0:04",
         f"20/20 (100%), 0 running, 0 waiting, 0 retries, 0 failures, 2.7/s, {latency}, 0:07",
     ]
+
+
+async def test_results_of_a_journal_count_as_done_and_do_not_speed_up_the_rest(tmp_path: Path) -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=2))
+    async with Journal(tmp_path / "night.db") as journal:
+        await loop.run_all(Invocation.map(agent, [0.5 + i / 100 for i in range(20)]), journal=journal)
+
+    screen = Screen()
+    async with progress(loop, 40, console=screen.console), Journal(tmp_path / "night.db") as journal:
+        await loop.run_all(Invocation.map(agent, [0.5 + i / 100 for i in range(40)]), journal=journal)
+
+    assert re.match(r"32/40 \(80%\), 2 running, 0 waiting, 20 replayed, .*, 2\.4/s, p50 ", screen.lines[0])
+    assert screen.lines[0].endswith("0:05, ETA 0:04")
+    assert screen.lines[1].startswith("40/40 (100%), 0 running, 0 waiting, 20 replayed, 0 retries, ")
+
+
+async def test_line_of_nothing_but_replayed_results_has_no_latency(tmp_path: Path) -> None:
+    for _ in range(2):
+        screen, loop = Screen(), AgentLoop()
+        async with progress(loop, 2, console=screen.console), Journal(tmp_path / "night.db") as journal:
+            await loop.run_all(Invocation.map(agent, [1, 2]), journal=journal)
+
+    assert screen.lines == ["2/2 (100%), 0 running, 0 waiting, 2 replayed, 0 retries, 0 failures, 0:00"]
 
 
 async def test_retries_and_failures_are_counted_from_the_beginning_of_the_block() -> None:

@@ -34,6 +34,7 @@ from agentloop import (
     VerdictKind,
 )
 from agentloop.contrib.timeline import Timeline
+from agentloop.journal import Journal
 from agentloop.testing import virtual_clock
 
 ROOT = Path(__file__).parents[2]
@@ -281,6 +282,18 @@ async def test_end_without_a_slot_is_marked(tmp_path: Path) -> None:
     marks = [record for record in of(found, "i") if record["s"] == "p"]
     assert [(mark["name"], mark["args"]["agent"]) for mark in marks] == [("timeout", "waiting")]
     assert marks[0]["args"]["reason"] == "InvocationTimeout"
+
+
+async def test_result_of_a_journal_is_not_drawn(tmp_path: Path) -> None:
+    with Timeline(tmp_path / "run.json") as timeline:
+        loop = AgentLoop(on_event=timeline)
+        for counts in (1, 2):
+            async with Journal(tmp_path / "night.db") as journal:
+                await loop.run_all(Invocation.map(nap, range(counts)), journal=journal)
+
+        assert repr(timeline) == f"<Timeline {str(tmp_path / 'run.json')!r} 0 running>"
+
+    assert len(slices(records(tmp_path / "run.json"))) == 2
 
 
 async def test_cancelled_invocation_ends(tmp_path: Path) -> None:
