@@ -3,6 +3,7 @@
 __all__ = [
     "AgentLoopError",
     "BatchStopped",
+    "DeadlockError",
     "FirstChunkTimeout",
     "IdleTimeout",
     "InvocationCancelled",
@@ -177,6 +178,28 @@ class LeftOpenError(AgentLoopError, RuntimeError):
         return (
             f"{self.agent_id!r} has left a cancel scope or a task group open in its task: "
             "use `async with`, or close it before the agent ends"
+        )
+
+
+class DeadlockError(AgentLoopError, RuntimeError):
+    """
+    Agents under two keys of a ``KeyedLimiter`` wait for a slot that the other one has.
+
+    :param key: of the agent that gets this error, since it was about to wait for ever
+    :param other: whose slots are all taken by agents that wait in the same way
+    """
+
+    _verdict = "permanent"
+
+    def __init__(self, key: object, other: object) -> None:
+        super().__init__(key, other)
+        self.key = key
+        self.other = other
+
+    def __str__(self) -> str:
+        return (
+            f"an agent under the key {self.key!r} runs one under {self.other!r}, whose slots are all held by "
+            f"agents that wait for {self.key!r} in turn: give both one key, or run them in one order"
         )
 
 

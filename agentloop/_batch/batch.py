@@ -4,13 +4,14 @@ from __future__ import annotations
 
 __all__ = ["Batch"]
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from .._errors import InvocationCancelled
+from .._errors import BatchStopped, InvocationCancelled
 from .._eventloop.tasks import LOST, Tasks
+from .._limits.slots import Slot
 from .bookkeeping import Bookkeeping
 from .ending import RULE_HINT
 from .worker import Worker
@@ -47,9 +48,32 @@ class Batch(Bookkeeping[T]):
             self.pool.users -= 1
             self._abandon()
             self.pool.end_call(self, self.outer)
-            # It refers to an error, whose frames may refer to this.
-            self._judge = None
+            self.ending.forget_judge()
             self.source.close()
+
+    @property
+    def outer(self) -> Slot | None:
+        """The slot of the invocation that runs the batch, if one does."""
+        return self.source.outer
+
+    def wind_down(self, stopped: BatchStopped, until: float | None) -> None:
+        """
+        Start and retry nothing any more.
+
+        :param stopped: says why
+        :param until: when to cancel what still runs
+        """
+        self.stop(stopped.reason, stopped.__cause__)
+        if until is not None:
+            self.start_timer(until, lambda: self.cancel(stopped.reason, None))
+
+    def drain(self) -> None:
+        """Begin nothing new that nobody waits for; somebody waits for the whole of a batch."""
+
+    def may_go_on(self, keys: Any) -> bool:
+        """Return whether there is something that it waits for besides slots of the pools of some keys."""
+        in_line = self.retries.in_line
+        return self.pool.keys is not keys or self.retries.count > 0 or not in_line or self.has_work()
 
     async def _run_tasks(self) -> None:
         """Run tasks until the batch is done, or they are cancelled."""
@@ -58,6 +82,9 @@ class Batch(Bookkeeping[T]):
             async with Tasks() as tasks:
                 self.tasks = tasks
                 self.crew.open(tasks, lambda: Worker(self, tasks).work(), self.has_work)
+                if self.by_key is not None:
+                    self.by_key.open(self.changed, tasks.start_soon)
+
                 if self.source.feeder is not None and not self.source.exhausted:
                     tasks.start_soon(self._feed, "agentloop feeder")
 
@@ -70,6 +97,8 @@ class Batch(Bookkeeping[T]):
             self.tasks = None
             self.crew.close()
             self.retries.close()
+            if self.by_key is not None:
+                self.by_key.close()
 
         # A task group on asyncio may end without an exception although its tasks were cancelled.
         await checkpoint_if_cancelled()

@@ -21,6 +21,7 @@ from .._runtime.observer import COUNTED_AT_ONCE
 from .._runtime.options import RunOptions
 from .._runtime.outcome import Outcome
 from .._verdict import VerdictKind
+from .by_key import ByKey
 from .ending import FATAL_HINT, PATIENCE_HINT, RULE_HINT, Ending, Judge, blame
 from .inputs import InputSource
 from .retry_queue import RetryQueue
@@ -58,14 +59,16 @@ class Bookkeeping(Generic[T]):
             current_slot.get(),
             options.observer,
             self.retries,
-            limiter.max_concurrency,
+            limiter.batch_size,
             self.keep_rest,
         )
-        self.crew = Crew(limiter.max_concurrency)
+        self.crew = Crew(limiter.batch_size)
         self.deadlines = self.pool.loop.batch_deadlines()
-        self.ending = Ending()
-        rule = options.config.stop
-        self._judge = None if rule is None else Judge(rule)
+        self.ending = Ending(options.config.stop)
+        self.by_key: ByKey[T] | None = None
+        if self.pool.route is not None:
+            self.by_key = ByKey(self.source, self.retries, self.ending, self.pool.loop.now)
+
         self.timers: list[Timer] = []
         self.tasks: Tasks | None = None
         self.done = False
@@ -112,7 +115,7 @@ class Bookkeeping(Generic[T]):
             self.crew.call()
 
     def _resized(self) -> None:
-        self.source.limit = self._limiter.max_concurrency
+        self.source.limit = self._limiter.batch_size
         self.crew.resize(self.source.limit)
         self.changed()
 
@@ -180,35 +183,21 @@ class Bookkeeping(Generic[T]):
         self.stop(reason, cause)
         self.crew.cancel(reason)
 
-    @property
-    def outer(self) -> Slot | None:
-        """The slot of the invocation that runs the batch, if one does."""
-        return self.source.outer
-
-    def wind_down(self, stopped: BatchStopped, until: float | None) -> None:
-        """
-        Start and retry nothing any more.
-
-        :param stopped: says why
-        :param until: when to cancel what still runs
-        """
-        self.stop(stopped.reason, stopped.__cause__)
-        if until is not None:
-            self.start_timer(until, lambda: self.cancel(stopped.reason, None))
-
-    def drain(self) -> None:
-        """Begin nothing new that nobody waits for; somebody waits for the whole of a batch."""
-
     def _abandon(self) -> None:
         """End what a cancelled batch has not started again, so that every invocation is accounted for."""
         now = self.pool.loop.now()
+        if self.by_key is not None:
+            self.by_key.abandon()
+
         for job in (*self.source.pop_all(), *self._pop_retries()):
             job.cancel(self.ending.reason)
             self.finish(job, now)
 
     def _pop_retries(self) -> list[Job[T]]:
         jobs = self.retries.pop_all()
-        self.source.live += len(jobs)
+        for job in jobs:
+            self.source.take_back(job)
+
         return jobs
 
     def check_done(self) -> None:
@@ -217,6 +206,9 @@ class Bookkeeping(Generic[T]):
             self.crew.close()
             self.retries.close()
             self.source.stop_feeding()
+            if self.by_key is not None:
+                self.by_key.close()
+
             while self.timers:
                 self.timers.pop().stop()
 
@@ -248,11 +240,11 @@ class Bookkeeping(Generic[T]):
                 self.stop(f"{self.crew.spoilt} agents left a scope open, {agent}", failed.error)
         elif failed is not None and verdict is not None:
             if verdict.kind is VerdictKind.FATAL:
-                self.stop(blame(job, failed), failed.error, FATAL_HINT)
+                self._stop_for(job, blame(job, failed), failed.error, FATAL_HINT)
             elif verdict.kind is VerdictKind.OVERLOAD:
                 self._lose_patience(job, failed)
 
-            if self.ending.stopped is not None:
+            if self.ending.stopped_for(job) is not None:
                 if verdict.kind not in (VerdictKind.PERMANENT, VerdictKind.FATAL):
                     self.ending.close(job)
             elif job.next_start(now, self._deadline, self.options) is not None:
@@ -273,11 +265,27 @@ class Bookkeeping(Generic[T]):
             hint = (
                 f"is timeout_seconds={config.timeout_seconds} too short?" if only_timeouts else PATIENCE_HINT
             )
-            self.stop(reason, failed.error, hint)
+            self._stop_for(job, reason, failed.error, hint)
+
+    def _stop_for(self, job: Job[T], reason: str, cause: BaseException, hint: str) -> None:
+        """Stop all that goes through the same limiter as a job: the batch, or the jobs of its key."""
+        if self.by_key is None:
+            self.stop(reason, cause, hint)
+            return
+
+        stopped = self.ending.stop_key(job.pool, reason, cause, hint)
+        if stopped is None:
+            return
+
+        now = self.pool.loop.now()
+        self.options.observer.stopped(stopped.reason, now)
+        for other in self.by_key.stop(job.pool):
+            self.ending.close(other)
+            self.finish(other, now)
 
     def _retry(self, job: Job[T], now: float) -> None:
         wake_at = job.rest(self.options.observer, now)
-        self.source.live -= 1
+        self.source.set_aside(job)
         if self.retries.push(job, wake_at):
             assert self.tasks is not None
             self.tasks.start_soon(self.retries.watch, "agentloop alarm")
@@ -290,7 +298,7 @@ class Bookkeeping(Generic[T]):
         assert self.options.total is not None
         waiter = self.retries.in_line.get(job)
         if waiter is None:
-            self.source.live += 1
+            self.source.take_back(job)
             job.expire(self.options.total)
             self.finish(job, now)
         elif not waiter.granted:
@@ -316,8 +324,8 @@ class Bookkeeping(Generic[T]):
             if not self.crew.seeking or source.feeder is not None:
                 self.changed()
 
-        if self._judge is not None:
-            self._apply(self._judge, result)
+        if self.ending.judge is not None:
+            self._apply(self.ending.judge, result)
 
         if source.exhausted:
             self.check_done()

@@ -7,13 +7,17 @@ __all__ = ["FATAL_HINT", "PATIENCE_HINT", "RULE_HINT", "Ending", "Judge", "blame
 from typing import Any
 
 from .._errors import BatchStopped, describe
+from .._limits.slots import Pool
 from .._result import InvocationResult, Status
 from .._runtime.job import Job
 from .._runtime.outcome import Outcome
 from .._stop_rule import StopRule
 
 # What to do about a batch that one failure has stopped.
-FATAL_HINT = "a classify= that does not judge the error FATAL lets a batch go on"
+FATAL_HINT = (
+    "a classify= that does not judge the error FATAL lets a batch go on, "
+    "and a KeyedLimiter what has another key"
+)
 RULE_HINT = "as LoopConfig(stop=...) has it"
 PATIENCE_HINT = "LoopConfig(overload_timeout_seconds=...) says how long to wait for a provider"
 
@@ -65,17 +69,28 @@ class Judge:
         return None
 
 
+def _stopped(reason: str, cause: BaseException | None, hint: str) -> BatchStopped:
+    stopped = BatchStopped(reason, hint)
+    stopped.__cause__ = cause
+    return stopped
+
+
 class Ending:
     """
     The one place that knows whether a batch was stopped, by what, and what that leaves to raise.
 
     A batch can be stopped for any number of reasons; the first one wins. From then on no job is started and
-    none is retried.
+    none is retried. The same holds for the jobs of one key, where each key has a limiter of its own.
+
+    :param rule: what to stop for
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rule: StopRule | None) -> None:
+        self.judge = None if rule is None else Judge(rule)
+        """Says of each result whether it stops the batch."""
         self.stopped: BatchStopped | None = None
         """Why nothing is started any more, if so."""
+        self._of_keys: dict[Pool, BatchStopped] = {}
         self._cancelled_by = "the batch was cancelled"
         self._has_skipped = False
         self._complete = False
@@ -94,12 +109,25 @@ class Ending:
         :param hint: what to do to have it go on
         :return: the exception that says so; ``None`` if it was stopped before
         """
-        if self.stopped is not None:
-            return None
+        if self.stopped is None:
+            self.stopped = _stopped(reason, cause, hint)
+            return self.stopped
 
-        self.stopped = BatchStopped(reason, hint)
-        self.stopped.__cause__ = cause
-        return self.stopped
+        return None
+
+    def stop_key(
+        self, pool: Pool, reason: str, cause: BaseException | None, hint: str
+    ) -> BatchStopped | None:
+        """Stop the jobs of one key, as :meth:`stop` does with all."""
+        if self.stopped is None and pool not in self._of_keys:
+            self._of_keys[pool] = _stopped(reason, cause, hint)
+            return self._of_keys[pool]
+
+        return None
+
+    def stopped_for(self, job: Job[Any]) -> BatchStopped | None:
+        """Return why a job is not started any more, if so."""
+        return self.stopped or (self._of_keys.get(job.pool) if self._of_keys else None)
 
     def cancel(self, reason: str) -> None:
         """Say why the batch is cancelled, in case nothing has stopped it before."""
@@ -109,9 +137,14 @@ class Ending:
         """Note that every input that was pulled has its result."""
         self._complete = True
 
+    def forget_judge(self) -> None:
+        """Let go of the rule's last error, whose frames may refer to the batch."""
+        self.judge = None
+
     def close(self, job: Job[Any]) -> None:
         """Make final what a stopped batch does not start or retry, unless it has ended by itself."""
-        if self.stopped is not None and job.close(self.stopped):
+        stopped = self.stopped_for(job)
+        if stopped is not None and job.close(stopped):
             self._has_skipped = True
 
     def error(self, cut_short: bool) -> BatchStopped | None:
@@ -121,6 +154,7 @@ class Ending:
         :param cut_short: whether inputs were not pulled
         """
         if self._complete:
-            return self.stopped if cut_short or self._has_skipped else None
+            stopped = self.stopped or next(iter(self._of_keys.values()), None)
+            return stopped if cut_short or self._has_skipped else None
 
         return BatchStopped(self.reason)

@@ -19,6 +19,7 @@ from .._runtime.observer import Observer
 from .._runtime.outcome import as_exception
 from .feeder import CANCELLED, Feeder
 from .retry_queue import RetryQueue
+from .room import KeyRoom
 
 T = TypeVar("T")
 
@@ -84,6 +85,9 @@ class InputSource(Generic[T]):
         # Where all inputs are there from the start, they wait from the start.
         self._began = pool.loop.now() if wait_from_start and isinstance(inputs, Sequence) else None
         self._to_come = 0 if self._began is None else len(cast("Sequence[Any]", inputs))
+        if pool.route is not None:
+            retries.room = KeyRoom(bounded=self._began is None)
+
         # Whether anybody is told of a job that is pulled.
         self._reports = self._to_come > 0 or not observer.is_plain
         # What workers pull, as long as there is more.
@@ -120,7 +124,10 @@ class InputSource(Generic[T]):
     def may_pull(self) -> bool:
         """Return whether there is room for one more input."""
         limit = self.limit
-        return not self.exhausted and self.live < limit and self._retries.count < ASLEEP_PER_SLOT * limit
+        if self.exhausted or self.live >= limit:
+            return False
+
+        return self._retries.room is not None or self._retries.count < ASLEEP_PER_SLOT * limit
 
     def next_job(self) -> Job[T] | None:
         """Return the next job to be done, if there is one: one that was fed, is due again, or is pulled."""
@@ -166,10 +173,25 @@ class InputSource(Generic[T]):
             return self._fed.popleft()
 
         if self._retries.due and self.live < self.limit:
-            self.live += 1
-            return self._retries.pop()
+            job = self._retries.pop()
+            self.take_back(job)
+            return job
 
         return None
+
+    def set_aside(self, job: Job[T]) -> None:
+        """Make room for one more input, while a job waits that needs no worker for that."""
+        if self._retries.room is None or self._retries.room.set_aside(job.pool):
+            self.live -= 1
+
+    def take_back(self, job: Job[T]) -> None:
+        """Count a job as live again that has waited."""
+        if self._retries.room is None or self._retries.room.take_back(job.pool):
+            self.live += 1
+
+    def give_out(self, job: Job[T]) -> None:
+        """Give a job out before those that are to be pulled."""
+        self._fed.append(job)
 
     def put_back(self, job: Job[T]) -> None:
         """Give a job out again before all others."""

@@ -13,7 +13,9 @@ from typing import Any
 import anyio
 
 from .._limits.lines import Waiter
+from .._limits.slots import Pool
 from .._runtime.job import Job
+from .room import KeyRoom
 
 
 class RetryQueue:
@@ -33,6 +35,8 @@ class RetryQueue:
         """Those whose next attempt may begin."""
         self.in_line: dict[Job[Any], Waiter] = {}
         """Those that wait for a slot, each with its place."""
+        self.room: KeyRoom | None = None
+        """How many jobs of each key wait, and how many of these take room of other input."""
         self._now = now
         self._on_due: Callable[[], object] | None = None
         self._on_late: Callable[[Job[Any], float], object] | None = None
@@ -77,6 +81,17 @@ class RetryQueue:
             self._take(job)
 
         self._heap.clear()
+        return jobs
+
+    def pop_of(self, pool: Pool) -> list[Job[Any]]:
+        """Take all jobs of a pool, due or not."""
+        jobs = [job for job in self.due if job.pool is pool]
+        jobs += [job for at, _, job in self._heap if at == job.wake_at and job.pool is pool]
+        for job in jobs:
+            self._take(job)
+
+        self._heap = [entry for entry in self._heap if entry[2].pool is not pool]
+        heapq.heapify(self._heap)
         return jobs
 
     def join_line(self, job: Job[Any], waiter: Waiter) -> None:

@@ -59,6 +59,11 @@ class Worker(Generic[T]):
                     job = next_job()
                     if job is None:
                         batch.check_done()
+                        # Now that there is no more input, it may wait for nothing but its keys.
+                        pool.refuse_deadlocked()
+                        if source.has_fed:
+                            continue
+
                         self.let_go()
                         await crew.park()
                         continue
@@ -93,11 +98,12 @@ class Worker(Generic[T]):
                         else:
                             slot.release(None, True)
                             batch.finish(job, now)
-                    else:
+                    elif job not in batch.retries.in_line:
                         ending.close(job)
                         batch.finish(job, now)
 
-                    waited = job.waited
+                    # One that is left in the line of its key has let nobody run.
+                    waited = job.waited and slot is not None
                     # Not kept while parked: the arguments of a finished invocation are the caller's alone.
                     job = slot = None
                     if cancellations():
@@ -124,7 +130,14 @@ class Worker(Generic[T]):
         return await self._tasks.leave_by(exc)
 
     async def _acquire(self, job: Job[T], selective: bool) -> Slot | None:
-        """Return a slot for the next attempt of a job; ``None`` if there is to be none."""
+        """
+        Return a slot for the next attempt of a job.
+
+        :return: ``None`` if there is to be none, or if the job waits for it under its key
+        """
+        if self._batch.by_key is not None:
+            return self._batch.by_key.acquire(job)
+
         if self._batch.ending.stopped is not None or (selective and not job.resolve()):
             return None
 
@@ -154,12 +167,6 @@ class Worker(Generic[T]):
         batch = self._batch
         waiter = job.join_line(slot)
         batch.retries.join_line(job, waiter)
-        routed = batch.pool.route is not None
-        if routed:
-            # Others may be of a key that has slots.
-            batch.crew.seeking -= 1
-            batch.changed()
-
         try:
             granted = await job.pool.wait(waiter)
         except BaseException:
@@ -167,7 +174,6 @@ class Worker(Generic[T]):
             batch.source.put_back(job)
             raise
         finally:
-            batch.crew.seeking += routed
             batch.retries.leave_line(job)
 
         if granted and batch.ending.stopped is not None:

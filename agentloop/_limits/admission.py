@@ -79,9 +79,15 @@ class Admission:
         self.is_open = not (self.gated or self.listens)
         """Whether a free slot is all that an attempt needs, and nothing is learnt from its success."""
         self._settle_failed = False
+        self._shared = False
 
     def _look(self) -> None:
-        self.is_open = not (self.gated or self.paused or self.listens or self.epoch)
+        self.is_open = not (self.gated or self.paused or self.listens or self.epoch or self._shared)
+
+    def share(self) -> None:
+        """Note that an attempt needs a place that it shares with those of other limiters."""
+        self._shared = True
+        self._look()
 
     def pause(self, paused: bool) -> None:
         """Let no attempt begin but those on loan, or all again."""
@@ -109,6 +115,11 @@ class Admission:
                 at = max(at, meter.ready_at(cost, now))
 
         return at
+
+    def binds(self, now: float) -> bool:
+        """Return whether a rate is used in part, or attempts are held back."""
+        held = self.provider is not None and self.provider.holds(now)
+        return held or any(meter.binds(now) for meter in self.meters)
 
     def reserve(self, attempt: object, bill: Bill | None, now: float) -> None:
         """Reserve the bill of an attempt for which it is time."""

@@ -14,6 +14,7 @@ from .._config import LoopConfig
 from .._events import Event, LimitEvent
 from .._invocation import Invocation
 from .._misuse import name_parameters
+from .keys import Keys
 from .limiter import Limiter, LimiterStatistics, pool_of
 from .pool import SlotPool
 
@@ -28,18 +29,24 @@ class KeyedLimiter(Limiter):
         limiters = KeyedLimiter(lambda invocation: invocation.kwargs["model"], lambda model: Limiter(20))
         loop = AgentLoop(limiter=limiters)
 
-    It is given to loops like a single one. Invocations with different keys do not wait for each other, and
-    an invocation lends its slot only to those that it runs under its own key: agents of two keys that run
-    each other can come to wait for each other, so give them a time-out, or one key. In a batch as many
-    invocations are live as all limiters together have slots, so that inputs of one key can be a bounded
-    number ahead of those of another.
+    It is given to loops like a single one. Keys do not hold each other up, whether one is slow, paused, held
+    back or in an outage: inputs of a batch that wait for their own key leave the way free for others, at most
+    8 for each slot of their key (of a sequence that is given to :meth:`AgentLoop.run_all`, any number). What
+    stops a batch because of a provider or a budget, such as a fatal verdict, stops the invocations of that
+    key alone.
+
+    An invocation lends its slot only to those that it runs under its own key. So agents of two keys can come
+    to wait for each other's slots for ever: the last of them gets an error that names both keys.
 
     :param by: which limiter an invocation belongs to; what it raises is the invocation's error
     :param make: makes the limiter for a key; what it raises is the invocation's error
-    :param max_limiters: how many there may be. When there are more, the one that was used least recently is
-        forgotten, with what it has learned, unless it is in use
+    :param max_concurrency: how many attempts may run at once over all keys; absent, as many as the limiters
+        of all keys allow. A free place goes to the waiting key with the fewest attempts running
+    :param max_limiters: how many limiters there may be. When there are more, the one that was used least
+        recently is forgotten, with what it has learned, unless it is in use, or something still binds it: a
+        rate, a cool-off or a pause after an overload
     :raises TypeError: if a parameter is of the wrong type
-    :raises ValueError: if ``max_limiters`` is less than 1
+    :raises ValueError: if ``max_concurrency`` or ``max_limiters`` is less than 1
     """
 
     def __init__(
@@ -47,13 +54,18 @@ class KeyedLimiter(Limiter):
         by: Callable[[Invocation[Any]], Hashable],
         make: Callable[[Any], Limiter],
         *,
+        max_concurrency: int | None = None,
         max_limiters: int = 1000,
     ) -> None:
         for name, value in (("by", by), ("make", make)):
             must.check_plain_function(name, value)
 
+        if max_concurrency is not None:
+            must.check_whole("max_concurrency", max_concurrency, 1)
+
         must.check_whole("max_limiters", max_limiters, 1)
         super().__init__(1)
+        self._total = max_concurrency
         self._by = by
         self._make = make
         self._max_limiters = max_limiters
@@ -77,9 +89,7 @@ class KeyedLimiter(Limiter):
         if not isinstance(limiter, Limiter) or isinstance(limiter, KeyedLimiter):
             raise TypeError(f"make must return a Limiter, got {limiter!r} for the key {key!r}")
 
-        if len(self._limiters) >= self._max_limiters:
-            self._forget_one()
-
+        self._forget_some()
         self._limiters[key] = limiter
         limiter.tell(self._on_event)
         limiter._on_change.add(self._on_resize)
@@ -102,12 +112,34 @@ class KeyedLimiter(Limiter):
 
     @property
     def max_concurrency(self) -> int:
-        """How many attempts may run at once, over all limiters that there are; it is set on each of them."""
-        return max(1, self._max_concurrency)
+        """
+        How many attempts may run at once over all keys: what was given, or the sum of all limiters that there
+        are.
+
+        It can be set at any time if it was given.
+        """
+        return self._total or max(1, self._max_concurrency)
 
     @max_concurrency.setter
     def max_concurrency(self, value: int) -> None:
-        raise AttributeError(f"set max_concurrency on one limiter: limiters[key].max_concurrency = {value!r}")
+        if self._total is None:
+            raise AttributeError(
+                f"set max_concurrency on one limiter: limiters[key].max_concurrency = {value!r}, or give "
+                "KeyedLimiter(max_concurrency=...) at first"
+            )
+
+        must.check_whole("max_concurrency", value, 1)
+        pool = self._own_pool("max_concurrency of a limiter in use can be set")
+        self._total = value
+        if pool is not None and pool.keys is not None:
+            pool.keys.resize(value)
+
+        self._recount()
+
+    @property
+    def batch_size(self) -> int:
+        """One more than can run, which looks ahead for other keys while all that are known are busy."""
+        return min(self.max_concurrency, self._max_concurrency) + 1
 
     def pause(self) -> None:
         """
@@ -145,11 +177,12 @@ class KeyedLimiter(Limiter):
             paused_until = None
 
         pool = self._pools.state
+        limit = max(1, sum(now.limit for now in each))
         return LimiterStatistics(
             sum(now.running for now in each),
             sum(now.waiting for now in each) + (0 if pool is None else pool.waiting),
             self.max_concurrency,
-            max(1, sum(now.limit for now in each)),
+            limit if self._total is None else min(self._total, limit),
             sum(now.cuts for now in each),
             paused_until,
             min((now.outage_since for now in each if now.outage_since is not None), default=None),
@@ -161,32 +194,50 @@ class KeyedLimiter(Limiter):
         for limiter in (self, *self._limiters.values()):
             limiter._own_pool(what)
 
-    def _forget_one(self) -> None:
-        for key, limiter in self._limiters.items():
-            now = limiter.statistics()
-            if not now.running and not now.waiting and now.paused_until is None:
-                del self._limiters[key]
-                limiter._sinks.discard(self._on_event)
-                limiter._on_change.discard(self._on_resize)
-                self._recount()
+    def _forget_some(self) -> None:
+        """Forget limiters until there is room for one more, as far as that can be."""
+        in_use = 0
+        for key, limiter in tuple(self._limiters.items()):
+            if len(self._limiters) < self._max_limiters:
                 return
 
-        raise RuntimeError(
-            f"there are max_limiters={self._max_limiters} limiters, all of them in use: "
-            "raise max_limiters, or give fewer different keys"
-        )
+            now = limiter.statistics()
+            if now.running or now.waiting or limiter._paused:
+                in_use += 1
+            elif not limiter._binds():
+                self._forget(key, limiter)
+
+        if in_use >= self._max_limiters:
+            raise RuntimeError(
+                f"there are max_limiters={self._max_limiters} limiters, all of them in use: "
+                "raise max_limiters, or give fewer different keys"
+            )
+
+    def _forget(self, key: Hashable, limiter: Limiter) -> None:
+        del self._limiters[key]
+        limiter._sinks.discard(self._on_event)
+        limiter._on_change.discard(self._on_resize)
+        pool = limiter._pools.state
+        if pool is not None and pool.keys is not None:
+            pool.keys.leave(pool)
+
+        self._recount()
 
     def _enter_run(self) -> SlotPool:
         pool = super()._enter_run()
         pool.route = self._route
         pool.selective = True
+        pool.keys = Keys(pool, math.inf if self._total is None else self._total)
         return pool
 
     def _route(self, invocation: Invocation[Any]) -> SlotPool:
-        limiter = self[self._by(invocation)]
-        pool = pool_of(limiter)
+        key = self._by(invocation)
+        pool = pool_of(self[key])
         pool.claim()
-        pool.home = self._pools.state
+        home = self._pools.state
+        assert home is not None
+        assert home.keys is not None
+        home.keys.join(pool, key)
         return pool
 
     def _recount(self) -> None:
@@ -215,9 +266,10 @@ def check_concurrency(value: int, limiter: Limiter) -> None:
     if value == _MAX_CONCURRENCY:
         return  # the default was not asked for
 
-    if isinstance(limiter, KeyedLimiter):
+    if isinstance(limiter, KeyedLimiter) and limiter._total is None:  # pyright: ignore[reportPrivateUsage]
         raise ValueError(
-            f"max_concurrency must be left out where each key has a limiter of its own, got {value}"
+            f"max_concurrency must be left out where each key has a limiter of its own, got {value}; all of "
+            "them together are bounded by KeyedLimiter(max_concurrency=...)"
         )
 
     if value != limiter.max_concurrency:

@@ -214,6 +214,16 @@ class Limiter:
             provider is not None and provider.cool_off.probe is not None,
         )
 
+    @property
+    def batch_size(self) -> int:
+        """How many invocations of a batch may be live."""
+        return self.max_concurrency
+
+    def _binds(self) -> bool:
+        """Return whether something that was learned or spent still holds attempts back."""
+        pool = self._pools.state
+        return pool is not None and pool.is_current() and pool.admission.binds(pool.loop.now())
+
     def _own_pool(self, what: str) -> SlotPool | None:
         """Return the state in the event loop of this thread, if there is one."""
         pool = self._pools.state

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-__all__ = ["Lines", "Waiter"]
+__all__ = ["Lines", "Owner", "Waiter"]
 
 import math
 from collections import OrderedDict
+from typing import Protocol
 
 import anyio
 
 from .slots import Slot
+
+
+class Owner(Protocol):
+    """Waits in line without a task."""
+
+    def wait_ended(self, waiter: Waiter) -> None:
+        """A wait is over. Nothing may be asked of the pool here."""
+
+    def wake_at(self, waiter: Waiter, at: float) -> None:
+        """Serve the pool at a time, which may be infinite, instead of at that which was told before."""
 
 
 class Waiter:
@@ -19,11 +30,30 @@ class Waiter:
     :param slot: what is waited for
     :param number: how many came before it
     :param line: the pool's line that it stands in
+    :param owner: is told when the wait is over, and when to wake it; if absent, a task waits
     """
 
-    __slots__ = ("event", "granted", "has_loan", "lender", "line", "number", "scope", "slot", "wake_at")
+    __slots__ = (
+        "_owner",
+        "_woken",
+        "error",
+        "granted",
+        "has_loan",
+        "lender",
+        "line",
+        "number",
+        "scope",
+        "slot",
+        "wake_at",
+    )
 
-    def __init__(self, slot: Slot, number: int, line: OrderedDict[Waiter, None]) -> None:
+    def __init__(
+        self,
+        slot: Slot,
+        number: int,
+        line: OrderedDict[Waiter, None],
+        owner: Owner | None,
+    ) -> None:
         self.slot = slot
         self.number = number
         self.line = line
@@ -32,15 +62,37 @@ class Waiter:
         # Whether it has a slot on loan, which it may use when it is time.
         self.has_loan = False
         self.granted = False
-        self.event = anyio.Event()
+        # Why it never gets a slot, if so.
+        self.error: Exception | None = None
+        # Who is told when the wait is over, or the task that is woken.
+        self._owner = owner
+        self._woken = anyio.Event()
         # When it has to look whether it is time; only the first in line does.
         self.wake_at = math.inf
         self.scope: anyio.CancelScope | None = None
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it waits no more."""
+        return self._woken.is_set()
+
+    async def wait(self) -> None:
+        """Wait until this is over, or until its alarm."""
+        with anyio.CancelScope(deadline=self.wake_at) as self.scope:
+            await self._woken.wait()
+
+    def end(self) -> None:
+        """Let those who wait know that this is over."""
+        self._woken.set()
+        if self._owner is not None:
+            self._owner.wait_ended(self)
+
     def set_alarm(self, at: float) -> None:
         """Wake its task at a time."""
         self.wake_at = at
-        if self.scope is not None:
+        if self._owner is not None:
+            self._owner.wake_at(self, at)
+        elif self.scope is not None:
             self.scope.deadline = at
 
     def ask(self, lender: Slot | None) -> bool:
@@ -53,7 +105,7 @@ class Waiter:
             self._forget_lender()
             self.lender = lender
 
-        return lender is not None and not self.has_loan and not self.event.is_set() and lender.offer(self)
+        return lender is not None and not self.has_loan and not self.is_over and lender.offer(self)
 
     def move(self, line: OrderedDict[Waiter, None]) -> None:
         """Wait in another line, with a slot on loan."""
@@ -99,6 +151,8 @@ class Lines:
         """Attempts that have begun and go on."""
         self.borrowing: OrderedDict[Waiter, None] = OrderedDict()
         """Attempts that have a slot on loan and wait for a time."""
+        self.nested: dict[Waiter, None] = {}
+        """Those in the other two lines which an invocation runs."""
         self.alarmed: Waiter | None = None
         """The waiter that is woken when it is time."""
         self._arrivals = 0
@@ -106,21 +160,34 @@ class Lines:
     def __len__(self) -> int:
         return len(self.queue) + len(self.returning) + len(self.borrowing)
 
-    def join(self, slot: Slot, returning: bool) -> Waiter:
-        """Add a waiter at the end of a line."""
+    def join(self, slot: Slot, returning: bool, owner: Owner | None = None) -> Waiter:
+        """
+        Add a waiter at the end of a line.
+
+        :param owner: is told when the wait is over
+        """
         self._arrivals += 1
         line = self.returning if returning else self.queue
-        waiter = Waiter(slot, self._arrivals, line)
+        waiter = Waiter(slot, self._arrivals, line, owner)
         line[waiter] = None
+        if slot.outer is not None:
+            self.nested[waiter] = None
+
         return waiter
+
+    def lend(self, waiter: Waiter) -> None:
+        """Let a waiter that has a slot on loan wait for a time alone."""
+        self.nested.pop(waiter, None)
+        waiter.move(self.borrowing)
 
     def leave(self, waiter: Waiter) -> None:
         """Take a waiter out, and wake it."""
         waiter.leave()
+        self.nested.pop(waiter, None)
         if self.alarmed is waiter:
             self.set_alarm(None, math.inf)
 
-        waiter.event.set()
+        waiter.end()
 
     def first(self, has_slot: bool) -> Waiter | None:
         """

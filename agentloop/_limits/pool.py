@@ -8,10 +8,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import anyio
-
+from .._errors import DeadlockError
 from .._invocation import Invocation
-from .lines import Waiter
+from .keys import Keys
+from .lines import Owner, Waiter
 from .pool_state import PoolState
 from .slots import RELEASED, SUSPENDED, Slot
 
@@ -21,8 +21,8 @@ class SlotPool(PoolState):
 
     route: Callable[[Invocation[Any]], SlotPool] | None = None
     """Finds the pool of an invocation, where that is another one."""
-    home: SlotPool | None = None
-    """The pool whose :attr:`route` leads here, if there is one."""
+    keys: Keys | None = None
+    """The pools of all keys, if this is the one of a key."""
 
     # -- slots
 
@@ -38,7 +38,8 @@ class SlotPool(PoolState):
     def encloses(self, slot: Slot | None) -> bool:
         """Return whether an invocation with a slot, or one around it, runs here or where this one leads."""
         while slot is not None and (
-            slot.hold is RELEASED or (slot.pool is not self and slot.pool.home is not self)
+            slot.hold is RELEASED
+            or (slot.pool is not self and (slot.pool.keys is None or slot.pool.keys.home is not self))
         ):
             slot = slot.outer
 
@@ -73,7 +74,7 @@ class SlotPool(PoolState):
         self._look_for_break()
         admission = self.admission
         if lender is None and (
-            self.running >= self.limit or self.in_line or (admission.paused and not returning)
+            not self._has_slot(slot) or self.in_line or (admission.paused and not returning)
         ):
             return False
 
@@ -86,10 +87,11 @@ class SlotPool(PoolState):
             admission.open_gate(now)
 
         if lender is None:
-            self._take()
+            self._take(slot)
         else:
             lender.lend(slot)
 
+        self._note(slot)
         slot.take(admission.epoch)
         if returning and admission.gated:
             # The slot may have been the one for which the first in line waits for the time to come.
@@ -97,10 +99,17 @@ class SlotPool(PoolState):
 
         return True
 
-    def enqueue(self, slot: Slot, returning: bool = False) -> Waiter:
-        """Stand in line for a slot: the pool's, and the one of the invocation that asks, if one does."""
-        waiter = self.lines.join(slot, returning)
+    def enqueue(self, slot: Slot, returning: bool = False, owner: Owner | None = None) -> Waiter:
+        """
+        Stand in line for a slot: the pool's, and the one of the invocation that asks, if one does.
+
+        :param owner: is told when the wait is over, if no task is in :meth:`wait`
+        """
+        waiter = self.lines.join(slot, returning, owner)
         self.in_line += 1
+        if self.keys is not None:
+            self.keys.nested += slot.outer is not None
+
         self.offer_loan(waiter, self.lender(slot.outer))
         # There may be a slot for it already.
         self.serve()
@@ -113,14 +122,13 @@ class SlotPool(PoolState):
         :return: whether it was granted; it was not if the waiter was withdrawn
         """
         try:
+            self.refuse_deadlocked()
             while True:
-                with anyio.CancelScope(deadline=waiter.wake_at) as waiter.scope:
-                    await waiter.event.wait()
-
-                if not waiter.event.is_set():
+                await waiter.wait()
+                if not waiter.is_over:
                     self.serve()
 
-                if waiter.event.is_set():
+                if waiter.is_over:
                     return waiter.granted
         except BaseException:
             if waiter.granted:
@@ -149,7 +157,7 @@ class SlotPool(PoolState):
             return
 
         self.in_line -= 1
-        waiter.move(self.lines.borrowing)
+        self.lines.lend(waiter)
         self.serve()
 
     def offer_loans_anew(self) -> None:
@@ -160,12 +168,37 @@ class SlotPool(PoolState):
                 self.offer_loan(waiter, lender)
 
     def give_back(self) -> None:
-        """Take back the slot of an attempt that has ended, which its task has kept."""
+        """Take back a slot, and the place that went with it."""
         self.running -= 1
         self.serve()
 
-    def _take(self) -> None:
+    def forget(self, slot: Slot) -> None:
+        """Note that an attempt has ended, or gives its slot back for a while."""
+        if self.keys is not None:
+            self.keys.held.pop(slot, None)
+            # The agent around it may wait now for nothing but a slot that never becomes free.
+            self.refuse_deadlocked()
+
+    def _note(self, slot: Slot) -> None:
+        if self.keys is not None:
+            self.keys.held[slot] = None
+
+    def _has_slot(self, slot: Slot) -> bool:
+        return self.running < self.limit and (self.keys is None or self.keys.has_place(slot))
+
+    def refuse_deadlocked(self) -> None:
+        """End the wait of an attempt under a key that would wait for ever."""
+        if self.keys is not None and self.keys.nested:
+            for waiter, key, other in self.keys.deadlocked():
+                waiter.error = DeadlockError(key, other)
+                waiter.slot.pool.withdraw(waiter)
+                return
+
+    def _take(self, slot: Slot) -> None:
         """Count one more slot as running."""
+        if self.keys is not None:
+            self.keys.take(slot)
+
         self.running += 1
         if self.running > self.guard.borrowed:
             self.guard.borrow()
@@ -177,49 +210,75 @@ class SlotPool(PoolState):
 
     def serve(self) -> None:
         """Serve all that can be served now, and have the next of them woken when it is time."""
-        lines = self.lines
-        if not lines:
-            return
+        if self.keys is not None and self.keys.limit < math.inf:
+            self.keys.serve()
+        elif self.lines:
+            self.serve_some(math.inf)
 
+    def serve_some(self, most: float) -> bool:
+        """
+        Serve some of the lines.
+
+        :param most: how many at most
+        :return: whether any was served
+        """
+        lines, served = self.lines, 0
         # 1. Attempts that go on: a slot is all they need.
-        while lines.returning and self.running < self.limit:
-            first = next(iter(lines.returning))
-            self._take()
+        while (
+            served < most and lines.returning and self._has_slot((first := next(iter(lines.returning))).slot)
+        ):
+            self._take(first.slot)
             self._grant(first)
+            served += 1
 
         # 2. Attempts that begin while nothing but slots is scarce.
         admission = self.admission
         if not admission.gated:
-            while (waiter := self._first()) is not None:
-                self._take()
+            while served < most and (waiter := self._first()) is not None:
+                self._take(waiter.slot)
                 self._grant(waiter)
+                served += 1
 
-            return
+            return served > 0
 
         # 3. Attempts that begin when it is time. The first that is too early keeps the others back.
         now = self.loop.now()
-        while (waiter := self._first()) is not None:
+        while served < most and (waiter := self._first()) is not None:
             at = admission.ready_at(waiter.slot.bill, now)
             if at > now:
                 lines.set_alarm(waiter, at)
-                return
+                return served > 0
 
             admission.reserve(waiter.slot, waiter.slot.bill, now)
             if not waiter.has_loan:
-                self._take()
+                self._take(waiter.slot)
 
             self._grant(waiter)
+            served += 1
 
-        lines.set_alarm(None, math.inf)
-        admission.open_gate(now)
+        if served < most:
+            lines.set_alarm(None, math.inf)
+            admission.open_gate(now)
+
+        return served > 0
 
     def _first(self) -> Waiter | None:
-        return self.lines.first(not self.admission.paused and self.running < self.limit)
+        waiter = self.lines.first(not self.admission.paused and self.running < self.limit)
+        if waiter is None or waiter.has_loan or self.keys is None or self.keys.has_place(waiter.slot):
+            return waiter
+
+        # There is no place for the first one, but there may be one on loan for another.
+        nested = (other for other in self.lines.nested if self.keys.has_place(other.slot))
+        return next(nested, None) or self.lines.first(False)
 
     def _grant(self, waiter: Waiter) -> None:
+        self._note(waiter.slot)
         waiter.grant(self.admission.epoch)
         self._leave(waiter)
 
     def _leave(self, waiter: Waiter) -> None:
         self.in_line -= waiter.line is not self.lines.borrowing
+        if self.keys is not None:
+            self.keys.nested -= waiter.slot.outer is not None
+
         self.lines.leave(waiter)

@@ -53,6 +53,12 @@ class PoolState(LoopState):
         self.work = Work()
 
     @property
+    def max_concurrency(self) -> int:
+        """How many slots there are when overload has not lowered the limit."""
+        provider = self.admission.provider
+        return self.limit if provider is None else provider.limit.ceiling
+
+    @property
     def waiting(self) -> int:
         """How many invocations wait, for a slot or for their next retry."""
         return len(self.lines) + self.pending

@@ -144,6 +144,10 @@ class Meter(ABC):
         """
 
     @abstractmethod
+    def binds(self, now: float) -> bool:
+        """Return whether less can be spent than at first."""
+
+    @abstractmethod
     def _pay(self, charge: Charge) -> None: ...
 
     @abstractmethod
@@ -179,6 +183,11 @@ class _Window(Meter):
             at = charge.at + seconds
 
         return math.inf if too_much > 0 and self._reservations else at
+
+    def binds(self, now: float) -> bool:
+        return self._reservations > 0 or any(
+            charge.at + self.rate.per_seconds > now for charge in self._charges
+        )
 
     def _pay(self, charge: Charge) -> None:
         if charge.cost:
@@ -220,6 +229,9 @@ class _Bucket(Meter):
             return math.inf
 
         return max(now, self._full_at + seconds - self._depth)
+
+    def binds(self, now: float) -> bool:
+        return self._reservations > 0 or self._full_at > now
 
     def _pay(self, charge: Charge) -> None:
         charge.number = self._spend(charge.cost * self._seconds_each, charge.at)

@@ -70,11 +70,14 @@ class Pool(Protocol):
     pending: int
     users: int
     route: Callable[[Invocation[Any]], Any] | None
-    home: Any
+    keys: Any
     is_current: Callable[[], bool]
     on_raise: set[Callable[[], None]]
     limit: int
     work: Work
+
+    @property
+    def max_concurrency(self) -> int: ...
 
     def serve(self) -> None: ...
     def lender(self, slot: Slot | None, anyones: bool = False) -> Slot | None: ...
@@ -87,9 +90,11 @@ class Pool(Protocol):
     def learn(self, slot: Slot, verdict: Verdict | None, longest_hold: float) -> None: ...
     def answered(self, slot: Slot) -> None: ...
     def used(self) -> None: ...
+    def forget(self, slot: Slot) -> None: ...
+    def refuse_deadlocked(self) -> None: ...
     def is_hopeless(self, patience: float | None) -> bool: ...
     def acquire_nowait(self, slot: Slot, returning: bool = False) -> bool: ...
-    def enqueue(self, slot: Slot, returning: bool = False) -> Any: ...
+    def enqueue(self, slot: Slot, returning: bool = False, owner: Any = None) -> Any: ...
     async def wait(self, waiter: Any) -> bool: ...
     def withdraw(self, waiter: Any) -> None: ...
 
@@ -177,6 +182,7 @@ class Slot:
         if not suspended:
             self._pass_on()
 
+        pool.forget(self)
         if self.outer is not None:
             # What is released is skipped from now on, so that a chain of invocations, each of which starts
             # the next one in the background, does not keep all of its past.
@@ -188,6 +194,7 @@ class Slot:
             self.pool.refund(self.bill)
 
         self._pass_on()
+        self.pool.forget(self)
 
     def suspend(self) -> None:
         """Give the slot back, but for a while only."""
@@ -204,6 +211,7 @@ class Slot:
         self.hold = HELD
         self.lender, granted.lender = granted.lender, None
         granted.hold = RELEASED
+        self.pool.forget(granted)
         if self.lender is not None:
             self.lender.lent = self
 
@@ -216,7 +224,7 @@ class Slot:
         self.is_plain = False
         self.lent = borrower
         borrower.lender = self
-        self.pool.work.loans += 1
+        self.pool.work.loans += borrower.pool is self.pool
 
     def offer(self, waiter: Waiting) -> bool:
         """Lend the slot to a waiter now, if it is not lent; else put the waiter in line for it."""
@@ -247,21 +255,42 @@ class Slot:
 
         borrower, self.lent = self.lent, None
         lender, self.lender = self.lender, None
-        if borrower is not None:
+        if borrower is not None and borrower.pool is pool:
             # The loan becomes the borrower's own.
             pool.work.loans -= 1
-            borrower.lender = lender
-            if lender is not None:
-                lender.lent = borrower
-        elif lender is None:
-            pool.running -= 1
-            pool.serve()
+            borrower._go_on_with(lender)
         else:
-            pool.work.loans -= 1
-            lender.lent = None
-            if lender.waiters:
-                pool.offer_loan(next(iter(lender.waiters)), lender)
+            if lender is not None and lender.pool is pool:
+                pool.work.loans -= 1
+            else:
+                pool.running -= 1
+
+            if borrower is not None:
+                borrower._go_on_with(lender)
+                if lender is not None and lender.pool is borrower.pool:
+                    # It has the lender's slot now, and needs none of its own.
+                    borrower.pool.work.loans += 1
+                    borrower.pool.running -= 1
+                    borrower.pool.serve()
+            elif lender is not None:
+                lender._take_back()
+            elif pool.keys is not None:
+                pool.keys.give_back()
+
+            pool.serve()
 
         if probe_ends:
             # The next one may begin with a slot on loan, for which nothing but this was missing.
             pool.serve()
+
+    def _go_on_with(self, lender: Slot | None) -> None:
+        """Keep what was on loan from an attempt that has ended, now on loan from the one further out."""
+        self.lender = lender
+        if lender is not None:
+            lender.lent = self
+
+    def _take_back(self) -> None:
+        """Lend the slot to the next one that waits for it."""
+        self.lent = None
+        if self.waiters:
+            self.pool.offer_loan(next(iter(self.waiters)), self)

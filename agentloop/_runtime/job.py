@@ -12,7 +12,7 @@ from .._errors import BatchStopped
 from .._eventloop.deadlines import TimeLimit
 from .._eventloop.errors import is_error
 from .._invocation import Invocation
-from .._limits.lines import Waiter
+from .._limits.lines import Owner, Waiter
 from .._limits.slots import HELD, RELEASED, Pool, Slot
 from .._result import SUCCESS, Draft, InvocationResult, Status
 from .attempt import Attempts
@@ -119,11 +119,19 @@ class Job(Attempts[T]):
         known = Attempt(self.invocation.agent_id, self.attempts + 1, errors, key)
         return LaterSlot(self.pool, self.outer, self.bill, known)
 
-    def join_line(self, slot: Slot) -> Waiter:
-        """Stand in line for a slot."""
+    def join_line(self, slot: Slot, owner: Owner | None = None) -> Waiter:
+        """
+        Stand in line for a slot.
+
+        :param owner: is told when the wait is over, if no task waits
+        """
         self.waited = True
-        waiter: Waiter = self.pool.enqueue(slot)
+        waiter: Waiter = self.pool.enqueue(slot, owner=owner)
         return waiter
+
+    def refuse(self, error: Exception) -> None:
+        """End with an error, since it never gets a slot. QUEUED -> ENDED."""
+        self._end(Outcome(Status.ERROR, error))
 
     # -- what its agent may ask
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Single"]
 
 from contextvars import copy_context
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import anyio
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
@@ -192,6 +192,11 @@ class Single(Generic[T]):
         if until is not None and self._attempt is not None:
             self._attempt.end_by(until, stopped.reason)
 
+    def may_go_on(self, keys: Any) -> bool:
+        """Return whether it waits for something besides slots of the pools of some keys."""
+        job = self._job
+        return job.pool.keys is not keys or self._resting is not None
+
     def drain(self) -> None:
         """Begin nothing new; what waits to be retried here is not new."""
 
@@ -259,8 +264,12 @@ class Single(Generic[T]):
         job = self._job
         try:
             with anyio.CancelScope(deadline=job.deadline):
-                self._waiter = job.join_line(slot)
-                return await job.pool.wait(self._waiter)
+                self._waiter = waiter = job.join_line(slot)
+                granted: bool = await job.pool.wait(waiter)
+                if waiter.error is not None:
+                    job.refuse(waiter.error)
+
+                return granted
         finally:
             self._waiter = None
 

@@ -221,8 +221,7 @@ class _Places:
         self._taken.release_on_behalf_of(borrower)
 
     def _resize(self, pool: Pool) -> None:
-        provider = pool.admission.provider
-        self._taken.total_tokens = pool.limit if provider is None else provider.limit.ceiling
+        self._taken.total_tokens = pool.max_concurrency
 
     @contextmanager
     def _following(self, pool: Pool) -> Generator[None]:

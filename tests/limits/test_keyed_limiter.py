@@ -282,15 +282,23 @@ async def test_one_used_least_recently_is_forgotten_unless_it_is_in_use() -> Non
     assert (await loop.run_single("e", nothing)).success
 
 
-async def test_limiter_that_is_held_is_in_use() -> None:
-    limiters = KeyedLimiter(by_id, lambda _: Limiter(1), max_limiters=2)
+async def test_limiter_that_still_holds_back_is_not_forgotten_even_beyond_the_number() -> None:
+    def make(key: str) -> Limiter:
+        return Limiter(1, rates=[Rate(1, per_seconds=30)] if key == "rate" else [])
+
+    limiters = KeyedLimiter(by_id, make, max_limiters=2)
     loop = AgentLoop(ONCE, limiter=limiters)
-    limiters["paused"].pause()
-    await loop.run_single("told", overload)
-    assert not (await loop.run_single("other", nothing)).success
-    await anyio.sleep(10)
-    assert (await loop.run_single("other", nothing)).success
-    assert list(limiters) == ["paused", "other"]
+    for name, agent in (("told", overload), ("rate", nothing), ("a", nothing), ("b", nothing)):
+        await loop.run_single(name, agent)
+
+    assert list(limiters) == ["told", "rate", "b"]
+    await anyio.sleep(15)
+    await loop.run_single("c", nothing)
+    assert list(limiters) == ["rate", "c"]
+    limiters["rate"].pause()
+    limiters["c"].pause()
+    result = await loop.run_single("d", nothing)
+    assert isinstance(result.exception, RuntimeError), "those that are paused are in use"
 
 
 async def test_one_that_was_forgotten_is_heard_no_more() -> None:
@@ -439,19 +447,45 @@ async def test_slot_is_lent_under_its_own_key_only_and_through_others() -> None:
     assert starts.by_key["b"][:2] == [0, 5]
 
 
-@pytest.mark.xfail(strict=True, reason="two keys are two resources, and nobody says in which order")
-async def test_agents_that_run_each_others_key_do_not_wait_for_each_other() -> None:
+@pytest.mark.parametrize("verb", ["single", "batch", "stream"])
+async def test_agents_that_come_to_wait_for_each_others_key_get_an_error_that_names_both(verb: str) -> None:
     limiters = KeyedLimiter(by_id, lambda _: Limiter(1))
+    loop = AgentLoop(LoopConfig(timeout_seconds=None), limiter=limiters)
+
+    async def write() -> AsyncIterator[int]:
+        yield 1
+
+    async def agent(other: str) -> None:
+        await anyio.sleep(1)
+        if verb == "single":
+            (await loop.run_single(other, anyio.sleep, 1)).unwrap()
+        elif verb == "batch":
+            for result in await loop.run_all([Invocation(other, anyio.sleep, (1,))] * 2):
+                result.unwrap()
+        else:
+            async with loop.run_streaming(other, write) as stream:
+                assert [chunk async for chunk in stream] == [1]
+
+    with anyio.fail_after(100):
+        first, second = await loop.run_all([Invocation("a", agent, ("b",)), Invocation("b", agent, ("a",))])
+
+    assert first.success
+    assert second.retries == 0
+    assert second.error is not None
+    assert "an agent under the key 'b' runs one under 'a', whose slots are all held" in second.error
+
+
+async def test_agents_of_two_keys_wait_for_each_other_as_long_as_anything_may_free_a_slot() -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(2))
     loop = AgentLoop(LoopConfig(timeout_seconds=None), limiter=limiters)
 
     async def agent(other: str) -> None:
         await anyio.sleep(1)
-        assert (await loop.run_single(other, anyio.sleep, 1)).success
+        (await loop.run_single(other, anyio.sleep, 1)).unwrap()
 
-    with anyio.fail_after(100):
-        async with anyio.create_task_group() as group:
-            group.start_soon(loop.run_single, "a", agent, "b")
-            group.start_soon(loop.run_single, "b", agent, "a")
+    jobs = [Invocation(name, agent, (other,)) for name, other in ("ab", "ab", "ba")]
+    results = await loop.run_all([*jobs, Invocation("b", anyio.sleep, (5,))])
+    assert all(result.success for result in results)
 
 
 async def test_loop_that_is_left_lets_what_runs_under_a_key_run_others() -> None:

@@ -1,0 +1,175 @@
+"""The invocations of a batch that wait under their keys, where each key has a limiter of its own."""
+
+from __future__ import annotations
+
+__all__ = ["ByKey"]
+
+import math
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
+
+import anyio
+
+from .._limits.lines import Waiter
+from .._limits.slots import Pool, Slot
+from .._runtime.job import Job
+from .ending import Ending
+from .inputs import InputSource
+from .retry_queue import RetryQueue
+
+T = TypeVar("T")
+
+
+class ByKey(Generic[T]):
+    """
+    Jobs in the lines of their keys, each without a worker, so that no key holds up another.
+
+    A worker that takes a job whose key has no slot leaves it in that key's line, and takes the next one. When
+    the wait is over, the job is given out again. One task serves the pools in which the first in line waits
+    for a time.
+
+    :param source: where jobs come from, and are given out again
+    :param retries: knows which jobs are in line
+    :param ending: knows which keys were stopped
+    :param now: returns the time
+    """
+
+    def __init__(
+        self, source: InputSource[T], retries: RetryQueue, ending: Ending, now: Callable[[], float]
+    ) -> None:
+        self._source = source
+        self._now = now
+        self._retries = retries
+        self._ending = ending
+        self._jobs: dict[Waiter, Job[T]] = {}
+        # When each pool is to be served.
+        self._alarms: dict[Pool, float] = {}
+        self._changed: anyio.Event | None = None
+        self._call: Callable[[], object] | None = None
+        self._start: Callable[[Callable[[], Coroutine[Any, Any, None]], str], object] | None = None
+
+    def acquire(self, job: Job[T]) -> Slot | None:
+        """
+        Return a slot for the next attempt of a job.
+
+        :return: ``None`` if there is to be none, or if the job is in line for it
+        """
+        waiter = self._retries.in_line.get(job)
+        if waiter is None:
+            waiter_or_slot = self._ask(job)
+            if not isinstance(waiter_or_slot, Waiter):
+                return waiter_or_slot
+
+            waiter = waiter_or_slot
+            self._retries.join_line(job, waiter)
+            if not waiter.is_over:
+                self._jobs[waiter] = job
+                self._source.set_aside(job)
+                return None
+
+        self._retries.leave_line(job)
+        if waiter.granted and self._ending.stopped_for(job) is None:
+            return waiter.slot
+
+        if waiter.granted:
+            waiter.slot.give_back()
+        elif waiter.error is not None:
+            job.refuse(waiter.error)
+
+        return None
+
+    def _ask(self, job: Job[T]) -> Slot | Waiter | None:
+        """Return a slot, or a place in line for it; ``None`` if there is to be no attempt."""
+        # Only then it is known which key the job has.
+        if self._ending.stopped is not None or not job.resolve() or self._ending.stopped_for(job) is not None:
+            return None
+
+        slot = job.next_slot() if job.attempts else job
+        return slot if job.pool.acquire_nowait(slot) else job.join_line(slot, self)
+
+    def wait_ended(self, waiter: Waiter) -> None:
+        job = self._jobs.pop(waiter, None)
+        if job is not None:
+            self._source.take_back(job)
+            self._source.give_out(job)
+            if self._call is not None:
+                self._call()
+
+    def stop(self, pool: Pool) -> list[Job[T]]:
+        """
+        Take out what waits under a key, whose jobs are to begin and to be retried no more.
+
+        :return: those that waited to be retried; those that were in line are given out again
+        """
+        jobs = self._retries.pop_of(pool)
+        for job in jobs:
+            self._source.take_back(job)
+
+        for waiter in [waiter for waiter in self._jobs if waiter.slot.pool is pool]:
+            pool.withdraw(waiter)
+
+        return jobs
+
+    # -- time
+
+    def open(
+        self,
+        call: Callable[[], object],
+        start: Callable[[Callable[[], Coroutine[Any, Any, None]], str], object],
+    ) -> None:
+        """
+        Let tasks be started from now on.
+
+        :param call: calls a worker, if there is something to do
+        """
+        self._call = call
+        self._start = start
+        self._changed = None
+        self._watch_if_needed()
+
+    def close(self) -> None:
+        """Let the task end."""
+        # These refer to the batch, which refers to this.
+        self._call = self._start = None
+        if self._changed is not None:
+            self._changed.set()
+
+    def abandon(self) -> None:
+        """Leave all lines, and give back all slots that were not used."""
+        for waiter in tuple(self._jobs):
+            waiter.slot.pool.withdraw(waiter)
+
+        for job, waiter in tuple(self._retries.in_line.items()):
+            self._retries.leave_line(job)
+            if waiter.granted:
+                waiter.slot.give_back()
+
+    def wake_at(self, waiter: Waiter, at: float) -> None:
+        pool = waiter.slot.pool
+        self._alarms.pop(pool, None)
+        if at < math.inf:
+            self._alarms[pool] = at
+
+        if self._changed is not None:
+            self._changed.set()
+        else:
+            self._watch_if_needed()
+
+    def _watch_if_needed(self) -> None:
+        if self._alarms and self._start is not None:
+            self._changed = anyio.Event()
+            self._start(self._watch, "agentloop keys")
+
+    async def _watch(self) -> None:
+        """Serve each pool when it is time."""
+        while self._alarms and self._start is not None:
+            self._changed = anyio.Event()
+            with anyio.CancelScope(deadline=min(self._alarms.values())):
+                await self._changed.wait()
+
+            now = self._now()
+            for pool in [pool for pool, at in self._alarms.items() if at <= now]:
+                del self._alarms[pool]
+                pool.serve()
+
+        self._changed = None
