@@ -235,7 +235,9 @@ class SlotPool(PoolState):
         admission = self.admission
         if not admission.gated:
             while served < most and (waiter := self._first()) is not None:
-                self._take(waiter.slot)
+                if not waiter.has_loan:
+                    self._take(waiter.slot)
+
                 self._grant(waiter)
                 served += 1
 
