@@ -298,6 +298,28 @@ async def test_time_that_a_cost_takes_to_tell_is_not_the_agents(verb: str) -> No
     assert (result.queue_ms, result.latency_ms) == (5000, 0)
 
 
+async def test_loan_of_a_waiter_that_is_cancelled_goes_to_the_next() -> None:
+    rate = Rate(1, per_seconds=5, cost=lambda invocation: invocation.args[0])
+    loop = AgentLoop(limiter=Limiter(1, rates=[rate]))
+    begin = anyio.current_time()
+    times: list[float] = []
+
+    async def second(_: float) -> None:
+        times.append(anyio.current_time() - begin)
+
+    async def outer(_: float) -> None:
+        async with anyio.create_task_group() as group:
+            with anyio.move_on_after(1):
+                async with anyio.create_task_group() as inner:
+                    # The first one has the loan, and waits for the rate; the second one could pay.
+                    inner.start_soon(loop.run_single, "first", second, 1)
+                    await anyio.wait_all_tasks_blocked()
+                    group.start_soon(loop.run_single, "second", second, 0)
+
+    await loop.run_single("outer", outer, 1)
+    assert times == [1]
+
+
 # -- settling
 
 

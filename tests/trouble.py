@@ -1,0 +1,61 @@
+"""Providers in trouble: how their calls fail, and what a limiter makes of that."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import anyio
+
+from agentloop import Event, LimitEvent, StartedEvent
+from agentloop.testing import FakeHTTPError
+
+
+async def nothing(*_: object) -> None:
+    pass
+
+
+async def overload(retry_after: float | None = None) -> None:
+    raise FakeHTTPError(429, retry_after)
+
+
+async def refuse(*_: object) -> None:
+    raise ConnectionRefusedError(111, "Connection refused")
+
+
+def passed(since: float) -> float:
+    return round(anyio.current_time() - since, 6)
+
+
+class Starts:
+    """When each attempt began, in seconds from now on, and what the limiter allowed meanwhile."""
+
+    def __init__(self) -> None:
+        self.began = anyio.current_time()
+        self.by_name: dict[str, list[float]] = {}
+        self.order: list[str] = []
+        self.told: list[LimitEvent] = []
+
+    @property
+    def limits(self) -> list[int]:
+        return [event.limit for event in self.told]
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StartedEvent):
+            at = round(event.at - self.began, 6)
+            self.by_name.setdefault(event.invocation.agent_id, []).append(at)
+            self.order.append(event.invocation.agent_id)
+        elif isinstance(event, LimitEvent):
+            self.told.append(event)
+
+
+@contextmanager
+def same_chance() -> Iterator[None]:
+    """Make what is left to chance the same in each run."""
+    before = random.getstate()
+    random.seed(1)
+    try:
+        yield
+    finally:
+        random.setstate(before)
