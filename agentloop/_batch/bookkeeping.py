@@ -241,7 +241,8 @@ class Bookkeeping(Generic[T]):
         elif failed is not None and verdict is not None:
             if verdict.kind is VerdictKind.FATAL:
                 self._stop_for(job, blame(job, failed), failed.error, FATAL_HINT)
-            elif verdict.kind is VerdictKind.OVERLOAD:
+            else:
+                # Whatever the error is: the agent may have made it of what nested work has met.
                 self._lose_patience(job, failed)
 
             if self.ending.stopped_for(job) is not None:
