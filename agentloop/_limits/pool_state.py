@@ -173,7 +173,8 @@ class PoolState(LoopState):
 
         :param outer: the slot of the invocation that makes it, if one does
         """
-        if outer is not None:
+        # What is nested in another limiter is at work there, and may still succeed.
+        if outer is not None and self in (outer.pool, outer.pool.home):
             outer.pool.work.calls[call] = outer
 
         self._look_for_break()
