@@ -24,6 +24,11 @@ async def refuse(*_: object) -> None:
     raise ConnectionRefusedError(111, "Connection refused")
 
 
+async def fail(*_: object) -> None:
+    """Say nothing of the provider."""
+    raise LookupError
+
+
 def passed(since: float) -> float:
     return round(anyio.current_time() - since, 6)
 

@@ -9,18 +9,13 @@ import anyio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trouble import Starts, nothing, overload
+from trouble import Starts, fail, nothing, overload
 
 from agentloop import AgentLoop, Backoff, Invocation, Limiter, LoopConfig, Rate
 from agentloop._limits.cool_off import CoolOff
 from agentloop.testing import FakeAgent, FakeHTTPError, Reply
 
 ONCE = LoopConfig(max_retries=0)
-
-
-async def fail(*_: object) -> None:
-    """Say nothing of the provider: no cut, and no end of a cool-off."""
-    raise LookupError
 
 
 # -- the rule, without an event loop
