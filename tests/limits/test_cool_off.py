@@ -13,6 +13,8 @@ from trouble import Starts, fail, nothing, overload
 
 from agentloop import AgentLoop, Backoff, Invocation, Limiter, LoopConfig, Rate
 from agentloop._limits.cool_off import CoolOff
+from agentloop._limits.overload import AdaptiveLimit
+from agentloop._limits.provider import Provider
 from agentloop.testing import FakeAgent, FakeHTTPError, Reply
 
 ONCE = LoopConfig(max_retries=0)
@@ -106,6 +108,15 @@ def test_what_succeeds_once_the_time_is_over_makes_nobody_rush() -> None:
     cool_off.start("first", 40.0)
     cool_off.lift(41.0)
     assert cool_off.ready_at(41.0) == 42.5
+
+
+def test_success_of_a_call_from_between_the_cut_and_the_cool_off_ends_nothing() -> None:
+    provider = Provider(AdaptiveLimit(10))
+    provider.reject(0, 5, None, 0.0)
+    # A call begins in the next epoch, and one of the same burst is told to wait.
+    provider.reject(0, 5, 60.0, 1.0)
+    provider.answered(1, 2.0)
+    assert provider.held_until(2.0) == 61.0
 
 
 @given(
