@@ -476,6 +476,8 @@ async def test_probes_with_slots_on_loan_go_one_at_a_time_too(rates: tuple[Rate,
     async def parent() -> None:
         await anyio.sleep(0.5)
         await loop.run_single("child", fail_slowly)
+        # So that no slot gets free as the probe ends.
+        await anyio.sleep(100)
 
     async def fail_slowly() -> None:
         await anyio.sleep(20)

@@ -625,3 +625,29 @@ async def test_nested_work_that_may_still_succeed_puts_the_stop_off(shared: bool
     ]
     results = await loop.run_all(jobs)
     assert [result.success for result in results] == [True] * 9 + [False, True]
+
+
+@pytest.mark.parametrize("before", ["nested work", "background calls"])
+async def test_agent_at_work_puts_the_stop_off_whatever_was_nested_before(before: str) -> None:
+    loop = AgentLoop(attrs.evolve(PATIENT, timeout_seconds=None), limiter=Limiter(20))
+    seldom = Backoff(initial_seconds=3 * PATIENCE, max_seconds=3 * PATIENCE, jitter="none")
+    background = AgentLoop(LoopConfig(backoff=seldom, overload_timeout_seconds=None), limiter=loop.limiter)
+
+    async def nest() -> None:
+        if before == "nested work":
+            await loop.run_single("inner", nothing)
+            await anyio.sleep(5 * PATIENCE)
+        else:
+            group.start_soon(background.run_single, "inner", FakeAgent(FakeHTTPError(429), Reply()))
+            await anyio.sleep(0.5)
+
+    jobs = [
+        Invocation("slow", anyio.sleep, (5 * PATIENCE * (before != "nested work"),)),
+        *[Invocation("outer", nest)] * 3,
+        Invocation("a", FakeAgent(Fail(FakeHTTPError(429), after_seconds=1), TypeError)),
+        Invocation("b", FakeAgent(Fail(FakeHTTPError(429), after_seconds=2 * PATIENCE), Reply())),
+    ]
+    async with anyio.create_task_group() as group:
+        results = await loop.run_all(jobs)
+
+    assert [result.success for result in results] == [True] * 4 + [False, True]
