@@ -20,6 +20,9 @@ from planting import plant
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = 5000
+# What random programs cannot catch, since they have no account of it: the tests of it have to.
+UNIT_TESTS = ""
+UNIT_TEST_FILES = ("test_cool_off.py", "test_outage.py", "test_overload.py")
 # A defect may make a program run for ever; then this catches it.
 SECONDS = 60
 
@@ -104,7 +107,7 @@ MUTANTS = [
     ),
     Mutant(
         "a pause does not look who is first in line now",
-        "SlotPool.pause",
+        "PoolState.pause",
         "self.serve()",
         "",
         "asyncio",  # the only one on which programs catch it
@@ -179,15 +182,101 @@ MUTANTS = [
     ),
     Mutant(
         "a cool-off concerns only the one who was told",
-        "Admission.learn",
-        "governor.hold(now, min(verdict.retry_after, longest_hold))",
+        "Provider.reject",
+        """
+        if hold_seconds is not None and self.cool_off.hold(now, hold_seconds, limit.limit):
+            ...
+        """,
         "",
     ),
     Mutant(
         "any failure cuts the limit",
-        "Admission.learn",
-        "governor is None or verdict.kind is not VerdictKind.OVERLOAD",
-        "governor is None",
+        "Admission.failed",
+        "self.provider is not None and verdict.kind is VerdictKind.OVERLOAD",
+        "self.provider is not None",
+    ),
+    Mutant(
+        "there is more than one probe at a time",
+        "CoolOff.ready_at",
+        "self.probe is not None",
+        "False",
+    ),
+    Mutant(
+        "the gap between probes stays the same",
+        "CoolOff.start",
+        "self._gap *= 2",
+        "",
+    ),
+    Mutant(
+        "a call that began before a cool-off ends it",
+        "Provider.answered",
+        "epoch == self.limit.epoch",
+        "True",
+    ),
+    Mutant(
+        "what will not be waited for holds the others",
+        "Admission.failed",
+        "asked is None or asked > longest_hold",
+        "asked is None",
+        program=UNIT_TESTS,
+    ),
+    Mutant(
+        "a waiter with a slot on loan takes another when a cool-off ends early",
+        "SlotPool.serve",
+        """
+        while (waiter := self._first()) is not None:
+            if not waiter.has_loan:
+                self._take()
+
+            self._grant(waiter)
+        """,
+        """
+        while (waiter := self._first()) is not None:
+            self._take()
+            self._grant(waiter)
+        """,
+    ),
+    Mutant(
+        "a few failures are an outage, however many run at once",
+        "Outage.fail",
+        "max(IN_A_ROW, limit)",
+        "IN_A_ROW",
+        program=UNIT_TESTS,
+    ),
+    Mutant(
+        "a success does not end the row of failures",
+        "Outage.succeed",
+        "self._row = 0",
+        "",
+        program=UNIT_TESTS,
+    ),
+    Mutant(
+        "patience does not wait for what is at work",
+        "PoolState.is_hopeless",
+        "self.work.count(self.running, len(self.lines.borrowing)) <= 0",
+        "True",
+        program=UNIT_TESTS,
+    ),
+    Mutant(
+        "a break is not noticed",
+        "Outage.begin",
+        "self.fruitless_since = None",
+        "",
+        program=UNIT_TESTS,
+    ),
+    Mutant(
+        "cuts are deep while calls from before the last one run",
+        "AdaptiveLimit.reject",
+        "self._old <= 0 and (not self._taken)",
+        "not self._taken",
+        program=UNIT_TESTS,
+    ),
+    Mutant(
+        "retries of an overload draw on the retry budget",
+        "Failures.next_start",
+        "not overload and (not admission.may_retry(now))",
+        "not admission.may_retry(now)",
+        program=UNIT_TESTS,
     ),
     Mutant(
         "a burst of rejections cuts the limit more than once",
@@ -762,6 +851,9 @@ CAUGHT_BY: dict[str, dict[str, int]] = {
     "a loan that was not used is not given back": {"asyncio": 6, "trio": 8},
     "a cool-off concerns only the one who was told": {"asyncio": 156, "trio": 26},
     "any failure cuts the limit": {"asyncio": 2, "trio": 0},
+    "there is more than one probe at a time": {"asyncio": 865},
+    "the gap between probes stays the same": {"asyncio": 486, "trio": 288},
+    "a call that began before a cool-off ends it": {"asyncio": 156},
     "a burst of rejections cuts the limit more than once": {"asyncio": 2960, "trio": 3869},
     "the limit grows above its ceiling": {"asyncio": 26, "trio": 2},
     "what has left a window is given back": {"asyncio": 1501, "trio": 1176},
@@ -849,6 +941,10 @@ def catch_quickly(mutant: Mutant, backend: str) -> str | None:
     return caught or catch(mutant, backend)
 
 
+def other(backend: str) -> str:
+    return "trio" if backend == "asyncio" else "asyncio"
+
+
 def catch(mutant: Mutant, backend: str, first: int = 0, last: int = PROGRAMS) -> str | None:
     """Return what caught the mutant, in a line; ``None`` if nothing did."""
     with tempfile.TemporaryDirectory() as folder:
@@ -856,14 +952,22 @@ def catch(mutant: Mutant, backend: str, first: int = 0, last: int = PROGRAMS) ->
         shutil.copytree(ROOT / "agentloop", package, ignore=shutil.ignore_patterns("__pycache__"))
         module, text = mutant.plant()
         (package / module).write_text(text, "utf-8")
-        command = [
-            sys.executable,
-            str(ROOT / "tests" / "tools" / mutant.program),
-            "--backend",
-            backend,
-            "--seeds",
-            f"{first}:{last}",
-        ]
+        tests = ROOT / "tests"
+        if mutant.program == UNIT_TESTS:
+            options = [
+                "-c",
+                str(ROOT / "pyproject.toml"),
+                "-qxp",
+                "no:cacheprovider",
+                "-k",
+                f"not {other(backend)}",
+            ]
+            files = [str(tests / "limits" / name) for name in UNIT_TEST_FILES]
+            command = [sys.executable, "-m", "pytest", *options, *files]
+        else:
+            program = [str(tests / "tools" / mutant.program), "--backend", backend]
+            command = [sys.executable, *program, "--seeds", f"{first}:{last}"]
+
         environment = {**os.environ, "PYTHONPATH": folder}
         # A defect that shows in the measured time of a run is none of these.
         environment.pop("COVERAGE_PROCESS_CONFIG", None)
@@ -882,6 +986,9 @@ def catch(mutant: Mutant, backend: str, first: int = 0, last: int = PROGRAMS) ->
 
         if not done.returncode:
             return None
+
+        if mutant.program == UNIT_TESTS:
+            return next(line for line in done.stdout.splitlines() if line.startswith("FAILED"))[:160]
 
         lines = [line.strip(" |+-") for line in (done.stdout + done.stderr).splitlines()]
         if not lines[0].startswith("seed "):
