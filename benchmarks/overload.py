@@ -1,112 +1,40 @@
 """
-How a limiter copes with a provider whose capacity falls, is gone, or comes back slowly: a simulation in
-virtual time, with the real library between the simulated provider and its invocations.
+How a limiter copes with a provider in trouble: one whose capacity falls, that is gone, or that names too long
+a time in its Retry-After. A simulation in virtual time, with the real library between the providers of
+``providers.py`` and its invocations.
 
     python benchmarks/overload.py
     python benchmarks/overload.py --backend trio --scenarios outage --picture overload.svg
 
-A call takes two seconds in the mean (log-normal, sigma 0.5). What the provider does not take it rejects
-after 50 ms with HTTP 429, and a Retry-After of one second where the scenario says so. The *share of ideal* is
-the time that a client would need who knew the capacity at every moment, divided by the time that was needed.
+A call takes two seconds in the mean (log-normal, sigma 0.5), unless the scenario says otherwise, and times
+out after 30. A call that the provider does not take fails after 50 ms. The *share of ideal* is the time that
+a client would need who knew the capacity at every moment, divided by the time that was needed; there is none
+if invocations were lost.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import random
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable
+from bisect import bisect_left
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal
+from unittest import mock
 
 import anyio
 import attrs
+from providers import CAPACITY, SCENARIOS, InAWindow, Provider, Scenario
 
 import agentloop._limits.limiter
+import agentloop._limits.provider
 from agentloop import AgentLoop, Event, Invocation, InvocationResult, Limiter, LimitEvent, LoopConfig
+from agentloop._limits.cool_off import CoolOff
+from agentloop._limits.outage import Outage
 from agentloop._limits.overload import AdaptiveLimit
 from agentloop.testing import virtual_clock
 
-MEAN_SECONDS, SIGMA = 2.0, 0.5
-REJECTION_SECONDS = 0.05
-CAPACITY = 50
-
-Capacity: TypeAlias = Callable[[float], float]
-
-
-class Overloaded(Exception):
-    """HTTP 429."""
-
-    status_code = 429
-
-    def __init__(self, retry_after: float | None) -> None:
-        super().__init__(retry_after)
-        self.headers = {} if retry_after is None else {"retry-after": str(retry_after)}
-
-
-class Provider:
-    """
-    Takes as many calls at once, or in a second, as its capacity is at that time.
-
-    :param capacity: how many calls at once; the rate is that divided by the mean duration
-    :param by_rate: whether to bound the rate instead
-    """
-
-    def __init__(self, capacity: Capacity, by_rate: bool, retry_after: float | None) -> None:
-        self.capacity = capacity
-        self.by_rate = by_rate
-        self.retry_after = retry_after
-        self.random = random.Random(1)
-        self.running = 0
-        self.started: list[float] = []
-        self.finished: list[float] = []
-        self.rejected: list[float] = []
-        self._tokens = 1.0
-        self._filled_at = 0.0
-
-    async def call(self, _: int) -> None:
-        now = anyio.current_time()
-        self.started.append(now)
-        seconds = self.random.lognormvariate(math.log(MEAN_SECONDS) - SIGMA**2 / 2, SIGMA)
-        if not self._takes(now):
-            await anyio.sleep(REJECTION_SECONDS)
-            self.rejected.append(anyio.current_time())
-            raise Overloaded(self.retry_after)
-
-        self.running += 1
-        try:
-            await anyio.sleep(seconds)
-        finally:
-            self.running -= 1
-
-        self.finished.append(anyio.current_time())
-
-    def _takes(self, now: float) -> bool:
-        capacity = self.capacity(now)
-        if not self.by_rate:
-            return self.running + 1 <= capacity
-
-        # Half a second's worth may come at once.
-        rate = capacity / MEAN_SECONDS
-        self._tokens = min(max(1.0, rate / 2), self._tokens + (now - self._filled_at) * rate)
-        self._filled_at = now
-        if capacity < 1 or self._tokens < 1:
-            return False
-
-        self._tokens -= 1
-        return True
-
-
 # -- policies
-
-
-class WithoutCoolOff(AdaptiveLimit):
-    """Ours, but nobody waits for what a server has told somebody else."""
-
-    def hold(self, now: float, seconds: float) -> None:
-        pass
 
 
 class Timed(AdaptiveLimit):
@@ -121,74 +49,75 @@ class Timed(AdaptiveLimit):
     def recovers(self) -> bool:
         return self.limit < self.ceiling
 
-    def complete(self, _: int) -> None:
+    def complete(self, epoch: int, in_use: int) -> None:  # noqa: ARG002  # as the base class has it
         now = anyio.current_time()
         if now - max(self._grown_at, self._cut_at) >= 1:
             self._grown_at = now
             self.limit += 1
 
-    def reject(self, _: int, now: float) -> None:
+    def reject(self, epoch: int, in_use: int, now: float) -> None:  # noqa: ARG002  # the same
         if now - self._cut_at >= 15:
             self._cut_at = now
             self.cuts += 1
             self.limit = max(1, self.limit // 2)
 
-    def hold(self, now: float, seconds: float) -> None:
-        pass
+
+class NoCoolOff(CoolOff):
+    """Nobody waits for what a server has told somebody else."""
+
+    def hold(self, now: float, seconds: float, limit: int) -> bool:  # noqa: ARG002  # the same
+        return False
 
 
-POLICIES: dict[str, tuple[int, type[AdaptiveLimit] | None]] = {
-    "fixed 64": (64, None),
-    "AIMD by a timer": (64, Timed),
-    "ours, no cool-off": (64, WithoutCoolOff),
-    "ours": (64, AdaptiveLimit),
-    "ours, over-set to 200": (200, AdaptiveLimit),
-}
+class NoProbes(CoolOff):
+    """Everybody waits for the whole time."""
 
-# -- scenarios
+    def ready_at(self, now: float) -> float:
+        return self.until if now < self.until else super().ready_at(now)
+
+
+class NoOutage(Outage):
+    """A failure that speaks of the provider is like any other."""
+
+    def fail(self, limit: int, now: float) -> bool:  # noqa: ARG002  # the same
+        return False
 
 
 @attrs.frozen
-class Scenario:
+class Policy:
     """
-    :param text: what happens
-    :param calls: how many invocations there are, for each of the loops
-    :param capacity: of the provider, at a time
-    :param loops: how many loops there are, each with a limiter of its own
+    :param ceiling: the limit that the user has set, if it is not the scenario's
+    :param adaptive: whether the limiter is adaptive
+    :param limit: how it finds the limit
+    :param cool_off: what a Retry-After means to others
+    :param outage: how it finds out that the provider is gone
     """
 
-    text: str
-    calls: int
-    capacity: Capacity
-    by_rate: bool = False
-    retry_after: float | None = None
-    patience: float = 600.0
-    loops: int = 1
-    until: float = 600.0
+    ceiling: int | None = None
+    adaptive: bool = True
+    limit: type[AdaptiveLimit] = AdaptiveLimit
+    cool_off: type[CoolOff] = CoolOff
+    outage: type[Outage] = Outage
+
+    def learn(self, limit: AdaptiveLimit) -> agentloop._limits.provider.Provider:
+        """Return what a limiter learns with, made of the parts of this policy."""
+        provider = agentloop._limits.provider.Provider(self.limit(limit.ceiling))
+        provider.cool_off = self.cool_off()
+        provider.outage = self.outage()
+        return provider
 
 
-def steps(*changes: tuple[float, float]) -> Capacity:
-    """Return a capacity that changes to a share of the full one at each time."""
-    times = [at for at, _ in changes]
-    return lambda now: CAPACITY * changes[bisect_right(times, now) - 1][1]
-
-
-def ramp(now: float) -> float:
-    return CAPACITY * min(1.0, 0.1 + 0.9 * now / 300)
-
-
-brown_out = steps((-1, 1), (60, 0.3), (180, 1))
-outage = steps((-1, 1), (60, 0), (660, 1))
-SCENARIOS = {
-    "brown-out": Scenario("30 % of the capacity for 120 s, calls at once", 8000, brown_out),
-    "brown-out-rate": Scenario("30 % of the capacity for 120 s, calls in a second", 8000, brown_out, True),
-    "brown-out-told": Scenario("the same, with Retry-After", 8000, brown_out, True, 1.0),
-    "outage": Scenario("nothing at all for 600 s", 8000, outage, patience=1200, until=1000),
-    "ramp": Scenario("from 10 % to 100 % in 300 s", 6000, ramp),
-    "two-loops": Scenario(
-        "two loops, each with a limiter of its own, at full capacity", 4000, steps((-1, 1)), loops=2
-    ),
+POLICIES = {
+    "a fixed limit": Policy(adaptive=False),
+    "AIMD by a timer": Policy(limit=Timed, cool_off=NoCoolOff, outage=NoOutage),
+    "ours, no probes": Policy(cool_off=NoProbes),
+    "ours, no outages": Policy(outage=NoOutage),
+    "ours": Policy(),
+    "ours, over-set to 200": Policy(ceiling=200),
 }
+
+
+# -- the simulation
 
 
 @attrs.frozen
@@ -197,43 +126,72 @@ class Outcome:
     results: list[InvocationResult[None]]
     limits: list[tuple[float, int]]
     seconds: float
-    ideal_seconds: float
+
+    @property
+    def lost(self) -> int:
+        return sum(not result.success for result in self.results)
+
+    @property
+    def share(self) -> float:
+        """The share of ideal."""
+        scenario = self.provider.scenario
+        return scenario.provider.ideal_seconds(scenario) / self.seconds
+
+    @property
+    def failed_per_100(self) -> float:
+        return 100 * len(self.provider.failed) / max(1, len(self.results) - self.lost)
 
     @property
     def row(self) -> str:
-        done = sum(result.success for result in self.results)
-        rejections = 100 * len(self.provider.rejected) / done
-        share = self.ideal_seconds / self.seconds
-        return f"{share:>14.0%} {rejections:>14.1f} {len(self.results) - done:>6}"
+        scenario = self.provider.scenario
+        share = "-" if self.lost else f"{self.share:.0%}"
+        row = f"{share:>14} {self.failed_per_100:>12.1f} {self.lost:>6}"
+        if scenario.outage is not None:
+            start, end = scenario.outage
+            too_many = sum(start <= at < end for at in self.provider.failed)
+            first = next((f"{at - end:.0f}" for at in self.provider.taken if at >= end), "-")
+            again = self.recovery(end)
+            row += f" {too_many:>14} {first:>14} {'-' if again is None else again:>14}"
+        elif scenario.provider is InAWindow:
+            row += f" {len(self.provider.failed) / InAWindow.windows(scenario):>14.1f}"
+
+        return row
+
+    def recovery(self, at: float) -> int | None:
+        """Return after how many seconds from ``at`` on 90 % of the capacity were in use, for ten seconds."""
+        finished = self.provider.finished
+        enough = 0.9 * CAPACITY / self.provider.scenario.mean_seconds * 10
+        for seconds in range(max(0, int(self.seconds - at))):
+            first, last = bisect_left(finished, at + seconds), bisect_left(finished, at + seconds + 10)
+            if last - first >= enough:
+                return seconds
+
+        return None
 
 
-def ideal(scenario: Scenario) -> float:
-    """Return in how many seconds a client could be ready that always uses the capacity to the full."""
-    done, now, step = 0.0, 0.0, 0.1
-    while done < scenario.calls * scenario.loops:
-        done += scenario.capacity(now) / MEAN_SECONDS * step
-        now += step
+def header(scenario: Scenario) -> str:
+    words = f"{'':24} {'share of ideal':>14} {'failed / 100':>12} {'lost':>6}"
+    if scenario.outage is not None:
+        words += f" {'calls too many':>14} {'first taken, s':>14} {'90 % again, s':>14}"
+    elif scenario.provider is InAWindow:
+        words += f" {'... / window':>14}"
 
-    # The last calls have only begun then.
-    return now
+    return words
 
 
-def simulate(scenario: Scenario, ceiling: int, governor: type[AdaptiveLimit] | None, backend: str) -> Outcome:
+def simulate(scenario: Scenario, policy: Policy, backend: Literal["asyncio", "trio"]) -> Outcome:
     async def main() -> Outcome:
-        start = anyio.current_time()
-        provider = Provider(
-            lambda now: scenario.capacity(now - start), scenario.by_rate, scenario.retry_after
-        )
+        provider = scenario.provider(scenario)
         results: list[InvocationResult[None]] = []
         limits: list[tuple[float, int]] = []
 
         def note(event: Event) -> None:
             if isinstance(event, LimitEvent):
-                limits.append((event.at - start, event.limit))
+                limits.append((event.at - provider.start, event.limit))
 
         async def use() -> None:
-            limiter = Limiter(ceiling, adaptive=governor is not None)
-            config = LoopConfig(timeout_seconds=None, overload_timeout_seconds=scenario.patience)
+            limiter = Limiter(policy.ceiling or scenario.ceiling, adaptive=policy.adaptive)
+            config = LoopConfig(timeout_seconds=30, overload_timeout_seconds=scenario.patience)
             loop = AgentLoop(config, limiter=limiter, on_event=note)
             results.extend(await loop.run_all(Invocation.map(provider.call, range(scenario.calls))))
 
@@ -241,29 +199,13 @@ def simulate(scenario: Scenario, ceiling: int, governor: type[AdaptiveLimit] | N
             for _ in range(scenario.loops):
                 group.start_soon(use)
 
-        for times in (provider.started, provider.finished, provider.rejected):
-            times[:] = [at - start for at in times]
-
-        return Outcome(provider, results, limits, anyio.current_time() - start, ideal(scenario))
-
-    if governor is not None:
-        agentloop._limits.limiter.AdaptiveLimit = governor  # the one private place that this needs
+        return Outcome(provider, results, limits, anyio.current_time() - provider.start)
 
     random.seed(1)
     name, options = virtual_clock(backend, seed=1)
-    return anyio.run(main, backend=name, backend_options=options)
-
-
-def recovery(outcome: Outcome, at: float) -> int:
-    """Return after how many seconds from ``at`` on 90 % of the capacity were in use, for ten seconds."""
-    finished = sorted(outcome.provider.finished)
-    enough = 0.9 * CAPACITY / MEAN_SECONDS * 10
-    for seconds in itertools.count():
-        first, last = bisect_left(finished, at + seconds), bisect_left(finished, at + seconds + 10)
-        if last - first >= enough:
-            return seconds
-
-    raise AssertionError
+    # A limiter lets nobody choose what it learns with.
+    with mock.patch.object(agentloop._limits.limiter, "Provider", policy.learn):
+        return anyio.run(main, backend=name, backend_options=options)
 
 
 # -- the picture
@@ -320,7 +262,7 @@ def draw(panels: dict[str, dict[str, Outcome]]) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
@@ -330,17 +272,16 @@ if __name__ == "__main__":
     panels: dict[str, dict[str, Outcome]] = {}
     for name in options.scenarios:
         scenario = SCENARIOS[name]
-        print(f"\n{name}: {scenario.text}\n{'':24} {'share of ideal':>14} {'rejected / 100':>14} {'lost':>6}")
+        print(f"\n{name}: {scenario.text}\n{header(scenario)}")
         for policy in options.policies:
-            outcome = simulate(scenario, *POLICIES[policy], options.backend)
-            extra = ""
-            if name == "outage":
-                tried = sum(70 < x < 660 for x in outcome.provider.started)
-                extra = f"   {tried} calls in the outage, recovered {recovery(outcome, 660)} s after it"
-
-            print(f"{policy:24} {outcome.row}{extra}", flush=True)
+            outcome = simulate(scenario, POLICIES[policy], options.backend)
+            print(f"{policy:24} {outcome.row}", flush=True)
             if policy in COLOURS:
                 panels.setdefault(name, {})[policy] = outcome
 
     if options.picture:
         options.picture.write_text(draw(panels))
+
+
+if __name__ == "__main__":
+    main()

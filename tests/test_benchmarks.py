@@ -143,6 +143,27 @@ def test_each_benchmark_prints_its_figures(
         assert all(float(row.split()[0]) > 0 for row in rows)
 
 
+def simulated(backend: str, scenario: str, *policies: str) -> dict[str, list[str]]:
+    """Return the figures of each policy in a scenario."""
+    chosen = ["--policies", *policies] if policies else []
+    out = output(str(BENCHMARKS / "overload.py"), "--backend", backend, "--scenarios", scenario, *chosen)
+    return {line[:24].strip(): line[24:].split() for line in out.splitlines()[3:]}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_simulated_policy_gets_through_windows(backend: str) -> None:
+    rows = simulated(backend, "window-short-told")
+    assert len(rows) == 6
+    assert {lost for _, _, lost, _ in rows.values()} == {"0"}
+
+
+def test_simulated_policies_do_without_what_their_names_say() -> None:
+    rows = simulated("asyncio", "refused-60", "ours", "ours, no outages")
+    assert int(rows["ours"][2]) < int(rows["ours, no outages"][2])
+    rows = simulated("asyncio", "told-60", "ours", "ours, no probes")
+    assert float(rows["ours"][0].rstrip("%")) > float(rows["ours, no probes"][0].rstrip("%"))
+
+
 def test_one_command_writes_a_table_of_all_on_both_backends() -> None:
     done = run(str(BENCHMARKS / "table.py"), "--quick")
     assert done.returncode == 0, done.stderr
