@@ -135,8 +135,14 @@ class Limiter:
     def __repr__(self) -> str:
         now = self.statistics()
         limit = f"{now.limit}" + (f" of {now.max_concurrency}" if now.limit < now.max_concurrency else "")
-        paused = "" if now.paused_until is None else ", paused"
-        return f"<{type(self).__name__} {now.running} running, {now.waiting} waiting, limit {limit}{paused}>"
+        states = {
+            "outage": now.outage_since is not None,
+            "paused": now.paused_until == math.inf,
+            "held": now.paused_until not in (None, math.inf),
+            "probing": now.probing,
+        }
+        shown = "".join(f", {state}" for state, holds in states.items() if holds)
+        return f"<{type(self).__name__} {now.running} running, {now.waiting} waiting, limit {limit}{shown}>"
 
     @property
     def max_concurrency(self) -> int:

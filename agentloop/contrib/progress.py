@@ -44,7 +44,8 @@ async def progress(
 ) -> AsyncGenerator[None]:
     """
     Show how far a loop is while the block runs: results, what runs and waits, retries, failures, the rate,
-    the time to go, and percentiles of the latency.
+    the time to go, and percentiles of the latency. In an outage, while a server has asked to wait (with the
+    seconds that are left, and whether a probe is under way) and in a pause, it says so.
 
     The figures are those of ``loop.metrics`` and ``loop.statistics()``, which are looked at now and then, so
     showing them costs an invocation nothing. Results, those of a journal too, retries and failures count from
@@ -147,18 +148,36 @@ class _State:
     rate: float
     p50_ms: float
     p95_ms: float
+    held_seconds: float | None
+    """For how long nothing new will start but probes; infinite if the limiter is paused."""
+    outage_seconds: float | None
+    """For how long the provider has been out."""
+    probing: bool
 
     @property
     def eta(self) -> float | None:
         """How many seconds there are to go, if that can be known."""
-        if self.drained or self.total is None:
+        if self.drained or self.total is None or (self.held_seconds, self.outage_seconds) != (None, None):
             return None
 
         left = self.total - self.done - self.cancelled - self.skipped
         return left / self.rate if left > 0 and self.rate else None
 
     def items(self) -> Iterator[tuple[str, str]]:
-        """Yield the figures, each with its style."""
+        """Yield what all wait for and the figures, each with its style."""
+        if self.outage_seconds is not None:
+            yield f"outage for {_span(math.floor(self.outage_seconds))}", "bold red"
+
+        # It is of no interest where nothing waits, as at the end.
+        if self.held_seconds is not None and self.waiting:
+            if self.held_seconds == math.inf:
+                yield "paused", "yellow"
+            else:
+                yield f"held for {_span(max(1, math.ceil(self.held_seconds)))} more", "yellow"
+
+        if self.probing:
+            yield "probing", "yellow"
+
         if self.drained:
             yield f"draining, {self.running} running" if self.running else "drained", "yellow"
         else:
@@ -213,6 +232,7 @@ class _Meter:
         now, so_far, before = anyio.current_time(), self._loop.metrics.snapshot(), self._before
         loop, done = self._loop.statistics(), max(0, _done(so_far) - _done(before))
         replayed = loop.replayed - self._replayed_before
+        limiter = self._loop.limiter.statistics()
         return _State(
             now - self._began,
             done + replayed,
@@ -228,6 +248,9 @@ class _Meter:
             self._rate(now, done),
             so_far.latency.p50_ms,
             so_far.latency.p95_ms,
+            None if limiter.paused_until is None else limiter.paused_until - now,
+            None if limiter.outage_since is None else max(0.0, now - limiter.outage_since),
+            limiter.probing,
         )
 
     def _rate(self, now: float, done: int) -> float:
@@ -353,6 +376,13 @@ def _counted(count: int, one: str, many: str) -> str:
 
 def _duration(ms: float) -> str:
     return f"{ms:.0f} ms" if ms < 10_000 else f"{ms / 1000:.1f} s"
+
+
+def _span(seconds: int) -> str:
+    minutes, rest = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = (hours, "h"), (minutes, "min"), (0 if hours else rest, "s")
+    return " ".join(f"{count} {unit}" for count, unit in parts if count) or "0 s"
 
 
 def _clock(seconds: int) -> str:

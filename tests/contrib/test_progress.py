@@ -18,9 +18,10 @@ import pytest
 from anyio.lowlevel import checkpoint
 from rich.console import Console
 
-from agentloop import AgentLoop, Invocation, LoopConfig
+from agentloop import AgentLoop, Backoff, Invocation, LoopConfig
 from agentloop.contrib.progress import progress
 from agentloop.journal import Journal
+from agentloop.testing import FakeAgent, FakeHTTPError, Reply
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,6 +126,74 @@ async def test_loop_that_drains_says_so_and_has_no_time_to_go() -> None:
     assert "ETA" not in screen.lines[0]
 
 
+async def test_cool_off_and_its_probe_are_shown_while_they_last_and_have_no_time_to_go() -> None:
+    screen, loop = Screen(), AgentLoop(LoopConfig(max_concurrency=1, max_retries=0))
+    provider = FakeAgent(Reply(1), FakeHTTPError(429, retry_after=100), Reply(2, after_seconds=9), Reply(3))
+    async with progress(loop, 9, interval_seconds=3, console=screen.console):
+        await anyio.sleep(2)
+        await loop.run_all([Invocation("a", provider) for _ in range(5)])
+        await anyio.sleep(3)
+
+    assert [line.partition(", 0 retries")[0] for line in screen.lines[:2]] == [
+        "2/9 (22%), held for 1 min 39 s more, 0 running, 3 waiting",
+        "2/9 (22%), held for 1 min 36 s more, 0 running, 3 waiting",
+    ]
+    assert "2/9 (22%), held for 1 min 30 s more, probing, 1 running, 2 waiting, " in screen.lines[3]
+    assert "ETA" not in "".join(screen.lines[:4])
+    assert screen.lines[-1].startswith("5/9 (55%), 0 running, ")
+    assert "ETA" in screen.lines[-1]
+
+
+async def test_outage_is_shown_for_as_long_as_it_lasts_and_has_no_time_to_go() -> None:
+    screen, loop = Screen(), AgentLoop(LoopConfig(max_concurrency=8, backoff=Backoff(jitter="none")))
+    began = anyio.current_time()
+
+    async def provider() -> None:
+        await anyio.sleep(0.5)
+        if 1.25 < anyio.current_time() - began < 6:
+            raise ConnectionError
+
+    async with progress(loop, 99, interval_seconds=1, console=screen.console):
+        await loop.run_all([Invocation("a", provider) for _ in range(40)])
+
+    assert screen.lines[3].startswith("16/99 (16%), outage for 2 s, ")
+    assert screen.lines[4].startswith("16/99 (16%), outage for 3 s, ")
+    assert "ETA" not in screen.lines[4]
+    assert screen.lines[-1].startswith("40/99 (40%), 0 running, ")
+    assert "ETA" in screen.lines[-1]
+
+
+async def test_pause_is_shown_where_something_waits() -> None:
+    screen, loop = Screen(), AgentLoop(LoopConfig(max_concurrency=2))
+    loop.limiter.pause()
+    async with (
+        progress(loop, 4, interval_seconds=1, console=screen.console),
+        anyio.create_task_group() as group,
+    ):
+        await anyio.sleep(1.5)
+        group.start_soon(loop.run_all, jobs(4))
+        await anyio.sleep(1)
+        loop.limiter.resume()
+
+    assert screen.lines[0].startswith("0/4 (0%), 0 running, ")
+    assert screen.lines[1].startswith("0/4 (0%), paused, 0 running, 4 waiting, ")
+    assert screen.lines[2].startswith("0/4 (0%), 2 running, ")
+
+
+@pytest.mark.parametrize(
+    ("asked", "shown"), [(0.5, "1 s"), (60, "1 min"), (7500, "2 h 5 min"), (9000, "2 h 30 min")]
+)
+async def test_time_for_which_a_server_is_left_alone_is_short_to_read(asked: float, shown: str) -> None:
+    backoff = Backoff(max_retry_after_seconds=9000)
+    screen, loop = Screen(), AgentLoop(LoopConfig(max_retries=0, backoff=backoff))
+    await loop.run_single("told", FakeAgent(FakeHTTPError(429, retry_after=asked)))
+    with anyio.move_on_after(0.15):
+        async with progress(loop, interval_seconds=0.1, console=screen.console):
+            await loop.run_all(jobs(1))
+
+    assert screen.lines[0].startswith(f"0 done, held for {shown} more, 0 running, 1 waiting, ")
+
+
 async def test_what_was_cancelled_or_skipped_is_not_done() -> None:
     screen, loop = Screen(), AgentLoop(LoopConfig(max_concurrency=2))
     async with progress(loop, 10, console=screen.console):
@@ -222,6 +291,18 @@ async def test_narrow_terminal_gets_more_lines_and_no_broken_words() -> None:
         "0 failures  2.0/s  p50 1000 ms",
         "p95 1000 ms",
     ]
+
+
+async def test_cool_off_and_outage_fit_on_a_terminal_of_60_columns() -> None:
+    screen, loop = Screen(60, True), AgentLoop(LoopConfig(max_concurrency=8, backoff=Backoff(jitter="none")))
+    provider = FakeAgent(*[ConnectionError()] * 8, *[FakeHTTPError(503, retry_after=200)] * 8)
+    with anyio.move_on_after(9.9):
+        async with progress(loop, 8, console=screen.console):
+            await loop.run_all([Invocation("a", provider) for _ in range(8)])
+
+    lines = [line.rstrip() for line in screen.lines]
+    assert max(map(len, lines)) <= 60
+    assert "outage for 9 s  held for 3 min 11 s more  0 running" in lines
 
 
 async def test_bar_has_a_line_of_its_own_where_there_is_no_room_beside_it() -> None:
@@ -404,8 +485,9 @@ async def test_loop_that_measures_nothing_is_refused() -> None:
 
 PROGRAM = """
 import sys, anyio
-from agentloop import AgentLoop, Invocation, LoopConfig
+from agentloop import AgentLoop, Backoff, Invocation, LoopConfig
 from agentloop.contrib.progress import progress
+from agentloop.testing import FakeAgent, FakeHTTPError, Reply
 
 async def main():
     loop = AgentLoop(LoopConfig(max_concurrency=5))

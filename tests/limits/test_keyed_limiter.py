@@ -368,7 +368,7 @@ async def test_statistics_say_when_the_first_of_them_goes_on() -> None:
     assert limiters.statistics() == LimiterStatistics(0, 0, 5, 4, 1, until)
     limiters["b"].pause()
     assert limiters.statistics() == LimiterStatistics(0, 0, 10, 9, 1, until)
-    assert repr(limiters) == "<KeyedLimiter 0 running, 0 waiting, limit 9 of 10, paused>"
+    assert repr(limiters) == "<KeyedLimiter 0 running, 0 waiting, limit 9 of 10, held>"
     limiters["b"].resume()
     assert limiters.statistics().paused_until is None
 

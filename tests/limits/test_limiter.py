@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from elsewhere import in_use_elsewhere
 from agentloop import AgentLoop, Backoff, Invocation, Limiter, LimiterStatistics, LoopConfig
 from agentloop._limits.limiter import pool_of
 from agentloop._limits.slots import Slot
-from agentloop.testing import VirtualClockDeadlock, virtual_clock
+from agentloop.testing import FakeAgent, FakeHTTPError, Reply, VirtualClockDeadlock, virtual_clock
 
 backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 
@@ -53,6 +54,23 @@ def test_limiter_can_be_made_and_looked_at_outside_an_event_loop() -> None:
     limiter.max_concurrency = 5
     assert repr(limiter) == "<Limiter 0 running, 0 waiting, limit 5>"
     assert repr(AgentLoop(limiter=limiter)) == "<AgentLoop 0 running, 0 waiting, limit 5>"
+
+
+async def test_repr_says_what_all_wait_for() -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=8, max_retries=1, backoff=Backoff(jitter="none")))
+    refusals = [*[ConnectionError()] * 8, FakeHTTPError(429, retry_after=40)]
+    provider = FakeAgent(*refusals, Reply(1, after_seconds=9))
+    async with anyio.create_task_group() as group:
+        group.start_soon(loop.run_all, [Invocation("a", provider)] * 9)
+        await anyio.sleep(1)
+        assert re.search("limit [1-7] of 8, outage, held>$", repr(loop.limiter))
+        await anyio.sleep(4)
+        assert repr(loop.limiter).endswith(" of 8, outage, held, probing>")
+        loop.limiter.pause()
+        assert repr(loop.limiter).endswith(" of 8, outage, paused, probing>")
+        loop.limiter.resume()
+
+    assert re.search(r"limit \d of 8>$", repr(loop.limiter))
 
 
 async def test_loops_that_share_a_limiter_share_the_limit() -> None:
