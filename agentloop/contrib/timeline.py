@@ -15,10 +15,12 @@ import heapq
 import io
 import itertools
 import json
+import math
 import os
 import threading
 import time
 from collections.abc import Callable
+from datetime import datetime
 from types import TracebackType
 from typing import Any, Self
 
@@ -55,10 +57,11 @@ class Timeline:
             ...
 
     Each slot has a lane in which attempts follow each other, failed ones marked. Waits for a slot and
-    backoffs have tracks of their own, and so have the limit and how many run, wait, and wait to be retried.
-    An agent that runs others keeps its lane, although it lends them its slot. Results of a journal are not
-    drawn. Memory is that of what is open: the file is written at the latest ``flush_seconds`` after each
-    event, and is complete up to there if the process is killed.
+    backoffs have tracks of their own, and so have the limit and how many run, wait, and wait to be retried. A
+    span ``held`` is a cool-off, in which nothing starts but probes, and a span ``outage`` a time in which the
+    provider was out. An agent that runs others keeps its lane, although it lends them its slot. Results of a
+    journal are not drawn. Memory is that of what is open: the file is written at the latest ``flush_seconds``
+    after each event, and is complete up to there if the process is killed.
 
     Several runs, one after the other, follow each other in the file. Loops that share no limiter but the
     file are told apart by :meth:`named`.
@@ -126,6 +129,13 @@ class Timeline:
                 return  # of a later version
 
             with self._lock:
+                if not self._clock.has_begun:
+                    # What Chrome shows beside the name of a process; a report makes times of day of it.
+                    began = f"began {datetime.now().astimezone().isoformat(timespec='seconds')}"
+                    self.write(
+                        {"name": "process_labels", "ph": "M", "pid": group.pid, "args": {"labels": began}}
+                    )
+
                 is_idle = not any(group.open for group in self._groups.values())
                 group.tell(event, self._clock.read(event, is_idle))
 
@@ -152,7 +162,7 @@ class Timeline:
 
             try:
                 for group in self._groups.values():
-                    group.count(self._clock.now)
+                    group.close(self._clock.now)
 
                 self._buffer += b"\n]\n"
                 self._flush()
@@ -211,6 +221,10 @@ class _Clock:
         self._epoch: float | None = None
         self._began = 0.0
 
+    @property
+    def has_begun(self) -> bool:
+        return self._epoch is not None
+
     def read(self, event: Event, is_idle: bool) -> float:
         # Each run may have a clock with an epoch of its own, and a run begins with its limit.
         if self._epoch is None:
@@ -268,15 +282,22 @@ class _Group:
         self._now = {"running": 0, "waiting": 0, "retrying": 0}
         self._counted = dict(self._now)
         self._counted_at = self._changed_at = 0.0
+        # When each span of trouble began that has not ended, and when the cool-off ends by itself.
+        self._troubles: dict[str, float] = {}
+        self._held_until = math.inf
 
     @property
     def running(self) -> int:
         return self._now["running"]
 
     def tell(self, event: Event, now: float) -> None:
+        if now >= self._held_until:
+            self._end_trouble("held", now)
+
         match event:
             case LimitEvent():
                 self._write("limit", "C", now, args={"slots": event.limit})
+                self._tell_trouble(event, now)
             case StopEvent():
                 reason = {"reason": _clip(event.reason)}
                 self._write("batch stopped", "i", now, cat="stop", s="g", cname="terrible", args=reason)
@@ -383,6 +404,42 @@ class _Group:
             opened.status, opened.since, opened.delay_us = target, now, 0.0
 
         self._changed_at = now
+
+    def _tell_trouble(self, event: LimitEvent, now: float) -> None:
+        # All keys of a limiter paused are no cool-off.
+        if event.held_until is None or event.held_until == math.inf:
+            self._end_trouble("held", now)
+        else:
+            seconds = event.held_until - event.at
+            self._begin_trouble("held", now, {"seconds": round(seconds, 3)})
+            self._held_until = now + seconds * 1e6
+
+        if event.outage_since is None:
+            self._end_trouble("outage", now)
+        else:
+            # That it is one is known only after some failures.
+            self._begin_trouble("outage", max(0.0, now - (event.at - event.outage_since) * 1e6), {})
+
+    def _begin_trouble(self, kind: str, at: float, args: dict[str, Any]) -> None:
+        # Written now, since it is what a run that was killed may have died of.
+        if kind not in self._troubles:
+            self._troubles[kind] = at
+            self._write(kind, "b", at, cat=kind, id=f"{self.pid}.{kind}", args=args)
+
+    def _end_trouble(self, kind: str, now: float) -> None:
+        # With the last invocation, if there is none now: a new run begins, or nobody has felt it since.
+        at = now if self.open else self._changed_at
+        if kind == "held":
+            at, self._held_until = min(at, self._held_until), math.inf
+
+        if kind in self._troubles:
+            self._write(kind, "e", max(at, self._troubles.pop(kind)), cat=kind, id=f"{self.pid}.{kind}")
+
+    def close(self, now: float) -> None:
+        """Write what is known only at the end, or was not worth writing yet."""
+        self.count(now)
+        for kind in tuple(self._troubles):
+            self._end_trouble(kind, now)
 
     def count(self, now: float) -> None:
         """Write how many there are of what, if that has changed."""

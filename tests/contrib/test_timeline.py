@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from agentloop import (
     Event,
     Invocation,
     InvocationResult,
+    KeyedLimiter,
     Limiter,
     LimitEvent,
     LoopConfig,
@@ -35,7 +37,7 @@ from agentloop import (
 )
 from agentloop.contrib.timeline import Timeline
 from agentloop.journal import Journal
-from agentloop.testing import virtual_clock
+from agentloop.testing import FakeAgent, FakeHTTPError, Reply, virtual_clock
 
 ROOT = Path(__file__).parents[2]
 STEADY = Backoff(initial_seconds=2, jitter="none")
@@ -82,6 +84,22 @@ def waits(found: list[Record]) -> list[tuple[str, str, float, float]]:
             done.append((record["name"], begin["args"]["agent"], begin["ts"], record["ts"]))
 
     assert not opened
+    return done
+
+
+def troubles(found: list[Record]) -> list[tuple[str, float, float]]:
+    """Return the kind, begin and end of each cool-off and outage, in seconds."""
+    opened: dict[str, float] = {}
+    done = []
+    for record in found:
+        if record["ph"] in "be" and record["cat"] in ("held", "outage"):
+            assert (record["id"], record["name"]) == (f"{record['pid']}.{record['cat']}", record["cat"])
+            if record["ph"] == "b":
+                assert record["id"] not in opened
+                opened[record["id"]] = record["ts"]
+            else:
+                done.append((record["cat"], opened.pop(record["id"]) / 1e6, record["ts"] / 1e6))
+
     return done
 
 
@@ -322,6 +340,130 @@ async def test_nested_invocations_have_lanes_of_their_own(tmp_path: Path) -> Non
     ]
 
 
+# --- a provider in trouble
+
+
+async def test_cool_off_that_a_probe_ends_is_a_span_up_to_there(tmp_path: Path) -> None:
+    with Timeline(tmp_path / "run.json") as timeline:
+        loop = AgentLoop(LoopConfig(max_concurrency=1, max_retries=0), on_event=timeline)
+        provider = FakeAgent(Reply(1, after_seconds=1), FakeHTTPError(429, retry_after=100), Reply(2))
+        await loop.run_all([Invocation("a", provider)] * 4)
+
+    found = records(tmp_path / "run.json")
+    # The first probe comes after a twentieth.
+    assert troubles(found) == [("held", 1, 6)]
+    assert of(found, "b", "held")[0]["args"] == {"seconds": 100}
+
+
+def test_cool_off_ends_when_it_is_over_although_no_event_says_so(tmp_path: Path) -> None:
+    with Timeline(tmp_path / "run.json") as timeline:
+        agent = Invocation("a", nap)
+        timeline(QueuedEvent(agent, id=1, at=50))
+        timeline(LimitEvent(4, at=51, held_until=60))
+        timeline(LimitEvent(3, at=52, held_until=65))
+        timeline(QueuedEvent(agent, id=2, at=64))
+        assert not troubles(read_now(timeline, tmp_path))
+        timeline(QueuedEvent(agent, id=3, at=66))
+        assert troubles(read_now(timeline, tmp_path)) == [("held", 1, 15)]
+        timeline(LimitEvent(2, at=70, held_until=80))
+        timeline(LimitEvent(3, at=75))
+
+    assert troubles(records(tmp_path / "run.json")) == [("held", 1, 15), ("held", 20, 25)]
+
+
+def read_now(timeline: Timeline, path: Path) -> list[Record]:
+    timeline.flush()
+    return records(path / "run.json")
+
+
+async def test_outage_is_a_span_from_its_first_failure_to_the_first_success(tmp_path: Path) -> None:
+    async def provider() -> None:
+        await anyio.sleep(0.5)
+        if anyio.current_time() < up_at:
+            raise ConnectionError
+
+    up_at = anyio.current_time() + 60
+    with Timeline(tmp_path / "run.json") as timeline:
+        await AgentLoop(on_event=timeline).run_all([Invocation("a", provider)] * 20)
+
+    found = records(tmp_path / "run.json")
+    ((kind, began, ended),) = troubles(found)
+    succeeded = [end for *_, end, args in slices(found) if args["status"] == "success"]
+    assert (kind, began, ended) == ("outage", 0.5, min(succeeded) / 1e6)
+
+
+@pytest.mark.parametrize("how", ["killed", "closed", "next run"])
+def test_trouble_at_the_end_of_a_run_is_written_and_ends_with_it(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.perf_counter", lambda: clock)
+    clock = 0.0
+    agent = Invocation("a", nap)
+    timeline = Timeline(tmp_path / "run.json")
+    timeline(QueuedEvent(agent, id=1, at=10))
+    timeline(StartedEvent(agent, id=1, at=10))
+    timeline(LimitEvent(1, at=20, held_until=90, outage_since=12))
+    timeline(ResultEvent(agent, InvocationResult("a", Status.SKIPPED), id=1, at=30))
+    if how == "next run":
+        clock = 1000.0
+        timeline(LimitEvent(1, at=40))
+        timeline(QueuedEvent(agent, id=2, at=50))
+
+    found = read_now(timeline, tmp_path)
+    begun = [(record["name"], record["ts"] / 1e6) for record in of(found, "b")]
+    assert begun == [("held", 10), ("outage", 2)]
+    timeline.close()
+    if how == "killed":
+        assert not of(found, "e")
+    else:
+        assert troubles(records(tmp_path / "run.json")) == [("held", 10, 20), ("outage", 2, 20)]
+
+
+def test_trouble_that_only_loops_without_a_timeline_meet_ends_no_sooner_than_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.perf_counter", lambda: clock)
+    clock = 10.0
+    with Timeline(tmp_path / "run.json") as timeline:
+        timeline(LimitEvent(2, at=10))
+        timeline(QueuedEvent(Invocation("a", nap), id=1, at=20))
+        timeline(ResultEvent(Invocation("a", nap), InvocationResult("a", Status.SKIPPED), id=1, at=20))
+        clock = 50.0
+        timeline(LimitEvent(1, at=50, held_until=100, outage_since=45))
+        clock = 70.0
+        timeline(LimitEvent(2, at=70))
+
+    assert troubles(records(tmp_path / "run.json")) == [("held", 40, 40), ("outage", 35, 35)]
+
+
+async def test_pause_of_all_keys_is_no_cool_off(tmp_path: Path) -> None:
+    with Timeline(tmp_path / "run.json") as timeline:
+        limiters = KeyedLimiter(lambda invocation: invocation.agent_id, lambda _: Limiter(2))
+        limiters.pause()
+        loop = AgentLoop(limiter=limiters, on_event=timeline)
+        async with anyio.create_task_group() as group:
+            group.start_soon(loop.run_single, "a", nap, 1)
+            await anyio.sleep(1)
+            limiters["a"].max_concurrency = 3
+            limiters.resume()
+
+    assert not troubles(records(tmp_path / "run.json"))
+
+
+def test_time_of_day_of_the_beginning_is_told(tmp_path: Path) -> None:
+    before = datetime.now().astimezone().replace(microsecond=0)
+    with Timeline(tmp_path / "run.json") as timeline:
+        feed(timeline.named("chat"), 2)
+
+    ((label, pid),) = (
+        (record["args"]["labels"], record["pid"])
+        for record in of(records(tmp_path / "run.json"), "M", "process_labels")
+    )
+    began = datetime.fromisoformat(label.removeprefix("began "))
+    assert before <= began <= datetime.now().astimezone()
+    assert pid == 2
+
+
 # --- several loops and runs
 
 
@@ -513,7 +655,10 @@ def test_event_of_a_later_version_is_ignored(tmp_path: Path) -> None:
             later(unknown)
             later(event)
 
-    assert records(tmp_path / "later.json") == records(tmp_path / "plain.json")
+    def told(name: str) -> list[Record]:
+        return [record for record in records(tmp_path / name) if record.get("name") != "process_labels"]
+
+    assert told("later.json") == told("plain.json")
 
 
 def test_closing_again_does_nothing_and_events_are_then_refused(tmp_path: Path) -> None:
