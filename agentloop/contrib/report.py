@@ -13,7 +13,9 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
 from html import escape
+from itertools import groupby
 from typing import Any, TypeAlias
 
 from agentloop import Distribution, MetricsSnapshot, Status
@@ -22,8 +24,11 @@ _BINS = 240
 _BARS = 48
 _MAX_REASONS = 1000
 _SHOWN_REASONS = 20
+_SHOWN_OUTAGES = 3
 _LEVELS = ("running", "retrying", "waiting")
+_TROUBLES: Sequence[str] = ("held", "outage")
 _WIDTHS = {"wide": 900, "narrow": 340}
+_MICROSECOND, _LONGEST = timedelta(microseconds=1), timedelta(days=36500)
 _Key: TypeAlias = tuple[str, str]
 _Path: TypeAlias = str | os.PathLike[str]
 
@@ -88,13 +93,12 @@ class _Bins:
         self.end = 0.0
         self.rows: list[dict[str, float]] = []
 
-    def hold(self, levels: Mapping[str, float], begin: float, end: float) -> None:
-        """Add levels that were held from one time to another, in microseconds."""
+    def add(self, levels: Mapping[str, float], begin: float, end: float) -> None:
+        """Add levels that lasted from one time to another, in microseconds."""
         self._reach(end)
         for index in range(int(begin / self.width), int(end / self.width) + 1):
             part = min(end, (index + 1) * self.width) - max(begin, index * self.width)
             row = self.rows[index]
-            row["time"] = row.get("time", 0.0) + part
             for name, level in levels.items():
                 row[name] = row.get(name, 0.0) + level * part
 
@@ -131,6 +135,24 @@ class _Reason:
         self.error = error
 
 
+class _Group:
+    """What the loops that share a limiter have seen of their provider."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.outages: list[tuple[float, float]] = []
+        """Begin and end of the first few, in microseconds."""
+        self.counts = dict.fromkeys(_TROUBLES, 0)
+        self.totals_us = dict.fromkeys(_TROUBLES, 0.0)
+
+    def add(self, kind: str, begin: float, end: float) -> None:
+        """Add a cool-off or an outage."""
+        self.counts[kind] += 1
+        self.totals_us[kind] += end - begin
+        if kind == "outage" and len(self.outages) < _SHOWN_OUTAGES:
+            self.outages.append((begin, end))
+
+
 class _Story:
     """What a timeline tells, in bounded memory however long it is."""
 
@@ -138,6 +160,9 @@ class _Story:
         self.bins = _Bins()
         self.reasons: dict[_Key, _Reason] = {}
         self.stops: list[str] = []
+        self.began: datetime | None = None
+        self.groups: dict[str, _Group] = {}
+        self._troubles: dict[_Key, float] = {}
         self._levels: dict[_Key, float] = {}
         self._held_since = 0.0
         self._agents: dict[tuple[Any, Any], str] = {}
@@ -147,14 +172,31 @@ class _Story:
         for line in lines:
             try:
                 self._tell(json.loads(line.strip().rstrip(",")))
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
                 pass  # a bracket, half a line at the end of a killed run, or somebody else's record
 
         self._hold(self.bins.end)
+        for key, begin in self._troubles.items():
+            self._add_trouble(key, begin, max(begin, self.bins.end))
+
+    def moment(self, at: float) -> str:
+        """Return a time, in microseconds, as people say it."""
+        if at >= self.bins.end:
+            return "the end"
+
+        if self.began is None:
+            return _ms(at / 1000)
+
+        last = self.began + self.bins.end * _MICROSECOND
+        date = "" if self.began.date() == last.date() else "%Y-%m-%d "
+        return f"{self.began + at * _MICROSECOND:{date}%H:%M:%S}"
 
     def _tell(self, record: dict[str, Any]) -> None:
         phase, lane = record["ph"], (record["pid"], record.get("tid"))
         at = max(0.0, float(record.get("ts", 0.0)))
+        if at > _LONGEST / _MICROSECOND:
+            raise ValueError("nothing takes so long")
+
         if phase == "B":
             self._agents[lane] = str(record["name"])
         elif phase == "E":
@@ -167,6 +209,26 @@ class _Story:
             self._ended(record["args"], record["args"]["agent"], at)
         elif phase == "i" and record["s"] == "g" and len(self.stops) < 5:
             self.stops.append(str(record["args"]["reason"]))
+        elif phase == "b" and record["cat"] in _TROUBLES:
+            self._troubles[str(record["pid"]), record["cat"]] = at
+        elif phase == "e" and record["cat"] in _TROUBLES:
+            key = str(record["pid"]), record["cat"]
+            begin = self._troubles.pop(key)
+            self._add_trouble(key, begin, max(begin, at))
+        elif phase == "M" and record["name"] == "process_name":
+            self._group(str(record["pid"])).name = str(record["args"]["name"])
+        elif phase == "M" and record["name"] == "process_labels":
+            began = datetime.fromisoformat(record["args"]["labels"].removeprefix("began "))
+            # Raises where later moments would be beyond the end of the calendar.
+            self.began = began + _LONGEST - _LONGEST
+
+    def _group(self, pid: str) -> _Group:
+        return self.groups.setdefault(pid, _Group())
+
+    def _add_trouble(self, key: _Key, begin: float, end: float) -> None:
+        pid, kind = key
+        self._group(pid).add(kind, begin, end)
+        self.bins.add({kind: 1.0}, begin, end)
 
     def _ended(self, args: dict[str, Any], agent: str, at: float) -> None:
         status = str(args["status"])
@@ -188,7 +250,7 @@ class _Story:
         if at > self._held_since:
             names = {name for _, name in self._levels}
             totals = {name: sum(v for (_, n), v in self._levels.items() if n == name) for name in names}
-            self.bins.hold(totals, self._held_since, at)
+            self.bins.add({"time": 1.0, **totals}, self._held_since, at)
             self._held_since = at
 
 
@@ -230,10 +292,36 @@ def _headline(snapshot: MetricsSnapshot, story: _Story) -> str:
     parts = [(status, snapshot.counts[status]) for status in Status if snapshot.counts[status]]
     bar = "".join(f'<i class="{status}" style="flex-grow:{count}"></i>' for status, count in parts)
     legend = _legend([(status, f"{count:,} {status}") for status, count in parts])
+    began = f'<p class="note">Began {story.began:%Y-%m-%d %H:%M:%S %Z}.</p>\n' if story.began else ""
     stops = "".join(f'<p class="stop">Stopped: {_text(reason)}</p>' for reason in story.stops)
+    troubles = "".join(f'<p class="trouble">{_text(sentence)}</p>' for sentence in _troubles(story))
     return (
-        f'<dl class="cards">{cards}</dl>\n<div class="outcomes" aria-hidden="true">{bar}</div>{legend}{stops}'
+        f'{began}<dl class="cards">{cards}</dl>\n'
+        f'<div class="outcomes" aria-hidden="true">{bar}</div>{legend}{stops}{troubles}'
     )
+
+
+def _troubles(story: _Story) -> Iterator[str]:
+    """Yield a sentence for each provider that was in trouble."""
+    concerned = [group for group in story.groups.values() if any(group.counts.values())]
+    for group in concerned[:5]:
+        facts: list[str] = []
+        if group.outages:
+            times = [f"from {story.moment(begin)} to {story.moment(end)}" for begin, end in group.outages]
+            count, total = group.counts["outage"], _ms(group.totals_us["outage"] / 1000)
+            when = " and ".join(filter(None, [", ".join(times[:-1]), times[-1]]))
+            if count > len(times):
+                when = f"{count:,} times, for {total} in total, the first time {times[0]}"
+
+            facts.append(f"the provider was out {when}")
+
+        if group.counts["held"]:
+            facts.append(f"calls were held for {_ms(group.totals_us['held'] / 1000)} in total")
+
+        sentence = "; ".join(facts)
+        # Of whom that is said, where there are several.
+        several = len(story.groups) > 1
+        yield f"{group.name}: {sentence}." if several else f"{sentence[0].upper()}{sentence[1:]}."
 
 
 def _latency(latency: Distribution) -> str:
@@ -292,6 +380,7 @@ def _concurrency(story: _Story) -> str:
     stacked = [[bins.mean(row, name) for name in _LEVELS] for row in rows]
     limits = [bins.mean(row, "slots") for row in rows]
     top = max([*map(sum, stacked), *limits, 1.0])
+    troubles = [kind for kind in _TROUBLES if any(row.get(kind) for row in rows)]
 
     def draw(chart: _Chart) -> None:
         chart.y_axis(top, "invocations")
@@ -300,6 +389,9 @@ def _concurrency(story: _Story) -> str:
         edges = [min(index / span, 1.0) for index in range(len(rows) + 1)]
         for level in reversed(range(len(_LEVELS))):
             chart.area(edges, [sum(row[: level + 1]) for row in stacked], _LEVELS[level])
+
+        for place, kind in enumerate(troubles):
+            chart.bands(edges, [row.get(kind, 0.0) for row in rows], place, kind)
 
         chart.steps(edges, limits, "limit")
 
@@ -311,6 +403,7 @@ def _concurrency(story: _Story) -> str:
             ("retrying", "waiting to be retried"),
             ("waiting", "waiting for a slot"),
             ("limit", "limit"),
+            *((kind, {"held": "calls held", "outage": "provider out"}[kind]) for kind in troubles),
         ]
     )
     note = f"Means of {_ms(bins.width / 1000)} each."
@@ -453,6 +546,20 @@ class _Chart:
         start = f"M{self.x(edges[0]):.1f} {self.y(values[0]):.1f}"
         self.parts.append(f'<path class="line {kind}" d="{start}{self._path(edges, values)}"/>')
 
+    def bands(self, edges: Sequence[float], shares: Sequence[float], row: int, kind: str) -> None:
+        """Tint the times in which there was something, and mark them above the chart, in one of two rows."""
+        spans: list[tuple[float, float]] = []
+        index = 0
+        for is_there, neighbours in groupby(shares, bool):
+            begin, index = index, index + len(list(neighbours))
+            if is_there:
+                spans.append((self.x(edges[begin]), self.x(edges[index])))
+
+        above, base = self.TOP - 4 - 6 * row, self.HEIGHT - self.BOTTOM
+        for name, y, bottom in ("band", self.TOP, base), ("strip", above - 4, above):
+            path = "".join(f"M{x:.1f} {y:g}H{end:.1f}V{bottom:g}H{x:.1f}Z" for x, end in spans)
+            self.parts.append(f'<path class="{name} {kind}" d="{path}"/>')
+
     def mark(self, place: float, row: int, text: str) -> None:
         x, y = self.x(place), 14.0 + 14 * row
         self.parts.append(f'<path class="mark" d="M{x:.1f} {y + 3:.1f}V{self.HEIGHT - self.BOTTOM:g}"/>')
@@ -548,11 +655,11 @@ def _decades(low: float, high: float) -> Iterator[float]:
 _STYLE = """
 :root{color-scheme:light dark;--bg:#fbfbfa;--card:#fff;--ink:#1d2430;--soft:#626b79;--line:#e4e6ea;
 --success:#2b9a78;--error:#cf3f4f;--timeout:#de9a26;--cancelled:#8b93a1;--skipped:#c3c8d0;
---running:#3f73d6;--retrying:#e3a23a;--waiting:#c9cfd9;--limit:#1d2430}
+--running:#3f73d6;--retrying:#e3a23a;--waiting:#c9cfd9;--limit:#1d2430;--held:#8a5bd0;--outage:#cf3f4f}
 @media(prefers-color-scheme:dark){:root{--bg:#12161d;--card:#1a2029;--ink:#e7eaf0;--soft:#9aa4b2;
 --line:#2b3340;
 --success:#43b893;--error:#ef6b78;--timeout:#f0b44c;--cancelled:#78818f;--skipped:#4a5362;
---running:#6a98f0;--retrying:#f0b44c;--waiting:#4a5362;--limit:#e7eaf0}}
+--running:#6a98f0;--retrying:#f0b44c;--waiting:#4a5362;--limit:#e7eaf0;--held:#ab8af2;--outage:#ef6b78}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);
 font:15px/1.5 system-ui,"Segoe UI",Roboto,"Helvetica Neue",sans-serif}
@@ -562,6 +669,7 @@ h2{font-size:18px;margin:0}
 section{background:var(--card);border:1px solid var(--line);border-radius:12px;
 padding:18px 20px;margin-top:18px}
 .note{color:var(--soft);margin:2px 0 10px;font-size:13.5px}
+h1+.note{margin:-12px 0 18px}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:0 0 16px}
 .card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:12px 16px}
 dt{color:var(--soft);font-size:13.5px}
@@ -573,7 +681,9 @@ dd span{color:var(--soft);font-size:13px}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:4px 18px;margin:8px 0 0;padding:0;font-size:13.5px}
 .dot{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:7px}
 .dot.limit{height:0;border-top:2px dashed var(--limit);border-radius:0;width:16px;vertical-align:4px}
-.stop{border-left:4px solid var(--error);padding-left:10px;margin:12px 0 0;overflow-wrap:anywhere}
+.stop,.trouble{border-left:4px solid var(--error);padding-left:10px;margin:12px 0 0;overflow-wrap:anywhere}
+.trouble{border-color:var(--held)}
+.band{fill-opacity:.2}
 svg{display:block;width:100%;height:auto}
 svg text{fill:var(--soft);font-size:12px;paint-order:stroke;stroke:var(--card);stroke-width:4px}
 .grid{stroke:var(--line)}
@@ -601,6 +711,6 @@ td.example{white-space:normal;overflow-wrap:anywhere;min-width:240px;font-size:1
 .failures th,.failures td{border-bottom:0}.failures tbody tr{border-bottom:1px solid var(--line)}
 .failures td.example{grid-column:1/-1;padding-top:0}}
 """ + "".join(
-    f".{kind}{{background:var(--{kind})}}.bar.{kind},.area.{kind}{{fill:var(--{kind});background:none}}\n"
-    for kind in ("success", "error", "timeout", "cancelled", "skipped", "running", "retrying", "waiting")
+    f".{kind}{{background:var(--{kind})}}svg .{kind}{{fill:var(--{kind});background:none}}\n"
+    for kind in (*Status, *_LEVELS, *_TROUBLES)
 )

@@ -39,12 +39,23 @@ class StatusError(Exception):
         self.status_code = status_code
 
 
-def make_up(path: Path, count: int, *, limit: int = 20, seed: int = 1) -> MetricsRecorder:
-    """Write the timeline of a run, some of which fails, to a file, and return what was recorded."""
+def make_up(
+    path: Path, count: int, *, limit: int = 20, seed: int = 1, trouble: bool = False
+) -> MetricsRecorder:
+    """
+    Write the timeline of a run, some of which fails, to a file, and return what was recorded.
+
+    :param trouble: whether there is a cool-off from the 2nd to the 5th second, and an outage from the 4th to
+        the 6th
+    """
     rng = random.Random(seed)
     recorder = MetricsRecorder()
     slots = [0.0] * limit
-    ends: list[tuple[float, int, RetryEvent | ResultEvent]] = []
+    ends: list[tuple[float, int, LimitEvent | RetryEvent | ResultEvent]] = []
+    if trouble:
+        held = LimitEvent(limit, at=2, held_until=5)
+        ends = [(2, -3, held), (4.5, -2, LimitEvent(9, 4.5, 5, 4)), (6, -1, LimitEvent(9, 6))]
+
     errors = [StatusError(429), StatusError(500), ConnectionError(HOSTILE)]
     with Timeline(path) as timeline:
         timeline(LimitEvent(limit, at=0.0))

@@ -129,6 +129,140 @@ def test_reasons_are_bounded_and_the_most_frequent_come_first(tmp_path: Path) ->
     assert "none finished" in page.text
 
 
+# --- a provider in trouble
+
+
+def metadata(pid: int, name: str, /, **args: str) -> dict[str, Any]:
+    return {"ph": "M", "name": name, "pid": pid, "args": args}
+
+
+def span(kind: str, begin: float, end: float | None, pid: int = 1) -> list[dict[str, Any]]:
+    common = {"name": kind, "cat": kind, "pid": pid, "id": f"{pid}.{kind}"}
+    begun: dict[str, Any] = {"ph": "b", "ts": begin * 1e6, **common}
+    return [begun] if end is None else [begun, {"ph": "e", "ts": end * 1e6, **common}]
+
+
+def told_until(seconds: float) -> dict[str, Any]:
+    return {"ph": "C", "name": "limit", "pid": 1, "ts": seconds * 1e6, "args": {"slots": 5}}
+
+
+def sentences(path: Path) -> list[str]:
+    html = render_report(recorded(1.0).snapshot(), path)
+    return re.findall('<p class="trouble">(.*?)</p>', html)
+
+
+def test_trouble_of_the_provider_is_told_by_the_time_of_day(tmp_path: Path) -> None:
+    path = trace(
+        tmp_path / "run.json",
+        metadata(1, "process_labels", labels="began 2026-11-27T21:00:50+01:00"),
+        *span("held", 10, 110),
+        *span("held", 200, 300),
+        *span("outage", 22, 350),
+        told_until(400),
+    )
+    assert sentences(path) == [
+        "The provider was out from 21:01:12 to 21:06:40; calls were held for 3 min 20 s in total."
+    ]
+    assert "Began 2026-11-27 21:00:50 UTC+01:00." in render_report(recorded(1.0).snapshot(), path)
+
+
+def test_trouble_in_a_timeline_of_several_days_has_dates(tmp_path: Path) -> None:
+    path = trace(
+        tmp_path / "run.json",
+        metadata(1, "process_labels", labels="began 2026-11-27T23:59:00+01:00"),
+        *span("outage", 30, 90),
+        told_until(100),
+    )
+    assert sentences(path) == ["The provider was out from 2026-11-27 23:59:30 to 2026-11-28 00:00:30."]
+
+
+@pytest.mark.parametrize(
+    ("outages", "shown"),
+    [
+        ([(1, 2), (3, 4)], "from 1 s to 2 s and from 3 s to 4 s"),
+        ([(1, 2), (3, 4), (5, 6)], "from 1 s to 2 s, from 3 s to 4 s and from 5 s to 6 s"),
+        ([(1, 2), (3, 4), (5, 6), (7, 8)], "4 times, for 4 s in total, the first time from 1 s to 2 s"),
+        ([(1, None)], "from 1 s to the end"),
+    ],
+)
+def test_every_number_of_outages_is_one_sentence(
+    outages: list[tuple[float, float | None]], shown: str, tmp_path: Path
+) -> None:
+    records = [record for outage in outages for record in span("outage", *outage)]
+    path = trace(tmp_path / "run.json", *records, told_until(9))
+    assert sentences(path) == [f"The provider was out {shown}."]
+
+
+def test_trouble_of_several_limiters_is_told_of_each(tmp_path: Path) -> None:
+    path = trace(
+        tmp_path / "run.json",
+        *[metadata(pid, "process_name", name=name) for pid, name in enumerate(["<b>", "chat", "embed"])],
+        *span("held", 1, 2, pid=1),
+        *span("outage", 1, 3, pid=0),
+        told_until(9),
+    )
+    assert sentences(path) == [
+        "&lt;b&gt;: the provider was out from 1 s to 3 s.",
+        "chat: calls were held for 1 s in total.",
+    ]
+
+
+def bands(path: Path) -> list[tuple[str, list[float]]]:
+    """Return the class of each band of the first chart that has some, and where it begins and ends."""
+    html = render_report(recorded(1.0).snapshot(), path)
+    chart = next((part for part in html.split("<svg") if 'class="band' in part), "")
+    return [
+        (kind, [float(x) for x in re.findall(r"[MH]([\d.]+)", shape)[:-1]])
+        for kind, shape in re.findall('class="(?:band) (.*?)" d="(.*?)"', chart)
+    ]
+
+
+def test_cool_offs_and_outages_are_bands_in_the_chart(tmp_path: Path) -> None:
+    running = {**told_until(0), "args": {"running": 5}}
+    path = trace(
+        tmp_path / "run.json", running, *span("held", 25, 50), *span("outage", 50, None), told_until(100)
+    )
+    width = 900 - 48 - 14
+    assert bands(path) == [
+        ("held", pytest.approx([48 + width / 4, 48 + width / 2], abs=4)),
+        ("outage", pytest.approx([48 + width / 2, 48 + width], abs=4)),
+    ]
+    text = Page(render_report(recorded(1.0).snapshot(), path)).text
+    assert "calls held" in text
+    assert "provider out" in text
+    assert "at most 5 running" in text
+
+
+def test_run_without_trouble_says_nothing_of_it(tmp_path: Path) -> None:
+    path = trace(tmp_path / "run.json", told_until(100))
+    assert not sentences(path)
+    assert not bands(path)
+    text = Page(render_report(recorded(1.0).snapshot(), path)).text
+    assert "calls held" not in text
+    assert "Began" not in text
+
+
+def test_records_of_impossible_times_are_left_out(tmp_path: Path) -> None:
+    path = trace(
+        tmp_path / "run.json",
+        metadata(1, "process_labels", labels="began 9999-12-31T00:00:00+01:00"),
+        metadata(1, "process_labels", labels="began yesterday"),
+        *span("outage", 1, float("inf")),
+        *span("outage", 5, 3),
+        {"ph": "C", "name": "limit", "pid": 1, "ts": 10**400, "args": {"slots": 5}},
+        told_until(9),
+    )
+    assert sentences(path) == ["The provider was out from 5 s to 5 s."]
+
+
+def test_size_depends_on_no_number_of_cool_offs(tmp_path: Path) -> None:
+    records = [
+        record for n in range(3000) for kind in ("held", "outage") for record in span(kind, 4 * n, 4 * n + 2)
+    ]
+    path = trace(tmp_path / "run.json", told_until(0), *records, told_until(12000))
+    assert len(render_report(recorded(1.0).snapshot(), path)) < 100_000
+
+
 def test_levels_of_all_groups_add_up_over_time(tmp_path: Path) -> None:
     def counter(pid: int, ts: float, **args: float) -> dict[str, Any]:
         return {"ph": "C", "name": "n", "pid": pid, "ts": ts, "args": args}

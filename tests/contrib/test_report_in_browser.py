@@ -96,6 +96,46 @@ def test_report_shows_the_run_on_every_screen(browser: Any, count: int, tmp_path
         context.close()
 
 
+# What shows trouble in the chart of the limit, and all that is written in it.
+TROUBLE = """() => {
+    const boxes = (selector) => [...document.querySelectorAll("#concurrency " + selector)]
+        .map(part => part.getBoundingClientRect()).filter(box => box.width)
+        .map(box => [box.left, box.right, box.top, box.bottom]);
+    return {bands: boxes(".band"), strips: boxes(".strip"), texts: boxes("text"), dots: boxes(".legend .dot"),
+        excess: document.documentElement.scrollWidth - innerWidth}
+}"""
+
+
+def overlap(one: list[float], other: list[float]) -> bool:
+    return one[0] < other[1] and other[0] < one[1] and one[2] < other[3] and other[2] < one[3]
+
+
+@pytest.mark.parametrize(("scheme", "width"), SCREENS)
+def test_trouble_is_seen_above_and_in_the_chart_and_covers_no_text(
+    browser: Any, scheme: str, width: int, tmp_path: Path
+) -> None:
+    recorder = make_up(tmp_path / "run.json", 3000, trouble=True)
+    write_report(tmp_path / "run.html", recorder.snapshot(), tmp_path / "run.json")
+    page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
+    page.goto((tmp_path / "run.html").as_uri())
+    assert "; calls were held for 3 s in total." in page.inner_text(".trouble")
+    seen = page.evaluate(TROUBLE)
+    (held, outage), strips = seen["bands"], seen["strips"]
+    # A second of both, of three and two.
+    assert held[0] < outage[0] < held[1] < outage[1]
+    assert [strip[:2] for strip in strips] == [held[:2], outage[:2]]
+    assert all(strip[3] - strip[2] > 1 for strip in strips)
+    assert not overlap(*strips)
+    assert not [text for text in seen["texts"] for strip in strips if overlap(text, strip)]
+    assert len(seen["dots"]) == 6
+    assert seen["excess"] <= 0
+    if "SCREENSHOTS" in os.environ:
+        name = f"trouble-{scheme}-{width}.png"
+        page.screenshot(path=Path(os.environ["SCREENSHOTS"]) / name, full_page=True)
+
+    page.close()
+
+
 def test_report_of_nothing_is_a_page_too(browser: Any, tmp_path: Path) -> None:
     write_report(tmp_path / "run.html", MetricsRecorder().snapshot())
     page = browser.new_page()
