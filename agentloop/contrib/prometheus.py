@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from agentloop import AgentLoop, Distribution, LoopStatistics, MetricsRecorder
+from agentloop import AgentLoop, Distribution, MetricsRecorder
 
 # The bounds of the buckets are 1, 2, 4 and so on to 2 ** 20 milliseconds, which is 17 minutes: powers of two
 # are bounds of the recorder's own buckets at every scale, so that no count is an estimate.
@@ -67,6 +67,8 @@ def _collect(sources: Mapping[str, AgentLoop | MetricsRecorder]) -> Iterator[Met
             ("running", "Slots in use."),
             ("waiting", "Invocations that wait for a slot or for their next retry."),
             ("limit", "Slots that there are."),
+            ("limiter_held", "1 while nothing starts but probes, in a cool-off or a pause; else 0."),
+            ("limiter_outage", "1 while the provider is out; else 0."),
         )
     }
     histograms = {
@@ -79,7 +81,7 @@ def _collect(sources: Mapping[str, AgentLoop | MetricsRecorder]) -> Iterator[Met
     }
     for label, source in sources.items():
         if isinstance(source, AgentLoop):
-            _add_state(gauges, label, source.statistics())
+            _add_state(gauges, label, source)
 
         so_far = (source.metrics if isinstance(source, AgentLoop) else source).snapshot()
         for status, count in so_far.counts.items():
@@ -98,10 +100,14 @@ def _collect(sources: Mapping[str, AgentLoop | MetricsRecorder]) -> Iterator[Met
     yield from histograms.values()
 
 
-def _add_state(gauges: Mapping[str, GaugeMetricFamily], label: str, now: LoopStatistics) -> None:
+def _add_state(gauges: Mapping[str, GaugeMetricFamily], label: str, loop: AgentLoop) -> None:
+    now, limiter = loop.statistics(), loop.limiter.statistics()
     gauges["running"].add_metric([label], now.running)
     gauges["waiting"].add_metric([label], now.waiting)
     gauges["limit"].add_metric([label], now.max_concurrency)
+    # Not for how long: that is told in seconds of the event loop's clock, which other threads cannot read.
+    gauges["limiter_held"].add_metric([label], limiter.paused_until is not None)
+    gauges["limiter_outage"].add_metric([label], limiter.outage_since is not None)
 
 
 def _buckets(distribution: Distribution) -> list[tuple[str, float]]:

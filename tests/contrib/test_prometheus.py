@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from agentloop import AgentLoop, Backoff, Invocation, InvocationResult, LoopConfig, MetricsRecorder, Status
 from agentloop.contrib.prometheus import LoopCollector
+from agentloop.testing import FakeHTTPError
 
 BOUNDS_MS = [2.0**octave for octave in range(21)]
 FORMATS = [(generate_latest, parse_text), (openmetrics.generate_latest, parse_openmetrics)]
@@ -82,6 +83,8 @@ async def test_a_run_is_read_by_the_parsers_of_the_client_library(generate: Any,
         ("agentloop_running", "a"): 0,
         ("agentloop_waiting", "a"): 0,
         ("agentloop_limit", "a"): 1,
+        ("agentloop_limiter_held", "a"): 0,
+        ("agentloop_limiter_outage", "a"): 0,
         ("agentloop_latency_seconds_count", "a"): 6,
         ("agentloop_latency_seconds_sum", "a"): pytest.approx(1 + 1 + 1 + 3 + 3 + 1),
         ("agentloop_queue_seconds_count", "a"): 6,
@@ -102,6 +105,24 @@ async def test_state_of_this_moment_is_read_from_any_thread() -> None:
 
     names = ("running", "waiting", "limit", "in_flight")
     assert [values[f"agentloop_{name}", "a"] for name in names] == [2, 3, 2, 2]
+
+
+@pytest.mark.parametrize(("error", "held"), [(FakeHTTPError(429, retry_after=10), 1), (OSError(), 0)])
+async def test_trouble_of_the_provider_is_read_while_it_lasts(error: Exception, held: int) -> None:
+    loop = AgentLoop(LoopConfig(max_concurrency=8, max_retries=0))
+    states = []
+    for errors in [error] * 8, []:
+        await loop.run_all([Invocation("a", flaky, (errors,))] * 8)
+        values = scrape({"a": loop})
+        states.append([values[f"agentloop_limiter_{state}", "a"] for state in ("held", "outage")])
+
+    assert states == [[held, 1 - held], [0, 0]]
+
+
+def test_pause_is_held_too() -> None:
+    loop = AgentLoop()
+    loop.limiter.pause()
+    assert scrape({"a": loop})["agentloop_limiter_held", "a"] == 1
 
 
 def test_sources_are_told_apart_and_a_recorder_has_no_state() -> None:
