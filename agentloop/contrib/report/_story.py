@@ -1,0 +1,202 @@
+"""What a timeline tells, in bounded memory."""
+
+from __future__ import annotations
+
+__all__ = ["LEVELS", "TROUBLES", "Story"]
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any, TypeAlias
+
+from agentloop import Status
+
+from ._text import duration
+
+LEVELS = ("running", "retrying", "waiting")
+TROUBLES: Sequence[str] = ("held", "outage")
+
+_BINS = 240
+_MAX_REASONS = 1000
+_SHOWN_OUTAGES = 3
+_MICROSECOND, _LONGEST = timedelta(microseconds=1), timedelta(days=36500)
+_Key: TypeAlias = tuple[str, str]
+
+
+class _Bins:
+    """Levels and counts over time, in a bounded number of bins, which get wider as time goes on."""
+
+    def __init__(self) -> None:
+        self.width = 1.0
+        self.end = 0.0
+        self.rows: list[dict[str, float]] = []
+
+    def add(self, levels: Mapping[str, float], begin: float, end: float) -> None:
+        """Add levels that lasted from one time to another, in microseconds."""
+        self._reach(end)
+        for index in range(int(begin / self.width), int(end / self.width) + 1):
+            part = min(end, (index + 1) * self.width) - max(begin, index * self.width)
+            row = self.rows[index]
+            for name, level in levels.items():
+                row[name] = row.get(name, 0.0) + level * part
+
+    def count(self, name: str, at: float) -> None:
+        """Count something that happened at a time."""
+        self._reach(at)
+        row = self.rows[int(at / self.width)]
+        row[name] = row.get(name, 0.0) + 1
+
+    def mean(self, row: Mapping[str, float], name: str) -> float:
+        return row.get(name, 0.0) / (row.get("time") or math.inf)
+
+    def merged(self, most: int) -> list[dict[str, float]]:
+        """Return the counts in fewer bins."""
+        size = -(-len(self.rows) // most) or 1
+        return [_sum(self.rows[start : start + size]) for start in range(0, len(self.rows), size)]
+
+    def _reach(self, end: float) -> None:
+        self.end = max(self.end, end)
+        while end >= self.width * _BINS:
+            self.rows = self.merged(-(-len(self.rows) // 2) or 1)
+            self.width *= 2
+
+        while len(self.rows) <= end / self.width:
+            self.rows.append({})
+
+
+class _Reason:
+    """Failures of one kind."""
+
+    def __init__(self, agent: str, error: str) -> None:
+        self.final = self.retried = 0
+        self.agent = agent
+        self.error = error
+
+
+class _Group:
+    """What the loops that share a limiter have seen of their provider."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.outages: list[tuple[float, float]] = []
+        """Begin and end of the first few, in microseconds."""
+        self.counts = dict.fromkeys(TROUBLES, 0)
+        self.totals_us = dict.fromkeys(TROUBLES, 0.0)
+
+    def add(self, kind: str, begin: float, end: float) -> None:
+        """Add a cool-off or an outage."""
+        self.counts[kind] += 1
+        self.totals_us[kind] += end - begin
+        if kind == "outage" and len(self.outages) < _SHOWN_OUTAGES:
+            self.outages.append((begin, end))
+
+
+class Story:
+    """What a timeline tells, in bounded memory however long it is."""
+
+    def __init__(self) -> None:
+        self.bins = _Bins()
+        self.reasons: dict[_Key, _Reason] = {}
+        self.stops: list[str] = []
+        self.began: datetime | None = None
+        self.groups: dict[str, _Group] = {}
+        self._troubles: dict[_Key, float] = {}
+        self._levels: dict[_Key, float] = {}
+        self._held_since = 0.0
+        self._agents: dict[tuple[Any, Any], str] = {}
+
+    def read(self, lines: Iterable[str]) -> None:
+        """Read the lines of a file, each of which is a record."""
+        for line in lines:
+            try:
+                self._tell(json.loads(line.strip().rstrip(",")))
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+                pass  # a bracket, half a line at the end of a killed run, or somebody else's record
+
+        self._hold(self.bins.end)
+        for key, begin in self._troubles.items():
+            self._add_trouble(key, begin, max(begin, self.bins.end))
+
+    def moment(self, at: float) -> str:
+        """Return a time, in microseconds, as people say it."""
+        if at >= self.bins.end:
+            return "the end"
+
+        if self.began is None:
+            return duration(at / 1000)
+
+        last = self.began + self.bins.end * _MICROSECOND
+        date = "" if self.began.date() == last.date() else "%Y-%m-%d "
+        return f"{self.began + at * _MICROSECOND:{date}%H:%M:%S}"
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        phase, lane = record["ph"], (record["pid"], record.get("tid"))
+        at = max(0.0, float(record.get("ts", 0.0)))
+        if at > _LONGEST / _MICROSECOND:
+            raise ValueError("nothing takes so long")
+
+        if phase == "B":
+            self._agents[lane] = str(record["name"])
+        elif phase == "E":
+            self._ended(record["args"], self._agents.pop(lane), at)
+        elif phase == "C":
+            self._hold(at)
+            for name, level in record["args"].items():
+                self._levels[str(record["pid"]), name] = float(level)
+        elif phase == "i" and record["s"] == "p":
+            self._ended(record["args"], record["args"]["agent"], at)
+        elif phase == "i" and record["s"] == "g" and len(self.stops) < 5:
+            self.stops.append(str(record["args"]["reason"]))
+        elif phase == "b" and record["cat"] in TROUBLES:
+            self._troubles[str(record["pid"]), record["cat"]] = at
+        elif phase == "e" and record["cat"] in TROUBLES:
+            key = str(record["pid"]), record["cat"]
+            begin = self._troubles.pop(key)
+            self._add_trouble(key, begin, max(begin, at))
+        elif phase == "M" and record["name"] == "process_name":
+            self._group(str(record["pid"])).name = str(record["args"]["name"])
+        elif phase == "M" and record["name"] == "process_labels":
+            began = datetime.fromisoformat(record["args"]["labels"].removeprefix("began "))
+            # Raises where later moments would be beyond the end of the calendar.
+            self.began = began + _LONGEST - _LONGEST
+
+    def _group(self, pid: str) -> _Group:
+        return self.groups.setdefault(pid, _Group())
+
+    def _add_trouble(self, key: _Key, begin: float, end: float) -> None:
+        pid, kind = key
+        self._group(pid).add(kind, begin, end)
+        self.bins.add({kind: 1.0}, begin, end)
+
+    def _ended(self, args: dict[str, Any], agent: str, at: float) -> None:
+        status = str(args["status"])
+        self.bins.count("succeeded" if status == Status.SUCCESS else "failed", at)
+        if "error" not in args:
+            return
+
+        key = (str(args["reason"]), status)
+        if key not in self.reasons and len(self.reasons) >= _MAX_REASONS:
+            key = ("other reasons", "")
+
+        reason = self.reasons.setdefault(key, _Reason(agent, str(args["error"])))
+        if "delay_seconds" in args:
+            reason.retried += 1
+        else:
+            reason.final += 1
+
+    def _hold(self, at: float) -> None:
+        if at > self._held_since:
+            names = {name for _, name in self._levels}
+            totals = {name: sum(v for (_, n), v in self._levels.items() if n == name) for name in names}
+            self.bins.add({"time": 1.0, **totals}, self._held_since, at)
+            self._held_since = at
+
+
+def _sum(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for row in rows:
+        for name, value in row.items():
+            total[name] = total.get(name, 0.0) + value
+
+    return total

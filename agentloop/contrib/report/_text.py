@@ -1,0 +1,45 @@
+"""Texts that are safe in HTML, and numbers that are short to read."""
+
+from __future__ import annotations
+
+__all__ = ["class_of", "duration", "percent", "safe"]
+
+import math
+from html import escape
+
+from agentloop import Status
+
+
+def safe(text: str) -> str:
+    """Return a text that is safe in HTML, and that neither reorders nor hides what stands around it."""
+    return escape("".join(char if char.isprintable() else "\ufffd" for char in text[:500]))
+
+
+def class_of(status: str) -> str:
+    return status if status in list(Status) else "cancelled"
+
+
+def percent(part: int, whole: int) -> str:
+    # 99.99 % is not all of it.
+    percent = math.floor(1000 * part / whole) / 10
+    return f"{percent:g} %"
+
+
+def duration(value: float) -> str:
+    """Return a duration in the unit that suits it."""
+    if not value:
+        return "0"
+
+    if value < 1000:
+        return f"{value:.3g} ms" if value < 999.5 else "1 s"
+
+    seconds = value / 1000
+    if seconds < 99.95:
+        return f"{seconds:.3g} s"
+
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if not hours:
+        return f"{minutes} min {seconds} s" if seconds else f"{minutes} min"
+
+    return f"{hours:,} h {minutes} min" if minutes else f"{hours:,} h"
