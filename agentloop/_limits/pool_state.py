@@ -174,8 +174,10 @@ class PoolState(LoopState):
         :param outer: the slot of the invocation that makes it, if one does
         """
         # What is nested in another limiter is at work there, and may still succeed.
-        if outer is not None and self in (outer.pool, outer.pool.home):
-            outer.pool.work.calls[call] = outer
+        if outer is not None:
+            keys = outer.pool.keys
+            if outer.pool is self or (keys is not None and keys.home is self):
+                outer.pool.work.calls[call] = outer
 
         self._look_for_break()
 

@@ -193,7 +193,7 @@ async def test_retry_after_holds_back_every_caller_and_lets_one_at_a_time_try() 
         await anyio.wait_all_tasks_blocked()
         await loop.run_single("told", overload, 100)
         assert limiter.statistics().paused_until == starts.began + 100
-        assert repr(limiter) == "<Limiter 1 running, 0 waiting, limit 6 of 8, paused>"
+        assert repr(limiter) == "<Limiter 1 running, 0 waiting, limit 6 of 8, held>"
         assert starts.told[-1].held_until == starts.began + 100
         for task in (
             lambda: loop.run_single("single", fail),
