@@ -16,6 +16,8 @@ from ._errors import (
     InvocationTimeout,
     LeftOpenError,
     LoopClosed,
+    QueueFull,
+    QueueTimeout,
 )
 from ._events import (
     ChunkEvent,
@@ -74,6 +76,8 @@ __all__ = [
     "LoopStatistics",
     "MetricsRecorder",
     "MetricsSnapshot",
+    "QueueFull",
+    "QueueTimeout",
     "QueuedEvent",
     "Rate",
     "ResultEvent",

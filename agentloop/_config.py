@@ -45,6 +45,9 @@ class LoopConfig:
     :param idle_timeout_seconds: how long a stream may take from one chunk to the next
     :param overload_timeout_seconds: how long an invocation goes on being retried through overload; such
         retries do not count towards ``max_retries``
+    :param queue_timeout_seconds: how long a single invocation or a stream may wait for its first slot: then
+        its result is ``TIMEOUT``, with a :exc:`QueueTimeout`. Neither batches are bound by it, nor nested
+        invocations that can use the slot of the one that runs them
     :param stop: when a batch stops by itself; single invocations and streams are no batches
     :param collect_metrics: whether results are recorded
     :raises TypeError: if a value is of the wrong type; ``bool`` is no number
@@ -70,6 +73,9 @@ class LoopConfig:
     )
     overload_timeout_seconds: float | None = attrs.field(
         default=600.0, validator=must.number(above=0, optional=True)
+    )
+    queue_timeout_seconds: float | None = attrs.field(
+        default=None, validator=must.number(above=0, optional=True)
     )
     stop: StopRule | None = attrs.field(
         default=None, validator=attrs.validators.optional(must.instance(StopRule))

@@ -14,6 +14,8 @@ __all__ = [
     "JournaledError",
     "LeftOpenError",
     "LoopClosed",
+    "QueueFull",
+    "QueueTimeout",
     "describe",
     "is_not_async",
     "not_async",
@@ -120,6 +122,35 @@ class IdleTimeout(InvocationTimeout):
     """A stream yielded nothing for ``idle_timeout_seconds`` after a chunk."""
 
     _text = "No chunk for {:.10g}s"
+
+
+class QueueTimeout(InvocationTimeout):
+    """An invocation was granted no slot within ``queue_timeout_seconds``, and so never began."""
+
+    _text = "No slot after {:.10g}s"
+
+
+class QueueFull(AgentLoopError):
+    """
+    An invocation never began, since ``Limiter(max_waiting=...)`` others were waiting for a slot already.
+
+    :param waiting: how many were waiting
+    :param retry_after_seconds: in about how many seconds it would have begun, had it been let in; ``None``
+        if nobody knows. :class:`Limiter` says how that is computed
+    """
+
+    _verdict = "transient"
+
+    def __init__(self, waiting: int, retry_after_seconds: float | None = None) -> None:
+        super().__init__(waiting, retry_after_seconds)
+        self.waiting = waiting
+        self.retry_after_seconds = retry_after_seconds
+
+    def __str__(self) -> str:
+        seconds = self.retry_after_seconds
+        return f"max_waiting={self.waiting} invocations are waiting already" + (
+            "" if seconds is None else f", try again in {seconds:.3g}s"
+        )
 
 
 class InvocationCancelled(AgentLoopError):

@@ -10,9 +10,9 @@ client leave, and drains. ``python examples/serve.py --port 8000`` serves until 
 It needs ``pip install -e ".[serve]"``: Starlette on Hypercorn, which serves on asyncio and on trio.
 
 Each request is one invocation, and its answer the invocation's stream, as server-sent events. Where too many
-wait already, a request is refused with 503 and a Retry-After. A client that leaves takes its invocation with
-it. When the server is told to stop, it takes no new requests, answers those that it has begun, and ends by
-that signal.
+wait already, the limiter refuses one more, and the server answers with 503 and a Retry-After. A client that
+leaves takes its invocation with it. When the server is told to stop, it takes no new requests, answers those
+that it has begun, and ends by that signal.
 """
 
 import argparse
@@ -36,13 +36,15 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 from streaming import write
 
 from agentloop import (
     AgentLoop,
     Invocation,
+    Limiter,
     LoopConfig,
+    QueueFull,
     Status,
     StreamChunk,
     StreamEvent,
@@ -50,12 +52,12 @@ from agentloop import (
 )
 from agentloop.contrib.prometheus import LoopCollector
 
+MAX_CONCURRENCY = 4
 MAX_WAITING = 4
 SEED = 4
 SHOWN = ("agentloop_invocations_total", "agentloop_retries_total", "agentloop_limit")
 FAULTS = Faults(rate_limited=0.1, server_error=0.1, gap_seconds=0.03)
 CONFIG = LoopConfig(
-    max_concurrency=4,
     timeout_seconds=30,
     total_timeout_seconds=60,
     first_chunk_timeout_seconds=10,
@@ -79,7 +81,6 @@ class Endpoint:
         self.agent = agent
         self.draining = draining
         self.drained = anyio.Event()
-        # Counted here and not read off the loop: requests of this very moment do not wait there yet.
         self.open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -95,7 +96,11 @@ class Endpoint:
             async with aclosing(self.events(prompt)) as events:
                 headers = {"cache-control": "no-store"}
                 response = StreamingResponse(events, headers=headers, media_type="text/event-stream")
-                await response(scope, receive, send)
+                await response(scope, receive, with_status_held_back(send))
+        except QueueFull as full:
+            headers = {"retry-after": str(max(1, math.ceil(full.retry_after_seconds or 1)))}
+            refusal = PlainTextResponse(f"{full.waiting} requests wait already\n", 503, headers)
+            await refusal(scope, receive, send)
         finally:
             self.open -= 1
 
@@ -107,22 +112,34 @@ class Endpoint:
         if self.draining.is_set():
             return PlainTextResponse("this server is about to end\n", 503, {"connection": "close"})
 
-        now = self.loop.statistics()
-        if self.open < now.max_concurrency + MAX_WAITING:
-            return None
-
-        # By then about half of those who wait now will have been answered.
-        seconds = self.loop.get_latency_stats()["mean_ms"] / 1000 * MAX_WAITING / 2 / now.max_concurrency
-        headers = {"retry-after": str(max(1, math.ceil(seconds)))}
-        return PlainTextResponse(f"{self.open} requests run or wait already\n", 503, headers)
+        return None
 
     async def events(self, prompt: str) -> AsyncGenerator[str, None]:
         try:
             async with self.loop.run_streaming("writer", self.agent, prompt) as stream:
                 async for chunk in stream:
                     yield chunk.to_sse()
-        except Exception as exc:  # the status has been sent, so an event has to tell
+        except QueueFull:
+            raise
+        except Exception as exc:  # the status may have been sent, so an event has to tell
             yield StreamChunk(StreamEvent.ERROR, type(exc).__name__).to_sse()
+
+
+def with_status_held_back(send: Send) -> Send:
+    """Send the status with the first event, so that a refused request, which has none, can get another."""
+    held: list[Message] = []
+
+    async def send_later(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            held.append(message)
+            return
+
+        while held:
+            await send(held.pop())
+
+        await send(message)
+
+    return send_later
 
 
 async def serve(
@@ -240,7 +257,7 @@ async def knock(base_url: str) -> str:
 
 
 async def main(backend: str, port: int | None) -> None:
-    loop = AgentLoop(CONFIG)
+    loop = AgentLoop(CONFIG, limiter=Limiter(MAX_CONCURRENCY, max_waiting=MAX_WAITING))
     async with drain_on_signals(loop, grace_seconds=None) as draining:
         await run(backend, port, loop, draining)
 

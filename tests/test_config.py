@@ -21,6 +21,7 @@ DEFAULTS = {
     "first_chunk_timeout_seconds": None,
     "idle_timeout_seconds": None,
     "overload_timeout_seconds": 600.0,
+    "queue_timeout_seconds": None,
     "stop": None,
     "collect_metrics": True,
 }

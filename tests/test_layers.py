@@ -73,6 +73,8 @@ CONTRACT = [
     "InvocationCancelled",
     "BatchStopped",
     "StopRule",
+    "QueueFull",
+    "QueueTimeout",
     "Attempt",
     "current_attempt",
     "drain_on_signals",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["Admission", "Bill"]
+__all__ = ["Admission", "Bill", "QueueBound"]
 
 import logging
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +22,9 @@ from .rates import Charge, Rate, make_meter, price
 from .retry_budget import RetryLedger
 
 _logger = logging.getLogger("agentloop")
+
+# Of how many attempts the mean duration is, roughly: those that have ended last count most.
+_LATELY = 20
 
 
 @attrs.define(eq=False)
@@ -42,6 +46,28 @@ class Bill:
         return Bill(self.costs)
 
 
+class QueueBound:
+    """
+    How many invocations may wait for a slot, and how long attempts take.
+
+    :param max_waiting: how many may wait
+    """
+
+    def __init__(self, max_waiting: int) -> None:
+        self.max_waiting = max_waiting
+        self.waiting = 0
+        """How many wait, of those that are counted."""
+        self.mean: float | None = None
+        """How many seconds an attempt has taken lately; ``None`` before one has ended."""
+        self._ended = 0
+
+    def ended(self, seconds: float) -> None:
+        """Count an attempt that has ended after so many seconds."""
+        self._ended = min(self._ended + 1, _LATELY)
+        mean = self.mean or 0.0
+        self.mean = mean + (max(0.0, seconds) - mean) / self._ended
+
+
 class Admission:
     """
     The rates, the provider and the retry budget of a limiter in one event loop.
@@ -55,6 +81,7 @@ class Admission:
     :param rates: how much may start in a time
     :param provider: learns what the provider bears, and holds attempts back for it
     :param ledger: bounds retries
+    :param bound: bounds how many wait
     """
 
     def __init__(
@@ -62,10 +89,12 @@ class Admission:
         rates: Iterable[Rate] = (),
         provider: Provider | None = None,
         ledger: RetryLedger | None = None,
+        bound: QueueBound | None = None,
     ) -> None:
         self.meters = tuple(make_meter(rate) for rate in rates)
         self.provider = provider
         self.ledger = ledger
+        self.bound = bound
         self.gated = bool(self.meters)
         """Whether an attempt may need more than a slot; in a cool-off, say, even where there are no rates."""
         self.paused = False
@@ -74,7 +103,7 @@ class Admission:
         """How often the limit was cut. An attempt remembers the epoch in which it began."""
         self.recovers = False
         """Whether the limit was cut and may grow again."""
-        self.listens = ledger is not None
+        self.listens = self._always_listens = ledger is not None or bound is not None
         """Whether successes count for anything."""
         self.is_open = not (self.gated or self.listens)
         """Whether a free slot is all that an attempt needs, and nothing is learnt from its success."""
@@ -120,6 +149,21 @@ class Admission:
         """Return whether a rate is used in part, or attempts are held back."""
         held = self.provider is not None and self.provider.holds(now)
         return held or any(meter.binds(now) for meter in self.meters)
+
+    def estimate(self, bill: Bill | None, ahead: int, limit: int, now: float) -> float | None:
+        """
+        Return in about how many seconds an attempt would begin that stands in line.
+
+        :param ahead: how many stand in line before it
+        :param limit: how many may run at once
+        :return: ``None`` if nobody knows: while paused, or if no attempt has ended yet
+        """
+        if self.paused or self.bound is None or self.bound.mean is None:
+            return None
+
+        held_until = None if self.provider is None else self.provider.held_until(now)
+        at = max(now + (ahead + 1) * self.bound.mean / limit, self.ready_at(bill, now), held_until or now)
+        return at - now if at < math.inf else None
 
     def reserve(self, attempt: object, bill: Bill | None, now: float) -> None:
         """Reserve the bill of an attempt for which it is time."""
@@ -215,7 +259,7 @@ class Admission:
         if provider is not None:
             self.epoch = provider.limit.epoch
             self.recovers = provider.limit.recovers
-            self.listens = provider.listens or self.ledger is not None
+            self.listens = provider.listens or self._always_listens
             self.gated = bool(self.meters) or provider.holds(now)
             self._look()
 

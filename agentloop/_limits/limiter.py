@@ -14,7 +14,7 @@ from .. import _validators as must
 from .._eventloop.handover import Handover
 from .._events import Event, LimitEvent
 from .._misuse import name_parameters
-from .admission import Admission
+from .admission import Admission, QueueBound
 from .overload import AdaptiveLimit
 from .pool import SlotPool
 from .provider import Provider
@@ -88,6 +88,11 @@ class Limiter:
     invocation that was told, and then one after the other within a quarter of it. What runs is never
     interrupted, and cancelled attempts never count.
 
+    With ``max_waiting`` it refuses what comes too fast. A :exc:`QueueFull` estimates in how many seconds the
+    refused invocation would have begun: the mean duration of the attempts that have ended lately, times the
+    number of those in line and one, divided by the working limit; at least until a cool-off ends, and until
+    its rates let it start. There is no estimate while the limiter is paused or before an attempt has ended.
+
     A limiter can be made anywhere, inside an event loop or not, and serve several runs in turn, but not two
     event loops at once. In each run its rates, its working limit and its budget begin anew.
 
@@ -96,8 +101,12 @@ class Limiter:
     :param adaptive: whether to slow down when the provider has too much to do; if not, the limit is
         ``max_concurrency``, and a Retry-After concerns only the invocation that got it
     :param retry_budget: how many retries there may be for each success; absent, there is no such bound
+    :param max_waiting: how many single invocations and streams may wait for their first slot; a stream stands
+        in line as soon as its block is entered. One more is refused at once: it is ``SKIPPED``, with a
+        :exc:`QueueFull`. Neither retries and batches are counted or refused, nor nested invocations that can
+        use the slot of the one that runs them
     :raises TypeError: if a parameter is of the wrong type
-    :raises ValueError: if ``max_concurrency`` is less than 1
+    :raises ValueError: if ``max_concurrency`` is less than 1, or ``max_waiting`` less than 0
     """
 
     def __init__(
@@ -107,8 +116,12 @@ class Limiter:
         rates: Iterable[Rate] = (),
         adaptive: bool = True,
         retry_budget: RetryBudget | None = None,
+        max_waiting: int | None = None,
     ) -> None:
         must.check_whole("max_concurrency", max_concurrency, 1)
+        if max_waiting is not None:
+            must.check_whole("max_waiting", max_waiting, 0)
+
         if isinstance(rates, Rate) or not isinstance(rates, Iterable):
             raise TypeError(f"rates must be an iterable of Rate, such as [Rate(60)], got {rates!r}")
 
@@ -127,6 +140,7 @@ class Limiter:
         self._rates = rates
         self._adaptive = adaptive
         self._retry_budget = retry_budget
+        self._max_waiting = max_waiting
         self._paused = False
         self._pools = Handover[SlotPool]("limiter", "; use one per event loop")
         self._sinks: weakref.WeakSet[Callable[[Event], None]] = weakref.WeakSet()
@@ -257,6 +271,7 @@ class Limiter:
                 self._rates,
                 Provider(AdaptiveLimit(self._max_concurrency)) if self._adaptive else None,
                 None if self._retry_budget is None else RetryLedger(self._retry_budget),
+                None if self._max_waiting is None else QueueBound(self._max_waiting),
             ),
             self._tell_limit,
         )

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import anyio
 
+from .admission import QueueBound
 from .slots import Slot
 
 
@@ -36,6 +37,7 @@ class Waiter:
     __slots__ = (
         "_owner",
         "_woken",
+        "bound",
         "error",
         "granted",
         "has_loan",
@@ -44,6 +46,7 @@ class Waiter:
         "number",
         "scope",
         "slot",
+        "until",
         "wake_at",
     )
 
@@ -70,6 +73,19 @@ class Waiter:
         # When it has to look whether it is time; only the first in line does.
         self.wake_at = math.inf
         self.scope: anyio.CancelScope | None = None
+        # When it gives up, and what counts it meanwhile.
+        self.until = math.inf
+        self.bound: QueueBound | None = None
+
+    def expire_at(self, at: float) -> None:
+        """Give up at a time."""
+        self.until = at
+        self.set_alarm(self.wake_at)
+
+    def count(self, bound: QueueBound) -> None:
+        """Count as waiting until it leaves its line."""
+        self.bound = bound
+        bound.waiting += 1
 
     @property
     def is_over(self) -> bool:
@@ -89,11 +105,11 @@ class Waiter:
 
     def set_alarm(self, at: float) -> None:
         """Wake its task at a time."""
-        self.wake_at = at
+        self.wake_at = min(at, self.until)
         if self._owner is not None:
             self._owner.wake_at(self, at)
         elif self.scope is not None:
-            self.scope.deadline = at
+            self.scope.deadline = self.wake_at
 
     def ask(self, lender: Slot | None) -> bool:
         """
@@ -184,6 +200,9 @@ class Lines:
         """Take a waiter out, and wake it."""
         waiter.leave()
         self.nested.pop(waiter, None)
+        if waiter.bound is not None:
+            waiter.bound.waiting -= 1
+
         if self.alarmed is waiter:
             self.set_alarm(None, math.inf)
 

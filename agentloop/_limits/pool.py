@@ -8,7 +8,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from .._errors import DeadlockError
+from anyio.lowlevel import checkpoint
+
+from .._errors import DeadlockError, QueueFull
 from .._invocation import Invocation
 from .keys import Keys
 from .lines import Owner, Waiter
@@ -115,11 +117,29 @@ class SlotPool(PoolState):
         self.serve()
         return waiter
 
+    def bound(self, waiter: Waiter) -> QueueFull | None:
+        """
+        Count a waiter that has been granted nothing; withdraw it if as many are waiting as may.
+
+        :return: the error of a waiter that was withdrawn
+        """
+        bound = self.admission.bound
+        if bound is None:
+            return None
+
+        if bound.waiting < bound.max_waiting:
+            waiter.count(bound)
+            return None
+
+        self.withdraw(waiter)
+        bill, ahead, now = waiter.slot.bill, len(self.lines), self.loop.now()
+        return QueueFull(bound.waiting, self.admission.estimate(bill, ahead, self.limit, now))
+
     async def wait(self, waiter: Waiter) -> bool:
         """
         Wait for the slot. Cancellation gives up the place in line, and a slot granted meanwhile.
 
-        :return: whether it was granted; it was not if the waiter was withdrawn
+        :return: whether it was granted; it was not if the waiter was withdrawn, or its time is up
         """
         try:
             self.refuse_deadlocked()
@@ -127,6 +147,11 @@ class SlotPool(PoolState):
                 await waiter.wait()
                 if not waiter.is_over:
                     self.serve()
+
+                if not waiter.is_over and self.loop.now() >= waiter.until:
+                    # An attempt that ends in this moment may still grant it.
+                    await checkpoint()
+                    self.withdraw(waiter)
 
                 if waiter.is_over:
                     return waiter.granted
@@ -139,7 +164,10 @@ class SlotPool(PoolState):
             raise
 
     def withdraw(self, waiter: Waiter) -> None:
-        """Take a waiter that was granted no slot out of the line, and wake it."""
+        """Take a waiter that was granted no slot out of the line, once, and wake it."""
+        if waiter.is_over:
+            return
+
         self._leave(waiter)
         self.used()
         waiter.return_loan()

@@ -136,7 +136,10 @@ class PoolState(LoopState):
 
         :param verdict: why it failed; ``None`` if it succeeded
         """
-        now = self.loop.now()
+        now, bound = self.loop.now(), self.admission.bound
+        if bound is not None and slot.lender is None and slot.began_at is not None:
+            bound.ended(now - slot.began_at)
+
         if verdict is None:
             self.admission.succeeded(slot.epoch, self.running, now)
         else:

@@ -40,6 +40,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+from .._errors import QueueFull
 from .._eventloop.loop import EventLoop
 from .._invocation import Invocation
 from .._result import InvocationResult
@@ -95,6 +96,7 @@ class Pool(Protocol):
     def is_hopeless(self, patience: float | None) -> bool: ...
     def acquire_nowait(self, slot: Slot, returning: bool = False) -> bool: ...
     def enqueue(self, slot: Slot, returning: bool = False, owner: Any = None) -> Any: ...
+    def bound(self, waiter: Any) -> QueueFull | None: ...
     async def wait(self, waiter: Any) -> bool: ...
     def withdraw(self, waiter: Any) -> None: ...
 
@@ -139,6 +141,11 @@ class Slot:
     def is_released(self) -> bool:
         """Whether the attempt has ended."""
         return self.hold is RELEASED
+
+    @property
+    def began_at(self) -> float | None:
+        """When the attempt began, if it is the first one of its invocation."""
+        return None
 
     def take(self, epoch: int) -> None:
         """Note that the slot was granted, in an epoch of the limit."""

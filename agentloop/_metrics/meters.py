@@ -65,6 +65,8 @@ class Meters:
         # Of invocations with several.
         self.attempt = Histogram(self.scale)
         self.queue = Histogram(self.scale)
+        # Of those that waited too long.
+        self.expired = Histogram(self.scale)
         self.first_chunk = Histogram(self.scale)
         self.backoff = Histogram(self.scale)
         self.chunk_gap = Histogram(self.scale)
@@ -97,7 +99,16 @@ class Meters:
 
         self.retries += other.retries
         self.overloads += other.overloads
-        for name in ("latency", "retried", "attempt", "queue", "first_chunk", "backoff", "chunk_gap"):
+        for name in (
+            "latency",
+            "retried",
+            "attempt",
+            "queue",
+            "expired",
+            "first_chunk",
+            "backoff",
+            "chunk_gap",
+        ):
             getattr(self, name).merge(getattr(other, name))
 
     @contextmanager
@@ -118,6 +129,9 @@ class Meters:
                     self.others[status] = self.others.get(status, 0) + 1
 
                 if latency is None:
+                    if queue:
+                        self.expired.add(queue)
+
                     continue
 
                 (self.retried if retries else self.latency).add(latency)
@@ -141,6 +155,7 @@ class Meters:
         Take note of a result.
 
         :param latency: in milliseconds, as all durations are; ``None`` if the invocation was not started
+        :param queue: how long it waited; 0 if it was not started for any other reason than that
         """
         self._told.append((status, retries, latency, queue, first_chunk))
         if len(self._told) >= TOLD_AT_MOST:

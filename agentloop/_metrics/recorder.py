@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 
 from .. import _validators as must
+from .._errors import QueueTimeout
 from .._result import InvocationResult, Status
 from .histogram import DEFAULT_SCALE, Distribution, Histogram
 from .meters import Meters
@@ -24,7 +25,7 @@ class MetricsSnapshot:
     :param overloads: how many attempts failed by an overload
     :param in_flight: how many invocations were started and have not ended
     :param latency: how long those took that were started, whatever came of it, with retries and waits
-    :param queue: how long they waited for their first slot
+    :param queue: how long they waited for their first slot, and those that waited too long and never started
     :param first_chunk: how long streams took to their first chunk
     :param attempt: how long each attempt took
     :param backoff: how long each retry had to wait
@@ -99,9 +100,13 @@ class MetricsRecorder:
 
         status = result.status
         # One that was refused before it could start has no time, not one of 0 ms.
-        started = status is not Status.SKIPPED and bool(
+        expired = status is Status.TIMEOUT and isinstance(result.exception, QueueTimeout)
+        started = not (expired or status is Status.SKIPPED) and bool(
             status is not Status.ERROR or result.failures or latency
         )
+        if not (started or expired):
+            queue = 0.0
+
         self._meters.tell_result(status, result.retries, latency if started else None, queue, first_chunk)
 
     def snapshot(self) -> MetricsSnapshot:
@@ -124,7 +129,7 @@ class MetricsRecorder:
                 meters.overloads,
                 meters.in_flight,
                 meters.latency.plus(meters.retried).distribution(),
-                queue.plus(meters.queue).distribution(),
+                queue.plus(meters.queue).plus(meters.expired).distribution(),
                 meters.first_chunk.distribution(),
                 meters.latency.plus(meters.attempt).distribution(),
                 meters.backoff.distribution(),

@@ -8,7 +8,7 @@ import math
 import threading
 from typing import Any, TypeVar
 
-from .._errors import BatchStopped
+from .._errors import BatchStopped, DeadlockError
 from .._eventloop.deadlines import TimeLimit
 from .._eventloop.errors import is_error
 from .._invocation import Invocation
@@ -64,6 +64,10 @@ class Job(Attempts[T]):
     def wake_at(self) -> float:
         """When its next attempt begins, if it waits for that."""
         return -math.inf if self.failures is None else self.failures.wake_at
+
+    @property
+    def began_at(self) -> float | None:
+        return self.started_at
 
     def settle(self, result: InvocationResult[T], first: Pool) -> None:
         """
@@ -130,8 +134,10 @@ class Job(Attempts[T]):
         return waiter
 
     def refuse(self, error: Exception) -> None:
-        """End with an error, since it never gets a slot. QUEUED -> ENDED."""
-        self._end(Outcome(Status.ERROR, error))
+        """End since it never gets a slot. QUEUED -> ENDED."""
+        # That agents wait for each other is a mistake of theirs.
+        status = Status.ERROR if isinstance(error, DeadlockError) else Status.SKIPPED
+        self._end(Outcome(status, error))
 
     # -- what its agent may ask
 
@@ -194,9 +200,9 @@ class Job(Attempts[T]):
         assert self.failures is not None
         self.failures.give_up(reason)
 
-    def expire(self, total: TimeLimit) -> None:
-        """End because its total time was up while it waited. QUEUED, RETRYING -> ENDED."""
-        error, failed = total.error(), self.failed
+    def expire(self, limit: TimeLimit) -> None:
+        """End because a time limit was up while it waited. QUEUED, RETRYING -> ENDED."""
+        error, failed = limit.error(), self.failed
         error.__cause__ = None if failed is None else failed.error
         self._end(Outcome(Status.TIMEOUT, error))
 

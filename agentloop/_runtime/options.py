@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeAlias
 
 from .._config import LoopConfig
-from .._errors import InvocationTimeout
+from .._errors import InvocationTimeout, QueueTimeout
 from .._eventloop.deadlines import TimeLimit
 from .observer import Observer
 
@@ -29,7 +29,7 @@ class RunOptions:
     :param act: what is done with the agent; if absent, it is called, and what it returns awaited
     """
 
-    __slots__ = ("act", "config", "limit", "longest_hold", "observer", "timeout", "total")
+    __slots__ = ("act", "config", "limit", "longest_hold", "observer", "queue", "timeout", "total")
 
     def __init__(self, config: LoopConfig, observer: Observer, act: Act | None = None) -> None:
         self.config = config
@@ -39,4 +39,6 @@ class RunOptions:
         self.limit = TimeLimit(InvocationTimeout, self.timeout)
         total = config.total_timeout_seconds
         self.total = None if total is None else TimeLimit(InvocationTimeout, total, is_total=True)
+        queue = config.queue_timeout_seconds
+        self.queue = TimeLimit(QueueTimeout, math.inf if queue is None else queue)
         self.longest_hold = config.backoff.max_retry_after_seconds

@@ -60,6 +60,22 @@ class Single(Generic[T]):
         self._pool = pool = pool_of(limiter)
         self._job = Job(invocation, 0, pool.loop.now(), pool, current_slot.get())
 
+    def enter(self) -> None:
+        """
+        Stand in line before :meth:`run` does, or be refused, if the task is ours.
+
+        :raises BaseException: what a user's function raised that is no error; then there is nothing to run
+        """
+        self._pool.claim()
+        try:
+            self._begin()
+            if (not self._pool.selective or self._job.resolve()) and self._stopped is None:
+                self._join_line(self._job)
+        except BaseException:
+            self._job.cancel(self.reason)
+            self._end(None, self._pool.loop.now())
+            raise
+
     async def run(self) -> InvocationResult[T]:
         """
         Run to the end.
@@ -69,28 +85,27 @@ class Single(Generic[T]):
         """
         job, options, pool, own_task = self._job, self._options, self._pool, self._own_task
         loop = pool.loop
-        # From here on it has to come to its end, by _end().
-        pool.claim()
-        self._attempt = scope = loop.spare.pop() if loop.spare else loop.attempt_scope()
-        if not (job.is_plain and pool.admission.is_open and options.observer.is_plain):
-            self._begin()
+        if not own_task:  # else enter() has done this
+            # From here on it has to come to its end, by _end().
+            pool.claim()
+            if not (job.is_plain and pool.admission.is_open and options.observer.is_plain):
+                self._begin()
 
+        self._attempt = scope = loop.spare.pop() if loop.spare else loop.attempt_scope()
         try:
             now, ready = job.queued_at, True
-            if pool.selective:
+            if own_task:
+                ready = self._waiter is not None
+            elif pool.selective:
                 ready = job.resolve()
                 # Whoever said what it costs may have taken his time.
                 now = loop.now()
 
-            while ready and self._stopped is None:
+            while ready and (self._stopped is None or self._waiter is not None):
                 slot = job.next_slot() if job.attempts else job
-                if not job.pool.acquire_nowait(slot):
+                if (own_task and self._waiter is not None) or not job.pool.acquire_nowait(slot):
                     granted = await self._wait_in_line(slot)
                     now = loop.now()
-                    if granted and self._stopped is not None:
-                        slot.give_back()
-                        break
-
                     if not granted:
                         break
 
@@ -194,8 +209,9 @@ class Single(Generic[T]):
 
     def may_go_on(self, keys: Any) -> bool:
         """Return whether it waits for something besides slots of the pools of some keys."""
-        job = self._job
-        return job.pool.keys is not keys or self._resting is not None
+        job, waiter = self._job, self._waiter
+        moves = self._resting is not None or (waiter is not None and waiter.is_over)
+        return moves or job.pool.keys is not keys
 
     def drain(self) -> None:
         """Begin nothing new; what waits to be retried here is not new."""
@@ -257,22 +273,43 @@ class Single(Generic[T]):
 
     async def _wait_in_line(self, slot: Slot) -> bool:
         """
-        Wait for a slot.
+        Wait for a slot, in line already if the task is ours and this is the first one.
 
-        :return: whether it was granted before the total time was up
+        :return: whether it was granted; it is not if there are too many waiting, if it takes too long, or if
+            nothing is started any more
         """
         job = self._job
         try:
-            with anyio.CancelScope(deadline=job.deadline):
-                self._waiter = waiter = job.join_line(slot)
-                granted: bool = await job.pool.wait(waiter)
-                if waiter.error is not None:
-                    job.refuse(waiter.error)
+            waiter = self._waiter or self._join_line(slot)
+            granted, limit = waiter.granted, self._options.total
+            if not granted:
+                with anyio.CancelScope(deadline=job.deadline):
+                    granted = await job.pool.wait(waiter)
+                    if waiter.error is not None:
+                        job.refuse(waiter.error)
 
-                return granted
+                    # Else it was refused, or nothing is started any more.
+                    limit = self._options.queue if job.state is QUEUED and not job.attempts else None
         finally:
             self._waiter = None
 
-        assert self._options.total is not None
-        job.expire(self._options.total)
-        return False
+        if granted and self._stopped is not None:
+            slot.give_back()
+            return False
+
+        if not granted and limit is not None:
+            job.expire(limit)
+
+        return granted
+
+    def _join_line(self, slot: Slot) -> Waiter:
+        """Stand in line for a slot: in a bounded one, if it is the first slot and there is none to borrow."""
+        job = self._job
+        self._waiter = waiter = job.join_line(slot)
+        if not (job.attempts or waiter.granted or waiter.lender is not None):
+            waiter.expire_at(job.queued_at + self._options.queue.seconds)
+            full = job.pool.bound(waiter)
+            if full is not None:
+                job.refuse(full)
+
+        return waiter

@@ -39,6 +39,7 @@ class Producer(Call, Protocol):
         Prepare to run.
 
         :param start_soon: starts a task beside the one that produces, which must not raise
+        :raises BaseException: what a user's function raised that is no error; then nothing is left to run
         """
 
     def run(self) -> Coroutine[Any, Any, object]:
@@ -94,14 +95,19 @@ class Background:
         """
         Start the task.
 
+        :raises BaseException: what the producer's preparation raised
         :raises InvocationCancelled: if the task belongs to the loop, and was cancelled before it began
         """
+        self._lifetime.begin(self)
+        try:
+            self._producer.begin(self._tasks.start_soon)
+        except BaseException:
+            self._lifetime.end(self)
+            raise
+
         if not self._is_loops:
             await self._tasks.__aenter__()
 
-        self._lifetime.begin(self)
-
-        self._producer.begin(self._tasks.start_soon)
         self._task = self._run()
         self._tasks.start_once(self._task, NAME)
         if not self._is_loops:

@@ -49,6 +49,7 @@ class Streaming(Generic[T]):
         self.channel: Channel[T] = Channel()
         self.scope = anyio.CancelScope()
         self._timers: list[Timer] = []
+        self._start_soon: StartSoon | None = None
 
     @property
     def left_open(self) -> bool:
@@ -59,7 +60,13 @@ class Streaming(Generic[T]):
         return self._single.outer
 
     def begin(self, start_soon: StartSoon) -> None:
-        self._start_soon: StartSoon | None = start_soon
+        try:
+            self._single.enter()
+        except BaseException:
+            self.end()
+            raise
+
+        self._start_soon = start_soon
         self._options.act = partial(carry, self.channel, _as_it_is, start_soon)
 
     def run(self) -> Coroutine[Any, Any, object]:

@@ -108,6 +108,23 @@ async def test_cancelled_waiters_leave_the_line() -> None:
     assert result.queue_ms == pytest.approx(9000)
 
 
+@pytest.mark.parametrize("anyio_backend", [virtual_clock("asyncio")], ids=["asyncio"])
+async def test_native_cancellation_and_a_drain_in_one_moment_do_not_hold_up_those_who_wait() -> None:
+    limiter = Limiter(1)
+    loop, drained = AgentLoop(limiter=limiter), AgentLoop(limiter=limiter)
+    async with anyio.create_task_group() as group:
+        group.start_soon(loop.run_single, "hog", anyio.sleep, 10)
+        await anyio.wait_all_tasks_blocked()
+        task = asyncio.ensure_future(drained.run_single("drained", anyio.sleep, 1))
+        await anyio.wait_all_tasks_blocked()
+        drained.drain()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+        assert (await loop.run_single("patient", anyio.sleep, 1)).success
+
+
 async def test_one_that_waits_in_line_comes_before_the_next_of_a_batch() -> None:
     loop = AgentLoop(LoopConfig(max_concurrency=1))
     started: list[str] = []
