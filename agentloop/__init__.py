@@ -10,6 +10,7 @@ from ._config import LoopConfig
 from ._errors import (
     AgentLoopError,
     BatchStopped,
+    BudgetSpent,
     FirstChunkTimeout,
     IdleTimeout,
     InvocationCancelled,
@@ -55,6 +56,7 @@ __all__ = [
     "Attempt",
     "Backoff",
     "BatchStopped",
+    "BudgetSpent",
     "ChunkEvent",
     "ContextStore",
     "Distribution",

@@ -3,6 +3,7 @@
 __all__ = [
     "AgentLoopError",
     "BatchStopped",
+    "BudgetSpent",
     "DeadlockError",
     "FirstChunkTimeout",
     "IdleTimeout",
@@ -190,6 +191,30 @@ class BatchStopped(AgentLoopError):
 
     def __str__(self) -> str:
         return f"the batch was stopped: {self.reason}" + (f" ({self.hint})" if self.hint else "")
+
+
+class BudgetSpent(AgentLoopError):
+    """
+    An invocation costs more than is left of a budget, and no attempt that runs may still give something back.
+
+    It is the exception of a ``SKIPPED`` result, and the ``__cause__`` of the :exc:`BatchStopped` of a batch.
+
+    :param cost: what the invocation costs
+    :param remaining: what was left; negative if more had been spent than there was
+    :param limit: how much there was in the beginning
+    """
+
+    _verdict = "permanent"
+
+    def __init__(self, cost: float, remaining: float, limit: float) -> None:
+        super().__init__(cost, remaining, limit)
+        self.cost = cost
+        self.remaining = remaining
+        self.limit = limit
+
+    def __str__(self) -> str:
+        left = f"{self.remaining:.10g} is left of a budget of {self.limit:.10g}"
+        return f"a cost of {self.cost:.10g} cannot be paid any more: {left}"
 
 
 class LeftOpenError(AgentLoopError, RuntimeError):

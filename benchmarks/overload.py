@@ -27,11 +27,11 @@ import attrs
 from providers import CAPACITY, SCENARIOS, InAWindow, Provider, Scenario
 
 import agentloop._limits.limiter
-import agentloop._limits.provider
+import agentloop._provider.provider
 from agentloop import AgentLoop, Event, Invocation, InvocationResult, Limiter, LimitEvent, LoopConfig
-from agentloop._limits.cool_off import CoolOff
-from agentloop._limits.outage import Outage
-from agentloop._limits.overload import AdaptiveLimit
+from agentloop._provider.cool_off import CoolOff
+from agentloop._provider.outage import Outage
+from agentloop._provider.overload import AdaptiveLimit
 from agentloop.testing import virtual_clock
 
 # -- policies
@@ -99,9 +99,9 @@ class Policy:
     cool_off: type[CoolOff] = CoolOff
     outage: type[Outage] = Outage
 
-    def learn(self, limit: AdaptiveLimit) -> agentloop._limits.provider.Provider:
+    def learn(self, limit: AdaptiveLimit) -> agentloop._provider.provider.Provider:
         """Return what a limiter learns with, made of the parts of this policy."""
-        provider = agentloop._limits.provider.Provider(self.limit(limit.ceiling))
+        provider = agentloop._provider.provider.Provider(self.limit(limit.ceiling))
         provider.cool_off = self.cool_off()
         provider.outage = self.outage()
         return provider

@@ -23,7 +23,7 @@ VOCABULARY = "vocabulary"
 PARTS = ["_limits", "_metrics", "_store"]
 LAYERS = [
     [VOCABULARY],
-    ["_eventloop"],
+    ["_eventloop", "_provider"],
     PARTS,
     ["_runtime"],
     ["_batch"],
@@ -72,6 +72,7 @@ CONTRACT = [
     "IdleTimeout",
     "InvocationCancelled",
     "BatchStopped",
+    "BudgetSpent",
     "StopRule",
     "QueueFull",
     "QueueTimeout",

@@ -16,6 +16,7 @@ import agentloop.journal
 from agentloop import (
     AgentLoopError,
     BatchStopped,
+    BudgetSpent,
     FirstChunkTimeout,
     IdleTimeout,
     InvocationCancelled,
@@ -33,6 +34,8 @@ class Boom(Exception):
 ERRORS: list[Exception] = [
     AgentLoopError("broken"),
     BatchStopped("not started"),
+    BudgetSpent(5, 2.5, 50),
+    _errors.DeadlockError("a", "b"),
     FirstChunkTimeout(2),
     IdleTimeout(1.5),
     InvocationCancelled("cancelled by itself"),
@@ -43,6 +46,8 @@ ERRORS: list[Exception] = [
     _errors.JournalMismatch("night.db", "1", "2"),
     _errors.JournaledError("ValueError: boom"),
     _errors.LeftOpenError("agent"),
+    _errors.QueueFull(3, 1.5),
+    _errors.QueueTimeout(2),
     _errors.LoopClosed("left"),
 ]
 every_error = pytest.mark.parametrize("error", ERRORS, ids=repr)

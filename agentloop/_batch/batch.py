@@ -83,7 +83,7 @@ class Batch(Bookkeeping[T]):
                 self.tasks = tasks
                 self.crew.open(tasks, lambda: Worker(self, tasks).work(), self.has_work)
                 if self.by_key is not None:
-                    self.by_key.open(self.changed, tasks.start_soon)
+                    self.by_key.open(self.changed, self.spend, tasks.start_soon)
 
                 if self.source.feeder is not None and not self.source.exhausted:
                     tasks.start_soon(self._feed, "agentloop feeder")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextvars import copy_context
 from typing import ClassVar, Generic, TypeVar
 
-from .._errors import BatchStopped
+from .._errors import BatchStopped, BudgetSpent
 from .._eventloop.deadlines import AttemptScope
 from .._eventloop.tasks import Tasks
 from .._invocation import Inputs
@@ -22,7 +22,7 @@ from .._runtime.options import RunOptions
 from .._runtime.outcome import Outcome
 from .._verdict import VerdictKind
 from .by_key import ByKey
-from .ending import FATAL_HINT, PATIENCE_HINT, RULE_HINT, Ending, Judge, blame
+from .ending import BUDGET_HINT, FATAL_HINT, PATIENCE_HINT, RULE_HINT, Ending, Judge, blame
 from .inputs import InputSource
 from .retry_queue import RetryQueue
 from .timer import Timer
@@ -283,6 +283,10 @@ class Bookkeeping(Generic[T]):
         for other in self.by_key.stop(job.pool):
             self.ending.close(other)
             self.finish(other, now)
+
+    def spend(self, job: Job[T], spent: BudgetSpent) -> None:
+        """Stop, since the next attempt of a job cannot be paid any more."""
+        self._stop_for(job, f"{job.invocation.agent_id!r} was refused: {spent}", spent, BUDGET_HINT)
 
     def _retry(self, job: Job[T], now: float) -> None:
         wake_at = job.rest(self.options.observer, now)

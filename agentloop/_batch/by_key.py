@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import anyio
 
+from .._errors import BudgetSpent
 from .._limits.lines import Waiter
 from .._limits.slots import Pool, Slot
 from .._runtime.job import Job
@@ -46,6 +47,7 @@ class ByKey(Generic[T]):
         self._alarms: dict[Pool, float] = {}
         self._changed: anyio.Event | None = None
         self._call: Callable[[], object] | None = None
+        self._spend: Callable[[Job[T], BudgetSpent], object] | None = None
         self._start: Callable[[Callable[[], Coroutine[Any, Any, None]], str], object] | None = None
 
     def acquire(self, job: Job[T]) -> Slot | None:
@@ -74,7 +76,12 @@ class ByKey(Generic[T]):
         if waiter.granted:
             waiter.slot.give_back()
         elif waiter.error is not None:
-            job.refuse(waiter.error)
+            if isinstance(waiter.error, BudgetSpent) and self._spend is not None:
+                self._spend(job, waiter.error)
+            else:
+                job.refuse(waiter.error)
+
+            job.pool.withdraw(waiter)
 
         return None
 
@@ -115,14 +122,17 @@ class ByKey(Generic[T]):
     def open(
         self,
         call: Callable[[], object],
+        spend: Callable[[Job[T], BudgetSpent], object],
         start: Callable[[Callable[[], Coroutine[Any, Any, None]], str], object],
     ) -> None:
         """
         Let tasks be started from now on.
 
         :param call: calls a worker, if there is something to do
+        :param spend: stops a key whose budget is spent
         """
         self._call = call
+        self._spend = spend
         self._start = start
         self._changed = None
         self._watch_if_needed()
@@ -130,7 +140,7 @@ class ByKey(Generic[T]):
     def close(self) -> None:
         """Let the task end."""
         # These refer to the batch, which refers to this.
-        self._call = self._start = None
+        self._call = self._spend = self._start = None
         if self._changed is not None:
             self._changed.set()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["FATAL_HINT", "PATIENCE_HINT", "RULE_HINT", "Ending", "Judge", "blame"]
+__all__ = ["BUDGET_HINT", "FATAL_HINT", "PATIENCE_HINT", "RULE_HINT", "Ending", "Judge", "blame"]
 
 from typing import Any
 
@@ -19,6 +19,7 @@ FATAL_HINT = (
     "and a KeyedLimiter what has another key"
 )
 RULE_HINT = "as LoopConfig(stop=...) has it"
+BUDGET_HINT = "a budget holds for as long as its limiter"
 PATIENCE_HINT = "LoopConfig(overload_timeout_seconds=...) says how long to wait for a provider"
 
 

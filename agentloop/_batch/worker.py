@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 
 import anyio
 
+from .._errors import BudgetSpent
 from .._eventloop.context import wait_for_cancellation
 from .._eventloop.tasks import Tasks
 from .._limits.slots import Slot
@@ -169,6 +170,9 @@ class Worker(Generic[T]):
         batch.retries.join_line(job, waiter)
         try:
             granted = await job.pool.wait(waiter)
+            if isinstance(waiter.error, BudgetSpent):
+                batch.spend(job, waiter.error)
+                job.pool.withdraw(waiter)
         except BaseException:
             # Whether the batch goes on or not, nothing has happened to this job yet.
             batch.source.put_back(job)

@@ -12,13 +12,15 @@ from typing import Any
 import attrs
 
 from .. import _validators as must
+from .._errors import BudgetSpent
 from .._eventloop.errors import is_error
 from .._foreign import foreign_code
 from .._invocation import Invocation
+from .._provider.provider import Provider
 from .._result import InvocationResult
 from .._verdict import Verdict, VerdictKind
-from .provider import Provider
-from .rates import Charge, Rate, make_meter, price
+from .budget import Budget
+from .rates import Charge, Meter, price
 from .retry_budget import RetryLedger
 
 _logger = logging.getLogger("agentloop")
@@ -78,7 +80,7 @@ class Admission:
 
     It never reads a clock: the caller tells the time.
 
-    :param rates: how much may start in a time
+    :param meters: how much may start in a time
     :param provider: learns what the provider bears, and holds attempts back for it
     :param ledger: bounds retries
     :param bound: bounds how many wait
@@ -86,12 +88,15 @@ class Admission:
 
     def __init__(
         self,
-        rates: Iterable[Rate] = (),
+        meters: Iterable[Meter] = (),
         provider: Provider | None = None,
         ledger: RetryLedger | None = None,
         bound: QueueBound | None = None,
     ) -> None:
-        self.meters = tuple(make_meter(rate) for rate in rates)
+        self.meters = tuple(meters)
+        self.budgets = tuple(meter for meter in self.meters if isinstance(meter, Budget))
+        self.unsettled: dict[Bill, Any] = {}
+        """The attempts for which a budget is reserved or paid, and which have not ended, by their bills."""
         self.provider = provider
         self.ledger = ledger
         self.bound = bound
@@ -172,6 +177,20 @@ class Admission:
 
         if bill is not None:
             bill.charges = [meter.reserve(cost) for meter, cost in zip(self.meters, bill.costs, strict=True)]
+            if self.budgets:
+                self.unsettled[bill] = attempt
+
+    def spent(self, bill: Bill, corrected: bool) -> BudgetSpent | None:
+        """
+        Return the error of an attempt that cannot be paid, now or later, because a budget is spent.
+
+        :param corrected: whether an attempt that has paid may still be settled
+        """
+        for meter, cost in zip(self.meters, bill.costs, strict=True):
+            if isinstance(meter, Budget) and meter.is_spent(cost, corrected):
+                return BudgetSpent(cost, meter.remaining, meter.rate.limit)
+
+        return None
 
     def end_probe(self, attempt: object) -> bool:
         """Note that an attempt gives up its slot, and return whether it was the probe of a cool-off."""
@@ -202,9 +221,30 @@ class Admission:
             meter.release(charge)
 
         bill.charges = []
+        self.unsettled.pop(bill, None)
+
+    def conclude(self, bill: Bill) -> bool:
+        """
+        Note that an attempt has ended and will be followed by another one.
+
+        :return: whether others may have waited for what it costs
+        """
+        return self.unsettled.pop(bill, None) is not None
+
+    def forgive(self, bill: Bill) -> None:
+        """Give back what an attempt that met an overload has paid to budgets."""
+        for meter, charge in zip(self.meters, bill.charges, strict=True):
+            if isinstance(meter, Budget):
+                meter.forgive(charge)
 
     def settle(self, bill: Bill, result: InvocationResult[Any], now: float) -> None:
         """Correct what the last attempt of an invocation has paid, now that it has ended."""
+        try:
+            self._settle(bill, result, now)
+        finally:
+            self.unsettled.pop(bill, None)
+
+    def _settle(self, bill: Bill, result: InvocationResult[Any], now: float) -> None:
         for meter, charge in zip(self.meters, bill.charges, strict=True):
             settle = meter.rate.settle
             if settle is None:

@@ -14,11 +14,12 @@ from .. import _validators as must
 from .._eventloop.handover import Handover
 from .._events import Event, LimitEvent
 from .._misuse import name_parameters
+from .._provider.overload import AdaptiveLimit
+from .._provider.provider import Provider
 from .admission import Admission, QueueBound
-from .overload import AdaptiveLimit
+from .budget import Budget, Purse
 from .pool import SlotPool
-from .provider import Provider
-from .rates import Rate
+from .rates import Rate, make_meter
 from .retry_budget import RetryBudget, RetryLedger
 
 
@@ -40,6 +41,9 @@ class LimiterStatistics:
         HTTP 5xx, network errors), in seconds of the event loop's clock; ``None`` if there is no outage
     :param probing: whether a probe is under way: the one attempt that finds out whether the server meant the
         time that it has named
+    :param remaining: what is left of each budget (a :class:`Rate` with ``per_seconds=None``), in the order of
+        :attr:`Limiter.rates`; what attempts that run may cost is taken off. Negative if they cost more than
+        there was. Empty for a :class:`KeyedLimiter`
     """
 
     running: int
@@ -50,6 +54,7 @@ class LimiterStatistics:
     paused_until: float | None = None
     outage_since: float | None = None
     probing: bool = False
+    remaining: tuple[float, ...] = ()
 
 
 @attrs.frozen
@@ -94,7 +99,8 @@ class Limiter:
     its rates let it start. There is no estimate while the limiter is paused or before an attempt has ended.
 
     A limiter can be made anywhere, inside an event loop or not, and serve several runs in turn, but not two
-    event loops at once. In each run its rates, its working limit and its budget begin anew.
+    event loops at once. In each run its rates, its working limit and its retry budget begin anew; what was
+    spent of a :class:`Rate` with ``per_seconds=None`` remains spent.
 
     :param max_concurrency: how many attempts may run at once
     :param rates: how much may start in a time
@@ -138,6 +144,7 @@ class Limiter:
 
         self._max_concurrency = max_concurrency
         self._rates = rates
+        self._purses = [Purse(rate.limit) if rate.per_seconds is None else None for rate in rates]
         self._adaptive = adaptive
         self._retry_budget = retry_budget
         self._max_waiting = max_waiting
@@ -220,7 +227,9 @@ class Limiter:
         pool = self._pools.state
         if pool is None:
             until = math.inf if self._paused else None
-            return LimiterStatistics(0, 0, self._max_concurrency, self._max_concurrency, 0, until)
+            remaining = tuple(purse.left() for purse in self._purses if purse is not None)
+            most = self._max_concurrency
+            return LimiterStatistics(0, 0, most, most, 0, until, remaining=remaining)
 
         provider = pool.admission.provider
         return LimiterStatistics(
@@ -232,6 +241,7 @@ class Limiter:
             math.inf if self._paused else pool.held_until,
             pool.outage_since,
             provider is not None and provider.cool_off.probe is not None,
+            tuple(budget.remaining for budget in pool.admission.budgets),
         )
 
     @property
@@ -241,6 +251,9 @@ class Limiter:
 
     def _binds(self) -> bool:
         """Return whether something that was learned or spent still holds attempts back."""
+        if any(purse is not None and purse.left() < purse.limit for purse in self._purses):
+            return True
+
         pool = self._pools.state
         return pool is not None and pool.is_current() and pool.admission.binds(pool.loop.now())
 
@@ -268,7 +281,10 @@ class Limiter:
             self._pools,
             self._max_concurrency,
             Admission(
-                self._rates,
+                [
+                    make_meter(rate) if purse is None else Budget(rate, purse)
+                    for rate, purse in zip(self._rates, self._purses, strict=True)
+                ],
                 Provider(AdaptiveLimit(self._max_concurrency)) if self._adaptive else None,
                 None if self._retry_budget is None else RetryLedger(self._retry_budget),
                 None if self._max_waiting is None else QueueBound(self._max_waiting),

@@ -65,7 +65,8 @@ class Waiter:
         # Whether it has a slot on loan, which it may use when it is time.
         self.has_loan = False
         self.granted = False
-        # Why it never gets a slot, if so.
+        # Why it is never granted a slot, if so. It keeps its place until it is withdrawn, so that no other
+        # attempt of the same batch overtakes it.
         self.error: Exception | None = None
         # Who is told when the wait is over, or the task that is woken.
         self._owner = owner
@@ -135,6 +136,11 @@ class Waiter:
         self.granted = True
         self.has_loan = False
         self.slot.take(epoch)
+
+    def refuse(self, error: Exception) -> None:
+        """End the wait, but for the place in line: it is never granted a slot."""
+        self.error = error
+        self.end()
 
     def return_loan(self) -> None:
         """Give back a slot on loan that it has not used."""

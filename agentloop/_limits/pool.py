@@ -139,7 +139,8 @@ class SlotPool(PoolState):
         """
         Wait for the slot. Cancellation gives up the place in line, and a slot granted meanwhile.
 
-        :return: whether it was granted; it was not if the waiter was withdrawn, or its time is up
+        :return: whether it was granted; it was not if the waiter was withdrawn or refused, or its time is up.
+            A refused one is still to be withdrawn
         """
         try:
             self.refuse_deadlocked()
@@ -165,7 +166,7 @@ class SlotPool(PoolState):
 
     def withdraw(self, waiter: Waiter) -> None:
         """Take a waiter that was granted no slot out of the line, once, and wake it."""
-        if waiter.is_over:
+        if waiter not in waiter.line:
             return
 
         self._leave(waiter)
@@ -218,7 +219,7 @@ class SlotPool(PoolState):
         """End the wait of an attempt under a key that would wait for ever."""
         if self.keys is not None and self.keys.nested:
             for waiter, key, other in self.keys.deadlocked():
-                waiter.error = DeadlockError(key, other)
+                waiter.refuse(DeadlockError(key, other))
                 waiter.slot.pool.withdraw(waiter)
                 return
 
@@ -274,8 +275,14 @@ class SlotPool(PoolState):
         # 3. Attempts that begin when it is time. The first that is too early keeps the others back.
         now = self.loop.now()
         while served < most and (waiter := self._first()) is not None:
+            if waiter.error is not None:
+                return served > 0  # it leaves the line in a moment
+
             at = admission.ready_at(waiter.slot.bill, now)
             if at > now:
+                if at == math.inf and admission.budgets:
+                    at = self._look_at_budgets(waiter, now)
+
                 lines.set_alarm(waiter, at)
                 return served > 0
 
@@ -291,6 +298,21 @@ class SlotPool(PoolState):
             admission.open_gate(now)
 
         return served > 0
+
+    def _look_at_budgets(self, waiter: Waiter, now: float) -> float:
+        """
+        Refuse a waiter that can never be paid.
+
+        :return: when to look again, if nothing changes before
+        """
+        until = self.work.lasts_until(self.admission.unsettled.values())
+        bill = waiter.slot.bill
+        assert bill is not None
+        error = self.admission.spent(bill, until > now)
+        if error is not None:
+            waiter.refuse(error)
+
+        return until if until > now else math.inf
 
     def _first(self) -> Waiter | None:
         waiter = self.lines.first(not self.admission.paused and self.running < self.limit)

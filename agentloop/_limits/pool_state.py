@@ -10,7 +10,7 @@ from typing import Any
 
 from .._eventloop.handover import Handover, LoopState
 from .._result import InvocationResult
-from .._verdict import Verdict
+from .._verdict import Verdict, VerdictKind
 from .admission import Admission, Bill
 from .lines import Lines
 from .slots import Slot
@@ -111,6 +111,11 @@ class PoolState(LoopState):
         self.admission.refund(bill)
         self.serve()
 
+    def conclude(self, bill: Bill) -> None:
+        """Note that an attempt has ended and will be followed by another one."""
+        if self.admission.conclude(bill):
+            self.serve()
+
     def settle(self, bill: Bill, result: InvocationResult[Any]) -> None:
         """Correct what was paid for the last attempt of an invocation, now that it has ended."""
         if bill.is_paid:
@@ -146,6 +151,10 @@ class PoolState(LoopState):
             self.admission.failed(verdict, slot.epoch, self.running, longest_hold, now)
 
         self._follow()
+        bill = slot.bill if self.admission.budgets else None
+        if bill is not None and verdict is not None and verdict.kind is VerdictKind.OVERLOAD:
+            # Its waiters are served when its invocation waits to be retried, or is settled: in this step.
+            self.admission.forgive(bill)
 
     def answered(self, slot: Slot) -> None:
         """Learn that a stream has yielded its first chunk."""
@@ -179,17 +188,30 @@ class PoolState(LoopState):
         # What is nested in another limiter is at work there, and may still succeed.
         if outer is not None:
             keys = outer.pool.keys
-            if outer.pool is self or (keys is not None and keys.home is self):
-                outer.pool.work.calls[call] = outer
+            own = outer.pool is self or (keys is not None and keys.home is self)
+            outer.pool.work.begin_call(call, outer, own)
+            if outer.pool.admission.budgets and outer.pool.is_current():
+                # Somebody may have waited for what the outer invocation is going to give back.
+                outer.pool.serve()
 
         self._look_for_break()
 
     def end_call(self, call: object, outer: Slot | None) -> None:
         """Note that a call has ended."""
         if outer is not None:
-            outer.pool.work.calls.pop(call, None)
+            outer.pool.work.end_call(call)
 
         self.used()
+
+    def begin_stall(self, slot: Slot) -> None:
+        """Note that a stream begins to wait for its reader."""
+        if self.admission.budgets:
+            self.work.begin_stall(slot, self.loop.now())
+            self.serve()
+
+    def end_stall(self, slot: Slot) -> None:
+        """Note that a stream goes on."""
+        self.work.end_stall(slot)
 
     def used(self) -> None:
         """Note that something has run or waited until now."""

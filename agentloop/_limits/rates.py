@@ -1,4 +1,4 @@
-"""How much may start in a time: rates, and what keeps count of them."""
+"""How much may start in a time, or at all: rates, and what keeps count of them."""
 
 __all__ = ["Charge", "Meter", "Rate", "make_meter", "price"]
 
@@ -19,9 +19,22 @@ from .._result import InvocationResult
 
 def _check_unit(rate: "Rate", attribute: "attrs.Attribute[Any]", value: float | None) -> None:
     if rate.cost is None and value is not None and value < 1:
+        advice = (
+            ""
+            if rate.per_seconds is None
+            else ": for one attempt in two seconds write Rate(1, per_seconds=2)"
+        )
         raise ValueError(
-            f"{attribute.name} must be at least 1 where each attempt costs 1, got {value!r}: "
-            "for one attempt in two seconds write Rate(1, per_seconds=2)"
+            f"{attribute.name} must be at least 1 where each attempt costs 1, got {value!r}{advice}"
+        )
+
+
+def _check_burst(rate: "Rate", attribute: "attrs.Attribute[Any]", value: float | None) -> None:
+    del attribute
+    if value is not None and rate.per_seconds is None:
+        raise ValueError(
+            f"burst must be left out where per_seconds is None, got {value!r}: "
+            "nothing flows back into a budget, and all of it may be spent at once"
         )
 
 
@@ -34,15 +47,23 @@ def _optional_callable(owner: object, attribute: "attrs.Attribute[Any]", value: 
 @attrs.frozen
 class Rate:
     """
-    How much may start in a time, as a provider's requests or tokens per minute.
+    How much may start in a time, as a provider's requests or tokens per minute; or a budget.
 
     Every attempt pays its cost when its agent is called, a retry like any other. Without ``burst`` the
     attempts that start within any ``per_seconds`` never cost more than ``limit`` together; all of it may be
     spent at once. With ``burst`` this is a token bucket of that size, which fills evenly: at most ``burst``
     is spent at once, and within any ``per_seconds`` at most ``limit + burst``.
 
+    With ``per_seconds=None`` this is a *budget*: ``limit`` may be spent once, as long as the limiter lives,
+    in all event loops together. Nothing flows back but what ``settle`` corrects, and the cost of an attempt
+    that ended in an overload. An attempt that cannot be paid waits as long as a running one may give
+    something back: one for which there is a ``settle``, and which neither waits for invocations that it runs
+    nor has waited for the reader of its stream for five seconds. If there is none, a single invocation is
+    ``SKIPPED`` with a :exc:`BudgetSpent`, a stream raises it, and a batch stops. The first in line decides:
+    cheaper invocations behind it do not overtake it, and those of its batch are not tried.
+
     :param limit: how much may be spent in ``per_seconds``
-    :param per_seconds: the time that ``limit`` is meant for, in seconds
+    :param per_seconds: the time that ``limit`` is meant for, in seconds; ``None`` for a budget
     :param burst: how much may be spent at once; absent, ``limit``
     :param cost: what an attempt is going to cost, given its invocation, such as its tokens; absent, 1. It is
         asked once for each invocation, and what it raises is the invocation's error
@@ -53,9 +74,11 @@ class Rate:
     """
 
     limit: float = attrs.field(validator=[must.number(above=0, finite=True), _check_unit])
-    per_seconds: float = attrs.field(default=60.0, validator=must.number(above=0, finite=True))
+    per_seconds: float | None = attrs.field(
+        default=60.0, validator=must.number(above=0, optional=True, finite=True)
+    )
     burst: float | None = attrs.field(
-        default=None, validator=[must.number(above=0, optional=True, finite=True), _check_unit]
+        default=None, validator=[must.number(above=0, optional=True, finite=True), _check_burst, _check_unit]
     )
     cost: Callable[[Invocation[Any]], float] | None = attrs.field(default=None, validator=_optional_callable)
     settle: Callable[[InvocationResult[Any]], float] | None = attrs.field(
@@ -160,11 +183,13 @@ class _Window(Meter):
 
     def __init__(self, rate: Rate) -> None:
         super().__init__(rate)
+        assert rate.per_seconds is not None
+        self._seconds = rate.per_seconds
         self._charges: deque[Charge] = deque()
         self._spent: float = 0
 
     def ready_at(self, cost: float, now: float) -> float:
-        charges, seconds = self._charges, self.rate.per_seconds
+        charges, seconds = self._charges, self._seconds
         while charges and charges[0].at + seconds <= now:
             charge = charges.popleft()
             self._spent -= charge.cost
@@ -185,9 +210,7 @@ class _Window(Meter):
         return math.inf if too_much > 0 and self._reservations else at
 
     def binds(self, now: float) -> bool:
-        return self._reservations > 0 or any(
-            charge.at + self.rate.per_seconds > now for charge in self._charges
-        )
+        return self._reservations > 0 or any(charge.at + self._seconds > now for charge in self._charges)
 
     def _pay(self, charge: Charge) -> None:
         if charge.cost:
@@ -195,7 +218,7 @@ class _Window(Meter):
             self._spent += charge.cost
 
     def correct(self, charge: Charge, cost: float, now: float) -> None:
-        if charge.at + self.rate.per_seconds > now:
+        if charge.at + self._seconds > now:
             self._spent += cost - charge.cost
             if not charge.cost:
                 # One that was for nothing was not remembered. Later than it was is on the safe side.
@@ -214,6 +237,7 @@ class _Bucket(Meter):
     def __init__(self, rate: Rate) -> None:
         super().__init__(rate)
         assert rate.burst is not None
+        assert rate.per_seconds is not None
         self._seconds_each = rate.per_seconds / rate.limit
         self._depth = rate.burst * self._seconds_each
         self._full_at = -math.inf
@@ -266,5 +290,5 @@ class _Bucket(Meter):
 
 
 def make_meter(rate: Rate) -> Meter:
-    """Return what keeps count of a rate."""
+    """Return what keeps count of a rate that is no budget, in one event loop."""
     return _Window(rate) if rate.burst is None else _Bucket(rate)

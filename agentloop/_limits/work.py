@@ -4,9 +4,14 @@ from __future__ import annotations
 
 __all__ = ["Guard", "Work"]
 
+import math
+from collections.abc import Iterable
 from typing import Protocol
 
 import anyio
+
+# For how long a stream whose reader takes nothing counts as at work: it may wait for what waits for it.
+READER_SECONDS = 5.0
 
 
 class Attempt(Protocol):
@@ -30,7 +35,10 @@ class Work:
         self.loans = 0
         """How many slots are on loan."""
         self.calls: dict[object, Attempt] = {}
-        """The calls in progress, by the attempts whose agents have made them."""
+        """The calls in progress through the same limiter, by the attempts whose agents have made them."""
+        self._others: dict[object, Attempt] = {}
+        # The streams that wait for their readers, and until when they count as at work.
+        self._stalled: dict[Attempt, float] = {}
 
     def count(self, slots: int, unused_loans: int) -> int:
         """
@@ -39,8 +47,40 @@ class Work:
         :param slots: how many slots are in use
         :param unused_loans: how many are on loan to attempts that have not begun
         """
-        waiting = {attempt for attempt in self.calls.values() if not attempt.is_released}
-        return slots + self.loans - unused_loans - len(waiting)
+        return slots + self.loans - unused_loans - len(_unended(self.calls))
+
+    def begin_call(self, call: object, attempt: Attempt, own: bool) -> None:
+        """
+        Note that the agent of an attempt makes a call.
+
+        :param own: whether it is one through the same limiter
+        """
+        (self.calls if own else self._others)[call] = attempt
+
+    def end_call(self, call: object) -> None:
+        """Note that a call has ended."""
+        self.calls.pop(call, None)
+        self._others.pop(call, None)
+
+    def begin_stall(self, attempt: Attempt, now: float) -> None:
+        """Note that a stream begins to wait for its reader."""
+        self._stalled[attempt] = now + READER_SECONDS
+
+    def end_stall(self, attempt: Attempt) -> None:
+        """Note that a stream goes on."""
+        self._stalled.pop(attempt, None)
+
+    def lasts_until(self, attempts: Iterable[Attempt]) -> float:
+        """Return until when one of the attempts is at work, if nothing changes: infinite if one runs."""
+        waiting = _unended(self.calls) | _unended(self._others)
+        return max(
+            (self._stalled.get(attempt, math.inf) for attempt in attempts if attempt not in waiting),
+            default=-math.inf,
+        )
+
+
+def _unended(calls: dict[object, Attempt]) -> set[Attempt]:
+    return {attempt for attempt in calls.values() if not attempt.is_released}
 
 
 class Guard:

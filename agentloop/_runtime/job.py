@@ -134,10 +134,12 @@ class Job(Attempts[T]):
         return waiter
 
     def refuse(self, error: Exception) -> None:
-        """End since it never gets a slot. QUEUED -> ENDED."""
-        # That agents wait for each other is a mistake of theirs.
-        status = Status.ERROR if isinstance(error, DeadlockError) else Status.SKIPPED
-        self._end(Outcome(status, error))
+        """End since it never gets a slot, or make its last failure final. QUEUED -> ENDED."""
+        is_mistake = isinstance(error, DeadlockError)
+        if self.attempts and not is_mistake:
+            self.give_up(str(error))
+        else:
+            self._end(Outcome(Status.ERROR if is_mistake else Status.SKIPPED, error))
 
     # -- what its agent may ask
 
@@ -185,6 +187,9 @@ class Job(Attempts[T]):
         assert failures.last is not None
         self.state = RETRYING
         self.pool.pending += 1
+        if self.bill is not None:
+            self.pool.conclude(self.bill)
+
         failures.rest(now)
         observer.retrying(self.invocation, self.attempts, failures.last, failures.wake_at - now, self.id, now)
         return failures.wake_at

@@ -287,6 +287,7 @@ class Single(Generic[T]):
                     granted = await job.pool.wait(waiter)
                     if waiter.error is not None:
                         job.refuse(waiter.error)
+                        job.pool.withdraw(waiter)
 
                     # Else it was refused, or nothing is started any more.
                     limit = self._options.queue if job.state is QUEUED and not job.attempts else None

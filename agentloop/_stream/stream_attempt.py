@@ -260,6 +260,7 @@ class _StreamAttempt(Generic[ItemT]):
         began = pool.loop.now()
         self._idle_since = math.inf
         self._set_deadline(math.inf)
+        pool.begin_stall(slot)
         try:
             if slot.lender is None:
                 await self._channel.wait_for_room()
@@ -275,6 +276,7 @@ class _StreamAttempt(Generic[ItemT]):
 
                 slot.resume(granted)
         finally:
+            pool.end_stall(slot)
             self._idle_since = pool.loop.now()
             self._end += self._idle_since - began
             self._set_deadline(self._end)

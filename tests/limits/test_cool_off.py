@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from trouble import Starts, fail, nothing, overload
 
 from agentloop import AgentLoop, Backoff, Invocation, Limiter, LoopConfig, Rate
-from agentloop._limits.cool_off import CoolOff
-from agentloop._limits.overload import AdaptiveLimit
-from agentloop._limits.provider import Provider
+from agentloop._provider.cool_off import CoolOff
+from agentloop._provider.overload import AdaptiveLimit
+from agentloop._provider.provider import Provider
 from agentloop.testing import FakeAgent, FakeHTTPError, Reply
 
 ONCE = LoopConfig(max_retries=0)

@@ -27,7 +27,7 @@ from agentloop import (
     Verdict,
     VerdictKind,
 )
-from agentloop._limits.outage import Outage
+from agentloop._provider.outage import Outage
 from agentloop.testing import Chunks, Fail, FakeAgent, FakeHTTPError, Reply
 
 ONCE = LoopConfig(max_retries=0)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from trouble import Starts, nothing, overload, refuse
 
 from agentloop import AgentLoop, Backoff, Invocation, Limiter, LoopConfig, Status
-from agentloop._limits.overload import AdaptiveLimit
+from agentloop._provider.overload import AdaptiveLimit
 from agentloop.testing import FakeAgent, FakeHTTPError, Reply
 
 ONCE = LoopConfig(max_retries=0)

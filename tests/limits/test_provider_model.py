@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentloop import Verdict, VerdictKind
-from agentloop._limits.overload import AdaptiveLimit
-from agentloop._limits.provider import Provider
+from agentloop._provider.overload import AdaptiveLimit
+from agentloop._provider.provider import Provider
 
 PATIENCE = 40.0
 # What happens to a call, most often.

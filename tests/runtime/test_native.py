@@ -24,6 +24,7 @@ from agentloop import (
     InvocationCancelled,
     InvocationTimeout,
     LeftOpenError,
+    Limiter,
     LoopConfig,
     Status,
 )
@@ -1290,3 +1291,21 @@ async def test_spoilt_task_that_is_cancelled_natively_waits_for_the_tasks_left_i
         [result] = await AgentLoop(LoopConfig(max_concurrency=2)).run_all([Invocation("a", agent)])
         assert isinstance(result.exception, LeftOpenError)
         assert ended
+
+
+async def test_cancellation_in_the_moment_of_a_drain_leaves_the_line_in_order() -> None:
+    limiter, end = Limiter(1), anyio.Event()
+    drained, other = AgentLoop(limiter=limiter), AgentLoop(limiter=limiter)
+    async with anyio.create_task_group() as group:
+        group.start_soon(other.run_single, "running", end.wait)
+        await anyio.wait_all_tasks_blocked()
+        waiting = asyncio.ensure_future(drained.run_single("waiting", ok))
+        await anyio.wait_all_tasks_blocked()
+        drained.drain()
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+        group.start_soon(other.run_single, "next", ok)
+        await anyio.wait_all_tasks_blocked()
+        end.set()

@@ -320,6 +320,30 @@ MUTANTS = [
         "rate.per_seconds / (rate.limit + 1)",
     ),
     Mutant(
+        "a budget is paid out of what others have reserved",
+        "Purse.can_pay",
+        "self._left - reserved + self._rounding",
+        "self._left + self._rounding",
+        program="budgets.py",
+    ),
+    Mutant(
+        "an attempt that waits to be retried is waited for",
+        "Job.rest",
+        """
+        if self.bill is not None:
+            ...
+        """,
+        "",
+        program="budgets.py",
+    ),
+    Mutant(
+        "a nested call is waited for by those that it waits for",
+        "Work.lasts_until",
+        "waiting = self._waiting()",
+        "waiting: set[Attempt] = set()",
+        program="budgets.py",
+    ),
+    Mutant(
         "the retry budget bounds nothing",
         "Failures.next_start",
         "not admission.may_retry(now)",

@@ -1,0 +1,21 @@
+"""Random programs on one budget, see ``budgets``."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Literal
+
+import pytest
+from budgets import make_program, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@settings(max_examples=100)
+@given(random=st.randoms())
+def test_budget_is_never_overspent_and_nothing_hangs(
+    backend: Literal["asyncio", "trio"], random: Random
+) -> None:
+    run(make_program(random), backend)
