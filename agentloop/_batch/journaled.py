@@ -210,7 +210,9 @@ class Recording(Generic[T]):
             self._batch.source.cut()
             self._batch.stop(str(error), error)
 
-        if self._written is not None:
+        if self._written is None:
+            self._batch.check_done()
+        else:
             # Nothing of the batch runs any more.
             self.session.hurry()
 

@@ -252,18 +252,19 @@ class JournalFile:
             if group.committed:
                 return
 
+            assert writer is not None
             try:
-                if writer is None or os.stat(self.path).st_ino != self._inode:
-                    raise JournalError(f"{self.path} was replaced by another file")
+                if os.stat(self.path).st_ino != self._inode:
+                    raise FileNotFoundError("it was replaced by another file")
 
                 writer.execute("BEGIN IMMEDIATE")
                 writer.executemany(WRITE, group.rows)
                 writer.execute("COMMIT")
             except Exception as exc:
-                if writer is not None and writer.in_transaction:
+                if writer.in_transaction:
                     writer.execute("ROLLBACK")
 
-                raise exc if isinstance(exc, JournalError) else explain(self.path, exc)  # noqa: B904
+                raise explain(self.path, exc) from exc
 
             group.committed = True
 

@@ -217,6 +217,17 @@ def test_journal_is_refused_after_a_fork(path: Path) -> None:
     assert done.stdout == "this journal was opened by another process: open one after the fork\n1\n"
 
 
+async def test_journal_that_was_opened_by_another_process_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Journal(path) as journal:
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        with pytest.raises(RuntimeError, match=r"^this journal was opened by another process"):
+            await AgentLoop().run_all(Asker().inputs("a"), journal=journal)
+
+        monkeypatch.undo()
+
+
 # --- settings
 
 
@@ -412,6 +423,23 @@ async def test_garbage_in_the_middle_ends_the_batch_with_an_error_that_says_what
     assert asker.calls == []
 
 
+@both_verbs
+async def test_damage_that_a_look_up_meets_ends_the_batch(verb: str, path: Path) -> None:
+    await fill(path, range(2000))
+    asker = Asker()
+    async with Journal(path) as journal:
+        for at in range(8192, path.stat().st_size - 4096, 4096):
+            overwrite(path, b"\xff" * 4096, at)
+
+        with pytest.raises(JournalError, match=r"database disk image is malformed"):
+            await run(verb, AgentLoop(), asker.inputs(range(2000)), journal)
+
+        with pytest.raises(JournalError, match=r"database disk image is malformed"):
+            assert [entry async for entry in journal.entries()] == []
+
+    assert len(asker.calls) <= 10
+
+
 async def test_torn_wal_loses_the_last_commit_and_no_more(path: Path, tmp_path: Path) -> None:
     torn = tmp_path / "torn.db"
     async with Journal(path) as journal:
@@ -445,7 +473,27 @@ async def test_empty_file_is_a_new_journal(path: Path) -> None:
 
 async def test_missing_directory_is_an_error(path: Path) -> None:
     with pytest.raises(JournalError, match="No such file or directory"):
-        await fill(path / "night.db", "a") if path.mkdir() else await fill(path / "nowhere" / "night.db", "a")
+        await fill(path / "night.db", "a")
+
+
+async def test_lock_that_is_no_file_is_an_error(path: Path) -> None:
+    Path(f"{path}-lock").mkdir()
+    with pytest.raises(JournalError, match="unable to open database file"):
+        await fill(path, "a")
+
+
+async def test_drive_without_shared_memory_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite refuses WAL mode where it cannot share memory, as on some network drives."""
+
+    class Remote(sqlite3.Connection):
+        def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+            return super().execute(sql.replace("journal_mode = WAL", "journal_mode = DELETE"), *parameters)
+
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Remote))
+    with pytest.raises(
+        JournalError, match=r"night\.db needs a local disk: SQLite cannot use WAL mode there$"
+    ):
+        await fill(path, "a")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for this user")
@@ -514,6 +562,32 @@ async def test_disk_that_is_still_full_is_an_error_at_opening(path: Path) -> Non
 
     assert asker.calls == []
     await fill(path, "a")
+
+
+async def test_run_that_cannot_note_its_end_ends_all_the_same(path: Path) -> None:
+    asker = Asker()
+    with full_disk(10_000_000), anyio.fail_after(100):
+        async with Journal(path) as journal:
+            await AgentLoop().run_all(asker.inputs("ab"), journal=journal)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    assert await replayed(path, "ab") == 2
+
+
+async def test_output_that_cannot_be_encoded_and_a_full_disk_are_one_error(path: Path) -> None:
+    asker = Asker(1)
+
+    async def odd() -> set[int]:
+        await anyio.sleep(0.5)
+        path.unlink()
+        return {1, 2}
+
+    async with Journal(path) as journal:
+        with pytest.raises(JournalError, match="JSON has no set") as caught:
+            inputs: list[Invocation[Any]] = [Invocation("odd", odd), Invocation("a", asker.ask, ("a",))]
+            await AgentLoop().run_all(inputs, journal=journal)
+
+    assert [result.output for result in caught.value.unwritten] == [{1, 2}, {"answer": "a"}]
 
 
 async def test_second_try_writes_what_the_first_could_not(path: Path) -> None:

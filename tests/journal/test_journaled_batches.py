@@ -115,6 +115,20 @@ async def test_thousands_of_equal_inputs_take_linear_time(path: Path) -> None:
     assert len(rows(path)) == len(asker.calls) == 3000
 
 
+async def test_many_kinds_of_equal_inputs_are_told_apart_without_remembering_all(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentloop.journal._claims.REMEMBERED", 2)
+    asker, loop = Asker(), AgentLoop()
+    for expected in (0, 40):
+        async with Journal(path, durable=False) as journal:
+            results = await loop.run_all(asker.inputs("abcdefgh" * 5), journal=journal)
+
+        assert sum(result.replayed for result in results) == expected
+
+    assert len(rows(path)) == 40
+
+
 async def test_explicit_key_names_one_entry_whatever_the_arguments(path: Path) -> None:
     asker, loop = Asker(), AgentLoop()
 
@@ -660,6 +674,32 @@ async def test_idempotency_keys_of_equal_inputs_differ_and_are_those_of_the_run_
         await loop.run_all(Invocation.map(pay, ["a"] * 4), journal=journal)
 
     assert sorted(keys) == sorted(first[1:])
+
+
+async def test_idempotency_keys_of_equal_inputs_fill_the_gaps_that_were_left(path: Path) -> None:
+    keys: list[str] = []
+    hangs = 2
+
+    async def pay(x: str) -> str:
+        keys.append(current_attempt().idempotency_key)
+        if len(keys) <= hangs:
+            await anyio.sleep_forever()
+
+        await anyio.sleep(0.1)
+        return x
+
+    loop = AgentLoop()
+    async with Journal(path) as journal:
+        with anyio.move_on_after(1):
+            await loop.run_all(Invocation.map(pay, ["a"] * 5), journal=journal)
+
+    left, hangs = keys[:2], 0
+    keys.clear()
+    async with Journal(path) as journal:
+        await loop.run_all(Invocation.map(pay, ["a"] * 6), journal=journal)
+
+    assert keys[:2] == left
+    assert len({*keys}) == len(keys) == 3
 
 
 async def test_idempotency_key_differs_between_journals_versions_and_runs_without(path: Path) -> None:

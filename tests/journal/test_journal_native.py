@@ -1,0 +1,137 @@
+"""A journal on asyncio whose tasks are cancelled natively, by ``Task.cancel()``, while the disk is slow."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sqlite3
+import warnings
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+
+import pytest
+from asking import Asker, rows
+
+from agentloop import AgentLoop, InvocationCancelled, LoopConfig
+from agentloop.journal import Journal
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+async def path(tmp_path: Path) -> Path:
+    path = tmp_path / "night.db"
+    async with Journal(path):
+        pass
+
+    return path
+
+
+@asynccontextmanager
+async def slow_disk(path: Path) -> AsyncIterator[None]:
+    """Let nobody write a file in the block."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+        connection.execute("ROLLBACK")
+
+
+def writers() -> list[asyncio.Task[object]]:
+    return [task for task in asyncio.all_tasks() if task.get_name() == "agentloop journal"]
+
+
+async def let_run() -> None:
+    await asyncio.sleep(0.1)
+
+
+async def test_opening_that_is_cancelled_waits_and_closes_the_file(path: Path) -> None:
+    async def night() -> None:
+        async with Journal(path):
+            raise AssertionError
+
+    async with slow_disk(path):
+        task = asyncio.create_task(night())
+        for _ in range(2):
+            await let_run()
+            task.cancel()
+
+        await let_run()
+        assert not task.done()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    async with Journal(path):
+        pass
+
+
+async def test_commit_goes_on_when_all_tasks_are_cancelled(path: Path) -> None:
+    """An agent may cancel all tasks that it does not know; the writer is one of them, and goes on."""
+    asker, loop = Asker(), AgentLoop()
+    async with Journal(path) as journal:
+        async with slow_disk(path):
+            task = asyncio.create_task(loop.run_all(asker.inputs("ab"), journal=journal))
+            await let_run()
+            for writer in writers():
+                writer.cancel()
+
+            await let_run()
+            assert not task.done()
+
+        assert [result.output for result in await task] == [{"answer": "a"}, {"answer": "b"}]
+
+    assert len(rows(path)) == 2
+
+
+async def test_batch_that_is_cancelled_twice_leaves_its_results_to_the_journal(path: Path) -> None:
+    asker = Asker()
+    async with Journal(path) as journal:
+        async with slow_disk(path):
+            task = asyncio.create_task(AgentLoop().run_all(asker.inputs("ab"), journal=journal))
+            for _ in range(2):
+                await let_run()
+                task.cancel()
+
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+            assert rows(path) == []
+
+    assert len(rows(path)) == 2
+
+
+async def test_results_that_wait_are_written_at_the_end_of_the_block(path: Path) -> None:
+    """More of them than fit into one commit."""
+    asker = Asker()
+    loop = AgentLoop(LoopConfig(max_concurrency=3000))
+    async with Journal(path) as journal:
+        async with slow_disk(path):
+            task = asyncio.create_task(loop.run_all(asker.inputs(range(2500)), journal=journal))
+            for _ in range(2):
+                await asyncio.sleep(0.5)
+                task.cancel()
+
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    assert len(rows(path)) == len(asker.ended) == 2500
+
+
+async def test_writer_that_is_cancelled_before_it_begins_ends_the_block(path: Path) -> None:
+    with pytest.raises(InvocationCancelled, match="one of its own tasks was cancelled from outside"):
+        async with Journal(path):
+            for task in writers():
+                task.cancel()
+
+            await asyncio.sleep(10)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # its coroutine was never awaited
+        gc.collect()
+
+    async with Journal(path):
+        pass
