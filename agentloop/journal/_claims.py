@@ -22,7 +22,7 @@ import math
 import sqlite3
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from ._identity import Identity, is_same
@@ -197,19 +197,11 @@ class Claims:
         marks[2] = n + 1
         return None, n
 
-    def _free(self, group: tuple[str, Any], running: Container[int], n: int) -> int:
+    def _free(self, group: tuple[str, Any], running: Iterable[int], n: int) -> int:
         """Return the lowest number from ``n`` on that no row has and no input that runs."""
-        sql = "SELECT n FROM results WHERE agent = ? AND key = ? AND n >= ? ORDER BY n"
-        for (written,) in self._reader.execute(sql, (*group, n)):
-            while n < written and n in running:
-                n += 1
-
-            if n < written:
-                return n
-
-            n = written + 1
-
-        while n in running:
+        sql = "SELECT n FROM results WHERE agent = ? AND key = ? AND n >= ?"
+        used = {number for (number,) in self._reader.execute(sql, (*group, n))}.union(running)
+        while n in used:
             n += 1
 
         return n

@@ -93,8 +93,7 @@ def connect(path: str, mode: str = "ro", timeout: float = BUSY_SECONDS) -> sqlit
 
 def explain(path: str, exc: Exception) -> JournalError:
     """Return the error that says what is wrong with a file."""
-    code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
-    hint = ""
+    code, hint = _code(exc), ""
     if code == sqlite3.SQLITE_NOTADB:
         hint = ": this is not a journal"
     elif code == sqlite3.SQLITE_CORRUPT:
@@ -106,6 +105,12 @@ def explain(path: str, exc: Exception) -> JournalError:
     error = JournalError(f"{path}: {exc}{hint}")
     error.__cause__ = exc
     return error
+
+
+def _code(exc: Exception) -> int:
+    """Return SQLite's code of an error, without what it says in detail."""
+    code: int = getattr(exc, "sqlite_errorcode", 0)
+    return code & 0xFF
 
 
 def inspect(path: str) -> bool:
@@ -190,10 +195,10 @@ class JournalFile:
             self._locked.execute("PRAGMA journal_mode = OFF")
             self._locked.execute("BEGIN EXCLUSIVE")
         except sqlite3.OperationalError as exc:
-            if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
-                raise
+            if _code(exc) == sqlite3.SQLITE_BUSY:
+                raise JournalInUse(f"{self.path} is in use by another run") from None
 
-            raise JournalInUse(f"{self.path} is in use by another run") from None
+            raise
 
     def _open(self) -> None:
         _create(self.path)

@@ -482,6 +482,23 @@ async def test_lock_that_is_no_file_is_an_error(path: Path) -> None:
         await fill(path, "a")
 
 
+async def test_lock_that_fails_is_not_taken_for_one_in_use(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(sqlite3.Connection):
+        def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+            if sql == "BEGIN EXCLUSIVE":
+                raise sqlite3.OperationalError("disk I/O error")
+
+            return super().execute(sql, *parameters)
+
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Broken))
+    with pytest.raises(JournalError, match="disk I/O error") as caught:
+        await fill(path, "a")
+
+    assert type(caught.value) is JournalError
+
+
 async def test_drive_without_shared_memory_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SQLite refuses WAL mode where it cannot share memory, as on some network drives."""
 
@@ -651,6 +668,30 @@ async def test_commit_waits_for_somebody_else_who_writes(path: Path) -> None:
         thread.join()
 
     assert [result.success for result in results] == [True, True]
+
+
+async def test_commit_that_fails_writes_none_of_its_rows(path: Path) -> None:
+    """Somebody has put a row into the file meanwhile that has the place of another one."""
+
+    async def ask(x: int) -> int:
+        if x == 1:
+            with closing(sqlite3.connect(path)) as connection, connection:
+                connection.execute(
+                    "INSERT INTO results SELECT 1000, agent, 1, n, run, idx, agent_id, status, output, "
+                    "error, retries, latency_ms, queue_ms, at, written, stale FROM results"
+                )
+
+        return x
+
+    loop = AgentLoop(LoopConfig(max_concurrency=2))
+    async with Journal(path) as journal:
+        await loop.run_all([Invocation("a", ask, (0,), key=0)], journal=journal)
+        inputs = [Invocation("a", ask, (x,), key=x) for x in (1, 2)]
+        with pytest.raises(JournalError, match="UNIQUE constraint failed") as caught:
+            await loop.run_all(inputs, journal=journal)
+
+        assert [result.output for result in caught.value.unwritten] == [1, 2]
+        assert len(rows(path)) == 2
 
 
 async def test_file_that_others_keep_locked_ends_the_batch(
