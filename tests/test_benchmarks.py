@@ -130,6 +130,12 @@ def expected_ways(agent: str, backend: str, installed: set[str]) -> list[str]:
             ["direct", "agentloop", "stream_all of 10"],
         ),
         ("store", "asyncio", ["--repeats", "1"], ["20", "2000", "20000"]),
+        (
+            "journal",
+            "trio",
+            ["--rate", "500", "--seconds", "0.1", "--rounds", "1", "--entries", "200"],
+            ["with a journal", "without", "written", "replayed", "file"],
+        ),
         ("observability", "trio", ["--inputs", "50", "--rounds", "1"], ["metrics off", "... and a timeline"]),
     ],
 )
