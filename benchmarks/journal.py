@@ -147,8 +147,8 @@ async def measure_entries(count: int, size: int, path: Path) -> Pass:
 def tell_entries(name: str, count: int, found: Pass) -> None:
     memory = ", ".join(f"{mib:.0f}" for mib in found.memory_mib)
     print(
-        f"  {name:10} {found.us_each:6.1f} us each, {found.seconds:.2f} s, {count / found.seconds:,.0f}/s, opened in "
-        f"{found.opening_seconds:.3f} s, {found.replayed:,} replayed, {memory} MiB",
+        f"  {name:10} {found.us_each:6.1f} us each, {found.seconds:.2f} s, {count / found.seconds:,.0f}/s, "
+        f"opened in {found.opening_seconds:.3f} s, {found.replayed:,} replayed, {memory} MiB",
         flush=True,
     )
 
@@ -190,7 +190,7 @@ def main() -> None:
             found = rounds.run(measure_entries, options.backend, options.entries, options.bytes, path)
             tell_entries(name, options.entries, found)
 
-        print(f"  {'file':10} {path.stat().st_size / options.entries:8,.0f} bytes each")
+        print(f"  {'file':10} {path.stat().st_size / options.entries:8.0f} bytes each")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ import attrs
 from .._invocation import Invocation
 from ._json import check
 
+# To make an encoder for each invocation would take longer than to encode it.
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 # What SQLite can hold in a column.
 _LARGEST = 2**63
 
@@ -72,7 +74,7 @@ def identify(invocation: Invocation[Any]) -> Identity:
 
     try:
         check([args, kwargs], strict=False)
-        text = json.dumps([args, kwargs], sort_keys=True, separators=(",", ":"), allow_nan=False)
+        text = _encode([args, kwargs])
     except (TypeError, ValueError, RecursionError) as exc:
         raise TypeError(
             f"the arguments of {invocation.agent_id!r} cannot be hashed: {exc}; give this invocation a key, "

@@ -9,6 +9,9 @@ import math
 from typing import Any, cast
 
 decode = json.loads
+# To make an encoder for each output would take longer than to encode it.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_encode_ascii = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def encode(value: Any) -> str:
@@ -19,12 +22,12 @@ def encode(value: Any) -> str:
     :raises ValueError: if it has a number or a text that JSON cannot carry
     """
     check(value, strict=True)
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = _encode(value)
     try:
         text.encode()
     except UnicodeEncodeError:
         # Half a surrogate pair can be escaped. Two halves that follow each other come back as one character.
-        text = json.dumps(value, separators=(",", ":"))
+        text = _encode_ascii(value)
         if decode(text) != value:
             raise ValueError("JSON has no text of surrogate pairs") from None
 
