@@ -16,7 +16,10 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README.read_text(), re.DOTALL | re
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_snippets_run_and_print_what_the_readme_says(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snippets_run_and_print_what_the_readme_says(
+    backend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
     run = anyio.run
     monkeypatch.setattr(anyio, "run", lambda main, **options: run(main, **{"backend": backend, **options}))
     namespace: dict[str, Any] = {"__name__": "readme"}
