@@ -272,6 +272,8 @@ class JournalError(AgentLoopError):
     The message says which file, what happened, and what can be done.
     """
 
+    _verdict = "permanent"
+
     unwritten: list[Any]
     """The results that the file does not hold, and that were not delivered otherwise."""
 
@@ -313,6 +315,8 @@ class JournaledError(AgentLoopError):
 
     :param line: ``"ValueError: boom"``, as ``InvocationResult.error`` has it
     """
+
+    _verdict = "permanent"
 
 
 def not_async(message: str) -> TypeError:

@@ -35,6 +35,7 @@ from agentloop import (
     classify,
 )
 from agentloop._errors import not_async
+from agentloop.journal import JournaledError, JournalError
 
 TRANSIENT, OVERLOAD, PERMANENT, FATAL = VerdictKind
 
@@ -508,6 +509,8 @@ def stopped(cause: BaseException | None) -> Exception:
         (caused_by(HTTPError(status=401), error=InvocationTimeout(5)), Verdict(TRANSIENT)),
         (InvocationCancelled("why"), Verdict(TRANSIENT)),
         (LoopClosed(), Verdict(PERMANENT)),
+        (JournalError("full"), Verdict(PERMANENT)),
+        (JournaledError("ConnectionError: gone"), Verdict(PERMANENT)),
         (LeftOpenError("agent"), Verdict(PERMANENT)),
         (caused_by(LoopClosed()), Verdict(PERMANENT)),
         (Queued(), Verdict(TRANSIENT, 7.5)),
@@ -527,7 +530,7 @@ def stopped(cause: BaseException | None) -> Exception:
         (caused_by(stopped(HTTPError(status=401))), Verdict(FATAL)),
         (ExceptionGroup("", [stopped(DOWN), stopped(DOWN)]), Verdict(TRANSIENT)),
     ],
-    ids=range(23),
+    ids=range(25),
 )
 def test_own_error_says_what_it_means(error: Exception, verdict: Verdict) -> None:
     assert classify(error) == verdict
