@@ -210,11 +210,8 @@ class Recording(Generic[T]):
             self._batch.source.cut()
             self._batch.stop(str(error), error)
 
-        if self._written is None:
-            self._batch.check_done()
-        else:
-            # Nothing of the batch runs any more.
-            self.session.hurry()
+        # It may wait for nothing but the second try.
+        self._batch.check_done()
 
     def forget_error(self) -> None:
         """Forget what is raised in the end, once it was."""

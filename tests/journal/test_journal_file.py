@@ -776,13 +776,15 @@ async def test_block_that_is_left_by_an_error_raises_it_as_it_is(path: Path) -> 
     assert caught.value is error
 
 
-async def test_block_that_is_cancelled_writes_what_had_ended(path: Path) -> None:
+async def test_block_that_is_cancelled_writes_what_had_ended_and_waits_no_longer(path: Path) -> None:
     asker = Asker(1)
-    with anyio.move_on_after(1.01):
+    with anyio.move_on_after(1.01) as scope:
         async with Journal(path) as journal:
-            await AgentLoop().run_all(asker.inputs("ab"), journal=journal)
+            await AgentLoop(LoopConfig(max_concurrency=2)).run_all(asker.inputs("abc"), journal=journal)
 
-    assert len(rows(path)) == 0 if not asker.ended else 2
+    assert scope.cancelled_caught
+    assert anyio.current_time() - scope.deadline < 1
+    assert len(rows(path)) == 2
     async with Journal(path):
         pass
 

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
-from asking import Asker, rows
+from asking import Asker, rows, run
 
 from agentloop import AgentLoop, InvocationCancelled, LoopConfig
 from agentloop.journal import Journal
@@ -85,6 +85,19 @@ async def test_commit_goes_on_when_all_tasks_are_cancelled(path: Path) -> None:
         assert [result.output for result in await task] == [{"answer": "a"}, {"answer": "b"}]
 
     assert len(rows(path)) == 2
+
+
+@pytest.mark.parametrize("verb", ["run_all", "as_completed"])
+async def test_slow_disk_stops_new_starts(verb: str, path: Path) -> None:
+    """As many results as the limit wait for the disk and do not count as live, and then as many that do."""
+    asker, loop = Asker(), AgentLoop(LoopConfig(max_concurrency=2))
+    async with Journal(path) as journal:
+        async with slow_disk(path):
+            task = asyncio.create_task(run(verb, loop, asker.inputs(range(50)), journal))
+            await let_run()
+            assert len(asker.calls) == 4
+
+        assert len(await task) == 50
 
 
 async def test_batch_that_is_cancelled_twice_leaves_its_results_to_the_journal(path: Path) -> None:
