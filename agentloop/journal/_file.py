@@ -212,8 +212,8 @@ class JournalFile:
         writer.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
         writer.execute("BEGIN IMMEDIATE")
         # Looked at again, now that nobody else can write.
-        is_new = not writer.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if is_new:
+        (tables,) = writer.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if not tables:
             for statement in filter(str.strip, CREATE.split(";")):
                 writer.execute(statement)
 
@@ -235,9 +235,6 @@ class JournalFile:
             or 0
         )
         writer.execute("COMMIT")
-        if is_new:
-            # So that the file is known as a journal also if it is copied without its -wal.
-            writer.execute("PRAGMA wal_checkpoint")
 
     def _change(self, writer: sqlite3.Connection, found: str) -> None:
         if self._changed == "refuse":

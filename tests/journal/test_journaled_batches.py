@@ -30,7 +30,6 @@ from agentloop import (
     Status,
     StopRule,
     current_attempt,
-    in_thread,
 )
 from agentloop.journal import Journal, JournaledError, JournalStatistics
 
@@ -166,6 +165,23 @@ async def test_key_that_is_there_twice_in_a_batch_is_an_error_of_the_input(limit
 
     assert result.replayed
     assert asker.ended == ["a"]
+
+
+async def test_key_that_was_there_long_before_in_a_batch_is_an_error_of_the_input(path: Path) -> None:
+    asker, loop = Asker(), AgentLoop()
+    arrived = anyio.Event()
+
+    async def inputs() -> AsyncIterator[Invocation[Any]]:
+        yield Invocation("a", asker.ask, ("a",), key="k")
+        await arrived.wait()
+        yield Invocation("a", asker.ask, ("b",), key="k")
+
+    async with Journal(path) as journal:
+        async with loop.as_completed(inputs(), journal=journal) as done:
+            assert not (await anext(done)).replayed
+            arrived.set()
+            with pytest.raises(ValueError, match="key 'k' is there twice"):
+                await anext(done)
 
 
 async def test_key_that_runs_in_another_batch_is_an_error_of_the_input(path: Path) -> None:
@@ -748,9 +764,12 @@ async def test_journal_serves_agents_that_fill_the_default_thread_limit(path: Pa
         run_all = functools.partial(loop.run_all, asker.inputs([x]), journal=journal)
         return len(anyio.from_thread.run(run_all))
 
+    async def agent(x: int) -> int:
+        return await anyio.to_thread.run_sync(step, x)
+
     async with Journal(path) as journal:
         with anyio.fail_after(100):
-            results = await loop.run_all(Invocation.map(in_thread(step), range(3)), journal=journal)
+            results = await loop.run_all(Invocation.map(agent, range(3)), journal=journal)
 
     assert [result.output for result in results] == [1, 1, 1]
 
