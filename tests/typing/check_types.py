@@ -47,6 +47,7 @@ from agentloop import (
     current_attempt,
     in_thread,
 )
+from agentloop.journal import Entry, Journal, JournalStatistics
 from agentloop.testing import Chunks, Fail, FakeAgent, FakeHTTPError, Reply, Stall
 
 
@@ -118,6 +119,27 @@ async def run_single_checks_the_arguments_of_the_agent() -> None:
     await loop.run_single("a", in_thread(blocking), 5)  # type: ignore[arg-type]  # has to be refused
     await loop.run_single("a", in_thread(blocking))  # type: ignore[call-arg]  # has to be refused
     await loop.run_single(5, count, "text")  # type: ignore[arg-type]  # has to be refused
+
+
+async def journal_is_for_batches_of_any_output() -> None:
+    async with Journal("night.db", version={"model": 1}, keep=(Status.SUCCESS,)) as journal:
+        jobs = Invocation.map(count, "ab")
+        assert_type(await loop.run_all(jobs, journal=journal), list[InvocationResult[int]])
+        async with loop.as_completed(jobs, journal=journal) as results:
+            async for result in results:
+                assert_type(result, InvocationResult[int])
+                assert_type(result.replayed, bool)
+
+        assert_type(journal.statistics(), JournalStatistics)
+        assert_type(await journal.metrics(), MetricsRecorder)
+        async for entry in journal.entries(Status.ERROR):
+            assert_type(entry, Entry)
+            assert_type(entry.key, str | int)
+
+    await loop.run_all(jobs, journal="night.db")  # type: ignore[arg-type]  # has to be refused
+    await loop.run_single("a", count, "text", journal=journal)  # type: ignore[call-arg]  # has to be refused
+    Journal("night.db", changed="ignore")  # type: ignore[arg-type]  # has to be refused
+    Journal("night.db", encode=str)  # refused at run time, without decode=
 
 
 async def run_single_wants_an_async_callable() -> None:
