@@ -798,7 +798,9 @@ def test_native_cancellation_of_all_tasks_closes_the_file(path: Path) -> None:
 
     async def main() -> None:
         task = asyncio.ensure_future(night())
-        await asyncio.sleep(0.3)
+        while len(asker.ended) < 5:
+            await asyncio.sleep(0.01)
+
         # As asyncio.run() does at its end.
         for other in asyncio.all_tasks() - {asyncio.current_task()}:
             other.cancel()

@@ -94,6 +94,9 @@ async def test_slow_disk_stops_new_starts(verb: str, path: Path) -> None:
     async with Journal(path) as journal:
         async with slow_disk(path):
             task = asyncio.create_task(run(verb, loop, asker.inputs(range(50)), journal))
+            while len(asker.calls) < 4:
+                await let_run()
+
             await let_run()
             assert len(asker.calls) == 4
 

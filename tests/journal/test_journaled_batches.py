@@ -480,7 +480,9 @@ def test_native_cancellation_loses_nothing_that_had_ended(verb: str, path: Path)
     async def main() -> None:
         async with Journal(path) as journal:
             task = asyncio.ensure_future(run(verb, loop, asker.inputs(range(100)), journal))
-            await asyncio.sleep(0.1)
+            while len(asker.ended) < 5:
+                await asyncio.sleep(0.01)
+
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
