@@ -76,7 +76,9 @@ class Writer:
             self._fail([writing], error)
         else:
             self._queue.append(writing)
-            self._wake()
+            # In between the task lingers, and to wake it for each would cost more than the result does.
+            if len(self._queue) in (1, MOST_ROWS):
+                self._wake()
 
     def hurry(self) -> None:
         """Write at once."""
@@ -124,12 +126,17 @@ class Writer:
             raise InvocationCancelled(LOST) from exc
 
     async def _finish(self, outcome: str) -> None:
-        try:
-            while self._queue or self._group:
+        cancelled: BaseException | None = None
+        while self._queue or self._group:
+            try:
                 await self._write_group()
-        finally:
-            self.claims = None
-            await _insist(self.file.close, outcome)
+            except anyio.get_cancelled_exc_class() as native:
+                # The group was committed all the same, and is delivered in the next turn.
+                cancelled = native
+
+        self.claims = None
+        await _insist(self.file.close, outcome)
+        _raise(cancelled)
 
     def _wake(self) -> None:
         if self._woken is not None:
@@ -211,6 +218,10 @@ async def _insist(fn: Callable[..., object], *args: Any) -> None:
             except anyio.get_cancelled_exc_class() as native:
                 cancelled = native
 
+    _raise(cancelled)
+
+
+def _raise(cancelled: BaseException | None) -> None:
     if cancelled is not None:
         try:
             raise cancelled

@@ -140,6 +140,32 @@ async def test_results_that_wait_are_written_at_the_end_of_the_block(path: Path)
     assert len(rows(path)) == 2500
 
 
+async def test_end_of_the_block_that_is_cancelled_delivers_what_it_writes(path: Path) -> None:
+    asker, loop = Asker(), AgentLoop()
+    opened = asyncio.Event()
+    journal = Journal(path)
+
+    async def night() -> None:
+        async with journal:
+            opened.set()
+            while len(asker.ended) < 2:
+                await let_run()
+
+    task = asyncio.create_task(night())
+    await opened.wait()
+    async with slow_disk(path):
+        batch = asyncio.create_task(loop.run_all(asker.inputs("ab"), journal=journal))
+        for _ in range(3):
+            await let_run()
+            await let_run()
+            task.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert [result.output for result in await batch] == [{"answer": "a"}, {"answer": "b"}]
+
+
 async def test_writer_that_is_cancelled_before_it_begins_ends_the_block(path: Path) -> None:
     with pytest.raises(InvocationCancelled, match="one of its own tasks was cancelled from outside"):
         async with Journal(path):
