@@ -124,7 +124,7 @@ class Journal(AnyJournal, EnteredOnly):
         if changed not in ("refuse", "keep", "rerun"):
             raise ValueError(f"changed must be one of 'refuse', 'keep', 'rerun', got {changed!r}")
 
-        if isinstance(keep, str) or not set(keep) <= set(KEEPABLE):
+        if isinstance(keep, str) or not isinstance(keep, Collection) or not set(keep) <= set(KEEPABLE):
             raise ValueError(
                 f"keep must hold statuses that are recorded, SUCCESS, ERROR, TIMEOUT, got {keep!r}"
             )
@@ -148,7 +148,7 @@ class Journal(AnyJournal, EnteredOnly):
         path = os.fspath(path)
         self._path = path
         self._codec = Codec(encode or _json.encode, decode or _json.decode)
-        kept = frozenset(status.value for status in keep)
+        kept = frozenset(map(str, keep))
         self._writer = Writer(JournalFile(path, text, changed, durable), self._codec, kept)
         self._token: object = None
         self._batches = 0

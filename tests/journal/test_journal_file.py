@@ -237,6 +237,8 @@ async def test_journal_that_was_opened_by_another_process_is_refused(
         ({"changed": "ignore"}, ValueError, "changed must be one of 'refuse', 'keep', 'rerun', got 'ignore'"),
         ({"keep": [Status.SKIPPED]}, ValueError, "keep must hold statuses that are recorded"),
         ({"keep": "success"}, ValueError, "keep must hold statuses that are recorded"),
+        ({"keep": Status.SUCCESS}, ValueError, "keep must hold statuses that are recorded"),
+        ({"keep": None}, ValueError, "keep must hold statuses that are recorded"),
         ({"encode": repr}, ValueError, "encode and decode must be given together"),
         ({"encode": repr, "decode": 5}, TypeError, "decode must be callable, got 5"),
         ({"encode": fill, "decode": repr}, TypeError, "encode must be a plain function, got an async one"),

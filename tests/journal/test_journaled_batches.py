@@ -253,6 +253,10 @@ async def test_what_is_not_kept_runs_again(path: Path) -> None:
 
     assert len(asker.calls) == 2
     assert len(rows(path)) == 1
+    async with Journal(path, keep=["success"]) as journal:  # type: ignore[list-item]  # as good as its word
+        await loop.run_all(asker.inputs("a"), journal=journal)
+
+    assert len(asker.calls) == 2
 
 
 async def test_cancelled_and_skipped_results_are_not_recorded(path: Path) -> None:
