@@ -493,8 +493,8 @@ MUTANTS = [
     Mutant(
         "a result is delivered to the wrong input",
         "InputSource.next_job",
-        "Job(item, index, self._now() if began is None else began, self._pool, self.outer)",
-        "Job(item, max(0, index - 1), self._now() if began is None else began, self._pool, self.outer)",
+        "self.new_job(item, index, now, self._pool, self.outer)",
+        "self.new_job(item, max(0, index - 1), now, self._pool, self.outer)",
     ),
     Mutant(
         "a reader that is cancelled loses a result",
