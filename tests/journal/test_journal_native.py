@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from asking import Asker, rows, run
 
-from agentloop import AgentLoop, InvocationCancelled, LoopConfig
+from agentloop import AgentLoop, Invocation, InvocationCancelled, LoopConfig
 from agentloop.journal import Journal
 
 
@@ -140,7 +140,11 @@ async def test_results_that_wait_are_written_at_the_end_of_the_block(path: Path)
     assert len(rows(path)) == 2500
 
 
-async def test_end_of_the_block_that_is_cancelled_delivers_what_it_writes(path: Path) -> None:
+async def test_end_of_the_block_that_is_cancelled_delivers_what_it_writes(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task has ended before it could write."""
+    monkeypatch.setattr("agentloop.journal._writer.LINGER_SECONDS", 100)
     asker, loop = Asker(), AgentLoop()
     opened = asyncio.Event()
     journal = Journal(path)
@@ -148,22 +152,37 @@ async def test_end_of_the_block_that_is_cancelled_delivers_what_it_writes(path: 
     async def night() -> None:
         async with journal:
             opened.set()
-            while len(asker.ended) < 2:
+            while not asker.ended:
                 await let_run()
+
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    async def read() -> object:
+        inputs = [Invocation("a", asker.ask, ("a",)), Invocation("never", never, key=1)]
+        async with loop.as_completed(inputs, journal=journal) as done:
+            return (await anext(done)).output
 
     task = asyncio.create_task(night())
     await opened.wait()
     async with slow_disk(path):
-        batch = asyncio.create_task(loop.run_all(asker.inputs("ab"), journal=journal))
-        for _ in range(3):
+        reader = asyncio.create_task(read())
+        while not asker.ended:
+            await let_run()
+
+        for _ in range(2):
             await let_run()
             await let_run()
             task.cancel()
 
+        await let_run()
+        assert not task.done()
+
     with pytest.raises(asyncio.CancelledError):
         await task
 
-    assert [result.output for result in await batch] == [{"answer": "a"}, {"answer": "b"}]
+    assert await asyncio.wait_for(reader, 10) == {"answer": "a"}
+    assert len(rows(path)) == 1
 
 
 async def test_writer_that_is_cancelled_before_it_begins_ends_the_block(path: Path) -> None:
