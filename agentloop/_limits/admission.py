@@ -116,7 +116,7 @@ class Admission:
         self._shared = False
 
     def _look(self) -> None:
-        self.is_open = not (self.gated or self.paused or self.listens or self.epoch or self._shared)
+        self.is_open = not (self.gated or self.paused or self.listens or self._shared)
 
     def share(self) -> None:
         """Note that an attempt needs a place that it shares with those of other limiters."""

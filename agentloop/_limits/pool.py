@@ -54,7 +54,8 @@ class SlotPool(PoolState):
         :param returning: whether the attempt has begun and goes on
         :return: whether it was granted
         """
-        if not (slot.is_plain and self.admission.is_open):
+        admission = self.admission
+        if not (slot.is_plain and admission.is_open and slot.epoch == admission.epoch):
             return self._acquire(slot, returning)
 
         running = self.running

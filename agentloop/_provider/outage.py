@@ -30,14 +30,15 @@ class Outage:
         """When an overload was met, if nothing has succeeded since the first one."""
         self.timed_out = True
         """Whether all of these overloads were time-outs."""
-        self._row = 0
+        self.row = 0
+        """How many failures in a row speak of the provider."""
         self._row_began = 0.0
         self._used_at = -math.inf
 
     @property
     def listens(self) -> bool:
         """Whether a success is of interest."""
-        return self._row > 0 or self.fruitless_since is not None
+        return self.row > 0 or self.fruitless_since is not None
 
     def fail(self, limit: int, now: float) -> bool:
         """
@@ -46,11 +47,11 @@ class Outage:
         :param limit: how many calls may run at once
         :return: whether it is a part of an outage
         """
-        if not self._row:
+        if not self.row:
             self._row_began = now
 
-        self._row += 1
-        if self.since is None and self._row >= max(IN_A_ROW, limit):
+        self.row += 1
+        if self.since is None and self.row >= max(IN_A_ROW, limit):
             self.since = self._row_began
 
         return self.since is not None
@@ -63,10 +64,16 @@ class Outage:
 
         self.timed_out = self.timed_out and timed_out
 
-    def succeed(self) -> None:
-        """Note that a call has succeeded."""
-        self._row = 0
-        self.since = self.fruitless_since = None
+    def succeed(self, since: bool = True) -> None:
+        """
+        Note that a call has succeeded.
+
+        :param since: whether it began after the first failure in a row
+        """
+        self.fruitless_since = None
+        if since:
+            self.row = 0
+            self.since = None
 
     # -- patience
 

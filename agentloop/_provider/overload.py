@@ -51,7 +51,8 @@ class AdaptiveLimit:
     def __init__(self, ceiling: int) -> None:
         self.ceiling = self.limit = ceiling
         self.epoch: int = 0
-        """How often there was a reason for a cut; a call remembers what it was when it began."""
+        """How many moments there were that tell calls apart; each call remembers what it was at its start."""
+        self._cut_at = 0
         self.cuts = 0
         self.next_at = -math.inf
         """When the next call may start."""
@@ -91,7 +92,7 @@ class AdaptiveLimit:
         :param in_use: how many calls run without it
         """
         self.answered(epoch)
-        self._old -= epoch != self.epoch
+        self._old -= epoch < self._cut_at
         self._clean += 1
         if self.limit < min(self._known, self.ceiling):
             self.limit += 1
@@ -109,7 +110,7 @@ class AdaptiveLimit:
 
     def answered(self, epoch: int) -> None:
         """Note that the provider has taken a call, which may not be complete yet."""
-        self._taken = self._taken or epoch == self.epoch
+        self._taken = self._taken or epoch >= self._cut_at
         if self._pauses >= GONE:
             self._known = self._before
 
@@ -124,12 +125,14 @@ class AdaptiveLimit:
         :param in_use: how many calls run without it
         """
         self._clean = 0
-        if epoch != self.epoch:
+        if epoch < self._cut_at:
             self._old -= 1
             return
 
         takes_nothing = self._old <= 0 and not self._taken
-        self.new_epoch(in_use)
+        self._cut_at = self.new_epoch()
+        self._old = in_use
+        self._taken = False
         self._known = self._steps = 0
         if self.limit == 1:
             self.next_at = now + PAUSES.delay(self._pauses, random)
@@ -149,8 +152,7 @@ class AdaptiveLimit:
         self.limit = max(1, int(self.limit * share))
         self._most_in_use = 0
 
-    def new_epoch(self, in_use: int) -> None:
-        """Tell calls that begin from now on from those that run."""
+    def new_epoch(self) -> int:
+        """Tell calls that begin from now on from those that run, and return the epoch that they have."""
         self.epoch += 1
-        self._old = in_use
-        self._taken = False
+        return self.epoch

@@ -27,6 +27,8 @@ class Provider:
         self.limit = limit
         self.cool_off = CoolOff()
         self.outage = Outage()
+        # The first epochs of calls that began in the cool-off, and after the first failure of a row.
+        self._held_at = self._row_at = 0
         self._shown: tuple[int, float, float | None] = limit.limit, -math.inf, None
 
     @property
@@ -66,13 +68,13 @@ class Provider:
         outage = self.outage
         if verdict.kind is VerdictKind.OVERLOAD:
             outage.overload(now, False)
-        elif (
-            verdict.kind is VerdictKind.TRANSIENT
-            and (timed_out or speaks_of_provider(error))
-            and outage.fail(self.limit.limit, now)
-        ):
-            outage.overload(now, timed_out)
-            verdict = Verdict(VerdictKind.OVERLOAD, verdict.retry_after)
+        elif verdict.kind is VerdictKind.TRANSIENT and (timed_out or speaks_of_provider(error)):
+            if not outage.row:
+                self._row_at = self.limit.new_epoch()
+
+            if outage.fail(self.limit.limit, now):
+                outage.overload(now, timed_out)
+                verdict = Verdict(VerdictKind.OVERLOAD, verdict.retry_after)
 
         return verdict
 
@@ -82,11 +84,12 @@ class Provider:
 
         :param epoch: the epoch in which it began
         """
-        if epoch == self.limit.epoch:
+        if epoch >= self._held_at:
             self.cool_off.lift(now)
 
         self.limit.answered(epoch)
-        self.outage.succeed()
+        # A call that began before the failures says nothing about the provider since.
+        self.outage.succeed(epoch >= self._row_at)
 
     def reject(self, epoch: int, in_use: int, hold_seconds: float | None, now: float) -> None:
         """
@@ -100,4 +103,4 @@ class Provider:
         limit.reject(epoch, in_use, now)
         if hold_seconds is not None and self.cool_off.hold(now, hold_seconds, limit.limit):
             # A success of what has begun before is none of a probe.
-            limit.new_epoch(in_use)
+            self._held_at = limit.new_epoch()

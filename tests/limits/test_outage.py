@@ -28,11 +28,14 @@ from agentloop import (
     VerdictKind,
 )
 from agentloop._provider.outage import Outage
+from agentloop._provider.overload import AdaptiveLimit
+from agentloop._provider.provider import Provider
 from agentloop.testing import Chunks, Fail, FakeAgent, FakeHTTPError, Reply
 
 ONCE = LoopConfig(max_retries=0)
 AT_ONCE = Backoff(initial_seconds=0, jitter="none")
 PATIENCE = 100.0
+TRANSIENT = Verdict(VerdictKind.TRANSIENT)
 PATIENT = LoopConfig(overload_timeout_seconds=PATIENCE)
 
 
@@ -188,6 +191,20 @@ async def test_other_ends_are_none(agent: Callable[..., Any], args: tuple[Any, .
 
 async def test_time_out_of_the_agents_own_counts_as_the_network_error_that_it_is() -> None:
     assert await outage_after(AgentLoop(ONCE, limiter=Limiter(1)), own_time_out) == 8
+
+
+def test_call_that_began_before_the_failures_says_nothing_about_the_provider_since() -> None:
+    provider = Provider(AdaptiveLimit(2))
+    before = provider.limit.epoch
+    kinds = []
+    for second in range(9):
+        kinds.append(provider.judge(TRANSIENT, ConnectionError(), False, float(second)).kind)
+        # What had begun before the network was gone comes to its end meanwhile.
+        provider.answered(before, float(second))
+
+    assert kinds == [VerdictKind.TRANSIENT] * 7 + [VerdictKind.OVERLOAD] * 2
+    provider.answered(provider.limit.epoch, 9.0)
+    assert provider.judge(TRANSIENT, ConnectionError(), False, 10.0).kind is VerdictKind.TRANSIENT
 
 
 async def test_other_failures_neither_count_nor_end_a_row() -> None:
