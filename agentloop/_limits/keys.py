@@ -158,8 +158,8 @@ class Keys:
                 for pool in self.pools
                 if not (self._is_full(pool) and stuck.issuperset(self._held(pool)))
             }
-            going_on = {outer for slot in self.held if slot not in stuck and (outer := self._around(slot))}
-            stuck -= going_on
+            going_on = {self._around(slot) for slot in self.held if slot not in stuck}
+            stuck.difference_update(slot for slot in going_on if slot is not None)
             stuck -= {slot for slot in stuck if not free.isdisjoint(awaited.get(slot, ()))}
 
         return stuck

@@ -187,12 +187,12 @@ class PoolState(LoopState):
         """
         # What is nested in another limiter is at work there, and may still succeed.
         if outer is not None:
-            keys = outer.pool.keys
-            own = outer.pool is self or (keys is not None and keys.home is self)
-            outer.pool.work.begin_call(call, outer, own)
-            if outer.pool.admission.budgets and outer.pool.is_current():
-                # Somebody may have waited for what the outer invocation is going to give back.
-                outer.pool.serve()
+            pool: Any = outer.pool
+            own = pool is self or (pool.keys is not None and pool.keys.home is self)
+            pool.work.begin_call(call, outer, own)
+            if pool.admission.budgets and pool.is_current():
+                # Another attempt may have waited for what the outer invocation is going to give back.
+                pool.serve()
 
         self._look_for_break()
 
