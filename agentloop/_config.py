@@ -44,7 +44,8 @@ class LoopConfig:
     :param first_chunk_timeout_seconds: how long a stream may take to its first chunk
     :param idle_timeout_seconds: how long a stream may take from one chunk to the next
     :param overload_timeout_seconds: how long an invocation goes on being retried through overload; such
-        retries do not count towards ``max_retries``
+        retries do not count towards ``max_retries``. A batch stops when its limiter has let nothing succeed
+        for as long: see :class:`Limiter`
     :param queue_timeout_seconds: how long a single invocation or a stream may wait for its first slot: then
         its result is ``TIMEOUT``, with a :exc:`QueueTimeout`. Neither batches are bound by it, nor nested
         invocations that can use the slot of the one that runs them

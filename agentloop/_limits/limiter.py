@@ -88,10 +88,22 @@ class Limiter:
 
     With ``adaptive`` the limit follows what the provider bears. ``max_concurrency`` is its ceiling; an
     overload (HTTP 429 or 529, say, see :func:`classify`) cuts it to four fifths, once for all attempts that
-    were under way at the last cut, and clean completions raise it again. When a server has asked to wait
-    (Retry-After), nothing starts for as long, at most ``Backoff.max_retry_after_seconds`` of the
-    invocation that was told, and then one after the other within a quarter of it. What runs is never
-    interrupted, and cancelled attempts never count.
+    were under way at the last cut, to a half and then to 1 while the provider takes nothing, and clean
+    completions raise it again. What runs is never interrupted, and cancelled attempts never count.
+
+    When a server has asked to wait (Retry-After), new attempts are held back for as long, but for *probes*:
+    one at a time, the first after a twentieth of the time and at least a second, each next one after twice
+    the gap before it. A probe that succeeds, or whose stream yields a chunk, ends the cool-off; otherwise
+    attempts start one after the other within a quarter of the time once it is over. A time above
+    ``Backoff.max_retry_after_seconds`` holds nothing back, since its invocation does not wait for it.
+
+    A failure speaks of the provider if it is a time-out of the attempt, has a status 408 or 5xx, or has an
+    ``OSError`` that is not about files among its causes. When as many attempts in a row as the limit, and at
+    least 8, have failed so with a transient verdict, and none that began meanwhile has succeeded, that is an
+    *outage*: such failures are overload until the first success. When nothing has succeeded for
+    ``LoopConfig.overload_timeout_seconds`` since the first overload, and all that ran has ended, batches
+    stop, and single invocations have one attempt, until one succeeds. After a minute in which nothing ran or
+    waited, that time begins anew.
 
     With ``max_waiting`` it refuses what comes too fast. A :exc:`QueueFull` estimates in how many seconds the
     refused invocation would have begun: the mean duration of the attempts that have ended lately, times the
