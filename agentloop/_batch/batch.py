@@ -72,8 +72,14 @@ class Batch(Bookkeeping[T]):
 
     def may_go_on(self, keys: Any) -> bool:
         """Return whether there is something that it waits for besides slots of the pools of some keys."""
-        in_line = self.retries.in_line
-        return self.pool.keys is not keys or self.retries.count > 0 or not in_line or self.has_work()
+        source, retries = self.source, self.retries
+        if self.pool.keys is not keys or self.done or retries.count or self.has_work():
+            return True
+
+        # Results that its reader has not taken yet, and input that is still to come.
+        attempts = source.pulled - self._ended - len(retries.in_line)
+        in_room = 0 if retries.room is None else retries.room.in_room
+        return source.live > attempts + in_room or (source.feeder is not None and not source.exhausted)
 
     async def _run_tasks(self) -> None:
         """Run tasks until the batch is done, or they are cancelled."""

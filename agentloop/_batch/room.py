@@ -22,6 +22,11 @@ class KeyRoom:
         self._waiting: dict[Pool, int] = {}
         self._in_room: dict[Pool, int] = {}
 
+    @property
+    def in_room(self) -> int:
+        """How many of all keys take room."""
+        return sum(self._in_room.values())
+
     def set_aside(self, pool: Pool) -> bool:
         """
         Count one more that waits.

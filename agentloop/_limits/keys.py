@@ -15,6 +15,7 @@ from __future__ import annotations
 
 __all__ = ["Call", "Keys"]
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Any, Protocol
 
@@ -132,25 +133,28 @@ class Keys:
                 yield waiter, self.pools[outer.pool], self.pools[pool]
 
     def _stuck(self, waiting: Iterable[tuple[Slot, Any]]) -> set[Slot]:
-        """Return the attempts that never end: all, without those that go on, and what depends on these."""
+        """Return the attempts that never end: all, but those that go on, and what depends on these."""
         calls: dict[Slot, list[Call]] = {}
         for pool in self.pools:
             for call, slot in pool.work.calls.items():
                 calls.setdefault(slot, []).append(call)
 
+        # The pools in which each attempt has others in line, and how many it has there or running.
         awaited: dict[Slot, list[Any]] = {}
         for outer, pool in waiting:
             awaited.setdefault(outer, []).append(pool)
 
-        stuck = {slot for slot in self.held if slot.hold is not RELEASED}
-        stuck -= {
+        running = {slot: self._around(slot) for slot in self.held}
+        nested = Counter([*running.values(), *(outer for outer, pools in awaited.items() for _ in pools)])
+        stuck = {
             slot
-            for slot in stuck
-            if slot.hold is not HELD
-            or not calls.get(slot)
-            or any(call.may_go_on(self) for call in calls[slot])
+            for slot in self.held
+            if slot.hold is HELD
+            # Each call has somebody in line, or running; what has neither is about to go on.
+            and 0 < len(calls.get(slot, ())) <= nested[slot]
+            and not any(call.may_go_on(self) for call in calls[slot])
         }
-        before = 0
+        before = -1
         while len(stuck) != before:
             before = len(stuck)
             free = {
@@ -158,8 +162,7 @@ class Keys:
                 for pool in self.pools
                 if not (self._is_full(pool) and stuck.issuperset(self._held(pool)))
             }
-            going_on = {self._around(slot) for slot in self.held if slot not in stuck}
-            stuck.difference_update(slot for slot in going_on if slot is not None)
+            stuck -= {outer for slot, outer in running.items() if slot not in stuck and outer is not None}
             stuck -= {slot for slot in stuck if not free.isdisjoint(awaited.get(slot, ()))}
 
         return stuck
