@@ -7,8 +7,7 @@ __all__ = ["Draft", "check_key"]
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from typing import Any, Self
 
-from .freezer import Freezer, same
-from .frozen import FROZEN, thaw
+from .copying import copied, same
 
 
 def check_key(key: Any) -> None:
@@ -21,14 +20,14 @@ class Draft(MutableMapping[str, Any]):
     """
     A mutable mapping over a state that it leaves alone.
 
-    It costs what is touched, whatever the size of the state: a value is copied when it is first looked at.
+    It costs what is touched, whatever the size of the state: the value of a key is copied when it is first
+    looked at.
 
-    :param state: the state, with frozen values; it must not change while the draft is in use
+    :param state: the state; it must not change while the draft is in use
     """
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         self._state = state
-        self._owner = object()
         # What was set, and what was looked at and may have been changed since.
         self._touched: dict[str, Any] = {}
         # Keys of the state; one that was set again is in both, and has its place at the end.
@@ -46,16 +45,13 @@ class Draft(MutableMapping[str, Any]):
         if key in self._deleted:
             raise KeyError(key)
 
-        value = self._state[key]
-        if type(value) in FROZEN:
-            value = self._touched[key] = thaw(value, self._owner)
-
+        value = self._touched[key] = copied(self._state[key])
         return value
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._check()
         check_key(key)
-        self._touched[key] = thaw(value, self._owner)
+        self._touched[key] = value
 
     def __delitem__(self, key: str) -> None:
         if key not in self:
@@ -108,18 +104,15 @@ class Draft(MutableMapping[str, Any]):
 
     def changes(self) -> tuple[dict[str, Any], Collection[str]]:
         """
-        Freeze what was touched.
+        Compare what was touched with the state.
 
-        :return: what differs from the state, frozen, and the keys that were deleted, which come first
-        :raises TypeError: if a value is of a type that a store does not take
-        :raises ValueError: if a value contains itself
+        :return: copies of what differs, and the keys that were deleted, which come first
         """
-        freezer, changes = Freezer(self._owner), dict[str, Any]()
-        for key, value in self._touched.items():
-            frozen = freezer.freeze(value, key)
-            if self._is_added(key) or not same(frozen, self._state[key]):
-                changes[key] = frozen
-
+        changes = {
+            key: copied(value)
+            for key, value in self._touched.items()
+            if self._is_added(key) or not same(value, self._state[key])
+        }
         return changes, self._deleted
 
     def _added(self) -> Iterator[str]:

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
-__all__ = ["check_json"]
+__all__ = ["encode", "path_of"]
 
+import json
 import math
+from collections.abc import Iterable
 from typing import Any, cast
 
-from .freezer import path_of
 
-
-def check_json(value: Any, *path: Any) -> None:
+def encode(values: dict[str, Any]) -> str:
     """
-    Refuse what would not come back, which Python's encoder does not: it turns keys into strings.
+    Return values as JSON that comes back as what it was made of, tuples excepted, which come back as lists.
 
-    :param value: made of dicts, lists and what else JSON has; a tuple counts as a list
-    :param path: the way to it, for the message
-    :raises TypeError: if JSON has no such type, or a key is no ``str``
-    :raises ValueError: if JSON has no such number
+    :raises TypeError: if something would come back as something else: a type that JSON does not have, an enum
+        or another subclass, or a key that is no plain ``str``
+    :raises ValueError: if JSON has no such number, or a value contains itself or is nested too deeply
     """
-    kind = type(cast("object", value))
-    if issubclass(kind, dict):
+    try:
+        _check(values, ())
+        return json.dumps(values)
+    except RecursionError:
+        raise ValueError(
+            "cannot encode the store as JSON: a value contains itself, or is nested too deeply"
+        ) from None
+
+
+def path_of(steps: Iterable[Any]) -> str:
+    """Return how one would write the way to a nested value: ``plan.steps[3].when``."""
+    parts = (f".{step}" if isinstance(step, str) and step.isidentifier() else f"[{step!r}]" for step in steps)
+    return "".join(parts).removeprefix(".")
+
+
+def _check(value: Any, path: tuple[Any, ...]) -> None:
+    kind: type[Any] = type(cast("object", value))
+    if kind is dict:
         for key, item in value.items():
-            if not isinstance(key, str):
-                where = path_of(path)
-                raise TypeError(f"cannot encode {where} as JSON: its key {key!r} must be a str")
+            if type(key) is not str:
+                where = path_of(path) or "the store"
+                raise TypeError(f"cannot encode {where} as JSON: its key {key!r} must be a plain str")
 
-            check_json(item, *path, key)
-    elif issubclass(kind, (list, tuple)):
+            _check(item, (*path, key))
+    elif kind is list or kind is tuple:
         for index, item in enumerate(value):
-            check_json(item, *path, index)
-    elif issubclass(kind, float) and not math.isfinite(value):
+            _check(item, (*path, index))
+    elif kind is float and not math.isfinite(value):
         raise ValueError(f"cannot encode {path_of(path)} as JSON, which has no {value!r}")
-    elif not (value is None or issubclass(kind, (str, int, float))):
-        name = "set" if issubclass(kind, set) else kind.__name__
-        raise TypeError(f"cannot encode {path_of(path)} as JSON, which has no {name}")
+    elif value is not None and kind not in (str, int, float, bool):
+        raise TypeError(f"cannot encode {path_of(path)} as JSON, which has no {kind.__name__}")

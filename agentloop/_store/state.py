@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Run", "State", "freeze_all"]
+__all__ = ["Run", "State", "copy_all"]
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -10,9 +10,8 @@ from typing import Any
 import anyio
 
 from .._eventloop.handover import Handover, LoopState
+from .copying import copied
 from .draft import check_key
-from .freezer import Freezer
-from .frozen import LiveDict, thaw
 from .watch import Audience
 
 
@@ -32,7 +31,7 @@ class Run(LoopState):
 
 class State:
     """
-    Frozen values by key.
+    Values by key, which nobody else refers to.
 
     Every change of it is synchronous, so that no cancellation can tear it.
     """
@@ -45,19 +44,19 @@ class State:
         )
 
     def read(self, key: str, default: Any) -> Any:
-        """Return a value that is the caller's own."""
-        return thaw(self.values.get(key, default), object())
+        """Return a copy of a value, or the default if there is none."""
+        return copied(self.values[key]) if key in self.values else default
 
     def snapshot(self) -> dict[str, Any]:
-        """Return all values, as a dict that is the caller's own."""
-        return LiveDict(self.values, object())
+        """Return copies of all values."""
+        return copied(self.values)
 
     def commit(self, run: Run, changes: Mapping[str, Any], deleted: Collection[str] = ()) -> None:
         """
         Make a change, and tell whom it concerns. Only who holds the lock may.
 
         :param run: what :meth:`enter_run` returned
-        :param changes: new values, frozen
+        :param changes: new values, which nobody else refers to
         :param deleted: keys to delete first; they exist
         """
         if not changes and not deleted:
@@ -94,18 +93,18 @@ class State:
         return run
 
 
-def freeze_all(name: str, mapping: Mapping[str, Any]) -> dict[str, Any]:
+def copy_all(name: str, mapping: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Freeze the values of a mapping.
+    Return copies of the values of a mapping, each by itself.
 
     :param name: what to call it in the message of an error
     """
     if not isinstance(mapping, Mapping):
         raise TypeError(f"{name} must be a mapping, got {type(mapping).__name__}")
 
-    freezer, frozen = Freezer(), dict[str, Any]()
+    values: dict[str, Any] = {}
     for key, value in mapping.items():
         check_key(key)
-        frozen[key] = freezer.freeze(value, key)
+        values[key] = copied(value)
 
-    return frozen
+    return values

@@ -14,12 +14,11 @@ from typing import Any, Self, TypeVar, cast, overload
 from anyio.lowlevel import checkpoint
 
 from .. import _validators as must
+from .copying import copied
 from .draft import check_key
 from .edit import Edit
-from .freezer import Freezer
-from .frozen import thaw
-from .json import check_json
-from .state import State, freeze_all
+from .json import encode
+from .state import State, copy_all
 from .watch import Watch, refuse_awaitable
 
 T = TypeVar("T")
@@ -35,24 +34,22 @@ class ContextStore:
     and its return. One that is cancelled, times out or raises has not happened. Writers take turns, first
     come, first served; readers never wait, and see what was committed last.
 
-    What is put in is copied, and what is handed out is the reader's own, with all dicts, lists, sets and
-    tuples in it; objects of any other type are shared by reference, so let them be immutable. Copies are made
-    lazily, one level at a time: what is handed out are ``dict``, ``list`` and ``set`` of private subclasses,
-    complete for C code too, of which the parts that nobody looks at stay shared. ``copy.deepcopy()`` makes
-    exact ones of them, and so does ``pickle``. What is one object in two places becomes two. Subclasses such
-    as ``Counter`` are refused, since they could not be given back.
+    Values are copied on the way in and on the way out: dicts, lists, sets and tuples, all the way down, and
+    subclasses of these, which keep their type. So a value is the reader's own, and as plain as it was put in.
+    Objects of any other type are shared by reference, so let them be immutable: the store does not see them
+    change. Within the value of a key, what is one object in two places stays one. A read costs what it reads,
+    and a snapshot what the store holds.
 
     The task that is inside :meth:`edit` cannot use the store otherwise: it would wait for itself. The same
     holds, unseen, for a task that it waits for inside the block, such as a nested agent, and that writes:
     pass it the draft, or give it ``edit(timeout_seconds=...)``, which ends such a wait.
 
     :param initial: what to begin with
-    :raises TypeError: if it is no mapping, a key is no ``str``, or a value is of a type that cannot be kept
-    :raises ValueError: if a value contains itself
+    :raises TypeError: if it is no mapping, or a key is no ``str``
     """
 
     def __init__(self, initial: Mapping[str, Any] | None = None) -> None:
-        self._state = State(freeze_all("initial", {} if initial is None else initial))
+        self._state = State(copy_all("initial", {} if initial is None else initial))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy, or what comes out of a pickle, is another store with the same state.
@@ -63,10 +60,10 @@ class ContextStore:
 
     async def get(self, key: str, default: Any = None) -> Any:
         """
-        Return the value of a key, which is the caller's own.
+        Return a copy of the value of a key.
 
         :param key: which one
-        :param default: what to return if there is no such key
+        :param default: what to return, as it is, if there is no such key
         :raises TypeError: if the key is no ``str``
         """
         check_key(key)
@@ -80,11 +77,10 @@ class ContextStore:
 
         :param key: which one
         :param value: what it becomes; it is copied before anything is waited for
-        :raises TypeError: if the key is no ``str``, or the value of a type that cannot be kept
-        :raises ValueError: if the value contains itself
+        :raises TypeError: if the key is no ``str``
         """
         check_key(key)
-        change = {key: Freezer().freeze(value, key)}
+        change = {key: copied(value)}
         run = self._state.enter_run()
         async with run.lock:
             self._state.commit(run, change)
@@ -94,11 +90,9 @@ class ContextStore:
         Set several keys at once.
 
         :param mapping: their values, which are copied before anything is waited for
-        :raises TypeError: if it is no mapping, a key is no ``str``, or a value is of a type that cannot be
-            kept
-        :raises ValueError: if a value contains itself
+        :raises TypeError: if it is no mapping, or a key is no ``str``
         """
-        changes = freeze_all("mapping", mapping)
+        changes = copy_all("mapping", mapping)
         run = self._state.enter_run()
         async with run.lock:
             self._state.commit(run, changes)
@@ -122,12 +116,10 @@ class ContextStore:
 
     async def snapshot(self) -> dict[str, Any]:
         """
-        Return all that was committed, as a dict which is the caller's own.
+        Return a copy of all that was committed.
 
-        The store never changes it, and changing it does not change the store. Taking it copies one table of
-        references, and no value: about 20 ns for each key of the store, which a dict that C code may read
-        cannot do without. A nested container is copied, one level of it, when it is first looked at;
-        ``items()`` and ``values()`` look at all of them.
+        The store never changes it, and changing it does not change the store. It takes time in proportion to
+        the state, and lets nobody else run meanwhile.
         """
         self._state.enter_run()
         await checkpoint()
@@ -139,28 +131,26 @@ class ContextStore:
 
         :param key: which one
         :param fn: a plain function of the value, which is its own to change; what it returns is the new
-            value. It runs once, while nobody else can write, so it should be quick
+            value, and is copied. It runs once, while nobody else can write, so it should be quick
         :param default: what ``fn`` is given a copy of if there is no such key
-        :return: the new value, which is the caller's own
-        :raises TypeError: if the key is no ``str``, ``fn`` is no plain function, or the new value is of a
-            type that cannot be kept; what ``fn`` raises is raised as it is. Then nothing has changed
-        :raises ValueError: if the new value contains itself
+        :return: a copy of the new value
+        :raises TypeError: if the key is no ``str``, or ``fn`` is no plain function; what ``fn`` raises is
+            raised as it is. Then nothing has changed
         """
         check_key(key)
         _check_plain(
             "fn", fn, "to await between reading and writing, use `async with store.edit() as draft:`"
         )
-        frozen_default = Freezer().freeze(default, key)
-        run, owner = self._state.enter_run(), object()
+        default = copied(default)
+        run = self._state.enter_run()
         async with run.lock:
-            value = fn(thaw(self._state.values.get(key, frozen_default), owner))
+            value = fn(self._state.read(key, default))
             refuse_awaitable(
                 "fn", value, "to await between reading and writing, use `async with store.edit() as draft:`"
             )
-            frozen = Freezer(owner).freeze(value, key)
-            self._state.commit(run, {key: frozen})
+            change, result = {key: copied(value)}, copied(value)
+            self._state.commit(run, change)
 
-        result: T = thaw(frozen, object())
         return result
 
     async def compare_and_set(self, key: str, expected: Any, new: Any) -> bool:
@@ -168,17 +158,17 @@ class ContextStore:
         Set a key if its value is the expected one.
 
         :param key: which one
-        :param expected: compared by ``==``; a key that does not exist has the value ``None``
+        :param expected: compared by ``==`` with a copy of the value; a key that does not exist has the value
+            ``None``
         :param new: what it becomes; it is copied before anything is waited for
         :return: whether it was set
-        :raises TypeError: if the key is no ``str``, or the new value of a type that cannot be kept
-        :raises ValueError: if the new value contains itself
+        :raises TypeError: if the key is no ``str``; what the comparison raises is raised as it is
         """
         check_key(key)
-        change = {key: Freezer().freeze(new, key)}
+        change = {key: copied(new)}
         run = self._state.enter_run()
         async with run.lock:
-            value = self._state.values.get(key)
+            value = self._state.read(key, None)
             if not (value is expected or value == expected):
                 return False
 
@@ -196,14 +186,15 @@ class ContextStore:
 
         The draft is a mutable mapping of its own: nobody else sees what happens to it until the block ends,
         and nobody else writes meanwhile. It is committed whole when the block ends, by ``return`` too; by an
-        error or a cancellation it is dropped. It costs what is touched, whatever the size of the store: each
-        dict or list on the way to a change is copied one level deep.
+        error or a cancellation it is dropped. The value of a key is copied when it is first looked at, and
+        only keys that were looked at or set are compared and committed: it costs what these hold, whatever
+        the size of the store. So keep what changes often under keys of its own.
 
         :param timeout_seconds: how long to wait for others to finish writing; ``None`` is without limit
         :return: an async context manager that gives the draft
         :raises TimeoutError: on entering, if others were not finished by then
-        :raises TypeError: if ``timeout_seconds`` is no number; on leaving, if a value cannot be kept
-        :raises ValueError: if ``timeout_seconds`` is not above 0; on leaving, if a value contains itself
+        :raises TypeError: if ``timeout_seconds`` is no number
+        :raises ValueError: if ``timeout_seconds`` is not above 0
         :raises RuntimeError: on entering, if this task is inside another edit of the store already; on
             leaving, if another task entered
         """
@@ -217,15 +208,15 @@ class ContextStore:
         The predicate is asked at once, and then at each commit before anything else can happen, so no state
         is missed, however short-lived. It runs in the task that commits, so it should be quick.
 
-        :param predicate: a plain function of the state: a read-only mapping with read-only values, which
-            costs nothing to give
-        :return: the first true value that the predicate returned; the caller's own if it is of the store
+        :param predicate: a plain function of the state: a read-only mapping, which only the function can use.
+            The value of a key is copied when it is looked at
+        :return: the first true value that the predicate returned
         :raises TypeError: if the predicate is no plain function; what it raises is raised here, as it is
         """
         _check_plain("predicate", predicate, "what it awaits it would miss; look at the state only")
         run = self._state.enter_run()
         await checkpoint()
-        result: T = thaw(await run.audience.wait_for(predicate, self._state.values), object())
+        result: T = await run.audience.wait_for(predicate, self._state.values)
         return result
 
     @overload
@@ -264,18 +255,17 @@ class ContextStore:
         """
         Return all that was committed as a JSON object, for :meth:`from_json`.
 
-        Tuples become lists. It takes time in proportion to the state, and lets nobody else run meanwhile.
+        Tuples become lists; what else would come back as something else is refused. It takes time in
+        proportion to the state, and lets nobody else run meanwhile.
 
-        :raises TypeError: if there is something that JSON does not have, such as a set, or a key that is no
-            ``str``; the error says where
-        :raises ValueError: if there is a number that JSON does not have, such as NaN; the error says where
+        :raises TypeError: if there is something that JSON does not have, such as a set, an enum or another
+            subclass of ``str`` or ``int``, or a key that is no plain ``str``; the error says where
+        :raises ValueError: if there is a number that JSON does not have, such as NaN, and the error says
+            where; if a value contains itself or is nested too deeply
         """
         self._state.enter_run()
         await checkpoint()
-        for key, value in self._state.values.items():
-            check_json(value, key)
-
-        return json.dumps(self._state.values)
+        return encode(self._state.values)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:

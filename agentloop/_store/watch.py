@@ -13,7 +13,7 @@ from typing import Any, Self
 import anyio
 from anyio.lowlevel import checkpoint
 
-from .frozen import LiveDict
+from .draft import Draft
 
 
 def refuse_awaitable(name: str, result: Any, instead: str) -> None:
@@ -37,18 +37,20 @@ class _Wait:
 
     def is_over(self, state: Mapping[str, Any]) -> bool:
         """Ask the predicate, in the context of the one who waits, and keep what it says."""
-        is_over = True
+        is_over, draft = True, Draft(state)
         try:
-            now = MappingProxyType(state)
+            now = MappingProxyType(draft)
             self.result = self._context.run(self._predicate, now)
             if self.result is now:
-                # This would go on changing.
-                self.result = LiveDict(state, object())
+                self.result = dict(draft)
 
             refuse_awaitable("predicate", self.result, "what it awaits it would miss; look at the state only")
             is_over = bool(self.result)
         except BaseException as exc:  # it is the affair of the one who waits, and never of the one who writes
             self.error = exc
+        finally:
+            # What it reads later on would be of another moment.
+            draft.end()
 
         return is_over
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Awaitable, Callable
+from copy import deepcopy
 from typing import Any
 
 import anyio
@@ -16,7 +17,7 @@ from audit import leak_audit
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from linearizability import Operation, is_linearizable
-from test_frozen import exact, values
+from test_copying import exact, values
 
 from agentloop import ContextStore
 from agentloop.testing import virtual_clock
@@ -35,15 +36,9 @@ keys = st.sampled_from("abc")
 seeds = st.integers(0, 10**6)
 
 
-def separate(value: Any) -> Any:
-    """Copy a value as a store does: what was one object in two places is two."""
-    if isinstance(value, dict):
-        return {key: separate(item) for key, item in value.items()}
-
-    if isinstance(value, (list, tuple)):
-        return type(value)(separate(item) for item in value)
-
-    return set(value) if isinstance(value, set) else value
+def separate(mapping: Any) -> Any:
+    """Copy values as a store does: what is one object in one of them stays one, but not between them."""
+    return {key: deepcopy(value) for key, value in mapping.items()}
 
 
 def scramble(value: Any, seed: int) -> None:
@@ -116,7 +111,7 @@ class Machine(RuleBasedStateMachine):
 
     def keep(self, got: Any, expected: Any) -> None:
         assert exact(got) == exact(expected)
-        self.handed_out.append((got, separate(expected)))
+        self.handed_out.append((got, deepcopy(expected)))
 
     @rule(key=keys, default=values)
     def get(self, key: str, default: Any) -> None:
@@ -129,7 +124,7 @@ class Machine(RuleBasedStateMachine):
     @rule(key=keys, value=values, seed=seeds)
     def set(self, key: str, value: Any, seed: int) -> None:
         self.run(self.store.set, key, value)
-        self.model[key] = separate(value)
+        self.model[key] = deepcopy(value)
         scramble([value], seed)
 
     @rule(mapping=st.dictionaries(keys, values))
@@ -148,19 +143,19 @@ class Machine(RuleBasedStateMachine):
             scramble(box, seed)
             return box.get("value")
 
-        expected = separate(fn(separate(self.model.get(key, default))))
+        expected = deepcopy(fn(deepcopy(self.model.get(key, default))))
         self.model[key] = expected
         self.keep(self.run(self.store.transform, key, fn, default), expected)
 
     @rule(key=keys, expected=values, new=values, should_match=st.booleans())
     def compare_and_set(self, key: str, expected: Any, new: Any, should_match: bool) -> None:
         if should_match:
-            expected = separate(self.model.get(key))
+            expected = deepcopy(self.model.get(key))
 
         is_set = self.model.get(key) == expected
         assert self.run(self.store.compare_and_set, key, expected, new) is is_set
         if is_set:
-            self.model[key] = separate(new)
+            self.model[key] = deepcopy(new)
 
     @rule(seed=seeds, fails=st.booleans())
     def edit(self, seed: int, fails: bool) -> None:

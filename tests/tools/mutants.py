@@ -786,13 +786,13 @@ MUTANTS = [
         "ContextStore.transform",
         """
         async with run.lock:
-            value = fn(thaw(self._state.values.get(key, frozen_default), owner))
+            value = fn(self._state.read(key, default))
             ...
         """,
         """
-        old = self._state.values.get(key, frozen_default)
+        old = self._state.read(key, default)
         async with run.lock:
-            value = fn(thaw(old, owner))
+            value = fn(old)
             ...
         """,
         program="linearizability.py",
@@ -802,11 +802,11 @@ MUTANTS = [
         "ContextStore.compare_and_set",
         """
         async with run.lock:
-            value = self._state.values.get(key)
+            value = self._state.read(key, None)
             ...
         """,
         """
-        value = self._state.values.get(key)
+        value = self._state.read(key, None)
         async with run.lock:
             ...
         """,
@@ -822,8 +822,8 @@ MUTANTS = [
     Mutant(
         "a draft writes into the state",
         "Draft.__setitem__",
-        "self._touched[key] = thaw(value, self._owner)",
-        "self._touched[key] = self._state[key] = thaw(value, self._owner)",
+        "self._touched[key] = value",
+        "self._touched[key] = self._state[key] = value",
         program="linearizability.py",
     ),
     Mutant(

@@ -1,0 +1,134 @@
+"""Copies of dicts, lists, sets and tuples, all the way down, and of nothing else."""
+
+from __future__ import annotations
+
+__all__ = ["copied", "same"]
+
+import copy
+from collections.abc import Callable
+from operator import is_
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_PLAIN = frozenset([dict, list, set, tuple])
+_CONTAINERS = tuple(_PLAIN)
+# What holds nothing that could be copied; looked up before anything else.
+_LEAVES: frozenset[type] = frozenset([str, int, float, bool, type(None), bytes, complex])
+# For the type checker, to which the type of anything is unknown.
+_type: Callable[[Any], type[Any]] = type
+# To read and write past the methods of a subclass.
+_Dict: type[dict[Any, Any]] = dict
+_List: type[list[Any]] = list
+_Tuple: type[tuple[Any, ...]] = tuple
+
+
+def copied(value: T) -> T:
+    """
+    Return a copy of a dict, list, set or tuple, and of all of these in it. Any other object is returned as it
+    is, and so is a tuple with nothing to copy in it.
+
+    Subclasses keep their type: ``copy.copy()`` makes the copies. What is one object in two places stays one,
+    and what contains itself still does. No depth is too deep, except for tuples in tuples.
+
+    :raises RecursionError: if tuples are nested deeper than Python can follow
+    """
+    return value if type(value) in _LEAVES else _Copying().copy(value)
+
+
+class _Copying:
+    def __init__(self) -> None:
+        # By the identity of the original, and with that, so that its identity is not given to another object.
+        self._copies: dict[int, tuple[Any, Any]] = {}
+        # Copies that still hold the items of their originals.
+        self._shallow: list[Any] = []
+
+    def copy(self, value: Any) -> Any:
+        made = self._copy(value)
+        while self._shallow:
+            self._deepen(self._shallow.pop())
+
+        return made
+
+    def _copy(self, value: Any) -> Any:
+        kind = _type(value)
+        if kind in _LEAVES or not issubclass(kind, _CONTAINERS):
+            return value
+
+        known = self._copies.get(id(value))
+        if known is not None:
+            return known[1]
+
+        if issubclass(kind, tuple):
+            made = self._copy_tuple(kind, value)
+        else:
+            made = value.copy() if kind in _PLAIN else copy.copy(value)
+            # One that returns itself says that it is never changed.
+            if made is not value and not issubclass(kind, set):
+                self._shallow.append(made)
+
+        self._copies[id(value)] = value, made
+        return made
+
+    def _copy_tuple(self, kind: Any, value: Any) -> Any:
+        items = [self._copy(item) for item in _Tuple.__iter__(value)]
+        if all(map(is_, items, _Tuple.__iter__(value))):
+            return value
+
+        if kind is tuple:
+            return tuple(items)
+
+        # Of other subclasses than named tuples, who knows how one is made?
+        return kind._make(items) if hasattr(kind, "_make") else value
+
+    def _deepen(self, made: Any) -> None:
+        if issubclass(type(made), dict):
+            for key, item in _Dict.items(made):
+                if type(item) not in _LEAVES:
+                    _Dict.__setitem__(made, key, self._copy(item))
+        else:
+            for index, item in enumerate(_List.__iter__(made)):
+                if type(item) not in _LEAVES:
+                    _List.__setitem__(made, index, self._copy(item))
+
+
+def same(one: Any, other: Any) -> bool:
+    """
+    Return whether a copy has not been changed: two values are built alike, in the same order, of the same
+    objects. No method of these is called.
+
+    It may return false for values that are equal, as it does where one is a container of a subclass.
+    """
+    pairs, partners = [(one, other)], dict[int, Any]()
+    while pairs:
+        one, other = pairs.pop()
+        kind = _type(one)
+        if one is other:
+            continue
+
+        if kind is not type(other) or kind not in _PLAIN or len(one) != len(other):
+            return False
+
+        if id(one) in partners or id(other) in partners:
+            # One object in two places of the one value has to be so in the other value too.
+            if partners.get(id(one)) is not other or partners.get(id(other)) is not one:
+                return False
+
+            continue
+
+        partners[id(one)], partners[id(other)] = other, one
+        if kind is set:
+            if {*map(id, one)} != {*map(id, other)}:
+                return False
+
+            continue
+
+        if kind is dict:
+            if not all(map(is_, one, other)):
+                return False
+
+            one, other = one.values(), other.values()
+
+        pairs += [pair for pair in zip(one, other, strict=True) if pair[0] is not pair[1]]
+
+    return True

@@ -1,0 +1,401 @@
+"""Values that a store holds and hands out: copies of containers, and what an edit makes of them."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import Counter, OrderedDict, defaultdict, deque
+from types import MappingProxyType
+from typing import Any, NamedTuple
+from unittest.mock import Mock
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from agentloop._store.copying import copied, same
+from agentloop._store.draft import Draft
+
+
+def plan() -> dict[str, Any]:
+    return {
+        "steps": [{"when": "now", "tags": {"a", "b"}}, {"when": "later", "tags": set()}],
+        "by": ("ann", ["bob"]),
+        "n": {"deep": {"deeper": {"x": 1}}},
+        "queue": [2, 5],
+        "text": "t",
+    }
+
+
+def nested(depth: int, kind: type = list) -> Any:
+    value = kind()
+    for _ in range(depth):
+        value = kind([value])
+
+    return value
+
+
+class Point(NamedTuple):
+    x: Any
+    y: Any
+
+
+class Stack(list[Any]):
+    limit = 5
+
+
+class Bag(set[Any]):
+    pass
+
+
+class Pair(tuple[Any, ...]):
+    pass
+
+
+class Fixed(dict[str, Any]):
+    def __copy__(self) -> Fixed:
+        return self
+
+
+# -- copies
+
+
+def test_copy_shares_no_container_with_the_original() -> None:
+    value = plan()
+    made = copied(value)
+    value["steps"][0]["tags"].clear()
+    value["steps"].append(1)
+    value["n"]["deep"]["deeper"]["x"] = 2
+    value["by"][1].append("eve")
+    assert made == plan()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Counter("aab"),
+        OrderedDict(b=[1], a=[2]),
+        defaultdict(list, a=[1]),
+        Point(1, [2]),
+        Stack([[1]]),
+        Bag([1, (2,)]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_copy_of_a_subclass_is_of_its_type(value: Any) -> None:
+    made = copied({"a": [value]})["a"][0]
+    assert type(made) is type(value)
+    assert made == value
+    assert made is not value
+    for one, other in zip(made.values() if isinstance(made, dict) else made, copied(made), strict=True):
+        if isinstance(one, list):
+            assert one is not other
+
+
+def test_what_is_in_a_subclass_is_copied_too() -> None:
+    for value in (OrderedDict(a=[1]), defaultdict(list, a=[1]), {"a": Point(0, [1])}, {"a": Stack([[1]])}):
+        made: Any = copied(value)
+        inner = made["a"] if type(made["a"]) is list else made["a"][-1]
+        inner.append(2)
+        assert made != value
+
+    lists = copied(defaultdict(list, a=[1]))
+    lists["new"].append(3)
+    assert lists == {"a": [1], "new": [3]}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        object(),
+        deque([[1]]),
+        bytearray(b"x"),
+        frozenset([1]),
+        MappingProxyType({"a": [1]}),
+        Mock(spec=dict),
+        time.gmtime(0),
+        Pair([[1]]),
+        Fixed(a=[1]),
+        Point(1, (2, "x")),
+        (1, "a", (2.5, None)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_object_of_another_type_is_shared_and_so_is_what_holds_nothing_to_copy(value: Any) -> None:
+    assert copied(value) is value
+    assert copied([value])[0] is value
+
+
+def test_one_object_in_two_places_stays_one() -> None:
+    inner: list[Any] = [{1}]
+    pair = (inner, 1)
+    made = copied({"a": inner, "b": [pair, pair], "c": inner[0]})
+    assert made["a"] is made["b"][0][0]
+    assert made["b"][0] is made["b"][1]
+    assert made["c"] is made["a"][0]
+    assert made["a"] is not inner
+
+
+def test_value_that_contains_itself_is_copied() -> None:
+    value: dict[str, Any] = {"a": [1, {}]}
+    value["a"][1]["again"] = (value["a"], value)
+    made = copied(value)
+    assert made["a"][1]["again"] == (made["a"], made)
+    assert made["a"] is not value["a"]
+    assert same(made, value)
+    made["a"][1]["again"] = (made["a"], {})
+    assert not same(made, value)
+
+
+def test_no_depth_of_lists_is_too_deep() -> None:
+    value = nested(100_000)
+    made = copied(value)
+    assert same(made, value)
+    made[0][0].append(1)
+    assert not same(made, value)
+
+
+def test_tuples_that_are_nested_too_deeply_are_refused() -> None:
+    with pytest.raises(RecursionError):
+        copied([nested(100_000, tuple), []])
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_value_with_countless_paths_is_copied_at_once(kind: type) -> None:
+    value: Any = kind([[]])
+    for _ in range(60):
+        value = kind([value, value])
+
+    made = copied(value)
+    assert made[0] is made[1]
+    assert same(made, value)
+
+
+# -- what has changed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "d['text'] = 'u'",
+        "d['text'] = 1",
+        "del d['text']",
+        "d['n'] = d.pop('n')",
+        "d['steps'][0]['when'] = 'then'",
+        "d['steps'].append(1)",
+        "d['steps'].reverse()",
+        "d['steps'][0]['tags'].add('z')",
+        "d['steps'][0]['tags'] ^= {'a', 'z'}",
+        "d['steps'][1]['tags'] = []",
+        "d['steps'][1]['tags'] = d['steps'][0]['tags']",
+        "d['by'][1].append('eve')",
+        "d['by'] = list(d['by'])",
+        "d['n']['deep']['deeper']['x'] = True",
+        "d['n']['deep']['deeper']['x'] = 1.0",
+        "d['queue'][:] = 5, 2",
+    ],
+)
+def test_change_of_a_copy_is_seen(change: str) -> None:
+    made = copied(plan())
+    exec(change, {"d": made})
+    assert not same(made, plan())
+
+
+def test_one_object_that_becomes_two_is_a_change_and_so_is_the_reverse() -> None:
+    inner: list[int] = []
+    assert not same([inner, inner], [[], []])
+    assert not same([[], []], [inner, inner])
+    assert same([inner, inner], copied([inner, inner]))
+
+
+def test_comparison_calls_no_method_of_what_is_compared() -> None:
+    class Odd:
+        def __eq__(self, other: object) -> bool:
+            raise ZeroDivisionError
+
+        __hash__ = object.__hash__
+
+    value = [Odd(), {Odd()}, {Odd(): Odd()}]
+    assert same(copied(value), value)
+    assert not same([Odd()], [Odd()])
+    assert not same({Odd()}, {Odd()})
+
+
+# -- the draft
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        "d['a']['steps'][0]['tags']",
+        "[*d['a'].items(), *d['a']['steps'], *d['a']['n']['deep'].values()]",
+        "copy.deepcopy(dict(d))",
+        "d['a']['steps'].sort(key=str, reverse=True)",
+        "d == {'a': plan()}",
+        "d['a'].pop('missing', None)",
+        "d.update(a=d['a'])",
+        "d['a']['text'] += ''",
+    ],
+)
+def test_looking_is_no_change(look: str) -> None:
+    draft = Draft({"a": plan()})
+    exec(look, {"copy": copy, "plan": plan, "d": draft})
+    assert draft.changes() == ({}, set())
+
+
+def test_container_of_a_subclass_counts_as_changed_when_it_was_looked_at() -> None:
+    stack = Stack([1])
+    draft = Draft({"a": stack, "b": Stack()})
+    draft["a"].limit = 9
+    changes, _ = draft.changes()
+    assert list(changes) == ["a"]
+    assert changes["a"].limit == 9
+    assert stack.limit == 5
+
+
+def test_only_what_was_touched_is_copied() -> None:
+    class Untouchable(dict[str, Any]):
+        def __copy__(self) -> Any:
+            raise AssertionError
+
+    draft = Draft({"a": plan(), "b": Untouchable()})
+    draft["a"]["n"] = 1
+    draft["c"] = 1
+    assert list(draft) == ["a", "b", "c"]
+    changes, _ = draft.changes()
+    assert changes == {"a": {**plan(), "n": 1}, "c": 1}
+
+
+@pytest.mark.parametrize(
+    "put", ["draft['log'] = log", "draft['a']['log'] = log", "draft['a']['b'][:] = [(1, log)]"]
+)
+def test_value_put_into_a_draft_can_be_changed_until_the_commit_and_not_after(put: str) -> None:
+    draft = Draft({"a": {"b": []}})
+    log: list[Any] = []
+    exec(put, {"draft": draft, "log": log})
+    log.append({"n": 1})
+    changes, _ = draft.changes()
+    log[0]["n"] = 2
+    assert "[{'n': 1}]" in repr(changes)
+
+
+def test_alias_between_keys_is_one_object_until_the_commit() -> None:
+    draft = Draft({"a": {"x": []}, "b": 0})
+    draft["b"] = draft["a"]
+    draft["a"]["x"].append(1)
+    assert draft["b"]["x"] is draft["a"]["x"]
+    changes, _ = draft.changes()
+    assert changes == {"a": {"x": [1]}, "b": {"x": [1]}}
+    assert changes["a"] is not changes["b"]
+
+
+def test_draft_is_a_mutable_mapping() -> None:
+    state = {"a": 1, "b": [1], "c": 3}
+    draft = Draft(state)
+    assert draft == {"a": 1, "b": [1], "c": 3}
+    assert repr(draft) == "<draft of 3 keys>"
+    draft["d"] = 4
+    del draft["a"]
+    draft["a"] = 5
+    draft |= {"e": 6}
+    assert list(draft) == ["b", "c", "d", "a", "e"]
+    assert list(reversed(draft)) == ["e", "a", "d", "c", "b"]
+    assert len(draft) == 5
+    assert draft.popitem() == ("e", 6)
+    assert draft.pop("d") == 4
+    assert draft.pop("d", None) is None
+    assert draft.setdefault("b", []) == [1]
+    assert draft.get("zzz", 0) == 0
+    assert "a" in draft
+    assert "d" not in draft
+    del draft["c"]
+    with pytest.raises(KeyError, match="c"):
+        draft["c"]
+
+    for key in ("c", "zzz"):
+        with pytest.raises(KeyError, match=key):
+            del draft[key]
+
+    assert draft.changes() == ({"a": 5}, {"a", "c"})
+    draft.clear()
+    assert not draft
+    assert len(draft) == 0
+    with pytest.raises(KeyError, match="empty"):
+        draft.popitem()
+
+    assert draft.changes() == ({}, {"a", "b", "c"})
+    assert state == {"a": 1, "b": [1], "c": 3}
+
+
+def test_draft_takes_only_strings_as_keys() -> None:
+    draft = Draft({})
+    with pytest.raises(TypeError, match="a key of a ContextStore must be a str, got 5"):
+        draft[5] = 1
+
+    with pytest.raises(TypeError, match="must be a str, got None"):
+        draft.setdefault(None, 1)
+
+    with pytest.raises(KeyError):
+        draft[5]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "d['a']",
+        "d['a'] = 1",
+        "del d['a']",
+        "'a' in d",
+        "list(d)",
+        "list(reversed(d))",
+        "len(d)",
+        "d.clear()",
+        "d.update(a=1)",
+        "d.get('a')",
+    ],
+)
+def test_draft_that_has_ended_refuses_any_use(use: str) -> None:
+    draft = Draft({"a": 1})
+    draft.end()
+    with pytest.raises(RuntimeError, match=r"the block of this draft has ended: take a snapshot\(\)"):
+        exec(use, {"d": draft})
+
+    assert repr(draft) == "<draft that has ended>"
+
+
+# -- anything
+
+
+leaves = st.none() | st.booleans() | st.integers(0, 3) | st.text("ab", max_size=1)
+hashables = st.recursive(leaves, lambda inner: st.tuples(inner, inner), max_leaves=3)
+values = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(hashables, inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.sets(hashables, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+def exact(value: Any) -> Any:
+    """Return what tells 1 from True, a list from a tuple, and one order from another."""
+    if isinstance(value, dict):
+        return dict, [(exact(key), exact(item)) for key, item in value.items()]
+
+    if isinstance(value, (list, tuple)):
+        return tuple if isinstance(value, tuple) else list, [exact(item) for item in value]
+
+    return (set, sorted(map(repr, value))) if isinstance(value, set) else (type(value), value)
+
+
+@given(values)
+def test_any_value_comes_back_as_it_was(value: Any) -> None:
+    before = exact(value)
+    made = copied(value)
+    assert exact(made) == exact(value) == before
+    draft = Draft({"value": made})
+    assert exact(draft["value"]) == before
+    assert draft.changes() == ({}, set())
