@@ -37,37 +37,48 @@ def copied(value: T) -> T:
 
 
 class _Copying:
+    __slots__ = ("_copies", "_originals", "_shallow")
+
     def __init__(self) -> None:
-        # By the identity of the original, and with that, so that its identity is not given to another object.
-        self._copies: dict[int, tuple[Any, Any]] = {}
-        # Copies that still hold the items of their originals.
+        # By the identities of the originals, which are kept, so that these are given to nothing else.
+        self._copies: dict[int, Any] = {}
+        self._originals: list[Any] = []
+        # Copies of dicts and lists, which have the items of their originals until it is their turn.
         self._shallow: list[Any] = []
 
     def copy(self, value: Any) -> Any:
         made = self._copy(value)
-        while self._shallow:
-            self._deepen(self._shallow.pop())
+        for shallow in self._shallow:
+            if issubclass(_type(shallow), dict):
+                for key, item in _Dict.items(shallow):
+                    if type(item) not in _LEAVES:
+                        _Dict.__setitem__(shallow, key, self._copy(item))
+            else:
+                for index, item in enumerate(_List.__iter__(shallow)):
+                    if type(item) not in _LEAVES:
+                        _List.__setitem__(shallow, index, self._copy(item))
 
         return made
 
     def _copy(self, value: Any) -> Any:
         kind = _type(value)
-        if kind in _LEAVES or not issubclass(kind, _CONTAINERS):
+        if kind not in _PLAIN and not issubclass(kind, _CONTAINERS):
             return value
 
-        known = self._copies.get(id(value))
-        if known is not None:
-            return known[1]
+        made = self._copies.get(id(value))
+        if made is None:
+            made = self._copy_tuple(kind, value) if issubclass(kind, tuple) else self._copy_level(kind, value)
+            self._copies[id(value)] = made
+            self._originals.append(value)
 
-        if issubclass(kind, tuple):
-            made = self._copy_tuple(kind, value)
-        else:
-            made = value.copy() if kind in _PLAIN else copy.copy(value)
-            # One that returns itself says that it is never changed.
-            if made is not value and not issubclass(kind, set):
-                self._shallow.append(made)
+        return made
 
-        self._copies[id(value)] = value, made
+    def _copy_level(self, kind: type, value: Any) -> Any:
+        made = value.copy() if kind in _PLAIN else copy.copy(value)
+        # One that returns itself says that it is never changed.
+        if made is not value and not issubclass(kind, set):
+            self._shallow.append(made)
+
         return made
 
     def _copy_tuple(self, kind: Any, value: Any) -> Any:
@@ -80,16 +91,6 @@ class _Copying:
 
         # Of other subclasses than named tuples, who knows how one is made?
         return kind._make(items) if hasattr(kind, "_make") else value
-
-    def _deepen(self, made: Any) -> None:
-        if issubclass(type(made), dict):
-            for key, item in _Dict.items(made):
-                if type(item) not in _LEAVES:
-                    _Dict.__setitem__(made, key, self._copy(item))
-        else:
-            for index, item in enumerate(_List.__iter__(made)):
-                if type(item) not in _LEAVES:
-                    _List.__setitem__(made, index, self._copy(item))
 
 
 def same(one: Any, other: Any) -> bool:

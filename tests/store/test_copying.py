@@ -171,6 +171,16 @@ def test_value_with_countless_paths_is_copied_at_once(kind: type) -> None:
     assert same(made, value)
 
 
+def test_copies_of_what_exists_only_while_it_is_copied_are_not_mixed_up() -> None:
+    class Fresh(list[Any]):
+        def __copy__(self) -> Fresh:
+            return Fresh([number] for number in range(100))
+
+    made = copied([Fresh(), [[[Fresh()]]]])
+    assert made[0] == made[1][0][0][0] == [[number] for number in range(100)]
+    assert len({*map(id, made[0]), *map(id, made[1][0][0][0])}) == 200
+
+
 # -- what has changed
 
 
