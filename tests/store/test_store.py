@@ -22,6 +22,7 @@ import anyio.to_thread
 import attrs
 import pytest
 from anyio.lowlevel import checkpoint
+from test_copying import nested
 
 from agentloop import AgentLoop, ContextStore, Invocation, Limiter, LoopConfig
 from agentloop.testing import VirtualClockDeadlock, virtual_clock
@@ -209,7 +210,6 @@ async def test_draft_is_of_no_use_after_its_block() -> None:
 HANDED_OUT: dict[str, Callable[[ContextStore], Awaitable[Any]]] = {
     "get": lambda store: store.get("plan"),
     "snapshot": lambda store: at(store.snapshot(), "plan"),
-    "items": lambda store: items(store.snapshot()),
     "transform": lambda store: store.transform("plan", lambda plan: plan),
     "wait_for": lambda store: store.wait_for(lambda now: now["plan"]),
     "watch": lambda store: first(store.watch("plan")),
@@ -219,10 +219,6 @@ HANDED_OUT: dict[str, Callable[[ContextStore], Awaitable[Any]]] = {
 
 async def at(mapping: Awaitable[Any], key: str) -> Any:
     return (await mapping)[key]
-
-
-async def items(mapping: Awaitable[Any]) -> Any:
-    return dict((await mapping).items())["plan"]
 
 
 async def first(watch: Any) -> Any:
@@ -261,16 +257,6 @@ async def test_changing_what_was_put_in_changes_nothing() -> None:
         **state(),
         **dict.fromkeys(("set", "update", "cas", "transform", "edit"), state()["plan"]),
     }
-
-
-async def test_snapshot_put_back_is_copied() -> None:
-    store = ContextStore(state())
-    snapshot = await store.snapshot()
-    snapshot["plan"]["steps"].append(1)
-    await store.set("plan", snapshot["plan"])
-    await store.update(snapshot)
-    snapshot["plan"]["steps"].append(2)
-    assert (await store.get("plan"))["steps"] == [{"when": "now"}, 1]
 
 
 async def test_snapshot_stays_as_it_is_when_the_store_changes() -> None:
@@ -382,30 +368,26 @@ async def test_container_of_a_subclass_keeps_its_type_and_is_the_readers_own() -
 
 async def test_value_that_contains_itself_is_kept_and_handed_out() -> None:
     loop: dict[str, Any] = {"n": 1}
-    loop["self"] = loop
+    loop["pair"] = (loop, [])
     store = ContextStore({"loop": loop})
     async with store.edit() as draft:
-        draft["loop"]["self"]["n"] = 2
+        assert draft["loop"]["pair"][0] is draft["loop"]
+
+    assert "version 0" in repr(store)
+    async with store.edit() as draft:
+        draft["loop"]["pair"][0]["n"] = 2
 
     got = await store.get("loop")
-    assert got["self"] is got
-    assert got["n"] == 2
-    assert loop["n"] == 1
+    assert got["pair"][0] is got
+    assert (got["n"], loop["n"]) == (2, 1)
     with pytest.raises(ValueError, match="contains itself, or is nested too deeply"):
         await store.to_json()
 
 
 async def test_value_too_deep_for_python_to_compare_changes_nothing() -> None:
-    def deep() -> list[Any]:
-        value: list[Any] = []
-        for _ in range(100_000):
-            value = [value]
-
-        return value
-
-    store = ContextStore({"a": deep()})
+    store = ContextStore({"a": nested(100_000)})
     with pytest.raises(RecursionError):
-        await store.compare_and_set("a", deep(), 1)
+        await store.compare_and_set("a", nested(100_000), 1)
 
     async with store.edit() as draft:
         draft["a"][0][0].append("new")
@@ -714,7 +696,10 @@ async def test_key_that_is_no_string_is_refused(way: str) -> None:
     assert await all_of(store) == {}
 
 
-def test_initial_state_is_checked() -> None:
+async def test_what_is_no_mapping_is_refused() -> None:
+    with pytest.raises(TypeError, match="mapping must be a mapping, got list"):
+        await ContextStore().update([("a", 1)])
+
     with pytest.raises(TypeError, match="initial must be a mapping, got list"):
         ContextStore([("a", 1)])
 
@@ -749,11 +734,6 @@ async def test_value_that_cannot_be_copied_changes_nothing(way: str) -> None:
         await BAD_VALUES[way](store)
 
     assert await all_of(store) == {"a": 0}
-
-
-async def test_update_wants_a_mapping() -> None:
-    with pytest.raises(TypeError, match="mapping must be a mapping, got list"):
-        await ContextStore().update([("a", 1)])
 
 
 async def asynchronous(_: Any) -> bool:
@@ -1328,7 +1308,6 @@ async def test_json_brings_back_what_it_was_made_of() -> None:
         ({Phase.PLAN: 1}, TypeError, r"cannot encode plan\.steps as JSON: its key .* must be a plain str"),
         ({True: 1}, TypeError, r"its key True must be a plain str"),
         ({None: 1}, TypeError, r"its key None must be a plain str"),
-        ({0.5: 1}, TypeError, r"its key 0\.5 must be a plain str"),
         ({1: 2}, TypeError, r"cannot encode plan\.steps as JSON: its key 1 must be a plain str"),
         ([math.nan], ValueError, r"cannot encode plan\.steps\[0\] as JSON, which has no nan"),
         ([-math.inf], ValueError, r"cannot encode plan\.steps\[0\] as JSON, which has no -inf"),
