@@ -60,10 +60,11 @@ class Worker(Generic[T]):
                     job = next_job()
                     if job is None:
                         batch.check_done()
-                        # Now that there is no more input, it may wait for nothing but its keys.
-                        pool.refuse_deadlocked()
-                        if source.has_fed:
-                            continue
+                        if pool.keys is not None:
+                            # Now that there is no more input, it may wait for nothing but its keys.
+                            pool.refuse_deadlocked()
+                            if batch.has_work():
+                                continue
 
                         self.let_go()
                         await crew.park()
