@@ -51,7 +51,6 @@ _FILE_ERRNOS.add(getattr(errno, "EDQUOT", errno.ENOSPC))  # missing on Windows
 _exceptions_of = vars(BaseExceptionGroup)["exceptions"].__get__
 _cause_of = vars(BaseException)["__cause__"].__get__
 _context_of = vars(BaseException)["__context__"].__get__
-_has_no_context = vars(BaseException)["__suppress_context__"].__get__
 _errno_of = vars(OSError)["errno"].__get__
 
 
@@ -253,9 +252,8 @@ def speaks_of_provider(exc: BaseException) -> bool:
     """
     Return whether a failure is one that a provider in trouble causes.
 
-    Such a failure has the status 408 or 5xx, or is an ``OSError`` that is not about files. Its causes, what
-    was handled as it was raised (unless it was raised ``from`` another), and the members of a group count
-    too. An error of this library with a verdict
+    Such a failure has the status 408 or 5xx, or is an ``OSError`` that is not about files. The exceptions in
+    its ``__cause__`` and ``__context__`` and in its group count too. An error of this library with a verdict
     of its own, such as the time-out of a nested call, says nothing about a provider, and neither do its
     causes. This function never raises and takes bounded time.
     """
@@ -275,10 +273,8 @@ def speaks_of_provider(exc: BaseException) -> bool:
         if is_of(error, BaseExceptionGroup):
             left.extend(_exceptions_of(error))
 
-        left.append(cause_of(error))
-        # Some clients raise an error of theirs while they handle the network's, without naming it the cause.
-        if not _has_no_context(error):
-            left.append(_context_of(error))
+        # Some clients raise an error of theirs while they handle the network's, or hide that by `from None`.
+        left += [_context_of(error), cause_of(error)]
 
     return False
 

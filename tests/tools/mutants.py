@@ -59,20 +59,28 @@ MUTANTS = [
     Mutant(
         "a cancelled waiter stays in line",
         "SlotPool.wait",
-        "self.withdraw(waiter)",
-        "",
+        """
+        if waiter.granted:
+            waiter.slot.give_back()
+        else:
+            self.withdraw(waiter)
+        """,
+        """
+        if waiter.granted:
+            waiter.slot.give_back()
+        """,
     ),
     Mutant(
         "a loan is never returned",
-        "Slot._pass_on",
-        "lender.lent = None",
+        "Slot._take_back",
+        "self.lent = None",
         "",
     ),
     Mutant(
         "the loan of an invocation that has ended is given back under its borrower",
         "Slot._pass_on",
-        "borrower is not None",
-        "borrower is not None and lender is not None",
+        "borrower is not None and borrower.pool is pool",
+        "borrower is not None and borrower.pool is pool and lender is not None",
     ),
     Mutant(
         "a slot is lent to any number at once",
@@ -161,7 +169,7 @@ MUTANTS = [
     ),
     Mutant(
         "rates are paid before there is a slot",
-        "SlotPool.serve",
+        "SlotPool.serve_some",
         "now = self.loop.now()",
         """
         now = self.loop.now()
@@ -211,7 +219,7 @@ MUTANTS = [
     Mutant(
         "a call that began before a cool-off ends it",
         "Provider.answered",
-        "epoch == self.limit.epoch",
+        "epoch >= self._held_at",
         "True",
     ),
     Mutant(
@@ -223,18 +231,20 @@ MUTANTS = [
     ),
     Mutant(
         "a waiter with a slot on loan takes another when a cool-off ends early",
-        "SlotPool.serve",
+        "SlotPool.serve_some",
         """
-        while (waiter := self._first()) is not None:
+        while served < most and (waiter := self._first()) is not None:
             if not waiter.has_loan:
-                self._take()
+                self._take(waiter.slot)
 
             self._grant(waiter)
+            served += 1
         """,
         """
-        while (waiter := self._first()) is not None:
-            self._take()
+        while served < most and (waiter := self._first()) is not None:
+            self._take(waiter.slot)
             self._grant(waiter)
+            served += 1
         """,
         program=UNIT_TESTS,
     ),
@@ -248,7 +258,7 @@ MUTANTS = [
     Mutant(
         "a success does not end the row of failures",
         "Outage.succeed",
-        "self._row = 0",
+        "self.row = 0",
         "",
         program=UNIT_TESTS,
     ),
@@ -284,7 +294,7 @@ MUTANTS = [
         "a burst of rejections cuts the limit more than once",
         "AdaptiveLimit.reject",
         """
-        if epoch != self.epoch:
+        if epoch < self._cut_at:
             ...
         """,
         "",
@@ -298,7 +308,7 @@ MUTANTS = [
     Mutant(
         "what has left a window is given back",
         "_Window.correct",
-        "charge.at + self.rate.per_seconds > now",
+        "charge.at + self._seconds > now",
         "True",
     ),
     Mutant(
@@ -339,7 +349,7 @@ MUTANTS = [
     Mutant(
         "a nested call is waited for by those that it waits for",
         "Work.lasts_until",
-        "waiting = self._waiting()",
+        "waiting = _unended(self.calls) | _unended(self._others)",
         "waiting: set[Attempt] = set()",
         program="budgets.py",
     ),
@@ -532,7 +542,7 @@ MUTANTS = [
     Mutant(
         "what waits to be retried takes up room for input",
         "Bookkeeping._retry",
-        "self.source.live -= 1",
+        "self.source.set_aside(job)",
         "",
     ),
     Mutant(
