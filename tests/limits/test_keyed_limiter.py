@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, ClassVar
 
 import anyio
 import pytest
+from anyio.abc import TaskGroup
 from elsewhere import in_use_elsewhere
 
 from agentloop import (
     AgentLoop,
     Backoff,
+    BatchStopped,
     Event,
     Invocation,
     KeyedLimiter,
@@ -552,3 +554,188 @@ async def test_limiter_whose_cost_raises_is_in_use_no_more(verb: str) -> None:
         (result,) = await loop.run_all([Invocation("a", anyio.sleep, (1,))])
 
     assert result.error == "KeyError: 'tokens'"
+
+
+# -- no key holds up another
+
+
+@pytest.mark.parametrize("as_input", [list, iter])
+async def test_keys_run_at_once_however_the_input_is_sorted(as_input: Callable[[Any], Any]) -> None:
+    starts = Starts()
+    loop = AgentLoop(ONCE, limiter=KeyedLimiter(by_id, lambda _: Limiter(4)), on_event=starts)
+    jobs = [Invocation(f"{key}/{number}", anyio.sleep, (1,)) for key in "abcde" for number in range(20)]
+    assert all(result.success for result in await loop.run_all(as_input(jobs)))
+    assert starts.by_key == {key: [at for at in range(5) for _ in range(4)] for key in "abcde"}
+
+
+async def refuse() -> None:
+    raise ConnectionRefusedError
+
+
+@pytest.mark.parametrize("trouble", ["slow", "held", "paused", "rated", "dead"])
+@pytest.mark.parametrize("as_input", [list, iter])
+async def test_key_in_trouble_costs_the_others_nothing(trouble: str, as_input: Callable[[Any], Any]) -> None:
+    agent: Callable[..., Any] = {"slow": anyio.sleep_forever, "held": overload, "dead": refuse}.get(
+        trouble, nothing
+    )
+
+    def make(key: str) -> Limiter:
+        rates = [Rate(1, per_seconds=100)] if (trouble, key) == ("rated", "a") else []
+        return Limiter(3, rates=rates)
+
+    limiters = KeyedLimiter(by_id, make)
+    starts = Starts()
+    loop = AgentLoop(LoopConfig(timeout_seconds=None), limiter=limiters, on_event=starts)
+    if trouble == "paused":
+        limiters["a"].pause()
+
+    jobs = [
+        Invocation(f"{key}/{number}", agent if key == "a" else anyio.sleep, () if key == "a" else (1,))
+        for key in "abc"
+        for number in range(24)
+    ]
+    with anyio.move_on_after(20):
+        await loop.run_all(as_input(jobs))
+
+    for key in "bc":
+        assert starts.by_key[key] == [at for at in range(8) for _ in range(3)]
+
+
+async def test_key_whose_input_waits_takes_room_of_others_only_beyond_eight_for_each_slot() -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(2))
+    limiters["a"].pause()
+    loop = AgentLoop(ONCE, limiter=limiters)
+    pulled = 0
+
+    def inputs() -> Iterator[Invocation[None]]:
+        nonlocal pulled
+        for _ in range(100):
+            pulled += 1
+            yield Invocation("a", nothing)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(loop.run_all, inputs())
+        await anyio.sleep(1)
+        # Three more are live: as many as there are slots, and one that looks ahead.
+        assert limiters.statistics().waiting == pulled == 8 * 2 + 3
+        limiters.resume()
+
+    assert pulled == 100
+
+
+class Revoked(Exception):
+    status_code = 401
+
+
+@pytest.mark.parametrize("verb", ["run_all", "as_completed"])
+async def test_fatal_verdict_stops_the_invocations_of_its_key_alone(verb: str) -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(2))
+    config = LoopConfig(backoff=Backoff(initial_seconds=9, jitter="none"))
+    loop = AgentLoop(config, limiter=limiters)
+
+    async def agent(name: str) -> None:
+        await anyio.sleep(1)
+        if name == "a/0":
+            raise LookupError
+
+        if name == "a/2":
+            raise Revoked
+
+    names = [f"{key}/{number}" for number in range(8) for key in "ab"]
+    jobs = [Invocation(name, agent, (name,)) for name in names]
+    results = []
+    if verb == "run_all":
+        results = await loop.run_all(jobs)
+    else:
+        with pytest.raises(BatchStopped, match="'a/2' failed with Revoked"):
+            async with loop.as_completed(jobs) as completed:
+                async for result in completed:
+                    results.append(result)
+
+    by_name = {result.agent_id: result for result in results}
+    assert all(by_name[name].success for name in names if name.startswith("b"))
+    assert isinstance(by_name["a/0"].exception, LookupError), "it waited to be retried"
+    assert by_name["a/6"].status is by_name["a/7"].status is Status.SKIPPED
+    assert by_name["a/6"].exception is by_name["a/7"].exception
+
+
+async def test_budget_that_is_spent_stops_the_invocations_of_its_key_alone() -> None:
+    def make(key: str) -> Limiter:
+        return Limiter(1, rates=[Rate(3, per_seconds=None)] if key == "a" else [])
+
+    limiters = KeyedLimiter(by_id, make, max_limiters=1)
+    loop = AgentLoop(ONCE, limiter=limiters)
+    results = await loop.run_all(
+        [Invocation(f"{key}/{number}", nothing) for number in range(5) for key in "ab"]
+    )
+    assert [result.status for result in results if result.agent_id.startswith("b")] == [Status.SUCCESS] * 5
+    of_a = [result for result in results if result.agent_id.startswith("a")]
+    assert [result.status for result in of_a] == [Status.SUCCESS] * 3 + [Status.SKIPPED] * 2
+    assert isinstance(of_a[-1].exception, BatchStopped)
+    await loop.run_single("c", nothing)
+    assert list(limiters) == ["a", "c"], "a budget that was spent in part is never forgotten"
+
+
+async def test_rate_with_a_burst_binds_until_it_has_filled_again() -> None:
+    limiters = KeyedLimiter(
+        by_id, lambda _: Limiter(1, rates=[Rate(1, per_seconds=9, burst=2)]), max_limiters=1
+    )
+    loop = AgentLoop(ONCE, limiter=limiters)
+    for name in "ab":
+        await loop.run_single(name, nothing)
+
+    assert list(limiters) == ["a", "b"]
+    await anyio.sleep(9)
+    await loop.run_single("c", nothing)
+    assert list(limiters) == ["c"]
+
+
+# -- a total over all keys
+
+
+async def test_total_is_shared_by_the_keys_and_can_be_changed() -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(5), max_concurrency=2)
+    starts = Starts()
+    loop = AgentLoop(ONCE, limiter=limiters, on_event=starts)
+    jobs = [Invocation(f"{key}/{number}", anyio.sleep, (1,)) for key in "ab" for number in range(4)]
+    async with anyio.create_task_group() as group:
+        group.start_soon(loop.run_all, jobs)
+        await anyio.sleep(2.5)
+        limiters.max_concurrency = 4
+        assert limiters.max_concurrency == limiters.statistics().limit == 4
+
+    # The key that had none running gets the place that becomes free.
+    assert starts.by_key["b"][0] == 1
+    assert max(starts.by_key["a"] + starts.by_key["b"]) == 2.5
+    with pytest.raises(ValueError, match="max_concurrency must be at least 1, got 0"):
+        limiters.max_concurrency = 0
+
+    with pytest.raises(ValueError, match="max_concurrency must be the limiter's, 4, or left out, got 7"):
+        AgentLoop(LoopConfig(max_concurrency=7), limiter=limiters)
+
+
+async def test_place_of_an_agent_that_ends_goes_on_with_what_it_has_started() -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(2), max_concurrency=1)
+    loop = AgentLoop(ONCE, limiter=limiters)
+    order = []
+
+    async def last() -> None:
+        await anyio.sleep(2)
+        order.append("last")
+
+    async def middle(group: TaskGroup) -> None:
+        group.start_soon(loop.run_single, "b/last", last)
+        await anyio.sleep(1)
+        order.append("middle")
+
+    async def first() -> None:
+        async with anyio.create_task_group() as group:
+            (await loop.run_single("a/middle", middle, group)).unwrap()
+
+        order.append("first")
+
+    with anyio.fail_after(100):
+        assert (await loop.run_single("b/first", first)).success
+        assert (await loop.run_single("c", nothing)).success
+
+    assert order == ["middle", "last", "first"]
