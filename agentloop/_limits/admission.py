@@ -296,12 +296,12 @@ class Admission:
     def follow(self, now: float) -> None:
         """Take over what the provider has shown."""
         provider = self.provider
-        if provider is not None:
-            self.epoch = provider.limit.epoch
-            self.recovers = provider.limit.recovers
-            self.listens = provider.listens or self._always_listens
-            self.gated = bool(self.meters) or provider.holds(now)
-            self._look()
+        assert provider is not None
+        self.epoch = provider.limit.epoch
+        self.recovers = provider.limit.recovers
+        self.listens = provider.listens or self._always_listens
+        self.gated = bool(self.meters) or provider.holds(now)
+        self._look()
 
     def may_retry(self, now: float) -> bool:
         """Count a retry, if the budget has one left."""

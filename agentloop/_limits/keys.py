@@ -61,8 +61,8 @@ class Keys:
 
     def leave(self, pool: Any) -> None:
         """Forget a pool that is not in use."""
-        if self.pools.pop(pool, None) is not None:
-            pool.keys = None
+        del self.pools[pool]
+        pool.keys = None
 
     def resize(self, limit: float) -> None:
         """Change how many places there are."""

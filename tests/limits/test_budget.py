@@ -686,3 +686,18 @@ def test_event_loop_that_was_stopped_keeps_no_reservation_and_what_it_paid_is_se
     end(task)
     stopped.close()
     assert remaining(limiter) == 2
+
+
+async def test_overload_gives_back_to_the_budget_alone_and_not_to_a_rate() -> None:
+    limiter = Limiter(1, rates=[Rate(2, per_seconds=60), Rate(5, per_seconds=None)])
+    loop = AgentLoop(LoopConfig(max_retries=0), limiter=limiter)
+
+    async def overload() -> None:
+        raise FakeHTTPError(429)
+
+    began = anyio.current_time()
+    for _ in range(3):
+        await loop.run_single("a", overload)
+
+    assert limiter.statistics().remaining == (5,)
+    assert anyio.current_time() == began + 60

@@ -638,7 +638,7 @@ async def test_fatal_verdict_stops_the_invocations_of_its_key_alone(verb: str) -
         if name == "a/0":
             raise LookupError
 
-        if name == "a/2":
+        if name in ("a/2", "a/3"):
             raise Revoked
 
     names = [f"{key}/{number}" for number in range(8) for key in "ab"]
@@ -647,7 +647,7 @@ async def test_fatal_verdict_stops_the_invocations_of_its_key_alone(verb: str) -
     if verb == "run_all":
         results = await loop.run_all(jobs)
     else:
-        with pytest.raises(BatchStopped, match="'a/2' failed with Revoked"):
+        with pytest.raises(BatchStopped, match="'a/[23]' failed with Revoked"):
             async with loop.as_completed(jobs) as completed:
                 async for result in completed:
                     results.append(result)
@@ -676,6 +676,17 @@ async def test_budget_that_is_spent_stops_the_invocations_of_its_key_alone() -> 
     assert list(limiters) == ["a", "c"], "a budget that was spent in part is never forgotten"
 
 
+async def test_budget_of_which_nothing_was_spent_and_a_limiter_that_was_not_used_are_forgotten() -> None:
+    def make(_: str) -> Limiter:
+        return Limiter(1, rates=[Rate(3, per_seconds=None, cost=lambda _: 0)])
+
+    limiters = KeyedLimiter(by_id, make, max_limiters=1)
+    limiters["unused"]
+    for name in "ab":
+        await AgentLoop(ONCE, limiter=limiters).run_single(name, nothing)
+        assert list(limiters) == [name]
+
+
 async def test_rate_with_a_burst_binds_until_it_has_filled_again() -> None:
     limiters = KeyedLimiter(
         by_id, lambda _: Limiter(1, rates=[Rate(1, per_seconds=9, burst=2)]), max_limiters=1
@@ -694,7 +705,8 @@ async def test_rate_with_a_burst_binds_until_it_has_filled_again() -> None:
 
 
 async def test_total_is_shared_by_the_keys_and_can_be_changed() -> None:
-    limiters = KeyedLimiter(by_id, lambda _: Limiter(5), max_concurrency=2)
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(5, rates=[Rate(100)]), max_concurrency=3)
+    limiters.max_concurrency = 2  # before it is used
     starts = Starts()
     loop = AgentLoop(ONCE, limiter=limiters, on_event=starts)
     jobs = [Invocation(f"{key}/{number}", anyio.sleep, (1,)) for key in "ab" for number in range(4)]
@@ -712,6 +724,18 @@ async def test_total_is_shared_by_the_keys_and_can_be_changed() -> None:
 
     with pytest.raises(ValueError, match="max_concurrency must be the limiter's, 4, or left out, got 7"):
         AgentLoop(LoopConfig(max_concurrency=7), limiter=limiters)
+
+
+async def test_place_is_lent_through_another_limiter() -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(1), max_concurrency=1)
+    loop = AgentLoop(ONCE, limiter=limiters)
+
+    async def agent() -> None:
+        between = await AgentLoop().run_single("between", loop.run_single, "b", nothing)
+        assert between.unwrap().success
+
+    with anyio.fail_after(100):
+        assert (await loop.run_single("a", agent)).success
 
 
 async def test_place_of_an_agent_that_ends_goes_on_with_what_it_has_started() -> None:
@@ -736,6 +760,9 @@ async def test_place_of_an_agent_that_ends_goes_on_with_what_it_has_started() ->
 
     with anyio.fail_after(100):
         assert (await loop.run_single("b/first", first)).success
+        async with anyio.create_task_group() as group:
+            await loop.run_single("a/middle", middle, group)
+
         assert (await loop.run_single("c", nothing)).success
 
-    assert order == ["middle", "last", "first"]
+    assert order == ["middle", "last", "first", "middle", "last"]
