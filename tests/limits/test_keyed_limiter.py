@@ -647,7 +647,7 @@ async def test_fatal_verdict_stops_the_invocations_of_its_key_alone(verb: str) -
     if verb == "run_all":
         results = await loop.run_all(jobs)
     else:
-        with pytest.raises(BatchStopped, match="'a/[23]' failed with Revoked"):
+        with pytest.raises(BatchStopped, match=r"'a/[23]' failed with Revoked"):
             async with loop.as_completed(jobs) as completed:
                 async for result in completed:
                     results.append(result)
