@@ -68,7 +68,7 @@ class Batch(Bookkeeping[T]):
             self.start_timer(until, lambda: self.cancel(stopped.reason, None))
 
     def drain(self) -> None:
-        """Begin nothing new that nobody waits for; somebody waits for the whole of a batch."""
+        """Do nothing: a caller waits for the whole of a batch."""
 
     def may_go_on(self, keys: Any) -> bool:
         """Return whether there is something that it waits for besides slots of the pools of some keys."""

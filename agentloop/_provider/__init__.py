@@ -1,1 +1,1 @@
-"""What is found out about the provider behind a limiter: what it bears, and whether it is there."""
+"""What a limiter learns about the provider behind it: how much it bears, and whether it is there."""

@@ -159,14 +159,14 @@ async def test_journal_can_be_made_anywhere_and_opened_once(path: Path) -> None:
 
 def test_journal_that_is_not_entered_says_what_to_write(path: Path) -> None:
     with pytest.raises(TypeError, match=r"^write `async with Journal\(\.\.\.\) as journal:`$"):
-        with Journal(path):  # type: ignore[attr-defined]
+        with Journal(path):  # type: ignore[attr-defined]  # has to be refused
             raise AssertionError
 
 
 @pytest.mark.parametrize("verb", ["run_all", "as_completed"])
 async def test_what_is_no_journal_is_refused(verb: str) -> None:
     with pytest.raises(TypeError, match=r"^journal must be an agentloop\.journal\.Journal, got 'night\.db'$"):
-        await run(verb, AgentLoop(), [], "night.db")  # type: ignore[arg-type]
+        await run(verb, AgentLoop(), [], "night.db")  # type: ignore[arg-type]  # has to be refused
 
 
 async def test_journal_of_another_event_loop_is_refused(path: Path) -> None:
