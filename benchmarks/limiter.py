@@ -1,15 +1,18 @@
 """
-What a slot costs: one task that never waits for it, and 100 tasks that stand in line for 10.
+What a slot costs: one task that never waits for it, 100 tasks that stand in line for 10, and a batch with
+one limiter for each of ten keys.
 
     python benchmarks/limiter.py --backend trio
 
 Processor time per call of an agent that reaches one checkpoint, medians. A slot of ours is taken by
-``run_single``, which also times, retries and measures. The limiter with room has slots for all.
+``run_single``, which also times, retries and measures. The limiter with room has slots for all. In the batch,
+100 run at once, and the keys come in turn or at random.
 """
 
 from __future__ import annotations
 
 import platform
+import random
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -19,11 +22,12 @@ import anyio
 import rounds
 from ways import Agent, one_checkpoint
 
-from agentloop import AgentLoop, Limiter, LoopConfig
+from agentloop import AgentLoop, Invocation, KeyedLimiter, Limiter, LoopConfig
 
 Call: TypeAlias = Callable[[Agent, int], Awaitable[Any]]
 
 LIMIT, TASKS = 10, 100
+KEYS = TASKS // LIMIT
 
 
 def bare(_: int) -> Call:
@@ -47,12 +51,23 @@ def ours(make_limiter: Callable[[int], Limiter], limit: int) -> Call:
     return lambda agent, index: loops[index % 2].run_single("agent", agent, index)
 
 
+def one_key(limit: int) -> KeyedLimiter:
+    return KeyedLimiter(lambda _: None, lambda _: Limiter(limit))
+
+
+def many_keys(order: list[int]) -> KeyedLimiter:
+    """Return a limiter for the inputs of a batch, each of which is its place in the order."""
+    return KeyedLimiter(lambda invocation: order[invocation.args[0]], lambda _: Limiter(LIMIT))
+
+
 BARE, ANYIO, OURS, ROOMY = "no limiter", "anyio.CapacityLimiter", "Limiter", "Limiter with room"
+KEYED, IN_TURN, AT_RANDOM = "KeyedLimiter, one key", "ten keys in turn", "ten keys at random"
 LIMITERS: dict[str, Callable[[int], Call]] = {
     BARE: bare,
     ANYIO: anyio_limiter,
     ROOMY: lambda _: ours(Limiter, TASKS),
     OURS: partial(ours, Limiter),
+    KEYED: partial(ours, one_key),
     # The place for ``Limiter(limit, rates=...)``.
 }
 
@@ -75,6 +90,29 @@ async def measure(make: Callable[[int], Call], tasks: int, count: int) -> float:
     seconds = time.process_time() - start
     rounds.check(returned, count)
     return seconds / count * 1e6
+
+
+async def measure_batch(limiter: Limiter, count: int) -> float:
+    """Return the same for the invocations of one batch."""
+    loop, agent = AgentLoop(LoopConfig(), limiter=limiter), one_checkpoint()
+    start = time.process_time()
+    results = await loop.run_all(Invocation.map(agent, range(count)))
+    seconds = time.process_time() - start
+    rounds.check([result.output for result in results], count)
+    return seconds / count * 1e6
+
+
+async def compare_batches(count: int, repeats: int) -> rounds.Samples:
+    in_turn = [index % KEYS for index in range(count)]
+    at_random = random.Random(1).choices(range(KEYS), k=count)
+    limiters: dict[str, Callable[[], Limiter]] = {
+        OURS: lambda: Limiter(TASKS),
+        IN_TURN: lambda: many_keys(in_turn),
+        AT_RANDOM: lambda: many_keys(at_random),
+    }
+    return await rounds.alternate(
+        {name: lambda make=make: measure_batch(make(), count) for name, make in limiters.items()}, repeats
+    )
 
 
 async def compare(count: int, repeats: int) -> dict[str, rounds.Samples]:
@@ -108,6 +146,11 @@ def main() -> None:
         print(f"\n{title:24} {'us each':>8} {'x CapacityLimiter':>18}")
         for name in samples:
             print(f"  {name:22} {samples.median(name):8.1f} {samples.ratio(name, ANYIO):18.2f}", flush=True)
+
+    samples = rounds.run(compare_batches, options.backend, options.calls, options.rounds)
+    print(f"\n{'a batch':24} {'us each':>8} {'x one Limiter':>18}")
+    for name in samples:
+        print(f"  {name:22} {samples.median(name):8.1f} {samples.ratio(name, OURS):18.2f}", flush=True)
 
 
 if __name__ == "__main__":
