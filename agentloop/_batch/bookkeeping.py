@@ -317,7 +317,7 @@ class Bookkeeping(Generic[T]):
         if not ended % COUNTED_AT_ONCE:
             self.options.observer.count()
 
-        if not job.is_plain:
+        if job.bill is not None or job.pool is not self.pool:
             job.settle(result, self.pool)
 
         if results is None:

@@ -94,7 +94,7 @@ class Worker(Generic[T]):
                             batch.settle(job, slot, scope, now)
                             if scope.is_spoilt:
                                 break
-                        elif slot.is_plain and admission.is_open and not pool.in_line:
+                        elif slot.is_plain and slot.pool is pool and admission.is_open and not pool.in_line:
                             self._has_slot = True
                             batch.finish(job, now)
                         else:

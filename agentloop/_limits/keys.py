@@ -5,22 +5,23 @@ The pools of all keys of a ``KeyedLimiter`` in one event loop.
 of which there are as many as all keys together may use. A free place goes to the waiting key with the fewest
 attempts running; within a key it is first come, first served.
 
-**Places are lent as slots are**: an attempt that runs others, and waits for them, lends them its place, one
-at a time, whatever their key. So nested use never waits for a place in vain. Its slot it lends only under its
-own key (``slots`` has the theory), so that two agents can come to wait for each other's key for ever. The one
-that is about to do so gets an error (:meth:`Keys.deadlocked`).
+**Places are lent as slots are, but apart from them**: an attempt that runs others, and waits for them, lends
+them its place, one at a time, whatever their key. So nested use never waits for a place in vain. Its slot it
+lends only under its own key (``slots`` has the theory), so that two agents can come to wait for each other's
+key for ever. The one that is about to do so gets an error (:meth:`Keys.deadlocked`).
 """
 
 from __future__ import annotations
 
 __all__ = ["Call", "Keys"]
 
+import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, Protocol
 
 from .lines import Waiter
-from .slots import HELD, RELEASED, Slot
+from .slots import HELD, Slot
 
 
 class Call(Protocol):
@@ -44,20 +45,24 @@ class Keys:
         self.limit: float = limit
         self.running = 0
         """How many places are taken."""
+        # Who has the place of each attempt that has lent it, and whose place each borrower has.
+        self._lent: dict[Slot, Slot] = {}
+        self._lenders: dict[Slot, Slot] = {}
         self.pools: dict[Any, Hashable] = {}
         """The pools, each with its key."""
         self.nested = 0
         """How many attempts wait for a slot which an invocation runs."""
         self.held: dict[Slot, None] = {}
-        """The slots of attempts that have been granted one and have not ended."""
+        """The slots of nested attempts that have been granted one and have not ended."""
 
     def join(self, pool: Any, key: Hashable) -> None:
         """Let a pool take part, with what runs there already."""
         if pool.keys is not self:
             pool.keys = self
-            pool.admission.share()
             self.pools[pool] = key
-            self.running += pool.running
+            if self.limit < math.inf:
+                pool.admission.share()
+                self.running += pool.running
 
     def leave(self, pool: Any) -> None:
         """Forget a pool that is not in use."""
@@ -76,18 +81,48 @@ class Keys:
         return self.running < self.limit or self._lender(slot) is not None
 
     def take(self, slot: Slot) -> None:
-        """Take a place for a slot, a free one if there is one."""
+        """Take a place for a slot, that of the invocation around it if it can be had."""
+        if self.limit == math.inf:
+            return
+
         # Of keys with as many running, the one that was served last comes last.
         self.pools[slot.pool] = self.pools.pop(slot.pool)
-        lender = None if self.running < self.limit else self._lender(slot)
+        lender = self._lender(slot)
         if lender is None:
             self.running += 1
         else:
-            lender.lend(slot)
+            self._lend(lender, slot)
 
-    def give_back(self) -> None:
-        """Take back a place that is nobody's any more."""
-        self.running -= 1
+    def give_back(self, slot: Slot) -> None:
+        """Take back the place of a slot, or leave it to the one that it is lent to."""
+        if self.limit == math.inf:
+            return
+
+        borrower, lender = self._lent.pop(slot, None), self._lenders.pop(slot, None)
+        if borrower is not None:
+            del self._lenders[borrower]
+
+        if lender is not None:
+            del self._lent[lender]
+
+        if borrower is None:
+            self.running -= lender is None
+        elif lender is not None:
+            self._lend(lender, borrower)
+
+    def borrows(self, slot: Slot) -> bool:
+        """Return whether a slot has the place of another one on loan."""
+        return slot in self._lenders
+
+    def move(self, granted: Slot, slot: Slot) -> None:
+        """Let a slot have the place that another one was granted."""
+        lender = self._lenders.pop(granted, None)
+        if lender is not None:
+            self._lend(lender, slot)
+
+    def _lend(self, lender: Slot, borrower: Slot) -> None:
+        self._lent[lender] = borrower
+        self._lenders[borrower] = lender
 
     def serve(self) -> None:
         """Give the free places to those that wait, one by one, each to the key with the fewest running."""
@@ -99,7 +134,7 @@ class Keys:
     def _lender(self, slot: Slot) -> Slot | None:
         """Return the slot of the innermost invocation around one, if its place is not lent."""
         outer = self._around(slot)
-        return outer if outer is not None and outer.lent is None else None
+        return outer if outer is not None and outer not in self._lent else None
 
     def _around(self, slot: Slot) -> Slot | None:
         outer = slot.outer
@@ -119,60 +154,65 @@ class Keys:
         cannot be told, such as a call through another limiter, counts as going on.
         """
         waiters = {
-            waiter: (outer, pool)
+            waiter: outer
             for pool in self.pools
             for waiter in pool.lines.nested
             if (outer := self._around(waiter.slot)) is not None
         }
-        if not any(outer.pool is not pool for outer, pool in waiters.values()):
+        if not any(outer.pool is not waiter.slot.pool for waiter, outer in waiters.items()):
             return
 
-        stuck = self._stuck(waiters.values())
-        for waiter, (outer, pool) in waiters.items():
-            if outer in stuck and self._is_full(pool) and stuck.issuperset(self._held(pool)):
-                yield waiter, self.pools[outer.pool], self.pools[pool]
+        stuck = self._stuck(waiters)
+        for waiter, outer in self._hopeless(waiters, stuck).items():
+            if outer in stuck:
+                yield waiter, self.pools[outer.pool], self.pools[waiter.slot.pool]
 
-    def _stuck(self, waiting: Iterable[tuple[Slot, Any]]) -> set[Slot]:
+    def _stuck(self, waiters: dict[Waiter, Slot]) -> set[Slot]:
         """Return the attempts that never end: all, but those that go on, and what depends on these."""
         calls: dict[Slot, list[Call]] = {}
         for pool in self.pools:
             for call, slot in pool.work.calls.items():
                 calls.setdefault(slot, []).append(call)
 
-        # The pools in which each attempt has others in line, and how many it has there or running.
-        awaited: dict[Slot, list[Any]] = {}
-        for outer, pool in waiting:
-            awaited.setdefault(outer, []).append(pool)
-
         running = {slot: self._around(slot) for slot in self.held}
-        nested = Counter([*running.values(), *(outer for outer, pools in awaited.items() for _ in pools)])
+        nested = Counter([*running.values(), *waiters.values()])
         stuck = {
             slot
-            for slot in self.held
+            for slot in calls
             if slot.hold is HELD
             # Each call has somebody in line, or running; what has neither is about to go on.
-            and 0 < len(calls.get(slot, ())) <= nested[slot]
+            and len(calls[slot]) <= nested[slot]
             and not any(call.may_go_on(self) for call in calls[slot])
         }
         before = -1
         while len(stuck) != before:
             before = len(stuck)
-            free = {
-                pool
-                for pool in self.pools
-                if not (self._is_full(pool) and stuck.issuperset(self._held(pool)))
-            }
+            hopeless = self._hopeless(waiters, stuck)
             stuck -= {outer for slot, outer in running.items() if slot not in stuck and outer is not None}
-            stuck -= {slot for slot in stuck if not free.isdisjoint(awaited.get(slot, ()))}
+            stuck -= {outer for waiter, outer in waiters.items() if waiter not in hopeless}
 
         return stuck
 
-    def _held(self, pool: Any) -> set[Slot]:
-        return {slot for slot in self.held if slot.pool is pool and slot.hold is not RELEASED}
+    def _hopeless(self, waiters: dict[Waiter, Slot], stuck: set[Slot]) -> dict[Waiter, Slot]:
+        """Return the waiters whose slot or place never becomes free, in their order."""
+        full = {pool for pool in self.pools if _never_frees(pool, stuck)}
+        own_places = sum(slot not in self._lenders for slot in stuck)
+        no_place = self.running >= self.limit and own_places >= self.running
+        return {
+            waiter: outer
+            for waiter, outer in waiters.items()
+            if (waiter.slot.pool in full and (waiter.lender is None or waiter.lender.lent is not None))
+            or (no_place and outer in self._lent)
+        }
 
-    @staticmethod
-    def _is_full(pool: Any) -> bool:
-        return pool.running >= pool.limit and not pool.admission.paused
+
+def _never_frees(pool: Any, stuck: set[Slot]) -> bool:
+    """Return whether all slots of a pool are in use, by attempts that never end."""
+    if pool.running < pool.limit or pool.admission.paused:
+        return False
+
+    own = sum(slot.pool is pool and slot.lender is None for slot in stuck)
+    return own >= _running(pool)
 
 
 def _running(pool: Any) -> int:

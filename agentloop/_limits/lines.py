@@ -41,6 +41,7 @@ class Waiter:
         "error",
         "granted",
         "has_loan",
+        "is_over",
         "lender",
         "line",
         "number",
@@ -70,7 +71,9 @@ class Waiter:
         self.error: Exception | None = None
         # Who is told when the wait is over, or the task that is woken.
         self._owner = owner
-        self._woken = anyio.Event()
+        self._woken = anyio.Event() if owner is None else None
+        # Whether it waits no more.
+        self.is_over = False
         # When it has to look whether it is time; only the first in line does.
         self.wake_at = math.inf
         self.scope: anyio.CancelScope | None = None
@@ -88,20 +91,18 @@ class Waiter:
         self.bound = bound
         bound.waiting += 1
 
-    @property
-    def is_over(self) -> bool:
-        """Whether it waits no more."""
-        return self._woken.is_set()
-
     async def wait(self) -> None:
         """Wait until this is over, or until its alarm."""
+        assert self._woken is not None
         with anyio.CancelScope(deadline=self.wake_at) as self.scope:
             await self._woken.wait()
 
     def end(self) -> None:
         """Let those who wait know that this is over."""
-        self._woken.set()
-        if self._owner is not None:
+        self.is_over = True
+        if self._woken is not None:
+            self._woken.set()
+        elif self._owner is not None:
             self._owner.wait_ended(self)
 
     def set_alarm(self, at: float) -> None:

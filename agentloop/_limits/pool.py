@@ -71,7 +71,9 @@ class SlotPool(PoolState):
 
     def _acquire(self, slot: Slot, returning: bool) -> bool:
         lender = self.lender(slot.outer)
-        if lender is not None and lender.lent is not None:
+        if lender is not None and (
+            lender.lent is not None or (self.keys is not None and not self.keys.has_place(slot))
+        ):
             lender = None
 
         self._look_for_break()
@@ -114,8 +116,10 @@ class SlotPool(PoolState):
             self.keys.nested += slot.outer is not None
 
         self.offer_loan(waiter, self.lender(slot.outer))
-        # There may be a slot for it already.
-        self.serve()
+        if self.running < self.limit or self.admission.gated:
+            # There may be a slot for it already.
+            self.serve()
+
         return waiter
 
     def bound(self, waiter: Waiter) -> QueueFull | None:
@@ -210,7 +214,7 @@ class SlotPool(PoolState):
             self.refuse_deadlocked()
 
     def _note(self, slot: Slot) -> None:
-        if self.keys is not None:
+        if self.keys is not None and slot.outer is not None:
             self.keys.held[slot] = None
 
     def _has_slot(self, slot: Slot) -> bool:
@@ -242,7 +246,7 @@ class SlotPool(PoolState):
         """Serve all that can be served now, and have the next of them woken when it is time."""
         if self.keys is not None and self.keys.limit < math.inf:
             self.keys.serve()
-        elif self.lines:
+        elif self.in_line or self.lines.borrowing:
             self.serve_some(math.inf)
 
     def serve_some(self, most: float) -> bool:
@@ -253,6 +257,14 @@ class SlotPool(PoolState):
         :return: whether any was served
         """
         lines, served = self.lines, 0
+        # 0. Attempts that could have had a slot on loan, but for a place.
+        if self.keys is not None and self.keys.limit < math.inf:
+            for nested in tuple(lines.nested):
+                lender = nested.lender
+                if served < most and lender is not None and lender.lent is None:
+                    self.offer_loan(nested, lender)
+                    served += lender.lent is not None
+
         # 1. Attempts that go on: a slot is all they need.
         while (
             served < most and lines.returning and self._has_slot((first := next(iter(lines.returning))).slot)

@@ -147,6 +147,11 @@ class Slot:
         return self.hold is RELEASED
 
     @property
+    def is_on_loan(self) -> bool:
+        """Whether it is the slot of an invocation around it, or has the place of one."""
+        return self.lender is not None or (self.pool.keys is not None and self.pool.keys.borrows(self))
+
+    @property
     def began_at(self) -> float | None:
         """When the attempt began, if it is the first one of its invocation."""
         return None
@@ -222,6 +227,9 @@ class Slot:
         self.hold = HELD
         self.lender, granted.lender = granted.lender, None
         granted.hold = RELEASED
+        if self.pool.keys is not None:
+            self.pool.keys.move(granted, self)
+
         self.pool.forget(granted)
         if self.lender is not None:
             self.lender.lent = self
@@ -235,11 +243,13 @@ class Slot:
         self.is_plain = False
         self.lent = borrower
         borrower.lender = self
-        self.pool.work.loans += borrower.pool is self.pool
+        self.pool.work.loans += 1
+        if self.pool.keys is not None:
+            self.pool.keys.take(borrower)
 
     def offer(self, waiter: Waiting) -> bool:
         """Lend the slot to a waiter now, if it is not lent; else put the waiter in line for it."""
-        if self.lent is None:
+        if self.lent is None and (self.pool.keys is None or self.pool.keys.has_place(waiter.slot)):
             self.lend(waiter.slot)
             return True
 
@@ -264,41 +274,29 @@ class Slot:
             for waiter in waiters:
                 pool.offer_loan(waiter, lender)
 
+        if pool.keys is not None:
+            pool.keys.give_back(self)
+
         borrower, self.lent = self.lent, None
         lender, self.lender = self.lender, None
-        if borrower is not None and borrower.pool is pool:
-            # The loan becomes the borrower's own.
-            pool.work.loans -= 1
-            borrower._go_on_with(lender)
+        if borrower is None and lender is None:
+            pool.running -= 1
         else:
-            if lender is not None and lender.pool is pool:
-                pool.work.loans -= 1
-            else:
-                pool.running -= 1
+            pool.work.loans -= 1
 
-            if borrower is not None:
-                borrower._go_on_with(lender)
-                if lender is not None and lender.pool is borrower.pool:
-                    # It has the lender's slot now, and needs none of its own.
-                    borrower.pool.work.loans += 1
-                    borrower.pool.running -= 1
-                    borrower.pool.serve()
-            elif lender is not None:
-                lender._take_back()
-            elif pool.keys is not None:
-                pool.keys.give_back()
+        if borrower is not None:
+            # The loan becomes the borrower's own, or is one from the attempt further out.
+            borrower.lender = lender
+            if lender is not None:
+                lender.lent = borrower
+        elif lender is not None:
+            lender._take_back()
 
-            pool.serve()
+        pool.serve()
 
         if probe_ends:
             # The next one may begin with a slot on loan, for which nothing but this was missing.
             pool.serve()
-
-    def _go_on_with(self, lender: Slot | None) -> None:
-        """Keep what was on loan from an attempt that has ended, now on loan from the one further out."""
-        self.lender = lender
-        if lender is not None:
-            lender.lent = self
 
     def _take_back(self) -> None:
         """Lend the slot to the next one that waits for it."""

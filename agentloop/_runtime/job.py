@@ -96,13 +96,14 @@ class Job(Attempts[T]):
         if self.bill is not None:
             return True
 
-        self.is_plain = False
         try:
             if self.pool.route is not None:
                 # In use from now on, as the one that led here is.
                 self.pool = self.pool.route(self.invocation)
+                self.epoch = self.pool.admission.epoch
 
             self.bill = self.pool.admission.price(self.invocation)
+            self.is_plain = self.is_plain and self.bill is None
         except BaseException as exc:
             if not is_error(exc):
                 raise

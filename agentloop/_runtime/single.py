@@ -141,7 +141,7 @@ class Single(Generic[T]):
             raise LeftOpenError(job.invocation.agent_id)
 
         # No local name for the result: the traceback of an error in it refers to this frame.
-        if own_task or not job.is_plain:
+        if own_task or not job.is_plain or job.pool is not pool:
             return self._end(scope, now)
 
         # The same as _end() does; a call for every invocation shows.
@@ -249,7 +249,7 @@ class Single(Generic[T]):
         if not observer.count_result() % COUNTED_AT_ONCE:
             observer.count()
 
-        if not job.is_plain:
+        if job.bill is not None or job.pool is not self._pool:
             job.settle(result, self._pool)
 
         if self._own_task:

@@ -262,11 +262,11 @@ class _StreamAttempt(Generic[ItemT]):
         self._set_deadline(math.inf)
         pool.begin_stall(slot)
         try:
-            if slot.lender is None:
+            if not slot.is_on_loan:
                 await self._channel.wait_for_room()
             else:
                 # The reader is itself an agent, and may run something else before it reads on: it needs back
-                # the slot that it has lent, or both would wait for each other.
+                # what it has lent, or both would wait for each other.
                 slot.suspend()
                 await self._channel.wait_for_room()
                 # Nothing is paid for it again, and neither a pause nor a cool-off holds it back.

@@ -491,6 +491,43 @@ async def test_agents_of_two_keys_wait_for_each_other_as_long_as_anything_may_fr
     assert all(result.success for result in results)
 
 
+@pytest.mark.parametrize("path", ["bab", "abab", "aabba"])
+async def test_one_place_is_enough_for_agents_of_any_keys_to_any_depth(path: str) -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(1), max_concurrency=1)
+    loop = AgentLoop(LoopConfig(timeout_seconds=None), limiter=limiters)
+
+    async def agent(rest: str) -> str:
+        if not rest:
+            return "reached"
+
+        result = await loop.run_single(rest[0], agent, rest[1:])
+        return result.unwrap()
+
+    with anyio.fail_after(5):
+        assert (await loop.run_single(path[0], agent, path[1:])).unwrap() == "reached"
+
+
+async def test_stream_gives_its_place_back_while_its_reader_runs_something_else() -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(1), max_concurrency=1)
+    loop = AgentLoop(LoopConfig(timeout_seconds=None), limiter=limiters)
+
+    async def write() -> AsyncIterator[int]:
+        for number in range(50):
+            yield number
+
+    async def agent() -> int:
+        total = 0
+        async with loop.run_streaming("b", write) as stream:
+            async for chunk in stream:
+                total += chunk
+                (await loop.run_single("c", anyio.sleep, 0)).unwrap()
+
+        return total
+
+    with anyio.fail_after(5):
+        assert (await loop.run_single("a", agent)).unwrap() == sum(range(50))
+
+
 async def test_loop_that_is_left_lets_what_runs_under_a_key_run_others() -> None:
     loop = AgentLoop(ONCE, limiter=KeyedLimiter(by_id, lambda _: Limiter(1)))
     reached = False

@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import attrs
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from agentloop import AgentLoop, DeadlockError, Invocation, KeyedLimiter, Limiter, LoopConfig, Status
@@ -28,6 +28,11 @@ class Node:
     children: tuple[Node, ...]
     together: bool
     gives_up_after: float | None
+
+
+def instant(key: str, *children: Node) -> Node:
+    """Return an invocation that takes no time, and runs others together."""
+    return Node(key, 0.0, children, True, None)
 
 
 def nodes(depth: int) -> st.SearchStrategy[Node]:
@@ -117,6 +122,15 @@ async def run(
     st.booleans(),
     st.sampled_from([None, None, 0.5, 2.0, 6.0]),
     st.integers(0, 5),
+)
+# The place of the outermost is lent when the innermost needs its slot.
+@example(
+    [instant("b", instant("a", instant("b")), instant("a"))],
+    dict.fromkeys(KEYS, 1) | {"a": 2},
+    1,
+    False,
+    None,
+    0,
 )
 def test_no_key_and_not_all_of_them_exceed_their_limits_and_nothing_hangs(
     backend: str,
