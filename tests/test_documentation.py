@@ -8,6 +8,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import ssl
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -150,6 +151,22 @@ def test_retries_page_says_what_classify_says_of_each_status() -> None:
         for status in re.findall(r"\b\d{3}\b", statuses.replace("other 4xx", "405, 410")):
             judged += 1
             assert agentloop.classify(FakeHTTPError(int(status), after)).kind.name == verdict
+
+    assert judged > 25
+
+
+def test_retries_page_says_what_classify_says_of_each_name() -> None:
+    rows = re.findall(r"^\| (`[^|]*) \| `([A-Z]+)`(, with any status)?", REFERENCE["retries"], re.MULTILINE)
+    judged = 0
+    for names, verdict, any_status in rows:
+        for name in re.findall(r"`(?:ssl\.)?(\w+)`", names):
+            judged += 1
+            kind = getattr(builtins, name, None) or getattr(ssl, name, None)
+            error: Any = kind() if kind else FakeHTTPError(400 if any_status else 200)
+            if not kind:
+                error.body = {"error": {"type": name}}
+
+            assert agentloop.classify(error).kind.name == verdict, name
 
     assert judged > 25
 
