@@ -20,11 +20,12 @@ PACKAGE = Path(agentloop.__file__).parent
 # From the bottom to the top: a part imports only what is in it or below it. The other modules at the top of
 # the package are its vocabulary.
 VOCABULARY = "vocabulary"
-PARTS = ["_limits", "_metrics", "_store"]
+PARTS = ["_limits", "_metrics"]
 LAYERS = [
     [VOCABULARY],
     ["_eventloop", "_provider"],
     PARTS,
+    ["_store"],
     ["_runtime"],
     ["_batch"],
     ["_stream"],

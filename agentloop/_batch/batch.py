@@ -11,6 +11,7 @@ from anyio.lowlevel import checkpoint_if_cancelled
 
 from .._errors import BatchStopped, InvocationCancelled
 from .._eventloop.tasks import LOST, Tasks
+from .._limits.away import come_back
 from .._limits.slots import Slot
 from .bookkeeping import Bookkeeping
 from .ending import RULE_HINT
@@ -50,11 +51,18 @@ class Batch(Bookkeeping[T]):
             self.pool.end_call(self, self.outer)
             self.ending.forget_judge()
             self.source.close()
+            if self.holds_caller and self.outer is not None:
+                await come_back(self.outer)
 
     @property
     def outer(self) -> Slot | None:
         """The slot of the invocation that runs the batch, if one does."""
         return self.source.outer
+
+    @property
+    def holds_caller(self) -> bool:
+        """Whether the caller goes on only when it has ended."""
+        return self.keep_rest
 
     def wind_down(self, stopped: BatchStopped, until: float | None) -> None:
         """

@@ -115,7 +115,7 @@ class Bookkeeping(Generic[T]):
             self.crew.call()
 
     def _resized(self) -> None:
-        self.source.limit = self._limiter.batch_size
+        self.source.limit = self._limiter.batch_size + self.pool.all_away
         self.crew.resize(self.source.limit)
         self.changed()
 

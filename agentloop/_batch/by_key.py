@@ -145,7 +145,8 @@ class ByKey(Generic[T]):
             self._changed.set()
 
     def abandon(self) -> None:
-        """Leave all lines, and give back all slots that were not used."""
+        """Leave all lines, and give back all slots that were not used. Nothing is given out any more."""
+        self._call = None
         for waiter in tuple(self._jobs):
             waiter.slot.pool.withdraw(waiter)
 

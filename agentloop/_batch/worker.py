@@ -129,6 +129,10 @@ class Worker(Generic[T]):
     ) -> bool:
         self.let_go()
         self._batch.crew.leave(self)
+        if exc is not None and self._batch.by_key is not None:
+            # An agent that is cancelled too may need what nobody will use before it ends.
+            self._batch.by_key.abandon()
+
         return await self._tasks.leave_by(exc)
 
     async def _acquire(self, job: Job[T], selective: bool) -> Slot | None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import anyio
 from anyio.lowlevel import EventLoopToken, cancel_shielded_checkpoint, current_token
 
+from .absent import Absent
 from .callers import CallersCancellation
 from .deadlines import AsyncioQueue, AttemptScope, DeadlineQueue, TrioQueue
 from .insides import AsyncioScope, TrioScope, works_here
@@ -43,7 +44,17 @@ class EventLoop(ABC):
     :param public: whether to use nothing of AnyIO's and trio's insides, even if that works
     """
 
-    __slots__ = ("_deadlines", "_new_scope", "_scope_kind", "backend", "now", "pace", "spare", "token")
+    __slots__ = (
+        "_deadlines",
+        "_new_scope",
+        "_scope_kind",
+        "absent",
+        "backend",
+        "now",
+        "pace",
+        "spare",
+        "token",
+    )
 
     loses_tasks: bool
     """Whether a task can be cancelled before its first step, so that it never runs."""
@@ -63,6 +74,8 @@ class EventLoop(ABC):
         self._deadlines = self.loop_deadlines() if works else None
         self.spare: list[AttemptScope] = []
         """Scopes of attempts that are used no more, and can be used again by other tasks."""
+        self.absent = Absent.current()
+        """The agents that have given their slots back for a while."""
 
     @property
     def looks_inside(self) -> bool:

@@ -17,7 +17,7 @@ __all__ = ["Call", "Keys"]
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from typing import Any, Protocol
 
 from .lines import Waiter
@@ -145,13 +145,14 @@ class Keys:
 
     # -- those that wait for each other
 
-    def deadlocked(self) -> Iterator[tuple[Waiter, Hashable, Hashable]]:
+    def deadlocked(self) -> tuple[Waiter, Hashable, Hashable] | None:
         """
-        Yield each attempt that waits for a slot which never becomes free, the keys of the agent that runs it
-        and of the slot.
+        Return an attempt that waits for a slot which never becomes free, if there is one, the keys of the
+        agent that runs it and of the slot.
 
         A slot never becomes free if its agent waits for attempts alone that are in line for such slots. What
-        cannot be told, such as a call through another limiter, counts as going on.
+        cannot be told, such as a call through another limiter, counts as going on. Attempts that come back
+        are not refused.
         """
         waiters = {
             waiter: outer
@@ -160,12 +161,19 @@ class Keys:
             if (outer := self._around(waiter.slot)) is not None
         }
         if not any(outer.pool is not waiter.slot.pool for waiter, outer in waiters.items()):
-            return
+            return None
 
         stuck = self._stuck(waiters)
-        for waiter, outer in self._hopeless(waiters, stuck).items():
-            if outer in stuck:
-                yield waiter, self.pools[outer.pool], self.pools[waiter.slot.pool]
+        returning = {waiter for pool in self.pools for waiter in pool.lines.returning}
+        hopeless = {
+            waiter: outer
+            for waiter, outer in self._hopeless(waiters, stuck).items()
+            if outer in stuck and waiter not in returning
+        }
+        for waiter, outer in (_circle(hopeless) or hopeless).items():
+            return waiter, self.pools[outer.pool], self.pools[waiter.slot.pool]
+
+        return None
 
     def _stuck(self, waiters: dict[Waiter, Slot]) -> set[Slot]:
         """Return the attempts that never end: all, but those that go on, and what depends on these."""
@@ -204,6 +212,17 @@ class Keys:
             if (waiter.slot.pool in full and (waiter.lender is None or waiter.lender.lent is not None))
             or (no_place and outer in self._lent)
         }
+
+
+def _circle(waiters: dict[Waiter, Slot]) -> dict[Waiter, Slot]:
+    """Leave out those for whose keys none of the others waits: they wait for others that wait in a circle."""
+    before = -1
+    while len(waiters) != before:
+        before = len(waiters)
+        awaited = {waiter.slot.pool for waiter in waiters}
+        waiters = {waiter: outer for waiter, outer in waiters.items() if outer.pool in awaited}
+
+    return waiters
 
 
 def _never_frees(pool: Any, stuck: set[Slot]) -> bool:

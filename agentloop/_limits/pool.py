@@ -12,7 +12,6 @@ from anyio.lowlevel import checkpoint
 
 from .._errors import DeadlockError, QueueFull
 from .._invocation import Invocation
-from .keys import Keys
 from .lines import Owner, Waiter
 from .pool_state import PoolState
 from .slots import RELEASED, SUSPENDED, Slot
@@ -23,8 +22,6 @@ class SlotPool(PoolState):
 
     route: Callable[[Invocation[Any]], SlotPool] | None = None
     """Finds the pool of an invocation, where that is another one."""
-    keys: Keys | None = None
-    """The pools of all keys, if this is the one of a key."""
 
     # -- slots
 
@@ -221,12 +218,11 @@ class SlotPool(PoolState):
         return self.running < self.limit and (self.keys is None or self.keys.has_place(slot))
 
     def refuse_deadlocked(self) -> None:
-        """End the wait of an attempt under a key that would wait for ever."""
-        if self.keys is not None and self.keys.nested:
-            for waiter, key, other in self.keys.deadlocked():
-                waiter.refuse(DeadlockError(key, other))
-                waiter.slot.pool.withdraw(waiter)
-                return
+        """End the waits of attempts under keys that would wait for ever, as few of them as will do."""
+        while self.keys is not None and self.keys.nested and (found := self.keys.deadlocked()) is not None:
+            waiter, key, other = found
+            waiter.refuse(DeadlockError(key, other))
+            waiter.slot.pool.withdraw(waiter)
 
     def _take(self, slot: Slot) -> None:
         """Count one more slot as running."""

@@ -12,6 +12,7 @@ from .._eventloop.handover import Handover, LoopState
 from .._result import InvocationResult
 from .._verdict import Verdict, VerdictKind
 from .admission import Admission, Bill
+from .keys import Keys
 from .lines import Lines
 from .slots import Slot
 from .work import Guard, Work
@@ -26,6 +27,9 @@ class PoolState(LoopState):
     :param admission: what an attempt needs besides
     :param tell_limit: is told when the limit, a cool-off or an outage has changed
     """
+
+    keys: Keys | None = None
+    """The pools of all keys, if this is the one of a key."""
 
     def __init__(
         self,
@@ -60,8 +64,13 @@ class PoolState(LoopState):
 
     @property
     def waiting(self) -> int:
-        """How many invocations wait, for a slot or for their next retry."""
-        return len(self.lines) + self.pending
+        """How many invocations wait: for a slot, for their next retry, or for a change of a store."""
+        return len(self.lines) + self.pending + self.away
+
+    @property
+    def away(self) -> int:
+        """How many agents have stepped aside and do not come back yet."""
+        return sum(slot.pool is self and not comes_back for slot, comes_back in self.loop.absent.away.items())
 
     @property
     def held_until(self) -> float | None:
@@ -228,7 +237,26 @@ class PoolState(LoopState):
         if provider is None or not provider.outage.lasts(patience, self.loop.now()):
             return False
 
-        return self.work.count(self.running, len(self.lines.borrowing)) <= 0
+        live = self.running + self.away + len(self.lines.returning)
+        return self.work.count(live, len(self.lines.borrowing)) <= 0
+
+    # -- agents that wait for others
+
+    def tell_away(self) -> None:
+        """Let batches know that another number of agents has stepped aside."""
+        for callback in tuple(self.on_raise) + (() if self.keys is None else tuple(self.keys.home.on_raise)):
+            callback()
+
+    @property
+    def all_away(self) -> int:
+        """How many agents have stepped aside here or under the keys of this one, coming back or not."""
+        pools = {self} if self.keys is None else {self, *self.keys.pools}
+        return sum(slot.pool in pools for slot in self.loop.absent.away)
+
+    def waits_for_calls(self, slot: Slot) -> bool:
+        """Return whether the agent of an attempt has made calls, and goes on only when one of them ends."""
+        calls: list[Any] = self.work.calls_of(slot)
+        return bool(calls) and all(call.holds_caller for call in calls)
 
     @abstractmethod
     def serve(self) -> None:

@@ -26,6 +26,8 @@ an alarm rings. Every change is synchronous. The one ``await`` is in
 ``SlotPool.wait()``, and a cancellation there gives up the place in line, or the slot if it was granted in the
 same moment.
 
+**An agent that waits for a change which others make** gives its slot back meanwhile. ``away`` has the theory.
+
 **When an invocation ends whose slot is on loan**, the loan becomes the borrower's own slot, and waiters in
 its line move on to the lender around it.
 """
@@ -40,6 +42,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Protocol
+
+import anyio
 
 from .._errors import QueueFull
 from .._eventloop.loop import EventLoop
@@ -98,6 +102,8 @@ class Pool(Protocol):
     def forget(self, slot: Slot) -> None: ...
     def refuse_deadlocked(self) -> None: ...
     def is_hopeless(self, patience: float | None) -> bool: ...
+    def waits_for_calls(self, slot: Slot) -> bool: ...
+    def tell_away(self) -> None: ...
     def acquire_nowait(self, slot: Slot, returning: bool = False) -> bool: ...
     def enqueue(self, slot: Slot, returning: bool = False, owner: Any = None) -> Any: ...
     def bound(self, waiter: Any) -> QueueFull | None: ...
@@ -145,6 +151,10 @@ class Slot:
     def is_released(self) -> bool:
         """Whether the attempt has ended."""
         return self.hold is RELEASED
+
+    def cancel_scope(self) -> anyio.CancelScope | None:
+        """Return the scope of the attempt, where it is known."""
+        return None
 
     @property
     def is_on_loan(self) -> bool:
@@ -197,6 +207,8 @@ class Slot:
 
         if not suspended:
             self._pass_on()
+        else:
+            self._is_back()
 
         pool.forget(self)
         if self.outer is not None:
@@ -234,7 +246,33 @@ class Slot:
         if self.lender is not None:
             self.lender.lent = self
 
+        self._is_back()
         self.pool.offer_loans_anew()
+        self.step_aside_if_waiting()
+
+    def step_aside_if_waiting(self) -> None:
+        """Give the slot back if the agent only waits for others; so do those around it that wait for it."""
+        absent = self.pool.loop.absent
+        waits = self in absent.waits or self.pool.waits_for_calls(self)
+        if waits and self.hold is HELD and self.lent is None:
+            absent.away[self] = False
+            self.suspend()
+            self.pool.tell_away()
+            around = self._around()
+            if around is not None:
+                around.step_aside_if_waiting()
+
+    def _is_back(self) -> None:
+        if self.pool.loop.absent.away.pop(self, None) is not None:
+            self.pool.tell_away()
+
+    def _around(self) -> Slot | None:
+        """Return the slot of the innermost invocation around this one that has its slot."""
+        outer = self.outer
+        while outer is not None and outer.hold is not HELD:
+            outer = outer.outer
+
+        return outer
 
     # -- loans
 
@@ -303,3 +341,7 @@ class Slot:
         self.lent = None
         if self.waiters:
             self.pool.offer_loan(next(iter(self.waiters)), self)
+
+        loop = self.pool.loop
+        if self in loop.absent.waits or any(slot._around() is self for slot in loop.absent.away):
+            self.step_aside_if_waiting()

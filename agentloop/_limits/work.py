@@ -62,6 +62,10 @@ class Work:
         self.calls.pop(call, None)
         self._others.pop(call, None)
 
+    def calls_of(self, attempt: Attempt) -> list[object]:
+        """Return the calls in progress of the agent of an attempt."""
+        return [call for calls in (self.calls, self._others) for call, by in calls.items() if by is attempt]
+
     def begin_stall(self, attempt: Attempt, now: float) -> None:
         """Note that a stream begins to wait for its reader."""
         self._stalled[attempt] = now + READER_SECONDS

@@ -10,6 +10,7 @@ import uuid
 from abc import abstractmethod
 from typing import NamedTuple
 
+import anyio
 import attrs
 
 from .._eventloop.deadlines import AttemptScope, TimeLimit
@@ -79,6 +80,10 @@ class AttemptSlot(Slot):
     @abstractmethod
     def timing(self) -> Timing | None:
         """Return what times the attempt out; ``None`` for a stream, which moves its deadlines itself."""
+
+    def cancel_scope(self) -> anyio.CancelScope | None:
+        timing = self.timing()
+        return None if timing is None else timing.scope.scope
 
 
 class LaterSlot(AttemptSlot):

@@ -13,6 +13,7 @@ from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
 from .._errors import BatchStopped, LeftOpenError
 from .._eventloop.deadlines import AttemptScope
 from .._invocation import Invocation
+from .._limits.away import come_back
 from .._limits.limiter import Limiter, pool_of
 from .._limits.lines import Waiter
 from .._limits.slots import Slot, current_slot
@@ -133,6 +134,7 @@ class Single(Generic[T]):
         except BaseException:
             job.cancel(self.reason, scope.cause)
             self.ended = self._end(scope, loop.now())
+            await self._return()
             raise
 
         if scope.is_spoilt and not own_task:
@@ -142,7 +144,7 @@ class Single(Generic[T]):
 
         # No local name for the result: the traceback of an error in it refers to this frame.
         if own_task or not job.is_plain or job.pool is not pool:
-            return self._end(scope, now)
+            return await self._end_nested(scope, now)
 
         # The same as _end() does; a call for every invocation shows.
         self._attempt = None
@@ -154,6 +156,17 @@ class Single(Generic[T]):
             options.observer.count()
 
         return job.finish(options.observer, now)
+
+    async def _end_nested(self, scope: AttemptScope, now: float) -> InvocationResult[T]:
+        try:
+            return self._end(scope, now)
+        finally:
+            await self._return()
+
+    async def _return(self) -> None:
+        """Let the caller have its slot again, if it has stepped aside."""
+        if self._caller is not None and not self._own_task:
+            await come_back(self._caller)
 
     def _begin(self) -> None:
         # Kept, since the job forgets it once that invocation has ended.
@@ -186,6 +199,11 @@ class Single(Generic[T]):
     def outer(self) -> Slot | None:
         """The slot of the invocation that runs this one, if one does."""
         return self._job.outer
+
+    @property
+    def holds_caller(self) -> bool:
+        """Whether the caller goes on only when it has ended."""
+        return not self._own_task
 
     def wind_down(self, stopped: BatchStopped, until: float | None) -> None:
         """

@@ -208,6 +208,11 @@ class ContextStore:
         The predicate is asked at once, and then at each commit before anything else can happen, so no state
         is missed, however short-lived. It runs in the task that commits, so it should be quick.
 
+        An agent that waits lends its slot, so that the invocation can run that makes the change, and a batch
+        begins one more. The agent goes on once it has a slot again: in the line for slots it is first. That
+        also holds where a scope of its own ends the wait, and is shielded from cancellation then; only an
+        attempt that is cancelled itself does not wait for a slot. Its time-outs go on.
+
         :param predicate: a plain function of the state: a read-only mapping, which only the function can use.
             The value of a key is copied when it is looked at
         :return: the first true value that the predicate returned
@@ -239,7 +244,8 @@ class ContextStore:
 
         It gives the value that is there now and then, whenever that has been set again, the newest one: a
         reader that is slow skips what came between, and costs a writer nothing. Being cancelled while waiting
-        for a value loses none. Leaving the block ends it.
+        for a value loses none. Leaving the block ends it. An agent that waits for a value lends its slot, as
+        in :meth:`wait_for`.
 
         :param key: which one; all of them if absent, and then each value is a :meth:`snapshot`
         :param default: what is given while there is no such key

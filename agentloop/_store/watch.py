@@ -13,6 +13,7 @@ from typing import Any, Self
 import anyio
 from anyio.lowlevel import checkpoint
 
+from .._limits.away import lend_while
 from .draft import Draft
 
 
@@ -80,7 +81,7 @@ class Watch(AsyncIterator[Any]):
             if self._news is None:
                 self._news = anyio.Event()
 
-            await self._news.wait()
+            await lend_while(self._news.wait)
 
         if self._has_ended:
             raise StopAsyncIteration
@@ -137,7 +138,7 @@ class Audience:
         if not wait.is_over(state):
             self._waits[wait] = None
             try:
-                await wait.event.wait()
+                await lend_while(wait.event.wait)
             finally:
                 self._waits.pop(wait, None)
 

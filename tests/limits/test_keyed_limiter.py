@@ -478,6 +478,22 @@ async def test_agents_that_come_to_wait_for_each_others_key_get_an_error_that_na
     assert f"an agent under the key {failed.agent_id!r} runs one under {other!r}, whose slots" in failed.error
 
 
+async def test_agent_that_only_waits_for_a_key_in_a_circle_is_not_refused() -> None:
+    loop = AgentLoop(LoopConfig(timeout_seconds=None), limiter=KeyedLimiter(by_id, lambda _: Limiter(1)))
+
+    async def agent(other: str, seconds: float) -> None:
+        await anyio.sleep(seconds)
+        (await loop.run_single(other, anyio.sleep, 1)).unwrap()
+
+    # The one of the third key is the first in the line of "b".
+    jobs = [("b", agent, ("a", 1), {}), ("c", agent, ("b", 0), {}), ("a", agent, ("b", 1), {})]
+    with anyio.fail_after(100):
+        results = await loop.run_all(jobs)
+
+    assert results[1].success
+    assert [result.success for result in results].count(False) == 1
+
+
 async def test_agents_of_two_keys_wait_for_each_other_as_long_as_anything_may_free_a_slot() -> None:
     limiters = KeyedLimiter(by_id, lambda _: Limiter(2))
     loop = AgentLoop(LoopConfig(timeout_seconds=None), limiter=limiters)
