@@ -127,13 +127,13 @@ class AgentLoop:
 
     def _make_plan(self) -> RunOptions:
         metrics = self._metrics if self._config.collect_metrics else None
-        return RunOptions(self._config, Observer(metrics, self._sink))
+        return RunOptions(self._config, Observer(metrics, self._sink, self._lifetime.nested))
 
     def statistics(self) -> LoopStatistics:
         """Return the state at this moment."""
         now, life = self._limiter.statistics(), self._lifetime
-        drained = life.drained is not None
-        return LoopStatistics(now.running, now.waiting, now.max_concurrency, drained, life.replayed)
+        of_calls = life.drained is not None, life.replayed, dict(life.nested)
+        return LoopStatistics(now.running, now.waiting, now.max_concurrency, *of_calls)
 
     def get_latency_stats(self) -> dict[str, float]:
         """

@@ -16,6 +16,7 @@ from .._events import Event, LimitEvent
 from .._misuse import name_parameters
 from .._provider.overload import AdaptiveLimit
 from .._provider.provider import Provider
+from .._result import Status
 from .admission import Admission, QueueBound
 from .budget import Budget, Purse
 from .pool import SlotPool
@@ -69,6 +70,8 @@ class LoopStatistics:
     :param max_concurrency: how many slots there are
     :param drained: whether the loop was drained: nothing new is started, and what runs finishes
     :param replayed: how many results came out of a journal so far; these are no part of its metrics
+    :param nested: how many invocations that other invocations run on the same limiter have ended so far, by
+        status; its metrics count them too
     """
 
     running: int
@@ -76,6 +79,7 @@ class LoopStatistics:
     max_concurrency: int
     drained: bool = False
     replayed: int = 0
+    nested: dict[Status, int] = attrs.field(factory=dict[Status, int])
 
 
 @name_parameters()

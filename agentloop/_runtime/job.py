@@ -251,6 +251,9 @@ class Job(Attempts[T]):
         else:
             queue = 0.0
 
+        if self.outer is not None:
+            self._count_nested(observer, SUCCESS)
+
         # Made without a call, and without checking what cannot be wrong: both show.
         draft: Any = Draft()
         draft.agent_id = self.invocation.agent_id
@@ -302,4 +305,14 @@ class Job(Attempts[T]):
         )
         self.output = self.failures = None
         observer.ended(self.invocation, result, self.attempts, failures, self.id, now)
+        if self.outer is not None:
+            self._count_nested(observer, result.status)
+
         return result
+
+    def _count_nested(self, observer: Observer, status: Status) -> None:
+        """Count it if an invocation of the same limiter runs it, and not only one of another limiter."""
+        keys = self.pool.keys
+        pool: Any = self.pool if keys is None else keys.home
+        if pool.encloses(self.outer):
+            observer.nested[status] += 1

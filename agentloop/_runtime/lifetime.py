@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Call", "Lifetime"]
 
+from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Protocol
@@ -15,6 +16,7 @@ from .._errors import BatchStopped, InvocationCancelled, LoopClosed
 from .._eventloop.tasks import LOST, Tasks
 from .._limits.limiter import Limiter, own_pool, pool_of
 from .._limits.slots import Slot, current_slot
+from .._result import Status
 
 
 class Call(Protocol):
@@ -58,6 +60,8 @@ class Lifetime:
         """Why the loop has been drained, if it has."""
         self.replayed = 0
         """How many results came out of a journal."""
+        self.nested: Counter[Status] = Counter()
+        """How many invocations that others run here have ended, by status."""
         self._idle: anyio.Event | None = None
         self.failure: BaseException | None = None
         """What ended a batch, such as an agent's ``KeyboardInterrupt``, until its reader has raised it."""

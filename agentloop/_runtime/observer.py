@@ -6,6 +6,7 @@ __all__ = ["COUNTED_AT_ONCE", "Observer", "Sink", "new_id"]
 
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextvars import Context
 from typing import Any
@@ -17,7 +18,7 @@ from .._foreign import foreign_code
 from .._invocation import Invocation
 from .._metrics.histogram import Histogram
 from .._metrics.recorder import MetricsRecorder, meters_of
-from .._result import InvocationResult
+from .._result import InvocationResult, Status
 from .._verdict import VerdictKind
 from .outcome import Failures, Outcome
 
@@ -62,6 +63,7 @@ class Observer:
 
     :param metrics: the recorder, or ``None``
     :param sink: the sink, or ``None``
+    :param nested: counts the invocations that others run on the same limiter, by status
     """
 
     __slots__ = (
@@ -71,15 +73,19 @@ class Observer:
         "_sink",
         "count_result",
         "is_plain",
+        "nested",
         "tell_in_flight",
         "tell_latency",
         "tell_queue",
     )
 
-    def __init__(self, metrics: MetricsRecorder | None, sink: Sink | None) -> None:
+    def __init__(
+        self, metrics: MetricsRecorder | None, sink: Sink | None, nested: Counter[Status] | None = None
+    ) -> None:
         self._meters = meters = None if metrics is None else meters_of(metrics)
         self._record: Callable[[InvocationResult[Any]], object] = id if metrics is None else metrics.record
         self._sink = sink
+        self.nested: Counter[Status] = Counter() if nested is None else nested
         self._classify_failed = False
         self.count_result = itertools.count(1).__next__
         """Returns how many results there are with the one that has come now."""
