@@ -43,7 +43,7 @@ RESERVED = {
     "asyncio": {"_eventloop", "testing/_clock_asyncio"},
     "trio": {"_eventloop", "testing/_clock_trio"},
     "outcome": {"testing/_clock_trio"},
-    "rich": {"contrib/progress"},
+    "rich": {"contrib/progress/_display", "contrib/progress/_terminal", "contrib/progress/__init__"},
     "opentelemetry": {"contrib/opentelemetry"},
     "prometheus_client": {"contrib/prometheus"},
 }

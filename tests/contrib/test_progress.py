@@ -10,15 +10,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
+from emulator import on_screen
 from rich.console import Console
 
-from agentloop import AgentLoop, Backoff, Invocation, LoopConfig
+from agentloop import AgentLoop, Backoff, Invocation, KeyedLimiter, Limiter, LoopConfig
 from agentloop.contrib.progress import progress
 from agentloop.journal import Journal
 from agentloop.testing import FakeAgent, FakeHTTPError, Reply
@@ -265,7 +269,7 @@ async def test_metrics_may_be_reset_meanwhile() -> None:
 # --- on a terminal
 
 
-async def test_terminal_is_drawn_in_place_and_gets_its_cursor_back() -> None:
+async def test_terminal_is_drawn_in_place() -> None:
     screen, loop = Screen(100, True), AgentLoop(LoopConfig(max_concurrency=2))
     async with progress(loop, 4, console=screen.console):
         await loop.run_all(jobs(4))
@@ -274,10 +278,24 @@ async def test_terminal_is_drawn_in_place_and_gets_its_cursor_back() -> None:
     # The first frame, one every fifth of a second, and the last.
     assert 11 <= text.count("waiting") <= 13
     assert text.count("\x1b[1A") >= 10
-    assert text.startswith("\x1b[?25l")
-    assert text.endswith("\x1b[?25h")
-    assert screen.lines[-2].strip() == "━" * 40 + "  4/4 (100%)  0:02"
-    assert screen.lines[-1] == "0 running  0 waiting  0 retries  0 failures  2.0/s  p50 1000 ms  p95 1000 ms"
+    # The cursor is never hidden, so that a killed process leaves the terminal usable.
+    assert "\x1b[?25l" not in text
+    assert on_screen(text, 100) == [
+        "━" * 40 + "  4/4 (100%)  0:02",
+        "0 running  0 waiting  0 retries  0 failures  2.0/s  p50 1000 ms  p95 1000 ms",
+        "",
+    ]
+
+
+async def test_terminal_that_wants_no_colour_gets_none() -> None:
+    screen, loop = Screen(100, True), AgentLoop()
+    screen.console.no_color = True
+    async with progress(loop, 1, console=screen.console):
+        await loop.run_all(jobs(1))
+
+    assert "1 running" in screen.file.getvalue()
+    assert not re.search(r"\x1b\[(?:\d+;)*[39]\d", screen.file.getvalue())
+    assert "\x1b[1m0/1" in screen.file.getvalue()
 
 
 async def test_narrow_terminal_gets_more_lines_and_no_broken_words() -> None:
@@ -340,8 +358,290 @@ async def test_standard_error_is_drawn_on_only_if_it_is_a_terminal(
     async with progress(loop, 1):
         await loop.run_all(jobs(1))
 
-    assert ("\x1b[?25l" in file.getvalue()) is terminal
+    assert ("\x1b[J" in file.getvalue()) is terminal
     assert "1/1 (100%)" in file.getvalue()
+
+
+# --- what else is printed on the terminal
+
+
+class Tty(io.StringIO):
+    """A standard stream on a terminal that others write to as well."""
+
+    def __init__(self, shown: list[str]) -> None:
+        super().__init__()
+        self.shown = shown
+        self.fails = False
+
+    def isatty(self) -> bool:
+        return not self.closed or super().isatty()
+
+    def write(self, text: str) -> int:
+        if self.fails:
+            raise OSError(28, "disk full")
+
+        self.shown.append(text)
+        return len(text)
+
+
+class StandardStreams:
+    """A terminal 60 wide, standard output and standard error on it, and what a person sees there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.shown: list[str] = []
+        self.out, self.err = Tty(self.shown), Tty(self.shown)
+        monkeypatch.setattr(sys, "stdout", self.out)
+        monkeypatch.setattr(sys, "stderr", self.err)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "60")
+        monkeypatch.setenv("LINES", "24")
+
+    @property
+    def rows(self) -> list[str]:
+        return on_screen("".join(self.shown), 60)
+
+    @property
+    def is_given_back(self) -> bool:
+        return not ({"write"} & {*vars(self.out), *vars(self.err)})
+
+
+BAR = "━" * 40
+
+
+async def test_print_and_handlers_from_before_go_above_the_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    tty = StandardStreams(monkeypatch)
+    handler = logging.StreamHandler()
+    logger = logging.Logger("of the program")
+    logger.addHandler(handler)
+    loop = AgentLoop()
+    async with progress(loop, 2):
+        print("one", "two")
+        logger.warning("three")
+        await anyio.sleep(1)
+        assert tty.rows == [
+            "one two",
+            "three",
+            f"{BAR}  0/2 (0%)  0:00",
+            "0 running  0 waiting  0 retries  0 failures",
+        ]
+        await loop.run_all(jobs(2))
+
+    assert tty.rows[:3] == ["one two", "three", f"{BAR}  2/2 (100%)  0:02"]
+    assert tty.is_given_back
+
+
+@pytest.mark.parametrize(
+    "words", [["to ", "be ", "or ", "not ", "to ", "be"], ["東京 ", "支店 "], ["\x1b[1mbold\x1b[0m ", "x"]]
+)
+async def test_line_printed_in_pieces_goes_on_where_it_was(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tty = StandardStreams(monkeypatch)
+    async with progress(AgentLoop()):
+        for word in words:
+            print(word, end="")
+            await anyio.sleep(0.3)
+            assert len(tty.rows) == 3  # with the display below it
+
+    printed = re.sub(r"\x1b\[\dm", "", "".join(words)).rstrip()
+    assert tty.rows[:2] == [
+        printed,
+        "0 done  0:00" if len(words) < 4 else f"0 done  0:0{int(len(words) * 0.3)}",
+    ]
+
+
+async def test_long_line_printed_in_pieces_wraps_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    tty = StandardStreams(monkeypatch)
+    text = "".join(chr(97 + i % 26) for i in range(150))
+    async with progress(AgentLoop()):
+        for char in text:
+            print(char, end="")
+            await anyio.sleep(0.1)
+
+    assert "".join(tty.rows[:3]) == text
+
+
+async def test_bar_of_another_library_hides_the_display_until_its_line_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tty = StandardStreams(monkeypatch)
+    async with progress(AgentLoop()):
+        print("\r10 %", end="")
+        print("\r20 %", end="")
+        await anyio.sleep(0.5)
+        assert tty.rows == ["20 %"]
+        print()
+        assert tty.rows[1].startswith("0 done")
+
+
+async def test_threads_print_above_the_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    tty = StandardStreams(monkeypatch)
+    async with progress(AgentLoop()), anyio.create_task_group() as group:
+        for number in range(20):
+            group.start_soon(anyio.to_thread.run_sync, print, f"thread {number}\n", "", " ")
+
+    assert {row.strip() for row in tty.rows} >= {f"thread {number}" for number in range(20)}
+    assert tty.rows[-3].startswith("0 done")
+
+
+async def test_displays_stand_below_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    tty = StandardStreams(monkeypatch)
+    chat, embed = AgentLoop(LoopConfig(max_concurrency=1)), AgentLoop(LoopConfig(max_concurrency=1))
+    async with progress(chat, 4), anyio.create_task_group() as group:
+        group.start_soon(chat.run_all, jobs(4))
+        async with progress(embed, 2):
+            group.start_soon(embed.run_all, jobs(2))
+            await anyio.sleep(2.5)
+            counted = re.findall(r"\d/\d", " ".join(tty.rows))
+            assert counted == ["2/4", "2/2"]
+
+        print("the second has ended")
+        await anyio.sleep(1)
+
+    counted = re.findall(r"\d/\d", " ".join(tty.rows))
+    assert counted == ["2/2", "4/4"]
+    assert tty.rows.index("the second has ended") == 3
+    assert tty.is_given_back
+
+
+async def test_write_of_somebody_else_is_given_back_to_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    tty = StandardStreams(monkeypatch)
+
+    def theirs(text: str) -> int:
+        tty.shown.append(text.upper())
+        return len(text)
+
+    vars(tty.out)["write"] = theirs
+    async with progress(AgentLoop()):
+        print("loud")
+
+    assert tty.rows[0] == "LOUD"
+    assert vars(tty.out)["write"] is theirs
+
+
+async def test_stream_that_takes_no_write_of_ours_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    tty = StandardStreams(monkeypatch)
+
+    class Slotted:
+        __slots__ = ()
+
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Slotted())
+    async with progress(AgentLoop()):
+        await checkpoint()
+
+    assert tty.rows[0] == "0 done  0:00"
+
+
+async def test_displays_that_are_taller_than_the_terminal_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    tty = StandardStreams(monkeypatch)
+    monkeypatch.setenv("LINES", "6")
+    async with AsyncExitStack() as stack:
+        for _ in range(4):
+            await stack.enter_async_context(progress(AgentLoop()))
+
+        await anyio.sleep(0.5)
+        assert len(tty.rows) == 4
+
+
+async def test_printing_goes_on_where_the_display_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tty = StandardStreams(monkeypatch)
+    async with progress(AgentLoop()):
+        tty.err.fails = True
+        print("printed")
+
+    assert "".join(tty.shown).endswith("printed\n")
+    assert [record.message for record in caplog.records] == ["progress cannot be shown any more"]
+
+
+async def test_closed_standard_error_harms_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    tty, loop = StandardStreams(monkeypatch), AgentLoop()
+    tty.err.close()
+    async with progress(loop, 1):
+        [result] = await loop.run_all(jobs(1))
+
+    assert result.success
+
+
+async def test_notebook_updates_one_output_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs: list[list[str]] = []
+
+    class Output:
+        def __init__(self, data: dict[str, str]) -> None:
+            self.seen = [data["text/plain"]]
+            outputs.append(self.seen)
+
+        def update(self, data: dict[str, str], *, raw: bool) -> None:
+            assert raw
+            self.seen.append(data["text/plain"])
+
+    def display(data: dict[str, str], *, raw: bool, display_id: bool) -> Output:
+        assert raw
+        assert display_id
+        return Output(data)
+
+    monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    loop = AgentLoop(LoopConfig(max_concurrency=1))
+    async with progress(loop, 3, console=Console(force_jupyter=True, width=60)):
+        await loop.run_all(jobs(3))
+
+    [seen] = outputs
+    assert len(seen) == 5
+    assert f"{BAR}  0/3 (0%)" in on_screen(seen[0], 60)[0]
+    assert f"{BAR}  3/3 (100%)" in on_screen(seen[-1], 60)[0]
+
+
+# --- nested work
+
+
+async def team(loop: AgentLoop, fails: bool = False) -> None:
+    await loop.run_all(
+        [Invocation("part", agent, (0.1,)), Invocation("part", flaky, ([TypeError()] * fails,))]
+    )
+    await loop.run_single("single", agent, 0.1)
+
+
+async def test_work_of_agents_is_counted_apart() -> None:
+    screen, loop = Screen(), AgentLoop(LoopConfig(max_concurrency=2))
+    async with progress(loop, 4, console=screen.console):
+        await loop.run_all(Invocation.map(partial(team, loop), [False, True, False, True]))
+
+    assert screen.lines[-1].startswith("4/4 (100%), 0 running, 0 waiting, 12 nested, 0 retries, 0 failures, ")
+    assert loop.metrics.snapshot().failures == 2
+
+
+async def test_work_of_agents_under_keys_is_counted_apart() -> None:
+    screen = Screen()
+    keyed = KeyedLimiter(lambda invocation: invocation.agent_id, lambda _: Limiter(2))
+    loop = AgentLoop(limiter=keyed)
+    async with progress(loop, 1, console=screen.console):
+        await loop.run_single("team", team, loop)
+
+    assert screen.lines[-1].startswith("1/1 (100%), 0 running, 0 waiting, 3 nested, ")
+
+
+async def test_work_that_agents_of_another_loop_start_is_not_nested() -> None:
+    screen, teams, model = Screen(), AgentLoop(), AgentLoop()
+    async with progress(model, 6, console=screen.console):
+        await teams.run_all(Invocation.map(team, [model, model]))
+
+    assert screen.lines[-1].startswith("6/6 (100%), 0 running, 0 waiting, 0 retries, ")
+
+
+async def test_display_in_an_agent_counts_what_this_agent_starts() -> None:
+    screen, loop = Screen(), AgentLoop()
+
+    async def planner() -> None:
+        async with progress(loop, 3, console=screen.console):
+            await team(loop)
+
+    await loop.run_single("planner", planner)
+    assert screen.lines[-1].startswith("3/3 (100%), 1 running, 0 waiting, 0 retries, ")
 
 
 # --- nothing about the run changes
@@ -399,9 +699,15 @@ class Broken(io.StringIO):
         raise self.error
 
 
-async def test_console_that_fails_harms_no_run_and_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    file, loop = Broken(OSError("gone")), AgentLoop(LoopConfig(max_concurrency=1))
-    async with progress(loop, interval_seconds=1, console=Screen(file=file).console):
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError("read by nobody"), OSError(28, "disk full"), ValueError("closed file")]
+)
+async def test_console_that_fails_harms_no_run_and_is_logged_once(
+    error: Exception, terminal: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, loop = Broken(error), AgentLoop(LoopConfig(max_concurrency=1))
+    async with progress(loop, interval_seconds=1, console=Screen(terminal=terminal, file=file).console):
         results = await loop.run_all(jobs(5))
 
     assert all(result.success for result in results)
@@ -545,16 +851,14 @@ def children_hear_sigint() -> Any:
 def test_real_terminal_shows_the_body_s_prints_and_the_last_state(backend: str) -> None:
     status, shown = on_a_terminal(backend, "0.05")
     assert status == 0
-    assert "printed by the body\r\n" in shown
-    assert "10/10 (100%)" in shown
-    assert shown.endswith("\x1b[?25h")
+    assert on_screen(shown, 60)[:2] == ["printed by the body", "━" * 40 + "  10/10 (100%)  0:00"]
 
 
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 @pytest.mark.usefixtures("children_hear_sigint")
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_ctrl_c_on_a_real_terminal_leaves_the_last_state_and_the_cursor(backend: str) -> None:
+def test_ctrl_c_on_a_real_terminal_leaves_the_last_state(backend: str) -> None:
     sent = []
 
     def interrupt(shown: bytes, process: Any) -> None:
@@ -564,6 +868,7 @@ def test_ctrl_c_on_a_real_terminal_leaves_the_last_state_and_the_cursor(backend:
 
     status, shown = on_a_terminal(backend, "10", once_seen=interrupt)
     assert status == 130
-    assert "1/10 (10%)" in shown
-    assert "5 cancelled" in shown
-    assert shown.endswith("\x1b[?25h")
+    rows = on_screen(shown, 60)
+    assert "1/10 (10%)" in rows[1]
+    assert "5 cancelled" in rows[2]
+    assert len(rows) == 5

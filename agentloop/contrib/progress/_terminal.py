@@ -1,0 +1,175 @@
+"""The lower end of a terminal, which is drawn over and over below all that is printed meanwhile."""
+
+from __future__ import annotations
+
+__all__ = ["Terminal", "is_terminal"]
+
+import re
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import IO, Any, ClassVar
+
+from rich.cells import cell_len
+from rich.console import Console
+
+_STYLES = re.compile(r"\x1b\[[\d;]*m")
+
+
+class Terminal:
+    """
+    Draws the lines of displays below each other, and moves them down when something is printed.
+
+    Each stream that writes to the terminal gets a ``write()`` of ours while something is shown. The stream
+    stays the object that it was, so log handlers, consoles and others that refer to it go through that too. A
+    line that is printed in pieces goes on where it was, above the displays.
+
+    Any thread may print, and threads with event loops of their own may show something.
+
+    :param console: knows the stream and its size
+    """
+
+    _all: ClassVar[dict[object, Terminal]] = {}
+    _lock = threading.RLock()
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._file = console.file
+        self._write: Callable[[str], object] = self._file.write
+        # By the display that shows them.
+        self._shown: dict[object, list[str]] = {}
+        self._streams: list[tuple[dict[str, Any], Any]] = []
+        self._drawn = 0
+        # What was printed since the last end of a line.
+        self._line = ""
+
+    @classmethod
+    def of(cls, console: Console) -> Terminal:
+        """Return the one that a console writes to, of which there is one."""
+        with cls._lock:
+            return cls._all.setdefault(_key(console.file), cls(console))
+
+    def show(self, display: object, lines: list[str]) -> None:
+        """
+        Draw the lines of a display in the place of those that it had.
+
+        :raises OSError: if the terminal cannot be written
+        """
+        with self._lock:
+            if not self._shown:
+                self._take_streams()
+
+            self._shown[display] = lines
+            self._write(self._erasure() + self._drawing())
+            self._file.flush()
+
+    def leave(self, display: object, lines: list[str]) -> None:
+        """
+        Print the last lines of a display, which stay.
+
+        :raises OSError: if the terminal cannot be written
+        """
+        with self._lock:
+            self._shown.pop(display, None)
+            text = self._erasure() + ("\n" if self._line else "") + "\n".join([*lines, ""])
+            self._line = ""
+            self._write(text + self._drawing())
+            self._file.flush()
+
+    def remove(self, display: object) -> None:
+        """Forget a display, and give the streams back after the last one."""
+        with self._lock:
+            self._shown.pop(display, None)
+            if not self._shown:
+                self._give_streams_back()
+                self._all.pop(_key(self._file), None)
+
+    def _take_streams(self) -> None:
+        streams = [self._file]
+        if is_terminal(self._file):
+            streams += [s for s in (sys.stdout, sys.stderr) if s is not self._file and is_terminal(s)]
+
+        for stream in streams:
+            attributes = getattr(stream, "__dict__", None)
+            if attributes is not None:
+                self._streams.append((attributes, attributes.get("write")))
+                attributes["write"] = partial(self._print, stream, stream.write)
+
+    def _give_streams_back(self) -> None:
+        for attributes, before in self._streams:
+            if before is None:
+                attributes.pop("write", None)
+            else:
+                attributes["write"] = before
+
+        self._streams.clear()
+
+    def _print(self, stream: IO[str], write: Callable[[str], int], text: str) -> int:
+        """Print what somebody prints, above the displays."""
+        with self._lock:
+            if not self._shown or not text:
+                return write(text)
+
+            self._draw(self._erasure())
+            written = write(text)
+            self._line = (self._line + text).rpartition("\n")[2]
+            stream.flush()
+            self._draw(self._drawing())
+            return written
+
+    def _draw(self, text: str) -> None:
+        try:
+            self._write(text)
+            self._file.flush()
+        except Exception:
+            # Whoever prints is not to suffer from it; the next time that a display is shown says it.
+            self._drawn = 0
+
+    def _drawing(self) -> str:
+        """Return what draws the displays below the cursor, and leaves it at their end."""
+        lines = [line for lines in self._shown.values() for line in lines]
+        lines = lines[: max(1, self._console.height - 2)]
+        column = self._column()
+        if not lines or column is None:
+            return ""
+
+        self._drawn = len(lines)
+        return ("\n" if column else "") + "\n".join(lines)
+
+    def _erasure(self) -> str:
+        """Return what takes the displays away, and moves the cursor back to where printing goes on."""
+        if not self._drawn:
+            return ""
+
+        column = self._column()
+        up = self._drawn - 1 + bool(column)
+        self._drawn = 0
+        return "\r" + (f"\x1b[{up}A" if up else "") + (f"\x1b[{column}C" if column else "") + "\x1b[J"
+
+    def _column(self) -> int | None:
+        """Return where an unfinished line has come to; ``None`` if the cursor cannot get back there."""
+        text = _STYLES.sub("", self._line)
+        if not text.isprintable():
+            return None
+
+        width, column = self._console.width, 0
+        for char in text:
+            cells = cell_len(char)
+            # What is too wide for the end of a row stands at the beginning of the next one.
+            column = cells if column + cells > width else column + cells
+
+        return None if column == width else column
+
+
+def is_terminal(file: IO[str]) -> bool:
+    """Return whether a file is a terminal, and not closed."""
+    try:
+        return file.isatty()
+    except (AttributeError, ValueError):
+        return False
+
+
+def _key(file: IO[str]) -> object:
+    # There is one terminal, whichever of the standard streams writes to it.
+    return None if is_terminal(file) else id(file)
