@@ -15,11 +15,13 @@ import heapq
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Self
@@ -38,7 +40,10 @@ from agentloop import (
     response_status,
 )
 
+_logger = logging.getLogger("agentloop")
+
 _FLUSH_BYTES = 1 << 16
+_SEPARATOR = b",\n"
 # What is shorter or changes oftener is left out.
 _SHORTEST_US = 1000.0
 _MAX_TEXT = 500
@@ -63,6 +68,9 @@ class Timeline:
     journal are not drawn. Memory is that of what is open: the file is written at the latest ``flush_seconds``
     after each event, and is complete up to there if the process is killed.
 
+    When the file cannot be written, what was to be written is lost, and the rest goes on once there is room
+    again. The file holds whole records at any time.
+
     Several runs, one after the other, follow each other in the file. Loops that share no limiter but the
     file are told apart by :meth:`named`.
 
@@ -74,8 +82,8 @@ class Timeline:
     def __init__(self, path: str | os.PathLike[str], *, flush_seconds: float = 1.0) -> None:
         self._path = os.fspath(path)
         self._file = io.FileIO(self._path, "w")
-        self._buffer = bytearray(b"[\n")
-        self._separator = b""
+        self._buffer = bytearray()
+        self._size = 0
         # The loop's thread writes, and another one flushes.
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -154,7 +162,7 @@ class Timeline:
         """
         Write the rest, and close the file. Closing it again does nothing.
 
-        :raises OSError: if the file cannot be written
+        :raises OSError: if the file cannot be written; then it lacks its end, which viewers do not need
         """
         with self._lock:
             if self._closed.is_set():
@@ -164,8 +172,8 @@ class Timeline:
                 for group in self._groups.values():
                     group.close(self._clock.now)
 
-                self._buffer += b"\n]\n"
                 self._flush()
+                self._append(b"\n]\n" if self._size else b"[\n]\n")
             finally:
                 self._closed.set()
                 self._file.close()
@@ -190,27 +198,47 @@ class Timeline:
                 f"the timeline {self._path!r} has been closed; close it when its loops have ended"
             )
 
-        # Separators come before a record, so that nothing but the bracket is missing at any time.
-        self._buffer += self._separator
+        if self._buffer:
+            self._buffer += _SEPARATOR
+
         self._buffer += _encode(record).encode()
-        self._separator = b",\n"
         if len(self._buffer) >= _FLUSH_BYTES:
             self._flush()
 
     def _flush(self) -> None:
-        data = memoryview(bytes(self._buffer))
+        # Separators come before a record, so that nothing but the bracket is missing at any time.
+        data = (_SEPARATOR if self._size else b"[\n") + self._buffer if self._buffer else b""
         # Also if it cannot be written: a full disk is no reason to fill the memory.
         self._buffer.clear()
-        while data:
-            data = data[self._file.write(data) :]
+        self._append(data)
+
+    def _append(self, data: bytes) -> None:
+        """Write all of the data, or nothing of it: half a record would spoil the file."""
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            # A pipe or a device keeps what it has got.
+            with suppress(OSError):
+                self._file.truncate(self._size)
+                self._file.seek(self._size)
+
+            raise
+
+        self._size += len(data)
 
     def _flush_often(self) -> None:
+        has_failed = False
         while not self._closed.wait(self._flush_seconds):
             try:
                 with self._lock:
                     self._flush()
             except OSError:
-                return  # the loop, or close(), meets the same error and can tell somebody
+                # There may be room again later.
+                if not has_failed:
+                    has_failed = True
+                    _logger.exception("%r cannot be written, so a part of it is lost", self)
 
 
 class _Clock:

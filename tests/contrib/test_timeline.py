@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import io
 import json
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -696,13 +700,84 @@ def test_full_disk_harms_no_run_and_is_reported(caplog: pytest.LogCaptureFixture
     timeline.close()
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_flushing_ends_when_the_disk_is_full() -> None:
-    timeline = Timeline("/dev/full", flush_seconds=0.001)
-    timeline._flusher.join(30)
-    assert not timeline._flusher.is_alive()
+class Disk(io.FileIO):
+    """A file on a disk that has room up to there, and takes a part of what does not fit."""
+
+    room = 1 << 30
+
+    def write(self, data: Any) -> int:
+        count = min(len(data), self.room - self.tell())
+        if count <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        return super().write(bytes(data[:count]))
+
+
+def on_disk(path: Path, room: int, flush_seconds: float = 3600) -> tuple[Timeline, Disk]:
+    timeline, disk = Timeline(path, flush_seconds=flush_seconds), Disk(path, "w")
+    disk.room = room
+    with timeline._lock:
+        timeline._file.close()
+        timeline._file, timeline._size = disk, 0
+
+    return timeline, disk
+
+
+@pytest.mark.parametrize("room", [1 << 30, 5000, 1000, 1, 0])
+def test_disk_that_is_full_for_a_while_loses_whole_records_alone(room: int, tmp_path: Path) -> None:
+    timeline, disk = on_disk(tmp_path / "run.json", room)
+    for _ in range(3):
+        feed(timeline, 20)
+        with suppress(OSError):
+            timeline.flush()
+
+        if disk.tell():
+            records(tmp_path / "run.json")
+
+    disk.room = 1 << 30
+    feed(timeline, 1)
+    timeline.close()
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found[-1]["ph"] == "C"
+    assert of(found, "E")
+    assert (len(of(found, "E")) == 61) is (room == 1 << 30)
+
+
+def test_bracket_that_does_not_fit_is_left_out(tmp_path: Path) -> None:
+    timeline, disk = on_disk(tmp_path / "run.json", 1 << 30)
+    feed(timeline, 10)
+    timeline.flush()
+    disk.room = disk.tell() + 1
     with pytest.raises(OSError, match="No space left"):
         timeline.close()
+
+    assert len(of(records(tmp_path / "run.json"), "E")) == 10
+
+
+def test_flushing_goes_on_when_there_is_room_again_and_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    timeline, disk = on_disk(tmp_path / "run.json", 0, flush_seconds=0.001)
+    for _ in range(2):
+        feed(timeline, 1)
+        wait_until(lambda: not timeline._buffer)
+
+    wait_until(lambda: bool(caplog.records))
+    disk.room = 1 << 30
+    feed(timeline, 2)
+    wait_until(lambda: disk.tell() > 0)
+    timeline.close()
+    assert of(json.loads((tmp_path / "run.json").read_text()), "E")
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "cannot be written, so a part of it is lost" in caplog.records[0].message
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait for what another thread does."""
+    end = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 def test_several_threads_flush_at_once(tmp_path: Path) -> None:
