@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
+import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +17,7 @@ from made_up_run import HOSTILE, make_up
 from agentloop import InvocationResult, MetricsRecorder, Status
 from agentloop._metrics.recorder import meters_of
 from agentloop.contrib.report import render_report, write_report
+from agentloop.contrib.report._story import Story
 
 VOID = {"meta", "i"}
 
@@ -253,6 +257,109 @@ def test_records_of_impossible_times_are_left_out(tmp_path: Path) -> None:
         told_until(9),
     )
     assert sentences(path) == ["The provider was out from 5 s to 5 s."]
+
+
+ODD = [
+    0,
+    -1,
+    2,
+    1e308,
+    10**400,
+    math.inf,
+    math.nan,
+    1e-320,
+    "running",
+    "held",
+    None,
+    True,
+    [],
+    {},
+    [1],
+    "\ud800",
+]
+FIELDS = ("running", "slots", "status", "error", "reason", "agent", "name", "labels", "delay_seconds")
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_what_somebody_else_has_written_is_drawn_or_left_out(seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+
+    def record() -> dict[str, Any]:
+        fields: dict[str, Any] = {
+            "ph": rng.choice("BECibeMX"),
+            "pid": rng.choice([1, 2]),
+            "ts": rng.choice([0, 1, 5, 1e6, 1e15]),
+            "name": rng.choice(["process_name", "process_labels"]),
+            "cat": rng.choice(["held", "outage"]),
+            "s": rng.choice("pgt"),
+            "args": {name: rng.choice(ODD) for name in rng.sample(FIELDS, rng.randint(0, 9))},
+        }
+        return {**fields, **{name: rng.choice(ODD) for name in fields if rng.random() < 0.06}}
+
+    path = trace(tmp_path / "run.json", *[record() for _ in range(rng.randint(1, 60))])
+    page = Page(render_report(recorded(1.0).snapshot(), path))
+    drawn = [
+        value or ""
+        for _, attrs in page.elements
+        for name, value in attrs.items()
+        if name in ("d", "x", "width", "style")
+    ]
+    assert not [value for value in drawn if re.search("nan|inf", value)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[" * 50_000 + "]" * 50_000, '{"a":' * 20_000 + "1" + "}" * 20_000, "9" * 50_000, '"' + "x" * 3_000_000],
+)
+def test_line_of_any_depth_and_length_is_left_out(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    recorder = make_up(path, 20)
+    whole = render_report(recorder.snapshot(), path)
+    path.write_text(path.read_text().replace("[\n", f"[\n{line},\n", 1))
+    assert render_report(recorder.snapshot(), path) == whole
+
+
+def test_memory_is_bounded_however_much_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lines(io.StringIO):
+        def readline(self, size: int | None = -1, /) -> str:
+            assert size is not None
+            assert 0 < size <= 1 << 17
+            return super().readline(size)
+
+    monkeypatch.setattr("agentloop.contrib.report._story._MAX_KNOWN", 5)
+    fields = '"name":"process_name","cat":"held","args":{"name":"n","running":1}'
+    story = Story()
+    story.read(
+        Lines("".join(f'{{"ph":"{kind}","pid":{pid},{fields}}},\n' for pid in range(9) for kind in "BCbM"))
+    )
+    assert len(story.groups) == 5
+
+
+def test_cool_off_that_a_killed_run_began_last_is_drawn(tmp_path: Path) -> None:
+    path = trace(tmp_path / "run.json", span("held", 5, 6)[0])
+    assert "Concurrency" in Page(render_report(recorded(1.0).snapshot(), path)).text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "東京\u3000支店",
+        "\u0646\u0645\u06cc\u200c\u062a",
+        "क्\u200dष",
+        "👨\u200d👩\u200d👧",
+        "🏴\U000e0067\U000e007f",
+        "10\u202f000",
+    ],
+)
+def test_text_of_any_script_is_shown_unchanged(text: str) -> None:
+    assert Page(render_report(recorded(1.0).snapshot(), title=text)).text.count(text) == 2
+
+
+@pytest.mark.parametrize("mark", ["\u202e", "\u2066", "\u200f", "\u061c", "\u2028", "\x1b", "\0", "\ue000"])
+def test_what_reorders_or_controls_is_replaced(mark: str) -> None:
+    html = render_report(recorded(1.0).snapshot(), title=f"a{mark}b")
+    assert mark not in html
+    assert "a\ufffdb" in html
 
 
 def test_size_depends_on_no_number_of_cool_offs(tmp_path: Path) -> None:

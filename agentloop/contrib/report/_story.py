@@ -6,9 +6,10 @@ __all__ = ["LEVELS", "TROUBLES", "Story"]
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, TypeAlias
+from typing import Any, TextIO, TypeAlias, TypeVar
 
 from agentloop import Status
 
@@ -20,8 +21,14 @@ TROUBLES: Sequence[str] = ("held", "outage")
 _BINS = 240
 _MAX_REASONS = 1000
 _SHOWN_OUTAGES = 3
+# More than a timeline of ours holds: characters of a line, lanes and groups, how many there are of what.
+_LONGEST_LINE, _MAX_KNOWN, _HIGHEST_LEVEL = 1 << 17, 1 << 16, 1e12
+_MAX_TEXT = 500
+_COUNTERS = (*LEVELS, "slots")
 _MICROSECOND, _LONGEST = timedelta(microseconds=1), timedelta(days=36500)
 _Key: TypeAlias = tuple[str, str]
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 
 class _Bins:
@@ -103,20 +110,26 @@ class Story:
         self.groups: dict[str, _Group] = {}
         self._troubles: dict[_Key, float] = {}
         self._levels: dict[_Key, float] = {}
+        # Of the levels, over all groups.
+        self._totals: defaultdict[str, float] = defaultdict(float)
         self._held_since = 0.0
         self._agents: dict[tuple[Any, Any], str] = {}
 
-    def read(self, lines: Iterable[str]) -> None:
-        """Read the lines of a file, each of which is a record."""
-        for line in lines:
+    def read(self, file: TextIO) -> None:
+        """
+        Read a file, each line of which is a record. Others may have written or damaged it, so no line, number
+        or name in it costs more than a bounded amount of time and memory.
+        """
+        while line := file.readline(_LONGEST_LINE):
             try:
                 self._tell(json.loads(line.strip().rstrip(",")))
-            except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                 pass  # a bracket, half a line at the end of a killed run, or somebody else's record
 
-        self._hold(self.bins.end)
+        end = max([self.bins.end, *self._troubles.values()])
+        self._hold(end)
         for key, begin in self._troubles.items():
-            self._add_trouble(key, begin, max(begin, self.bins.end))
+            self._add_trouble(key, begin, end)
 
     def moment(self, at: float) -> str:
         """Return a time, in microseconds, as people say it."""
@@ -132,37 +145,47 @@ class Story:
 
     def _tell(self, record: dict[str, Any]) -> None:
         phase, lane = record["ph"], (record["pid"], record.get("tid"))
-        at = max(0.0, float(record.get("ts", 0.0)))
+        # As exact as ours are.
+        at = round(max(0.0, float(record.get("ts", 0.0))), 1)
         if at > _LONGEST / _MICROSECOND:
             raise ValueError("nothing takes so long")
 
         if phase == "B":
-            self._agents[lane] = str(record["name"])
+            _put(self._agents, lane, str(record["name"])[:_MAX_TEXT])
         elif phase == "E":
             self._ended(record["args"], self._agents.pop(lane), at)
         elif phase == "C":
+            levels = {name: float(record["args"][name]) for name in _COUNTERS if name in record["args"]}
+            if not all(0 <= level <= _HIGHEST_LEVEL for level in levels.values()):
+                raise ValueError("there are never so many")
+
             self._hold(at)
-            for name, level in record["args"].items():
-                self._levels[str(record["pid"]), name] = float(level)
+            for name, level in levels.items():
+                before = self._levels.get((str(record["pid"]), name), 0.0)
+                _put(self._levels, (str(record["pid"]), name), level)
+                self._totals[name] += level - before
         elif phase == "i" and record["s"] == "p":
-            self._ended(record["args"], record["args"]["agent"], at)
+            self._ended(record["args"], str(record["args"]["agent"])[:_MAX_TEXT], at)
         elif phase == "i" and record["s"] == "g" and len(self.stops) < 5:
-            self.stops.append(str(record["args"]["reason"]))
+            self.stops.append(str(record["args"]["reason"])[:_MAX_TEXT])
         elif phase == "b" and record["cat"] in TROUBLES:
-            self._troubles[str(record["pid"]), record["cat"]] = at
+            _put(self._troubles, (str(record["pid"]), record["cat"]), at)
         elif phase == "e" and record["cat"] in TROUBLES:
             key = str(record["pid"]), record["cat"]
             begin = self._troubles.pop(key)
             self._add_trouble(key, begin, max(begin, at))
         elif phase == "M" and record["name"] == "process_name":
-            self._group(str(record["pid"])).name = str(record["args"]["name"])
+            self._group(str(record["pid"])).name = str(record["args"]["name"])[:_MAX_TEXT]
         elif phase == "M" and record["name"] == "process_labels":
             began = datetime.fromisoformat(record["args"]["labels"].removeprefix("began "))
             # Raises where later moments would be beyond the end of the calendar.
             self.began = began + _LONGEST - _LONGEST
 
     def _group(self, pid: str) -> _Group:
-        return self.groups.setdefault(pid, _Group())
+        if pid not in self.groups:
+            _put(self.groups, pid, _Group())
+
+        return self.groups[pid]
 
     def _add_trouble(self, key: _Key, begin: float, end: float) -> None:
         pid, kind = key
@@ -175,11 +198,11 @@ class Story:
         if "error" not in args:
             return
 
-        key = (str(args["reason"]), status)
+        key = (str(args["reason"])[:_MAX_TEXT], status[:_MAX_TEXT])
         if key not in self.reasons and len(self.reasons) >= _MAX_REASONS:
             key = ("other reasons", "")
 
-        reason = self.reasons.setdefault(key, _Reason(agent, str(args["error"])))
+        reason = self.reasons.setdefault(key, _Reason(agent, str(args["error"])[:_MAX_TEXT]))
         if "delay_seconds" in args:
             reason.retried += 1
         else:
@@ -187,10 +210,20 @@ class Story:
 
     def _hold(self, at: float) -> None:
         if at > self._held_since:
-            names = {name for _, name in self._levels}
-            totals = {name: sum(v for (_, n), v in self._levels.items() if n == name) for name in names}
-            self.bins.add({"time": 1.0, **totals}, self._held_since, at)
+            self.bins.add({"time": 1.0, **self._totals}, self._held_since, at)
             self._held_since = at
+
+
+def _put(known: dict[_K, _V], key: _K, value: _V) -> None:
+    """
+    Set a value, unless there are too many.
+
+    :raises ValueError: if there are
+    """
+    if key not in known and len(known) >= _MAX_KNOWN:
+        raise ValueError("no run has so many")
+
+    known[key] = value
 
 
 def _sum(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

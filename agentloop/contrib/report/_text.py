@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["class_of", "duration", "percent", "safe"]
 
 import math
+import unicodedata
 from html import escape
 
 from agentloop import Status
@@ -12,7 +13,18 @@ from agentloop import Status
 
 def safe(text: str) -> str:
     """Return a text that is safe in HTML, and that neither reorders nor hides what stands around it."""
-    return escape("".join(char if char.isprintable() else "\ufffd" for char in text[:500]))
+    return escape("".join(char if _is_harmless(char) else "\ufffd" for char in text[:500]))
+
+
+def _is_harmless(char: str) -> bool:
+    # Scripts and emojis need joiners, wide spaces and tags. Marks of direction, such as those of category Cf
+    # that are not neutral to the boundary, reorder what stands around them.
+    category = unicodedata.category(char)
+    return (
+        char.isprintable()
+        or category == "Zs"
+        or (category == "Cf" and unicodedata.bidirectional(char) == "BN")
+    )
 
 
 def class_of(status: str) -> str:
