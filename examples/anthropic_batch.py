@@ -23,7 +23,7 @@ from functools import partial
 import httpx2
 from anthropic import AsyncAnthropic
 from model_server import Faults, serve_model
-from telling import QUESTIONS, options, status_of, tell_result, tell_retry
+from telling import QUESTIONS, Parser, status_of, tell_result, tell_retry
 
 from agentloop import AgentLoop, Backoff, BatchStopped, Invocation, LoopConfig
 
@@ -123,9 +123,9 @@ async def run(backend: str, stream: bool) -> bool:
 
 
 def main() -> int:
-    found = options(
-        "Ask Claude many questions at once through the anthropic SDK.", ("--stream", "stream them")
-    )
+    parser = Parser(__doc__, "ANTHROPIC_MODEL, ANTHROPIC_API_KEY and ANTHROPIC_BASE_URL, to ask a real model")
+    parser.add_argument("--stream", action="store_true", help="stream them")
+    found = parser.read()
     return status_of(run, found.backend, found.stream, backend=found.backend)
 
 

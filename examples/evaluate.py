@@ -17,7 +17,6 @@ real one: to OpenAI, with ``OPENAI_API_KEY``, or to any that speaks alike at ``O
 import argparse
 import json
 import os
-import signal
 import sys
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
@@ -26,7 +25,7 @@ from typing import Any
 
 import httpx2
 from model_server import Faults, serve_model
-from telling import status_of
+from telling import Parser, status_of
 
 from agentloop import (
     AgentLoop,
@@ -147,6 +146,7 @@ async def run(found: argparse.Namespace) -> bool:
             Path(f"{journal_of(out)}{suffix}").unlink(missing_ok=True)
 
     questions = read(found.questions)
+    print(f"{len(questions)} questions for {MODEL or 'demo'}", flush=True)
     try:
         async with connect() as client:
             return await evaluate(client, questions, out)
@@ -155,21 +155,12 @@ async def run(found: argparse.Namespace) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Ask a model every question of a file, and go on after a stop."
-    )
+    parser = Parser(__doc__, "OPENAI_MODEL, OPENAI_API_KEY and OPENAI_BASE_URL, to ask a real model")
     parser.add_argument("questions", nargs="?", help='a file of lines like {"question": "..."}')
     parser.add_argument("--out", default="answers.jsonl", help="where the answers go (default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="forget what was answered before")
-    parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
-    found = parser.parse_args()
-    status = 128 + signal.SIGINT
-    try:
-        status = status_of(run, found, backend=found.backend)
-    except* KeyboardInterrupt:  # what there is to say has been said
-        pass
-
-    return status
+    found = parser.read()
+    return status_of(run, found, backend=found.backend)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import anyio
 from mcp import Client, StdioServerParameters
 from mcp.server import MCPServer
 from mcp.types import TextContent
-from telling import options, tell_result, tell_retry
+from telling import Parser, status_of, tell_result, tell_retry
 
 from agentloop import AgentLoop, Backoff, Invocation, LoopConfig
 
@@ -111,13 +111,16 @@ async def run(backend: str) -> None:
         print("  " + ", ".join(f"{count} {outcome}" for outcome, count in calls.items()))
 
 
-def main() -> None:
-    found = options("Call the tools of an MCP server at once.", ("--serve", "be that server"))
-    if found.serve:
-        serve()
-    else:
-        anyio.run(run, found.backend, backend=found.backend)
+def main() -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("--serve", action="store_true", help="be that server")
+    found = parser.read()
+    if not found.serve:
+        return status_of(run, found.backend, backend=found.backend)
+
+    serve()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

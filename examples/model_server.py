@@ -14,13 +14,13 @@ wherever a value that the tool takes was mentioned. By itself it runs as
 ``python examples/model_server.py --port 8000 --backend trio --capacity 4``.
 """
 
-import argparse
 import json
 import logging
 import math
 import operator
 import random
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
@@ -33,6 +33,7 @@ import anyio
 import attrs
 import h11
 from anyio.abc import SocketAttribute, SocketStream
+from telling import Parser, port, status_of
 
 ToolCall = dict[str, Any]
 Outcome = Literal[
@@ -59,6 +60,7 @@ ANTHROPIC_ERRORS = {
 }
 THOUGHT = "reasoning_content"  # where other servers than OpenAI's have it
 MAX_BODY_BYTES = 1_000_000
+MAX_SEARCHED = 2_000_000
 ARITHMETIC = re.compile(r"what is (-?\d{1,15}) ?([-+*]) ?(-?\d{1,15})(?![\d.]*\d|\s*[-+*/^])", re.IGNORECASE)
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 ADVICE = (
@@ -274,6 +276,9 @@ def _tools_to_call(tools: Any, texts: list[str]) -> list[ToolCall] | None:
         raise _HTTPError(400, "invalid_body", "each tool must be a function, with a JSON schema") from exc
 
     said = "\n".join(texts)
+    if len(takes) * len(said) > MAX_SEARCHED:  # each value is looked for in the whole text
+        raise _HTTPError(400, "too_many_values", "the tools take too many values for so long a conversation")
+
     mentioned = [
         (f"call_{name}_{value}", {"name": name, "arguments": json.dumps({key: value})})
         for name, key, value in takes
@@ -305,7 +310,7 @@ def _text_of(calls: list[ToolCall] | None, prompt: str) -> str:
 
     values = [value for call in calls for value in json.loads(call["function"]["arguments"]).values()]
     if not values:
-        return f"I have no more questions. {prompt}"
+        return f"I have no more questions. {' '.join(prompt.split())}"
 
     return f"I need to know more about {' and '.join(values)}."
 
@@ -551,30 +556,24 @@ async def _run(faults: Faults, seed: int, port: int, api_key: str | None) -> Non
             print(f"\n{server}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="A model server that speaks as OpenAI and as Anthropic do, with faults on request."
-    )
-    parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
-    parser.add_argument("--port", type=int, default=8000)
+def main() -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("--port", type=port, default=8000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--api-key")
     defaults: dict[str, float] = attrs.asdict(NO_FAULTS)
     for name, default in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
 
-    options = vars(parser.parse_args())
-    backend, seed, port, api_key = (options.pop(name) for name in ("backend", "seed", "port", "api_key"))
+    options = vars(parser.read())
+    backend, seed, at, api_key = (options.pop(name) for name in ("backend", "seed", "port", "api_key"))
     try:
         faults = Faults(**options)
     except ValueError as exc:
         parser.error(str(exc))
 
-    try:
-        anyio.run(_run, faults, seed, port, api_key, backend=backend)
-    except* KeyboardInterrupt:  # in an exception group, on trio
-        pass
+    return status_of(_run, faults, seed, at, api_key, backend=backend)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

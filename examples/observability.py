@@ -7,21 +7,30 @@ streamed, and leaves behind a timeline for Perfetto, a report, the numbers as JS
 OpenTelemetry's API it makes a span of each invocation.
 """
 
-import argparse
 import importlib
 import json
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import anyio
 import httpx2
 from model_server import Faults, serve_model
+from telling import Parser, status_of, whole
 
-from agentloop import AgentLoop, Backoff, ChunkEvent, Event, Invocation, LoopConfig
+from agentloop import (
+    AgentLoop,
+    Backoff,
+    BatchStopped,
+    ChunkEvent,
+    Event,
+    Invocation,
+    LoopConfig,
+    drain_on_signals,
+)
 from agentloop.contrib.report import write_report
 from agentloop.contrib.timeline import Timeline
 
@@ -66,31 +75,45 @@ def adapter(module: str, name: str) -> Any:
 
 
 async def run(directory: Path, count: int) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
     make_span_sink = adapter("opentelemetry", "OpenTelemetrySink")
     progress = adapter("progress", "progress")
-    sinks: list[Callable[[Event], object]] = [make_span_sink()] if make_span_sink else []
-
-    def on_event(event: Event) -> None:
-        for sink in sinks:
-            sink(event)
-
-    with Timeline(directory / "timeline.json") as timeline:
-        sinks.append(timeline)
-        loop = AgentLoop(CONFIG, on_event=on_event)
-        shown: AbstractAsyncContextManager[Any] = progress(loop, total=count) if progress else nullcontext()
+    spans: list[Callable[[Event], object]] = [make_span_sink()] if make_span_sink else []
+    timeline = Timeline(directory / "timeline.json")
+    loop = AgentLoop(CONFIG, on_event=[*spans, timeline])
+    shown: AbstractAsyncContextManager[Any] = progress(loop, total=count) if progress else nullcontext()
+    chunks = 0
+    try:
         async with (
+            # Ctrl-C lets what runs finish, and then there is a report too.
+            drain_on_signals(loop, grace_seconds=2),
             serve_model(FAULTS, seed=7) as server,
             httpx2.AsyncClient(base_url=server.base_url, timeout=None, trust_env=False) as client,
             shown,
         ):
+            print(f"{count} prompts; Ctrl-C ends it early, with a report", flush=True)
             questions = [f"What is {number + 17} * 23?" for number in range(count - count // 5)]
             await loop.run_all(Invocation.map(partial(ask, client), questions, agent_id="question"))
 
             topics = [f"Tip {number} for testing" for number in range(count // 5)]
             streams = Invocation.map(partial(tell, client), topics, agent_id="stream")
-            async with loop.stream_all(streams) as events:
-                chunks = [event.chunk async for event in events if isinstance(event, ChunkEvent)]
+            with suppress(BatchStopped):  # by Ctrl-C
+                async with loop.stream_all(streams) as events:
+                    async for event in events:
+                        chunks += isinstance(event, ChunkEvent)
+    finally:
+        timeline.close()
+        report(directory, count, loop)
+        snapshot = loop.metrics.snapshot()
+        print(", ".join(f"{number} {status}" for status, number in snapshot.counts.items() if number))
+        print(f"{chunks} chunks, {snapshot.retries} retries, p95 {snapshot.latency.p95_ms:.0f} ms\n")
+        for name, hint in HINTS.items():
+            if (directory / name).exists():
+                print(f"{directory / name}\n    {hint}")
 
+
+def report(directory: Path, count: int, loop: AgentLoop) -> None:
+    """Write what is left to write."""
     snapshot = loop.metrics.snapshot()
     title = f"{count} prompts, {CONFIG.max_concurrency} at once"
     write_report(directory / "report.html", snapshot, directory / "timeline.json", title=title)
@@ -102,9 +125,6 @@ async def run(directory: Path, count: int) -> None:
         registry.register(collector({"prompts": loop}))
         (directory / "metrics.prom").write_bytes(prometheus.generate_latest(registry))
 
-    print(", ".join(f"{number} {status}" for status, number in snapshot.counts.items() if number))
-    print(f"{len(chunks)} chunks, {snapshot.retries} retries, p95 {snapshot.latency.p95_ms:.0f} ms\n")
-
 
 HINTS = {
     "report.html": "open it in a browser",
@@ -114,19 +134,14 @@ HINTS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="See what a run does while it runs, and what it did.")
+def main() -> int:
+    parser = Parser(__doc__)
     parser.add_argument("directory", nargs="?", type=Path, help="where to write (default: a temporary one)")
-    parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
-    parser.add_argument("--count", type=int, default=400, help="how many prompts (default: 400)")
-    options = parser.parse_args()
+    parser.add_argument("--count", type=whole, default=400, help="how many prompts (default: 400)")
+    options = parser.read()
     directory = options.directory or Path(tempfile.mkdtemp(prefix="agentloop-"))
-    directory.mkdir(parents=True, exist_ok=True)
-    anyio.run(run, directory, options.count, backend=options.backend)
-    for name, hint in HINTS.items():
-        if (directory / name).exists():
-            print(f"{directory / name}\n    {hint}")
+    return status_of(run, directory, options.count, backend=options.backend)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,7 +22,7 @@ from functools import partial
 import httpx2
 from model_server import Faults, serve_model
 from openai import AsyncOpenAI, OpenAIError
-from telling import QUESTIONS, options, status_of, tell_result, tell_retry
+from telling import QUESTIONS, Parser, status_of, tell_result, tell_retry
 
 from agentloop import (
     AgentLoop,
@@ -127,7 +127,9 @@ async def run(backend: str, stream: bool) -> bool:
 
 
 def main() -> int:
-    found = options("Ask a model many questions at once through the openai SDK.", ("--stream", "stream them"))
+    parser = Parser(__doc__, "OPENAI_MODEL, OPENAI_API_KEY and OPENAI_BASE_URL, to ask a real model")
+    parser.add_argument("--stream", action="store_true", help="stream them")
+    found = parser.read()
     return status_of(run, found.backend, found.stream, backend=found.backend)
 
 

@@ -11,7 +11,6 @@ their writers while they wait. The editors' model is a script; that of the write
 server of its own or, if ``OPENAI_MODEL`` is set, as in ``openai_batch.py``. Pydantic AI needs asyncio.
 """
 
-import argparse
 import sys
 
 import attrs
@@ -21,7 +20,7 @@ from pydantic_ai import Agent, ModelMessage, ModelResponse, RunContext, TextPart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
-from telling import status_of, tell_result, tell_retry
+from telling import Parser, status_of, tell_result, tell_retry
 
 from agentloop import AgentLoop, Backoff, Invocation, LoopConfig
 
@@ -100,8 +99,11 @@ async def run() -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Run Pydantic AI agents that run others on the same loop.")
-    parser.parse_args()
+    parser = Parser(__doc__, "OPENAI_MODEL, OPENAI_API_KEY and OPENAI_BASE_URL, to ask a real model")
+    found = parser.read()
+    if found.backend != "asyncio":
+        parser.error("Pydantic AI needs asyncio")
+
     return status_of(run)
 
 

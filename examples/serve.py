@@ -15,10 +15,8 @@ leaves takes its invocation with it. When the server is told to stop, it takes n
 that it has begun, and ends by that signal.
 """
 
-import argparse
 import importlib
 import math
-import os
 import socket
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -36,8 +34,9 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from streaming import write
+from telling import Parser, port, status_of
 
 from agentloop import (
     AgentLoop,
@@ -142,6 +141,21 @@ def with_status_held_back(send: Send) -> Send:
     return send_later
 
 
+def with_short_lifespan(app: ASGIApp) -> ASGIApp:
+    """Begin and end at once: there is nothing to prepare, and Starlette logs a server that was cancelled."""
+
+    async def serve_requests(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await app(scope, receive, send)
+            return
+
+        for moment in ("startup", "shutdown"):
+            await receive()
+            await send({"type": f"lifespan.{moment}.complete"})
+
+    return serve_requests
+
+
 async def serve(
     sock: socket.socket,
     backend: str,
@@ -171,7 +185,7 @@ async def serve(
         app = Starlette(routes=[Route("/", endpoint, methods=["GET"]), Route("/metrics", metrics)])
         task_status.started(endpoint)
         worker = importlib.import_module(f"hypercorn.{backend}")
-        await worker.serve(app, config, shutdown_trigger=draining.wait)
+        await worker.serve(with_short_lifespan(app), config, shutdown_trigger=draining.wait)
         endpoint.drained.set()
 
 
@@ -256,26 +270,34 @@ async def knock(base_url: str) -> str:
     return "refused" if response.status_code == 503 else f"answered with {response.status_code}"
 
 
-async def main(backend: str, port: int | None) -> None:
+async def main(backend: str, at: int | None) -> None:
     loop = AgentLoop(CONFIG, limiter=Limiter(MAX_CONCURRENCY, max_waiting=MAX_WAITING))
-    async with drain_on_signals(loop, grace_seconds=None) as draining:
-        await run(backend, port, loop, draining)
+    if at is None:
+        await run(backend, at, loop, anyio.Event())
+    else:
+        async with drain_on_signals(loop, grace_seconds=None) as draining:
+            await run(backend, at, loop, draining)
 
 
-async def run(backend: str, port: int | None, loop: AgentLoop, draining: anyio.Event) -> None:
-    with socket.create_server(("127.0.0.1", port or 0)) as sock:
+async def run(backend: str, at: int | None, loop: AgentLoop, draining: anyio.Event) -> None:
+    with socket.create_server(("127.0.0.1", at or 0)) as sock:
         base_url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         async with anyio.create_task_group() as group:
             endpoint = await group.start(serve, sock, backend, loop, draining)
-            if port is not None:
+            if at is not None:
                 print(f"{base_url}/?prompt=..., on {backend}; end it with SIGTERM or Ctrl-C", flush=True)
             else:
                 print(f"Agent at {base_url}, on {backend}", flush=True)
-                async with httpx2.AsyncClient(base_url=base_url, timeout=30, trust_env=False) as client:
-                    await send_burst(endpoint, client)
-                    await leave_early(endpoint, client)
-                    await read_metrics(client)
-                    await stop(endpoint, client)
+                try:
+                    async with httpx2.AsyncClient(base_url=base_url, timeout=30, trust_env=False) as client:
+                        await send_burst(endpoint, client)
+                        await leave_early(endpoint, client)
+                        await read_metrics(client)
+                        await stop(endpoint, client)
+                finally:  # after Ctrl-C too the server ends by itself: hypercorn logs when it is cancelled
+                    draining.set()
+                    with anyio.move_on_after(5, shield=True):
+                        await endpoint.drained.wait()
 
             await endpoint.drained.wait()
             counts = endpoint.loop.metrics.snapshot().counts
@@ -284,16 +306,7 @@ async def run(backend: str, port: int | None, loop: AgentLoop, draining: anyio.E
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Serve an agent over HTTP, and drain when told to stop.")
-    parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
-    parser.add_argument("--port", type=int, help="serve there until SIGTERM (default: show itself, and end)")
-    options = parser.parse_args()
-    if options.backend not in anyio.get_available_backends():
-        parser.error(f"--backend {options.backend} needs a package: pip install {options.backend}")
-
-    try:
-        anyio.run(main, options.backend, options.port, backend=options.backend)
-    except* KeyboardInterrupt:  # Ctrl-C, after it has drained
-        sys.exit(130)
-    except* BrokenPipeError:  # whoever reads what we print has had enough, as "head" has after ten lines
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    parser = Parser(__doc__)
+    parser.add_argument("--port", type=port, help="serve there until SIGTERM (default: show itself, and end)")
+    options = parser.read()
+    sys.exit(status_of(main, options.backend, options.port, backend=options.backend))

@@ -7,8 +7,6 @@ that there is something for it to do, claims it in one step, so that nobody else
 model with no lock held.
 """
 
-import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
@@ -17,6 +15,7 @@ from typing import Any
 import anyio
 import httpx2
 from model_server import Faults, serve_model
+from telling import Parser, status_of
 
 from agentloop import AgentLoop, Backoff, ContextStore, Invocation, InvocationResult, LoopConfig
 
@@ -140,15 +139,4 @@ async def main() -> bool:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="A team of agents that works over one ContextStore.")
-    parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
-    backend = parser.parse_args().backend
-    if backend not in anyio.get_available_backends():
-        parser.error(f"--backend {backend} needs a package: pip install {backend}")
-
-    try:
-        sys.exit(0 if anyio.run(main, backend=backend) else 1)
-    except* KeyboardInterrupt:  # in an exception group, on trio
-        sys.exit(130)
-    except* BrokenPipeError:  # whoever reads what we print has had enough, as "head" has after ten lines
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status_of(main, backend=Parser(__doc__).read().backend))

@@ -9,8 +9,6 @@ When the client leaves, the agent server stops reading its stream. That ends the
 agent's request to the model server, which then stops too: no word is made that nobody will read.
 """
 
-import argparse
-import os
 import sys
 from collections.abc import AsyncIterator
 from functools import partial
@@ -22,6 +20,7 @@ import h11
 import httpx2
 from anyio.abc import SocketAttribute, SocketStream
 from model_server import Faults, reply_to, serve_model
+from telling import Parser, status_of
 
 from agentloop import AgentLoop, InvocationResult, LoopConfig, StreamChunk, StreamEvent
 
@@ -144,18 +143,10 @@ async def tell(backend: str) -> None:
         connections.cancel_scope.cancel("the story is told")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Serve an agent's stream to clients that come and go.")
-    parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
-    backend = parser.parse_args().backend
-    if backend not in anyio.get_available_backends():
-        parser.error(f"--backend {backend} needs a package: pip install {backend}")
-
-    try:
-        anyio.run(tell, backend, backend=backend)
-    except* BrokenPipeError:  # whoever reads what we print has had enough, as "head" has after ten lines
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def main() -> int:
+    backend = Parser(__doc__).read().backend
+    return status_of(tell, backend, backend=backend)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,10 +1,12 @@
-"""What the examples with clients have in common: their options, and how they tell what happened."""
+"""What the examples have in common: their options, how they end, and how they tell what happened."""
 
 import argparse
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Awaitable, Callable
+from typing import NoReturn
 
 import anyio
 
@@ -21,14 +23,34 @@ QUESTIONS = (
 )
 
 
-def status_of(main: Callable[..., Awaitable[bool]], *args: object, backend: str = "asyncio") -> int:
-    """Run an example, and return its exit status: 0 if it has come to something."""
+def status_of(main: Callable[..., Awaitable[bool | None]], *args: object, backend: str = "asyncio") -> int:
+    """
+    Run an example, and return its exit status: 0, or 1 if it returns ``False`` or cannot read or write
+    something, or 130 after Ctrl-C, as shells have it. None of them prints a traceback.
+    """
+    status = 0
     try:
-        return 0 if anyio.run(main, *args, backend=backend) else 1
+        status = int(anyio.run(main, *args, backend=backend) is False)
+        sys.stdout.flush()
+    except* KeyboardInterrupt:  # in an exception group, on trio
+        status = 128 + signal.SIGINT
     except* BrokenPipeError:
+        pass
+    except* OSError as group:
+        status = 1
+        print(f"error: {first_of(group)}", file=sys.stderr)
+
+    try:
+        sys.stdout.flush()
+    except OSError:  # also for what is flushed at the end of the process
         print_no_more()
 
-    return 0
+    return status
+
+
+def first_of(error: BaseException) -> BaseException:
+    """Return the first error of a group of groups."""
+    return first_of(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
 def print_no_more() -> None:
@@ -36,18 +58,48 @@ def print_no_more() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def options(description: str, *flags: tuple[str, str]) -> argparse.Namespace:
-    """Read ``--backend``, and what else is a flag and its help, from the command line."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
-    for flag, text in flags:
-        parser.add_argument(flag, action="store_true", help=text)
+class Parser(argparse.ArgumentParser):
+    """
+    Reads ``--backend``, and what else is added. An error is one line.
 
-    found = parser.parse_args()
-    if found.backend not in anyio.get_available_backends():
-        parser.error(f"--backend {found.backend} needs a package: pip install {found.backend}")
+    :param about: the docstring of the example, which ``--help`` shows
+    :param environment: which variables it reads
+    """
 
-    return found
+    def __init__(self, about: str | None, environment: str = "no variable is read") -> None:
+        super().__init__(
+            description=(about or "").strip().replace("``", ""),
+            epilog=f"environment: {environment}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def read(self) -> argparse.Namespace:
+        """Return the options, of which the backend is installed."""
+        found = self.parse_args()
+        if found.backend not in anyio.get_available_backends():
+            self.error(f"--backend {found.backend} needs a package: pip install {found.backend}")
+
+        return found
+
+
+def whole(value: str) -> int:
+    """Read a whole number above 0."""
+    if value.isdecimal() and len(value) < 10 and int(value):
+        return int(value)
+
+    raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {value!r}")
+
+
+def port(value: str) -> int:
+    """Read the number of a port."""
+    if value.isdecimal() and len(value) < 6 and int(value) < 65536:
+        return int(value)
+
+    raise argparse.ArgumentTypeError(f"must be a port, a whole number from 0 to 65535, got {value!r}")
 
 
 def tell_retry(event: Event) -> None:

@@ -8,9 +8,7 @@ board that all share. One loop runs all three and retries each by itself: whoeve
 its slot, so that even ``--concurrency 1`` is enough.
 """
 
-import argparse
 import json
-import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
@@ -19,6 +17,7 @@ from typing import Any
 import anyio
 import httpx2
 from model_server import Faults, serve_model
+from telling import Parser, status_of, whole
 
 from agentloop import (
     AgentLoop,
@@ -259,19 +258,7 @@ async def main(concurrency: int) -> bool:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="An agent that thinks and calls tools until it knows.")
-    parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
-    parser.add_argument("--concurrency", type=int, default=4, help="how many at once (default: 4)")
-    options = parser.parse_args()
-    if options.concurrency < 1:
-        parser.error(f"--concurrency must be at least 1, got {options.concurrency}")
-
-    if options.backend not in anyio.get_available_backends():
-        parser.error(f"--backend {options.backend} needs a package: pip install {options.backend}")
-
-    try:
-        sys.exit(0 if anyio.run(main, options.concurrency, backend=options.backend) else 1)
-    except* KeyboardInterrupt:  # in an exception group, on trio
-        sys.exit(130)
-    except* BrokenPipeError:  # whoever reads what we print has had enough, as "head" has after ten lines
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    parser = Parser(__doc__)
+    parser.add_argument("--concurrency", type=whole, default=4, help="how many at once (default: 4)")
+    options = parser.read()
+    sys.exit(status_of(main, options.concurrency, backend=options.backend))

@@ -12,8 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import anyio
 import pytest
 import quickstart
+import quickstart_story
 
 pytestmark = pytest.mark.long
 
@@ -70,7 +72,7 @@ def number(label: str, out: str) -> int:
 
 def map_of(out: str) -> str:
     """Return a character for each prompt."""
-    _, _, rest = out.partition(quickstart.MAP)
+    _, _, rest = out.partition(quickstart_story.MAP)
     return "".join(re.findall(r"^  prompt-\d+ +([.\dA-Z?]+)$", rest.partition("\n\n")[0], re.MULTILINE))
 
 
@@ -311,7 +313,7 @@ def test_a_file_without_prompts_is_refused_in_one_line(
 def test_a_missing_trio_is_one_line_that_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(quickstart.anyio, "get_available_backends", lambda: ("asyncio",))
+    monkeypatch.setattr(anyio, "get_available_backends", lambda: ("asyncio",))
     monkeypatch.setattr(sys, "argv", [SCRIPT, "--backend", "trio"])
     with pytest.raises(SystemExit) as caught:
         quickstart.main()

@@ -83,7 +83,7 @@ def test_every_clue_is_on_the_board_and_nothing_is_left(backend: str, concurrenc
     ("arguments", "message"),
     [
         (["--backend", "curio"], "argument --backend: invalid choice: 'curio'"),
-        (["--concurrency", "0"], "--concurrency must be at least 1, got 0"),
+        (["--concurrency", "0"], "argument --concurrency: must be a whole number above 0, got '0'"),
     ],
 )
 def test_wrong_argument_is_refused(arguments: list[str], message: str) -> None:
