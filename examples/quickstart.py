@@ -9,7 +9,6 @@ or Ollama: ``python examples/quickstart.py --base-url http://localhost:11434/v1`
 
 import argparse
 import io
-import math
 import os
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import BinaryIO, cast
 import httpx2
 from model_server import Faults, ModelServer, serve_model
 from quickstart_story import clip, learned, progress, show, story, timing
-from telling import Parser, status_of, whole
+from telling import Parser, seconds, status_of, whole
 
 from agentloop import (
     AgentLoop,
@@ -117,16 +116,6 @@ def lines(path: str) -> list[str]:
         raise argparse.ArgumentTypeError(f"there is no prompt in {path!r}")
 
     return found
-
-
-def seconds(value: str) -> float:
-    try:
-        if 0 < (number := float(value)) < math.inf:
-            return number
-    except ValueError:
-        pass
-
-    raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {value!r}")
 
 
 def url(value: str) -> str:

@@ -19,8 +19,6 @@ import importlib
 import math
 import socket
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
 from functools import partial
 from typing import Any
 
@@ -30,11 +28,12 @@ import hypercorn
 from anyio.abc import TaskStatus
 from model_server import Faults, serve_model
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from serve_clients import knock, read_metrics, visit
+from serve_endpoint import Endpoint, with_short_lifespan
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from streaming import write
 from telling import Parser, port, status_of
 
@@ -43,10 +42,7 @@ from agentloop import (
     Invocation,
     Limiter,
     LoopConfig,
-    QueueFull,
     Status,
-    StreamChunk,
-    StreamEvent,
     drain_on_signals,
 )
 from agentloop.contrib.prometheus import LoopCollector
@@ -54,7 +50,6 @@ from agentloop.contrib.prometheus import LoopCollector
 MAX_CONCURRENCY = 4
 MAX_WAITING = 4
 SEED = 4
-SHOWN = ("agentloop_invocations_total", "agentloop_retries_total", "agentloop_limit")
 FAULTS = Faults(rate_limited=0.1, server_error=0.1, gap_seconds=0.03)
 CONFIG = LoopConfig(
     timeout_seconds=30,
@@ -62,98 +57,6 @@ CONFIG = LoopConfig(
     first_chunk_timeout_seconds=10,
     idle_timeout_seconds=10,
 )
-
-
-class Endpoint:
-    """
-    One request, one invocation, one stream of events.
-
-    :param loop: a loop that has been entered, so that streams belong to it and not to whoever reads them
-    :param agent: an async generator function of a prompt
-    :param draining: is set when the loop is drained
-    """
-
-    def __init__(
-        self, loop: AgentLoop, agent: Callable[[str], AsyncIterator[StreamChunk]], draining: anyio.Event
-    ) -> None:
-        self.loop = loop
-        self.agent = agent
-        self.draining = draining
-        self.drained = anyio.Event()
-        self.open = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        prompt = Request(scope).query_params.get("prompt", "")
-        refusal = self.refuse(prompt)
-        if refusal is not None:
-            await refusal(scope, receive, send)
-            return
-
-        self.open += 1
-        try:
-            # Starlette stops reading when the client leaves, and this closes what it read from.
-            async with aclosing(self.events(prompt)) as events:
-                headers = {"cache-control": "no-store"}
-                response = StreamingResponse(events, headers=headers, media_type="text/event-stream")
-                await response(scope, receive, with_status_held_back(send))
-        except QueueFull as full:
-            headers = {"retry-after": str(max(1, math.ceil(full.retry_after_seconds or 1)))}
-            refusal = PlainTextResponse(f"{full.waiting} requests wait already\n", 503, headers)
-            await refusal(scope, receive, send)
-        finally:
-            self.open -= 1
-
-    def refuse(self, prompt: str) -> Response | None:
-        """Say why this request is not begun, if it is not."""
-        if not prompt:
-            return PlainTextResponse("write /?prompt=...\n", 400)
-
-        if self.draining.is_set():
-            return PlainTextResponse("this server is about to end\n", 503, {"connection": "close"})
-
-        return None
-
-    async def events(self, prompt: str) -> AsyncGenerator[str, None]:
-        try:
-            async with self.loop.run_streaming("writer", self.agent, prompt) as stream:
-                async for chunk in stream:
-                    yield chunk.to_sse()
-        except QueueFull:
-            raise
-        except Exception as exc:  # the status may have been sent, so an event has to tell
-            yield StreamChunk(StreamEvent.ERROR, type(exc).__name__).to_sse()
-
-
-def with_status_held_back(send: Send) -> Send:
-    """Send the status with the first event, so that a refused request, which has none, can get another."""
-    held: list[Message] = []
-
-    async def send_later(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            held.append(message)
-            return
-
-        while held:
-            await send(held.pop())
-
-        await send(message)
-
-    return send_later
-
-
-def with_short_lifespan(app: ASGIApp) -> ASGIApp:
-    """Begin and end at once: there is nothing to prepare, and Starlette logs a server that was cancelled."""
-
-    async def serve_requests(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "lifespan":
-            await app(scope, receive, send)
-            return
-
-        for moment in ("startup", "shutdown"):
-            await receive()
-            await send({"type": f"lifespan.{moment}.complete"})
-
-    return serve_requests
 
 
 async def serve(
@@ -192,18 +95,6 @@ async def serve(
 # --- what it shows of itself
 
 
-async def visit(client: httpx2.AsyncClient, prompt: str) -> int:
-    """A client: read the events to the end, and return how many there were."""
-    async with client.sse("/", params={"prompt": prompt}) as events:
-        events.response.raise_for_status()
-        names = [event.event async for event in events]
-
-    if names[-1] != StreamEvent.COMPLETE:
-        raise ConnectionError(f"the last event is {names[-1]}")
-
-    return len(names)
-
-
 async def send_burst(endpoint: Endpoint, client: httpx2.AsyncClient) -> None:
     slots = endpoint.loop.limiter.max_concurrency
     print(f"\nA burst of 12 requests, for {slots} slots and {MAX_WAITING} places to wait")
@@ -239,13 +130,6 @@ async def leave_early(endpoint: Endpoint, client: httpx2.AsyncClient) -> None:
     print(f"  the server   {endpoint.loop}")
 
 
-async def read_metrics(client: httpx2.AsyncClient) -> None:
-    print("\n/metrics, among others")
-    for line in (await client.get("/metrics")).text.splitlines():
-        if line.startswith(SHOWN) and not line.endswith(" 0.0"):
-            print(f"  {line}")
-
-
 async def stop(endpoint: Endpoint, client: httpx2.AsyncClient) -> None:
     print("\nA drain, as at SIGTERM, while a request is being answered")
     names: list[str] = []
@@ -258,16 +142,6 @@ async def stop(endpoint: Endpoint, client: httpx2.AsyncClient) -> None:
                 print(f"  a new one    is {await knock(str(client.base_url))}")
 
     print(f"  that one     goes on to the end: {names[-1]} after {len(names)} events")
-
-
-async def knock(base_url: str) -> str:
-    async with httpx2.AsyncClient(timeout=5, trust_env=False) as client:
-        try:
-            response = await client.get(base_url, params={"prompt": "Is anybody there?"})
-        except httpx2.TransportError:
-            return "refused"
-
-    return "refused" if response.status_code == 503 else f"answered with {response.status_code}"
 
 
 async def main(backend: str, at: int | None) -> None:

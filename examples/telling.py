@@ -1,6 +1,7 @@
 """What the examples have in common: their options, how they end, and how they tell what happened."""
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -48,9 +49,10 @@ def status_of(main: Callable[..., Awaitable[bool | None]], *args: object, backen
     return status
 
 
-def first_of(error: BaseException) -> BaseException:
+def first_of(group: BaseExceptionGroup[OSError]) -> OSError:
     """Return the first error of a group of groups."""
-    return first_of(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
+    error = group.exceptions[0]
+    return first_of(error) if isinstance(error, BaseExceptionGroup) else error
 
 
 def print_no_more() -> None:
@@ -92,6 +94,17 @@ def whole(value: str) -> int:
         return int(value)
 
     raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {value!r}")
+
+
+def seconds(value: str) -> float:
+    """Read a number of seconds."""
+    try:
+        if 0 < (number := float(value)) < math.inf:
+            return number
+    except ValueError:
+        pass
+
+    raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {value!r}")
 
 
 def port(value: str) -> int:

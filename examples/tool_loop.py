@@ -10,23 +10,22 @@ its slot, so that even ``--concurrency 1`` is enough.
 
 import json
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
 
-import anyio
 import httpx2
 from model_server import Faults, serve_model
 from telling import Parser, status_of, whole
+from tool_loop_screen import Screen
+from tool_loop_tools import TOOLS, describe
 
 from agentloop import (
     AgentLoop,
     Backoff,
     ContextStore,
-    Event,
     Invocation,
     LoopConfig,
-    RetryEvent,
     StreamChunk,
     StreamEvent,
     Verdict,
@@ -38,59 +37,9 @@ QUESTION = "Who ate the last piece of cake? Start in the kitchen."
 MAX_TURNS = 10
 FAULTS = Faults(rate_limited=0.2, server_error=0.2, retry_after_seconds=0.1, gap_seconds=0.03)
 SEED = 3
-ROOMS = {
-    "kitchen": "Crumbs lead to the library, the garden and the cellar.",
-    "library": "A fork lies in a book on otters. Pia was here.",
-    "garden": "Paw prints, and Otto asleep in the sun.",
-    "cellar": "",
-}
-PEOPLE = {
-    "Pia": "Pia says: I only eat with a spoon.",
-    "Otto": "Otto says: it was me. Delicious!",
-}
 
 Messages = list[dict[str, object]]
 Think = Callable[[Messages], AsyncIterator[StreamChunk]]
-Tool = Callable[[ContextStore, str], Awaitable[str]]
-
-
-async def search(board: ContextStore, room: str) -> str:
-    """Search a room of the house."""
-    await anyio.sleep(0.2)
-    if not ROOMS[room]:
-        raise PermissionError(f"the {room} is locked")
-
-    return await pin(board, room, ROOMS[room])
-
-
-async def question(board: ContextStore, person: str) -> str:
-    """Question a person."""
-    await anyio.sleep(0.2)
-    if await board.transform("rings", lambda rings: rings + 1) == 1:
-        raise ConnectionError("nobody picks up the phone")
-
-    return await pin(board, person, PEOPLE[person])
-
-
-async def pin(board: ContextStore, source: str, clue: str) -> str:
-    async with board.edit() as draft:
-        draft["clues"][source] = clue
-
-    return clue
-
-
-TOOLS: dict[str, tuple[Tool, str, list[str]]] = {
-    "search": (search, "room", [*ROOMS]),
-    "question": (question, "person", [*PEOPLE]),
-}
-
-
-def describe(name: str) -> dict[str, object]:
-    """Describe a tool as OpenAI's format wants it."""
-    tool, parameter, choices = TOOLS[name]
-    fields = {parameter: {"type": "string", "enum": choices}}
-    schema = {"type": "object", "properties": fields, "required": [parameter]}
-    return {"type": "function", "function": {"name": name, "description": tool.__doc__, "parameters": schema}}
 
 
 async def ask(model: httpx2.AsyncClient, messages: Messages) -> AsyncIterator[StreamChunk]:
@@ -154,7 +103,7 @@ async def detective(
             {
                 "id": call["id"],
                 "type": "function",
-                "function": {"name": call["name"], "arguments": call["arguments"]},
+                "function": {name: call[name] for name in ("name", "arguments")},
             }
             for call in calls
         ]
@@ -178,52 +127,6 @@ async def detective(
 def judge(exc: Exception) -> Verdict:
     """To knock at a locked door again is of no use; all else is judged as usual."""
     return Verdict(VerdictKind.PERMANENT) if isinstance(exc, PermissionError) else classify(exc)
-
-
-class Screen:
-    """Shows what happens, as it comes."""
-
-    def __init__(self) -> None:
-        self.start = anyio.current_time()
-        self.open: StreamEvent | None = None
-
-    def line(self, label: str, text: str, end: str = "\n") -> None:
-        self.close()
-        print(f"  {anyio.current_time() - self.start:3.1f} s  {label:12} {text}", end=end, flush=True)
-
-    def close(self) -> None:
-        if self.open:
-            print()
-            self.open = None
-
-    def chunk(self, chunk: StreamChunk) -> None:
-        match chunk:
-            case StreamChunk(StreamEvent.STEP_START, turn):
-                self.close()
-                print(f"\nTurn {turn}")
-            case StreamChunk(StreamEvent.TOOL_CALL, {"name": name, "arguments": arguments}):
-                self.line(chunk.event, f"{name}({', '.join(json.loads(arguments).values())})")
-            case StreamChunk(StreamEvent.TOOL_RESULT, {"found": found}):
-                self.line(chunk.event, found)
-            case StreamChunk(StreamEvent.THINKING | StreamEvent.TEXT as event, text):
-                if self.open != event:
-                    self.line(event, "", end="")
-                    self.open = event
-
-                print(text, end="", flush=True)
-            case StreamChunk(event, data):
-                self.line(event, f"in {data} turns")
-
-    def retry(self, event: Event) -> None:
-        match event:
-            case RetryEvent(invocation, _, error, _, delay_seconds):
-                reason = str(error)
-                if isinstance(error, httpx2.HTTPStatusError):
-                    reason = f"HTTP {error.response.status_code}"
-
-                self.line("(retry)", f"{invocation.agent_id} in {delay_seconds:.1f} s: {reason}")
-            case _:
-                pass
 
 
 async def main(concurrency: int) -> bool:

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-HELPERS = {"telling", "quickstart_story"}
-SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in HELPERS)
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text("utf-8"))
 NEEDS = {
     "anthropic_batch": "anthropic",
     "mcp_tools": "mcp",

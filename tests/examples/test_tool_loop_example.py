@@ -16,6 +16,7 @@ import httpx2
 import pytest
 import tool_loop
 from model_server import serve_model
+from tool_loop_tools import PEOPLE, ROOMS, TOOLS, describe
 
 from agentloop import AgentLoop, ContextStore, LoopConfig, StreamChunk, StreamEvent
 from agentloop.testing import Chunks, FakeAgent, FakeHTTPError
@@ -54,12 +55,16 @@ def test_case_is_solved_and_told_line_by_line(backend: str, concurrency: str) ->
         "I need to know more about kitchen.",
         "I need to know more about library and garden and cellar.",
         "I need to know more about Pia and Otto.",
-        f"I have no more questions. {tool_loop.PEOPLE['Otto']}",
+        f"I have no more questions. {PEOPLE['Otto']}",
     ]
     calls = [text for event, text in told if event == "tool_call"]
-    assert calls == [*(f"search({room})" for room in tool_loop.ROOMS), "question(Pia)", "question(Otto)"]
+    assert calls == [
+        *(f"search({room})" for room in ROOMS),
+        "question(Pia)",
+        "question(Otto)",
+    ]
     found = [text for event, text in told if event == "tool_result"]
-    clues = [*filter(None, tool_loop.ROOMS.values()), *tool_loop.PEOPLE.values()]
+    clues = [*filter(None, ROOMS.values()), *PEOPLE.values()]
     assert sorted(found) == sorted([*clues, "failed: PermissionError: the cellar is locked"])
     assert told[-1] == ("complete", "in 4 turns")
 
@@ -68,7 +73,7 @@ def test_case_is_solved_and_told_line_by_line(backend: str, concurrency: str) ->
 def test_every_clue_is_on_the_board_and_nothing_is_left(backend: str, concurrency: str) -> None:
     out = output(backend, concurrency)
     board = out.partition("On the board\n")[2].partition("\n\n")[0].splitlines()
-    clues = {**tool_loop.ROOMS, **tool_loop.PEOPLE}
+    clues = {**ROOMS, **PEOPLE}
     assert {tuple(line.split(maxsplit=1)) for line in board} == {pair for pair in clues.items() if pair[1]}
     retries = out.count("  (retry)  ")
     assert retries > 1
@@ -96,7 +101,7 @@ def test_wrong_argument_is_refused(arguments: list[str], message: str) -> None:
 
 
 def call(name: str, argument: str) -> StreamChunk:
-    key = tool_loop.TOOLS[name][1]
+    key = TOOLS[name][1]
     data = {"id": f"call_{argument}", "name": name, "arguments": f'{{"{key}": "{argument}"}}'}
     return StreamChunk(StreamEvent.TOOL_CALL, data)
 
@@ -151,7 +156,7 @@ def test_server_asks_for_tools_in_whatever_order_a_client_writes_their_fields(ba
             serve_model() as server,
             httpx2.AsyncClient(base_url=server.base_url, timeout=5, trust_env=False, verify=False) as client,
         ):
-            tools = [tool_loop.describe("search")]
+            tools = [describe("search")]
             messages: list[dict[str, Any]] = [{"role": "user", "content": "Look into the KITCHEN, please"}]
 
             async def complete(**fields: Any) -> httpx2.Response:
