@@ -79,7 +79,7 @@ class LoopStatistics:
     max_concurrency: int
     drained: bool = False
     replayed: int = 0
-    nested: dict[Status, int] = attrs.field(factory=dict[Status, int])
+    nested: dict[Status, int] = attrs.field(factory=dict[Status, int], repr=False)
 
 
 @name_parameters()

@@ -21,7 +21,7 @@ NEEDS = {
     "serve": "hypercorn",
 }
 # With what they take a while, and end by themselves without.
-ARGUMENTS = {"model_server": ["--port", "0"], "many_processes": ["--count", "1000"]}
+ARGUMENTS = {"model_server": ["--port", "0"]}
 ASYNCIO_ALONE = {"pydantic_ai_agents"}
 
 every_example = pytest.mark.parametrize("name", SCRIPTS)
