@@ -69,6 +69,7 @@ async def evaluate(client: httpx2.AsyncClient, questions: Sequence[str], path: P
     version = {"model": MODEL or "demo", "instruction": INSTRUCTION}
     # The first Ctrl-C lets what runs finish, and a second one cancels it. The journal has what has finished.
     async with drain_on_signals(loop):
+        print(f"{len(questions)} questions for {MODEL or 'demo'}", flush=True)
         async with Journal(journal_of(path), version=version) as journal, progress(loop, len(questions)):
             results = await loop.run_all(Invocation.map(ask, questions, "q"), journal=journal)
 
@@ -146,7 +147,6 @@ async def run(found: argparse.Namespace) -> bool:
             Path(f"{journal_of(out)}{suffix}").unlink(missing_ok=True)
 
     questions = read(found.questions)
-    print(f"{len(questions)} questions for {MODEL or 'demo'}", flush=True)
     try:
         async with connect() as client:
             return await evaluate(client, questions, out)
