@@ -1,0 +1,152 @@
+"""Agents that many tests run, and ways to run them. Agents that fail play a script: see ``FakeAgent``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+
+from agentloop import AgentLoop, AgentStream, Backoff, BatchStopped, LoopConfig, ResultEvent, Status
+from agentloop.testing import virtual_clock
+
+backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
+both_verbs = pytest.mark.parametrize("verb", ["run_all", "as_completed"])
+each_batch = pytest.mark.parametrize("verb", ["run_all", "as_completed", "stream_all"])
+entered_or_not = pytest.mark.parametrize("entered", [False, True], ids=["outside", "entered"])
+
+# -- agents
+
+
+async def nothing(*_: object) -> None:
+    pass
+
+
+async def double(x: int) -> int:
+    await checkpoint()
+    return 2 * x
+
+
+async def count(upto: int) -> AsyncGenerator[int]:
+    for i in range(upto):
+        await checkpoint()
+        yield i
+
+
+async def count_at_once(upto: int) -> AsyncGenerator[int]:
+    for i in range(upto):
+        yield i
+
+
+async def one_a_second(upto: int) -> AsyncGenerator[int]:
+    for i in range(upto):
+        await anyio.sleep(1)
+        yield i
+
+
+def agent_for(verb: str, agent: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an agent that a verb can run: of a stream, what the agent returns is its only chunk."""
+
+    async def stream(*args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
+        yield await agent(*args, **kwargs)
+
+    return stream if verb in ("run_streaming", "stream_all") else agent
+
+
+async def stray_cancellation() -> BaseException:
+    """Return a cancellation of the backend whose scope has ended."""
+    caught: list[BaseException] = []
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        try:
+            await anyio.sleep_forever()
+        except anyio.get_cancelled_exc_class() as exc:
+            caught.append(exc)
+            raise
+
+    return caught[0]
+
+
+# -- loops
+
+
+def make_loop(**settings: Any) -> AgentLoop:
+    """Return a loop that retries nothing, unless told to; then it waits 1, 2, 4 ... seconds."""
+    plain = Backoff(initial_seconds=1, jitter="none")
+    return AgentLoop(LoopConfig(**{"max_retries": 0, "backoff": plain, **settings}))
+
+
+@asynccontextmanager
+async def within(loop: AgentLoop, entered: bool) -> AsyncIterator[None]:
+    """Enter a loop, or do nothing."""
+    if entered:
+        async with loop:
+            yield
+    else:
+        yield
+
+
+async def run(verb: str, loop: AgentLoop, inputs: Any) -> list[Any]:
+    """Run a batch by a verb, and return its results in input order."""
+    return in_order(await _run_into([], verb, loop, inputs))
+
+
+async def run_until_stopped(verb: str, loop: AgentLoop, inputs: Any) -> tuple[list[Any], Any]:
+    """Run a batch, and return the results that there are in input order, and what stopped it, if anything."""
+    results: list[Any] = []
+    try:
+        await _run_into(results, verb, loop, inputs)
+    except BatchStopped as exc:
+        return in_order(exc.results or results), exc
+
+    skipped = [result.exception for result in results if result.status is Status.SKIPPED]
+    return in_order(results), skipped[0] if skipped else None
+
+
+def in_order(results: list[Any]) -> list[Any]:
+    return sorted(results, key=lambda result: result.index)
+
+
+async def _run_into(results: list[Any], verb: str, loop: AgentLoop, inputs: Any) -> list[Any]:
+    if verb == "run_all":
+        results += await loop.run_all(inputs)
+    elif verb == "as_completed":
+        async with loop.as_completed(inputs) as completed:
+            async for result in completed:
+                results.append(result)
+    else:
+        async with loop.stream_all(inputs) as events:
+            async for event in events:
+                if isinstance(event, ResultEvent):
+                    results.append(event.result)
+
+    return results
+
+
+async def read(stream: AgentStream[Any]) -> tuple[list[Any], Any]:
+    """Read a stream to its end, and return its chunks, and its error if it failed."""
+    chunks = []
+    try:
+        async for chunk in stream:
+            chunks.append(chunk)
+    except Exception as exc:
+        return chunks, exc
+
+    return chunks, None
+
+
+async def run_stream(loop: AgentLoop, agent: Callable[..., Any], *args: Any) -> tuple[list[Any], Any, Any]:
+    """Run an agent that yields, and return its chunks, its error and its result."""
+    async with loop.run_streaming("a", agent, *args) as stream:
+        chunks, error = await read(stream)
+
+    return chunks, error, stream.result
+
+
+def run_scheduled(backend: Any, seed: int, main: Callable[..., Any], *args: Any) -> Any:
+    """Run a function in an event loop of its own, whose schedule the seed decides."""
+    name, options = virtual_clock(backend, seed=seed)
+    return anyio.run(main, *args, backend=name, backend_options=options)
