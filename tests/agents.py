@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
 
 import anyio
@@ -79,14 +79,9 @@ def make_loop(**settings: Any) -> AgentLoop:
     return AgentLoop(LoopConfig(**{"max_retries": 0, "backoff": plain, **settings}))
 
 
-@asynccontextmanager
-async def within(loop: AgentLoop, entered: bool) -> AsyncIterator[None]:
-    """Enter a loop, or do nothing."""
-    if entered:
-        async with loop:
-            yield
-    else:
-        yield
+def within(loop: AgentLoop, entered: bool) -> AbstractAsyncContextManager[object]:
+    """Return what enters a loop, or does nothing."""
+    return loop if entered else nullcontext()
 
 
 async def run(verb: str, loop: AgentLoop, inputs: Any) -> list[Any]:
