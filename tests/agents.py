@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from typing import Any
 
 import anyio
@@ -15,6 +15,9 @@ from agentloop.testing import virtual_clock
 
 backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 both_verbs = pytest.mark.parametrize("verb", ["run_all", "as_completed"])
+each_verb = pytest.mark.parametrize(
+    "verb", ["run_single", "run_all", "as_completed", "run_streaming", "stream_all"]
+)
 each_batch = pytest.mark.parametrize("verb", ["run_all", "as_completed", "stream_all"])
 entered_or_not = pytest.mark.parametrize("entered", [False, True], ids=["outside", "entered"])
 
@@ -85,15 +88,17 @@ def within(loop: AgentLoop, entered: bool) -> AbstractAsyncContextManager[object
 
 
 async def run(verb: str, loop: AgentLoop, inputs: Any) -> list[Any]:
-    """Run a batch by a verb, and return its results in input order."""
-    return in_order(await _run_into([], verb, loop, inputs))
+    """Run invocations by any verb, and return their results in input order."""
+    results: list[Any] = []
+    await run_into(results, verb, loop, inputs)
+    return in_order(results)
 
 
 async def run_until_stopped(verb: str, loop: AgentLoop, inputs: Any) -> tuple[list[Any], Any]:
     """Run a batch, and return the results that there are in input order, and what stopped it, if anything."""
     results: list[Any] = []
     try:
-        await _run_into(results, verb, loop, inputs)
+        await run_into(results, verb, loop, inputs)
     except BatchStopped as exc:
         return in_order(exc.results or results), exc
 
@@ -105,20 +110,31 @@ def in_order(results: list[Any]) -> list[Any]:
     return sorted(results, key=lambda result: result.index)
 
 
-async def _run_into(results: list[Any], verb: str, loop: AgentLoop, inputs: Any) -> list[Any]:
-    if verb == "run_all":
-        results += await loop.run_all(inputs)
-    elif verb == "as_completed":
-        async with loop.as_completed(inputs) as completed:
-            async for result in completed:
-                results.append(result)
-    else:
-        async with loop.stream_all(inputs) as events:
-            async for event in events:
-                if isinstance(event, ResultEvent):
-                    results.append(event.result)
+async def run_into(results: list[Any], verb: str, loop: AgentLoop, inputs: Any) -> None:
+    """Run invocations by a verb, and append each result as soon as it is there."""
+    match verb:
+        case "run_single":
+            for each in inputs:
+                results.append(await loop.run_single(each.agent_id, each.fn, *each.args, **each.kwargs))
+        case "run_streaming":
+            for each in inputs:
+                stream = loop.run_streaming(each.agent_id, each.fn, *each.args, **each.kwargs)
+                with suppress(Exception):
+                    async with stream:
+                        [_ async for _ in stream]
 
-    return results
+                results.append(stream.result)
+        case "run_all":
+            results += await loop.run_all(inputs)
+        case "as_completed":
+            async with loop.as_completed(inputs) as completed:
+                async for result in completed:
+                    results.append(result)
+        case "stream_all":
+            async with loop.stream_all(inputs) as events:
+                async for event in events:
+                    if isinstance(event, ResultEvent):
+                        results.append(event.result)
 
 
 async def read(stream: AgentStream[Any]) -> tuple[list[Any], Any]:

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import anyio
 import pytest
-from anyio.lowlevel import checkpoint
+from agents import agent_for, double, each_batch, each_verb, run, run_into, run_until_stopped
 
 from agentloop import (
     AgentLoop,
-    BatchStopped,
-    ChunkEvent,
     Event,
     Invocation,
     InvocationCancelled,
-    InvocationResult,
     KeyedLimiter,
     Limiter,
     LoopConfig,
@@ -30,15 +26,7 @@ from agentloop import (
     VerdictKind,
     classify,
 )
-
-
-async def double(x: int) -> int:
-    await checkpoint()
-    return x * 2
-
-
-async def doubles(x: int) -> AsyncIterator[int]:
-    yield await double(x)
+from agentloop.testing import FakeAgent, FakeHTTPError
 
 
 def cancelled() -> BaseException:
@@ -50,7 +38,6 @@ def cancelled() -> BaseException:
     return cancelled_class._create(source="explicit")
 
 
-BATCHES = ["run_all", "as_completed", "stream_all"]
 KINDS = {
     "exception": lambda: KeyError("callback"),
     "cancellation": cancelled,
@@ -75,41 +62,12 @@ class Bad:
         return self.returns
 
 
-async def run(verb: str, loop: AgentLoop, agent: Any = double, count: int = 4) -> list[InvocationResult[Any]]:
-    """Run a few invocations by a verb."""
-    stream = doubles if agent is double else agent
-    with anyio.fail_after(60):
-        if verb == "run_single":
-            return [await loop.run_single("a", agent, x) for x in range(count)]
-
-        if verb == "run_all":
-            return await loop.run_all(Invocation.map(agent, range(count), "a"))
-
-        results = []
-        if verb == "as_completed":
-            async with loop.as_completed(Invocation.map(agent, range(count), "a")) as done:
-                results = [result async for result in done]
-        elif verb == "stream_all":
-            async with loop.stream_all(Invocation.map(stream, range(count), "a")) as events:
-                results = [event.result async for event in events if not isinstance(event, ChunkEvent)]
-        else:
-            for x in range(count):
-                with contextlib.suppress(Exception):
-                    async with loop.run_streaming("a", stream, x) as chunks:
-                        [_ async for _ in chunks]
-
-                results.append(chunks.result)
-
-        return sorted(results, key=lambda result: result.index)
-
-
-every_verb = pytest.mark.parametrize(
-    "verb", ["run_single", "run_all", "as_completed", "run_streaming", "stream_all"]
-)
+def inputs_for(verb: str, agent: Any = double) -> Iterator[Invocation[Any]]:
+    return Invocation.map(agent_for(verb, agent), range(4), "a")
 
 
 @each_kind
-@every_verb
+@each_verb
 @pytest.mark.parametrize("callback", ["cost", "key", "make"])
 async def test_input_whose_cost_or_key_fails_is_an_error_alone(callback: str, verb: str, kind: str) -> None:
     bad = Bad(kind)
@@ -122,7 +80,9 @@ async def test_input_whose_cost_or_key_fails_is_an_error_alone(callback: str, ve
         keys = iter("bcde")
         limiter = KeyedLimiter(lambda invocation: next(keys), lambda key: bad() and Limiter(2))
 
-    results = await run(verb, AgentLoop(limiter=limiter))
+    with anyio.fail_after(60):
+        results = await run(verb, AgentLoop(limiter=limiter), inputs_for(verb))
+
     assert sorted(str(result.status) for result in results) == ["error", "success", "success", "success"]
     [failed] = [result for result in results if not result.success]
     assert (failed.latency_ms, failed.retries, failed.failures) == (0, 0, ())
@@ -136,34 +96,30 @@ async def test_input_whose_cost_or_key_fails_is_an_error_alone(callback: str, ve
 
 
 @each_kind
-@every_verb
+@each_verb
 async def test_settle_that_fails_is_logged_and_changes_nothing(
     verb: str, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     loop = AgentLoop(limiter=Limiter(2, rates=[Rate(1000, settle=Bad(kind))]))
-    assert [result.status for result in await run(verb, loop)] == [Status.SUCCESS] * 4
+    with anyio.fail_after(60):
+        assert all(result.success for result in await run(verb, loop, inputs_for(verb)))
+
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
     assert "settle=" in caplog.text
 
 
 @each_kind
-@every_verb
+@each_verb
 async def test_classify_that_fails_is_logged_once_and_its_failure_is_final(
     verb: str, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def judge(exc: Exception) -> Any:
         raise KINDS[kind]()
 
-    async def fail(x: int) -> None:
-        await checkpoint()
-        raise OSError(x)
-
-    async def fail_stream(x: int) -> AsyncIterator[int]:
-        await fail(x)
-        yield x
-
     loop = AgentLoop(LoopConfig(classify=judge))
-    results = await run(verb, loop, fail_stream if "stream" in verb else fail)
+    with anyio.fail_after(60):
+        results = await run(verb, loop, inputs_for(verb, FakeAgent(*map(OSError, range(4)))))
+
     assert [(result.status, result.retries) for result in results] == [(Status.ERROR, 0)] * 4
     assert all(isinstance(result.exception, OSError) for result in results)
     assert all("classify failed" in result.exception.__notes__[0] for result in results if result.exception)
@@ -175,10 +131,8 @@ async def test_classify_that_gives_a_coroutine_is_said_to_be_no_plain_function()
     async def judge(exc: Exception) -> Any:
         return classify(exc)
 
-    async def fail() -> None:
-        raise OSError
-
-    result = await AgentLoop(LoopConfig(classify=lambda exc: judge(exc))).run_single("a", fail)
+    loop = AgentLoop(LoopConfig(classify=lambda exc: judge(exc)))
+    result = await loop.run_single("a", FakeAgent(OSError()))
     assert result.exception is not None
     assert "classify must be a plain function that returns a Verdict" in result.exception.__notes__[0]
 
@@ -188,13 +142,13 @@ async def test_classify_that_gives_a_coroutine_is_said_to_be_no_plain_function()
     ("source", "verb"),
     # run_all() reads a generator to its end, and then there is nothing left to close.
     [
-        *itertools.product(["agent_id", "generator"], BATCHES),
+        *itertools.product(["agent_id", "generator"], ["run_all", "as_completed", "stream_all"]),
         ("close", "as_completed"),
         ("close", "stream_all"),
     ],
 )
 async def test_input_that_fails_raises_after_the_last_result(source: str, verb: str, kind: str) -> None:
-    agent = doubles if verb == "stream_all" else double
+    agent, fatal = agent_for(verb, double), agent_for(verb, FakeAgent(FakeHTTPError(401)))
 
     def generator() -> Iterator[Any]:
         try:
@@ -203,40 +157,19 @@ async def test_input_that_fails_raises_after_the_last_result(source: str, verb: 
             if source == "generator":
                 raise KINDS[kind]()
 
-            yield ("a", fatal_stream if verb == "stream_all" else fatal, (3,), {})
+            yield ("a", fatal, (3,), {})
             yield from [("a", agent, (4,), {})] * 50
         finally:
             if source == "close":
                 raise KINDS[kind]()
 
     inputs = generator() if source != "agent_id" else Invocation.map(agent, range(9), Bad(kind, "name"))
-    expected: Any = KeyError if kind == "exception" else InvocationCancelled
-    done = 0
-    with anyio.fail_after(60), pytest.raises(expected):
-        if verb == "run_all":
-            await AgentLoop(LoopConfig(max_concurrency=1)).run_all(inputs)
-        else:
-            loop = AgentLoop(LoopConfig(max_concurrency=1))
-            reader = loop.as_completed(inputs) if verb == "as_completed" else loop.stream_all(inputs)
-            async with reader as items:
-                async for item in items:
-                    done += not isinstance(item, ChunkEvent)
+    results: list[Any] = []
+    with anyio.fail_after(60), pytest.raises(KeyError if kind == "exception" else InvocationCancelled):
+        await run_into(results, verb, AgentLoop(LoopConfig(max_concurrency=1)), inputs)
 
     if verb != "run_all":
-        assert done == {"agent_id": 1, "generator": 2, "close": 3}[source]
-
-
-class Unauthorized(Exception):
-    status_code = 401
-
-
-async def fatal(x: int) -> None:
-    raise Unauthorized
-
-
-async def fatal_stream(x: int) -> AsyncIterator[int]:
-    raise Unauthorized
-    yield x
+        assert len(results) == {"agent_id": 1, "generator": 2, "close": 3}[source]
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
@@ -245,12 +178,12 @@ async def test_interrupt_out_of_a_callback_ends_the_batch(callback: str, kind: A
     def interrupt(*args: Any) -> Any:
         raise kind
 
-    async def fail(x: int) -> None:
-        raise OSError
+    async def fatal(x: int) -> None:
+        raise FakeHTTPError(401)
 
     def inputs() -> Iterator[Any]:
         try:
-            yield ("a", fail if callback == "classify" else double, (1,), {})
+            yield ("a", FakeAgent(OSError()) if callback == "classify" else double, (1,), {})
             if callback == "input":
                 interrupt()
 
@@ -280,7 +213,7 @@ async def test_interrupt_out_of_a_callback_ends_the_batch(callback: str, kind: A
 # -- functions that are not async
 
 
-@pytest.mark.parametrize("verb", BATCHES)
+@each_batch
 async def test_blocking_function_stops_the_batch_at_its_first_call(verb: str) -> None:
     calls = 0
 
@@ -290,24 +223,16 @@ async def test_blocking_function_stops_the_batch_at_its_first_call(verb: str) ->
         return x
 
     loop = AgentLoop(LoopConfig(max_concurrency=10))
+    results, stopped = await run_until_stopped(verb, loop, Invocation.map(blocking, range(500)))
     if verb == "run_all":
-        results = await loop.run_all(Invocation.map(blocking, range(500)))
         assert len(results) == 500
         assert {result.status for result in results[1:]} == {Status.SKIPPED}
-        error = results[0].exception
-    else:
-        results = []
-        with pytest.raises(BatchStopped) as caught:
-            reader = loop.as_completed if verb == "as_completed" else loop.stream_all
-            async with reader(Invocation.map(blocking, range(500))) as items:
-                async for item in items:
-                    results.append(item)
 
-        error = caught.value.__cause__
-
+    error = stopped.__cause__
     assert calls == 1
     assert isinstance(error, TypeError)
     assert classify(error).kind is VerdictKind.FATAL
+    assert error is results[0].exception
     assert "blocking" in str(error)
 
 

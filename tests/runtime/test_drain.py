@@ -8,16 +8,24 @@ from typing import Any
 
 import anyio
 import pytest
+from agents import (
+    backends,
+    both_verbs,
+    each_batch,
+    entered_or_not,
+    run,
+    run_stream,
+    run_until_stopped,
+    within,
+)
 from elsewhere import in_use_elsewhere
 
 from agentloop import (
     AgentLoop,
     Backoff,
     BatchStopped,
-    ChunkEvent,
     Event,
     Invocation,
-    InvocationResult,
     KeyedLimiter,
     Limiter,
     LoopConfig,
@@ -25,8 +33,7 @@ from agentloop import (
     Status,
     StopEvent,
 )
-
-SLOW_RETRY = Backoff(initial_seconds=20, jitter="none")
+from agentloop.testing import Fail, FakeAgent
 
 
 async def agent(seconds: float) -> float:
@@ -40,112 +47,77 @@ async def stream(seconds: float) -> AsyncIterator[float]:
         yield part
 
 
-async def fail(seconds: float = 1) -> None:
-    await anyio.sleep(seconds)
-    raise OSError("again")
-
-
-async def collect(loop: AgentLoop, verb: str, seconds: list[float]) -> tuple[list[Any], BatchStopped | None]:
-    """Run a batch of each verb, and return its results in the order of the input, and what it raised."""
-    results: list[InvocationResult[Any]] = []
-    inputs = [Invocation("a", stream if verb == "stream_all" else agent, (each,)) for each in seconds]
-    try:
-        if verb == "run_all":
-            return await loop.run_all(inputs), None
-
-        if verb == "as_completed":
-            async with loop.as_completed(inputs) as completed:
-                async for result in completed:
-                    results.append(result)
-        else:
-            async with loop.stream_all(inputs) as events:
-                async for event in events:
-                    if not isinstance(event, ChunkEvent):
-                        results.append(event.result)
-    except BatchStopped as exc:
-        return sorted(results, key=lambda result: result.index), exc
-
-    return sorted(results, key=lambda result: result.index), None
+def jobs(verb: str, seconds: list[float]) -> list[Invocation[Any]]:
+    return [Invocation("a", stream if verb == "stream_all" else agent, (each,)) for each in seconds]
 
 
 async def drained_at(
-    seconds: float, loop: AgentLoop, call: Callable[[], Any], entered: bool = False, **options: Any
+    seconds: float,
+    loop: AgentLoop,
+    call: Callable[..., Any],
+    *args: Any,
+    entered: bool = False,
+    **options: Any,
 ) -> Any:
     """Make a call, drain the loop meanwhile, and return what the call has returned."""
     returned: list[Any] = []
 
     async def make() -> None:
-        returned.append(await call())
+        returned.append(await call(*args))
 
-    async def run() -> None:
-        async with anyio.create_task_group() as group:
-            group.start_soon(make)
-            await anyio.sleep(seconds)
-            loop.drain(**options)
-
-    if entered:
-        async with loop:
-            await run()
-    else:
-        await run()
+    async with within(loop, entered), anyio.create_task_group() as group:
+        group.start_soon(make)
+        await anyio.sleep(seconds)
+        loop.drain(**options)
 
     return returned[0]
 
 
-entered_or_not = pytest.mark.parametrize("entered", [False, True], ids=["outside", "entered"])
-
-
 @entered_or_not
-@pytest.mark.parametrize("verb", ["run_all", "as_completed", "stream_all"])
+@each_batch
 async def test_batch_ends_with_what_runs(verb: str, entered: bool) -> None:
     loop = AgentLoop(LoopConfig(max_concurrency=2))
     begin = anyio.current_time()
-    results, raised = await drained_at(1, loop, lambda: collect(loop, verb, [3, 4, 5, 6]), entered)
+    call = verb, loop, jobs(verb, [3, 4, 5, 6])
+    results, stopped = await drained_at(1, loop, run_until_stopped, *call, entered=entered)
     longest = 8 if verb == "stream_all" else 4
     assert anyio.current_time() == begin + longest
     ended = [result.status for result in results]
     assert ended[:2] == [Status.SUCCESS] * 2
     assert set(ended[2:]) <= {Status.SKIPPED}
     assert len(ended) == 4 or verb != "run_all"
-    if verb != "run_all":
-        assert raised is not None
-        assert raised.reason == "drained"
-    else:
-        assert {id(result.exception) for result in results[2:]} == {id(results[2].exception)}
-        assert str(results[2].exception) == "the batch was stopped: drained"
+    assert stopped.reason == "drained"
+    assert {id(result.exception) for result in results[2:]} <= {id(stopped)}
+    assert str(stopped) == "the batch was stopped: drained"
 
 
 @entered_or_not
-@pytest.mark.parametrize("verb", ["run_all", "as_completed", "stream_all"])
+@each_batch
 @pytest.mark.parametrize(("grace", "took"), [(0, 1), (2, 3)])
 async def test_what_runs_is_cancelled_when_the_grace_is_over(
     verb: str, grace: float, took: float, entered: bool
 ) -> None:
     loop = AgentLoop(LoopConfig(max_concurrency=2))
     begin = anyio.current_time()
-    call = lambda: collect(loop, verb, [50, 60, 70])  # noqa: E731  # the one that is drained
-    results, _ = await drained_at(1, loop, call, entered, reason="night over", grace_seconds=grace)
+    call, options = (verb, loop, jobs(verb, [50, 60, 70])), {"reason": "night over", "grace_seconds": grace}
+    results, _ = await drained_at(1, loop, run_until_stopped, *call, entered=entered, **options)
     assert anyio.current_time() == begin + took
     assert [result.status for result in results[:2]] == [Status.CANCELLED] * 2
     assert results[0].error == "InvocationCancelled: night over"
 
 
 @entered_or_not
-async def test_single_invocation_that_runs_ends(entered: bool) -> None:
-    loop = AgentLoop()
-    result = await drained_at(1, loop, lambda: loop.run_single("a", agent, 3), entered)
-    assert result.output == 3
-
-
-@entered_or_not
-@pytest.mark.parametrize(("grace", "status", "took"), [(2, Status.CANCELLED, 3), (9, Status.TIMEOUT, 5)])
-async def test_single_invocation_is_cancelled_when_the_grace_is_over(
-    grace: float, status: Status, took: float, entered: bool
+@pytest.mark.parametrize(
+    ("seconds", "grace", "status", "took"),
+    [(3, None, Status.SUCCESS, 3), (50, 2, Status.CANCELLED, 3), (50, 9, Status.TIMEOUT, 5)],
+)
+async def test_single_invocation_ends_by_itself_or_with_the_grace(
+    seconds: float, grace: float | None, status: Status, took: float, entered: bool
 ) -> None:
     loop = AgentLoop(LoopConfig(timeout_seconds=5, max_retries=0))
     begin = anyio.current_time()
-    call = lambda: loop.run_single("a", agent, 50)  # noqa: E731  # the one that is drained
-    result = await drained_at(1, loop, call, entered, grace_seconds=grace)
+    call = loop.run_single, "a", agent, seconds
+    result = await drained_at(1, loop, *call, entered=entered, grace_seconds=grace)
     assert (result.status, anyio.current_time() - begin) == (status, took)
 
 
@@ -162,7 +134,7 @@ async def test_single_invocation_that_waits_is_skipped(held: str, entered: bool)
             group.start_soon(other.run_single, "other", agent, 10 if held == "busy" else 0)
             await anyio.sleep(0.5)
 
-        result = await drained_at(1, loop, lambda: loop.run_single("a", agent, 3), entered)
+        result = await drained_at(1, loop, loop.run_single, "a", agent, 3, entered=entered)
         assert result.status is Status.SKIPPED
         assert isinstance(result.exception, BatchStopped)
 
@@ -173,49 +145,34 @@ async def test_single_invocation_that_waits_is_skipped(held: str, entered: bool)
 
 
 @entered_or_not
-@pytest.mark.parametrize("verb", ["single", "batch"])
+@pytest.mark.parametrize("verb", ["run_single", "run_all"])
 @pytest.mark.parametrize("at", [0.5, 5], ids=["while it runs", "while it waits to be retried"])
 async def test_failure_is_final_and_says_why(verb: str, at: float, entered: bool) -> None:
-    loop = AgentLoop(LoopConfig(backoff=SLOW_RETRY))
+    loop = AgentLoop(LoopConfig(backoff=Backoff(initial_seconds=20, jitter="none")))
     begin = anyio.current_time()
-
-    async def batch() -> Any:
-        return (await loop.run_all([Invocation("a", fail)]))[0]
-
-    call = batch if verb == "batch" else lambda: loop.run_single("a", fail)
-    result = await drained_at(at, loop, call, entered)
+    fails = Invocation("a", FakeAgent(Fail(OSError("again"), after_seconds=1)))
+    [result] = await drained_at(at, loop, run, verb, loop, [fails], entered=entered)
     assert anyio.current_time() - begin == max(at, 1)
     assert (result.error, result.retries) == ("OSError: again", 0)
     assert result.exception.__notes__ == ["not retried: the batch was stopped: drained"]
 
 
 @entered_or_not
-async def test_open_stream_is_read_to_its_end(entered: bool) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "grace", "chunks", "status", "took"),
+    [(3, None, 2, Status.SUCCESS, 6), (30, 40, 1, Status.CANCELLED, 41)],
+)
+async def test_open_stream_is_read_to_its_end_or_to_that_of_the_grace(
+    seconds: float, grace: float | None, chunks: int, status: Status, took: float, entered: bool
+) -> None:
     loop = AgentLoop()
-
-    async def read() -> Any:
-        async with loop.run_streaming("a", stream, 3) as chunks:
-            return [chunk async for chunk in chunks]
-
-    assert await drained_at(1, loop, read, entered) == [0, 1]
-
-
-@entered_or_not
-async def test_stream_is_cancelled_when_the_grace_is_over(entered: bool) -> None:
-    loop = AgentLoop()
-    opened: list[Any] = []
-
-    async def read() -> None:
-        async with loop.run_streaming("a", stream, 30) as chunks:
-            opened.append(chunks)
-            with pytest.raises(Exception, match="drained"):
-                [_ async for _ in chunks]
-
     begin = anyio.current_time()
-    await drained_at(1, loop, read, entered, grace_seconds=40)
-    assert anyio.current_time() == begin + 41
-    assert opened[0].result.status is Status.CANCELLED
-    assert opened[0].result.chunks == 1
+    call = loop, stream, seconds
+    got, error, result = await drained_at(1, loop, run_stream, *call, entered=entered, grace_seconds=grace)
+    assert anyio.current_time() == begin + took
+    assert got == [0, 1][:chunks]
+    assert (result.status, result.chunks) == (status, chunks)
+    assert error is None or "drained" in str(error)
 
 
 @entered_or_not
@@ -228,8 +185,8 @@ async def test_nested_work_of_what_runs_is_done_whole(entered: bool) -> None:
         async with loop.run_streaming("stream", stream, 1) as chunks:
             return [*(result.output for result in inner), single.output, [chunk async for chunk in chunks]]
 
-    batch = lambda: loop.run_all([Invocation("outer", outer)] * 2)  # noqa: E731  # the one that is drained
-    first, second = await drained_at(1, loop, batch, entered)
+    inputs = [Invocation("outer", outer)] * 2
+    first, second = await drained_at(1, loop, loop.run_all, inputs, entered=entered)
     assert first.output == [2, 3, 4, [0, 1]]
     assert second.status is Status.SKIPPED
 
@@ -248,13 +205,9 @@ async def test_async_input_without_an_end_is_closed(entered: bool) -> None:
         finally:
             closed = True
 
-    async def run() -> Any:
-        with pytest.raises(BatchStopped) as caught:
-            await loop.run_all(inputs())
-
-        return caught.value.results
-
-    results = await drained_at(7, loop, run, entered)
+    call = run_until_stopped, "run_all", loop, inputs()
+    results, stopped = await drained_at(7, loop, *call, entered=entered)
+    assert stopped is not None
     assert closed
     assert [result.output for result in results] == [2, 2, 2]
 
@@ -267,7 +220,7 @@ async def test_later_calls_are_skipped_at_once() -> None:
     results = await loop.run_all([Invocation("a", agent, (5,))] * 3)
     assert [result.status for result in results] == [Status.SKIPPED] * 3
     for verb in ("as_completed", "stream_all"):
-        results, raised = await collect(loop, verb, [5, 5])
+        results, raised = await run_until_stopped(verb, loop, jobs(verb, [5, 5]))
         assert results == []
         assert raised is not None
 
@@ -297,8 +250,8 @@ async def test_first_reason_holds_and_the_shorter_grace() -> None:
 
     async with anyio.create_task_group() as group:
         group.start_soon(drain_again)
-        call = lambda: loop.run_all([Invocation("a", agent, (50,))] * 2)  # noqa: E731  # drained
-        results = await drained_at(1, loop, call, reason="first", grace_seconds=30)
+        call = loop.run_all, jobs("run_all", [50, 50])
+        results = await drained_at(1, loop, *call, reason="first", grace_seconds=30)
 
     assert anyio.current_time() == begin + 3
     assert results[1].error == "BatchStopped: the batch was stopped: first"
@@ -307,18 +260,18 @@ async def test_first_reason_holds_and_the_shorter_grace() -> None:
 async def test_each_batch_tells_that_it_stops() -> None:
     events: list[Event] = []
     loop = AgentLoop(LoopConfig(max_concurrency=1), on_event=events.append)
-    await drained_at(1, loop, lambda: loop.run_all([Invocation("a", agent, (3,))] * 2), reason="night over")
+    await drained_at(1, loop, loop.run_all, jobs("run_all", [3, 3]), reason="night over")
     assert [event.reason for event in events if isinstance(event, StopEvent)] == ["night over"]
 
 
-@pytest.mark.parametrize("verb", ["run_all", "as_completed"])
+@both_verbs
 async def test_key_function_that_drains_the_loop_and_raises_fails_its_own_input(verb: str) -> None:
     def by(invocation: Invocation[Any]) -> str:
         loop.drain()
         raise LookupError("no key")
 
     loop = AgentLoop(limiter=KeyedLimiter(by, lambda _: Limiter(1)))
-    results, _ = await collect(loop, verb, [1, 1])
+    results, _ = await run_until_stopped(verb, loop, jobs(verb, [1, 1]))
     assert isinstance(results[0].exception, LookupError)
     assert [result.status for result in results[1:]] in ([], [Status.SKIPPED])
 
@@ -334,7 +287,7 @@ async def test_agent_can_drain_the_loop_that_runs_it() -> None:
     assert [result.status for result in results] == [Status.SUCCESS, Status.SKIPPED]
 
 
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@backends
 def test_loop_that_runs_in_another_thread_is_not_drained_from_here(backend: str) -> None:
     loop = AgentLoop()
     with in_use_elsewhere(loop, backend):

@@ -10,13 +10,13 @@ from typing import Any
 
 import anyio
 import pytest
+from agents import both_verbs, each_batch, entered_or_not, run, within
 from anyio.lowlevel import checkpoint
 
 from agentloop import (
     AgentLoop,
     BatchStopped,
     Invocation,
-    InvocationResult,
     LeftOpenError,
     LoopConfig,
     ResultEvent,
@@ -86,20 +86,8 @@ WAYS = [
 every_way = pytest.mark.parametrize("leave", WAYS)
 
 
-async def run(verb: str, loop: AgentLoop, invocations: list[Invocation[Any]]) -> list[InvocationResult[Any]]:
-    if verb == "run_all":
-        return await loop.run_all(invocations)
-
-    results: list[InvocationResult[Any]] = []
-    async with loop.as_completed(invocations) as done:
-        async for result in done:
-            results.append(result)
-
-    return sorted(results, key=lambda result: result.index)
-
-
-@pytest.mark.parametrize("entered", [False, True])
-@pytest.mark.parametrize("verb", ["run_all", "as_completed"])
+@entered_or_not
+@both_verbs
 @every_way
 async def test_agent_that_leaves_a_scope_open_fails_alone(leave: Any, verb: str, entered: bool) -> None:
     async def agent(x: int) -> int:
@@ -110,27 +98,30 @@ async def test_agent_that_leaves_a_scope_open_fails_alone(leave: Any, verb: str,
         return x
 
     loop = AgentLoop(LoopConfig(max_concurrency=4))
-    if entered:
-        await loop.__aenter__()
+    async with within(loop, entered):
+        results = await run(verb, loop, [*Invocation.map(agent, range(9))])
+        assert loop.statistics().running == 0
 
-    results = await run(verb, loop, [*Invocation.map(agent, range(9))])
     assert [result.output for result in results] == [0, 1, None, 3, 4, 5, 6, 7, 8]
     assert results[2].status is Status.ERROR
     assert isinstance(results[2].exception, LeftOpenError)
     assert "'agent-2' has left a cancel scope or a task group open" in str(results[2].exception)
     assert results[2].retries == 0
-    assert loop.statistics().running == 0
-    if entered:
-        await loop.__aexit__(None, None, None)
 
 
+@each_batch
 @every_way
-async def test_error_of_the_agent_is_the_cause(leave: Any) -> None:
+async def test_error_of_the_agent_is_the_cause(leave: Any, verb: str) -> None:
     async def agent() -> None:
         await leave()
         raise KeyError("mine")
 
-    [result] = await AgentLoop(LoopConfig(max_concurrency=2)).run_all([Invocation("a", agent)])
+    async def stream() -> AsyncIterator[int]:
+        yield 1
+        await agent()
+
+    inputs = [Invocation("a", stream if verb == "stream_all" else agent)]
+    [result] = await run(verb, AgentLoop(LoopConfig(max_concurrency=2)), inputs)
     assert isinstance(result.exception, LeftOpenError)
     assert isinstance(result.exception.__cause__, KeyError)
 
@@ -207,8 +198,7 @@ async def test_agent_that_is_cancelled_with_a_scope_open_is_cancelled(leave: Any
     assert loop.metrics.snapshot().counts[Status.CANCELLED] == 3
 
 
-@pytest.mark.parametrize("entered", [False, True])
-async def test_interrupt_is_not_hidden_by_a_spoilt_task(entered: bool) -> None:
+async def test_interrupt_is_not_hidden_by_a_spoilt_task() -> None:
     async def agent(x: int) -> None:
         await anyio.sleep(x)
         if x == 1:
@@ -221,7 +211,7 @@ async def test_interrupt_is_not_hidden_by_a_spoilt_task(entered: bool) -> None:
         await loop.run_all(Invocation.map(agent, range(2)))
 
 
-@pytest.mark.parametrize("entered", [False, True])
+@entered_or_not
 @every_way
 async def test_run_single_raises_and_names_the_agent(leave: Any, entered: bool) -> None:
     loop = AgentLoop()
@@ -234,23 +224,20 @@ async def test_run_single_raises_and_names_the_agent(leave: Any, entered: bool) 
             outcome.append(exc)
             raise
 
-    # The scope is left open in a task that nothing else uses.
-    if entered:
-        await loop.__aenter__()
+    async with within(loop, entered):
+        # The scope is left open in a task that nothing else uses.
+        with pytest.RaisesGroup(pytest.RaisesExc(RuntimeError), flatten_subgroups=True):
+            async with anyio.create_task_group() as group:
+                group.start_soon(call)
 
-    with pytest.RaisesGroup(pytest.RaisesExc(RuntimeError), flatten_subgroups=True):
-        async with anyio.create_task_group() as group:
-            group.start_soon(call)
+        assert loop.statistics().running == 0
 
     assert [type(exc) for exc in outcome] == [LeftOpenError]
     assert "'forgetful'" in str(outcome[0])
     assert loop.metrics.snapshot().counts[Status.ERROR] == 1
-    assert loop.statistics().running == 0
-    if entered:
-        await loop.__aexit__(None, None, None)
 
 
-@pytest.mark.parametrize("entered", [False, True])
+@entered_or_not
 @every_way
 async def test_stream_that_leaves_a_scope_open_fails_alone(leave: Any, entered: bool) -> None:
     async def agent() -> AsyncIterator[int]:
@@ -258,21 +245,17 @@ async def test_stream_that_leaves_a_scope_open_fails_alone(leave: Any, entered: 
         await leave()
 
     loop = AgentLoop(LoopConfig(max_concurrency=4))
-    if entered:
-        await loop.__aenter__()
+    async with within(loop, entered):
+        for _ in range(3):
+            with pytest.raises(LeftOpenError, match="'writer' has left"):
+                async with loop.run_streaming("writer", agent) as stream:
+                    assert await anext(stream) == 1
+                    await anext(stream)
 
-    for _ in range(3):
-        with pytest.raises(LeftOpenError, match="'writer' has left"):
-            async with loop.run_streaming("writer", agent) as stream:
-                assert await anext(stream) == 1
-                await anext(stream)
+            assert stream.result.status is Status.ERROR
 
-        assert stream.result.status is Status.ERROR
-
-    assert (await loop.run_single("a", checkpoint)).success
-    assert loop.statistics().running == 0
-    if entered:
-        await loop.__aexit__(None, None, None)
+        assert (await loop.run_single("a", checkpoint)).success
+        assert loop.statistics().running == 0
 
 
 async def test_runtime_error_of_a_streams_function_does_not_pass_for_a_scope_left_open() -> None:
@@ -284,22 +267,6 @@ async def test_runtime_error_of_a_streams_function_does_not_pass_for_a_scope_lef
             await anext(stream)
 
     assert not isinstance(stream.result.exception, LeftOpenError)
-
-
-@every_way
-async def test_stream_that_leaves_a_scope_open_has_failed_by_its_error(leave: Any) -> None:
-    async def agent() -> AsyncIterator[int]:
-        yield 1
-        await leave()
-        raise KeyError("mine")
-
-    loop = AgentLoop(LoopConfig(max_concurrency=2))
-    async with loop.stream_all([Invocation("a", agent)]) as events:
-        results = [event.result async for event in events if isinstance(event, ResultEvent)]
-
-    [result] = results
-    assert isinstance(result.exception, LeftOpenError)
-    assert isinstance(result.exception.__cause__, KeyError)
 
 
 @every_way

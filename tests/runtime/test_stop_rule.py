@@ -7,12 +7,11 @@ from typing import Any
 
 import anyio
 import pytest
+from agents import agent_for, each_batch, run_until_stopped, stray_cancellation
 
 from agentloop import (
     AgentLoop,
     Backoff,
-    BatchStopped,
-    ChunkEvent,
     Event,
     Invocation,
     InvocationCancelled,
@@ -25,70 +24,24 @@ from agentloop import (
 )
 from agentloop.testing import Fail, FakeAgent, Reply
 
-VERBS = ["run_all", "as_completed", "stream_all"]
-
-
-class Broken(Exception):
-    """What a failing agent raises."""
-
 
 async def agent(outcome: str, seconds: float = 1) -> str:
     await anyio.sleep(seconds)
     if outcome == "f":
-        raise Broken
+        raise LookupError
 
     if outcome == "c":
-        await cancel_itself()
+        raise await stray_cancellation()
 
     return outcome
-
-
-async def cancel_itself() -> None:
-    stray: list[BaseException] = []
-    with anyio.CancelScope() as scope:
-        scope.cancel()
-        try:
-            await anyio.sleep(1)
-        except anyio.get_cancelled_exc_class() as exc:
-            stray.append(exc)
-            raise
-
-    raise stray.pop()
-
-
-async def stream(outcome: str, seconds: float = 1) -> AsyncIterator[str]:
-    yield await agent(outcome, seconds)
 
 
 def make_loop(rule: StopRule, limit: int = 1, **options: Any) -> AgentLoop:
     return AgentLoop(LoopConfig(stop=rule, max_concurrency=limit, max_retries=0), **options)
 
 
-async def run(loop: AgentLoop, verb: str, inputs: Any) -> tuple[list[Any], BatchStopped | None]:
-    """Run a batch, and return its results in the order of the input, and what stopped it."""
-    results: list[Any] = []
-    try:
-        if verb == "run_all":
-            results = await loop.run_all(inputs)
-            return results, next((r.exception for r in results if r.status is Status.SKIPPED), None)
-
-        if verb == "as_completed":
-            async with loop.as_completed(inputs) as completed:
-                async for result in completed:
-                    results.append(result)
-        else:
-            async with loop.stream_all(inputs) as events:
-                async for event in events:
-                    if not isinstance(event, ChunkEvent):
-                        results.append(event.result)
-    except BatchStopped as exc:
-        return sorted(exc.results or results, key=lambda result: result.index), exc
-
-    return sorted(results, key=lambda result: result.index), None
-
-
-def made_of(outcomes: str, verb: str) -> list[Any]:
-    return [Invocation("a", stream if verb == "stream_all" else agent, (o,)) for o in outcomes]
+def made_of(outcomes: str, verb: str = "run_all") -> list[Any]:
+    return [Invocation("a", agent_for(verb, agent), (outcome,)) for outcome in outcomes]
 
 
 def statuses(results: list[Any]) -> str:
@@ -96,7 +49,7 @@ def statuses(results: list[Any]) -> str:
     return "".join(letters[result.status] for result in results)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@each_batch
 @pytest.mark.parametrize(
     ("rule", "outcomes", "ended", "reason"),
     [
@@ -118,24 +71,25 @@ def statuses(results: list[Any]) -> str:
 async def test_batch_stops_when_a_condition_holds(
     rule: StopRule, outcomes: str, ended: str, reason: str, verb: str
 ) -> None:
-    results, stopped = await run(make_loop(rule), verb, made_of(outcomes, verb))
+    results, stopped = await run_until_stopped(verb, make_loop(rule), made_of(outcomes, verb))
     assert statuses(results).rstrip("-") == ended
     assert len(results) == len(outcomes) or verb != "run_all"
     assert (stopped.reason if stopped else "") == reason
     if stopped is not None:
         assert str(stopped) == f"the batch was stopped: {reason} (as LoopConfig(stop=...) has it)"
-        assert isinstance(stopped.__cause__, Broken) is (rule.seconds is None)
+        assert isinstance(stopped.__cause__, LookupError) is (rule.seconds is None)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@each_batch
 @pytest.mark.parametrize(("grace", "expected", "took"), [(None, "fss", 9), (3, "fsc", 4), (0, "fcc", 1)])
 async def test_what_runs_ends_within_the_grace(
     verb: str, grace: float | None, expected: str, took: float
 ) -> None:
-    fn = stream if verb == "stream_all" else agent
+    fn = agent_for(verb, agent)
     inputs = [Invocation("a", fn, (o, s)) for o, s in [("f", 1), ("s", 3), ("s", 9), ("s", 1)]]
     begin = anyio.current_time()
-    results, stopped = await run(make_loop(StopRule(failures=1, grace_seconds=grace), 3), verb, inputs)
+    loop = make_loop(StopRule(failures=1, grace_seconds=grace), 3)
+    results, stopped = await run_until_stopped(verb, loop, inputs)
     assert stopped is not None
     assert statuses(results).rstrip("-") == expected
     assert anyio.current_time() == begin + took
@@ -148,11 +102,11 @@ async def test_what_runs_ends_within_the_grace(
 async def test_grace_of_a_batch_that_is_done_leaves_no_timer() -> None:
     begin = anyio.current_time()
     rule = StopRule(failures=1, seconds=1000, grace_seconds=500)
-    await make_loop(rule, 2).run_all(made_of("fs", "run_all"))
+    await make_loop(rule, 2).run_all(made_of("fs"))
     assert anyio.current_time() == begin + 1
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@each_batch
 async def test_async_input_is_closed_and_the_batch_looks_cut_short(verb: str) -> None:
     closed = False
 
@@ -164,7 +118,7 @@ async def test_async_input_is_closed_and_the_batch_looks_cut_short(verb: str) ->
         finally:
             closed = True
 
-    results, stopped = await run(make_loop(StopRule(failures=1)), verb, inputs())
+    results, stopped = await run_until_stopped(verb, make_loop(StopRule(failures=1)), inputs())
     assert stopped is not None
     assert closed
     assert statuses(results).rstrip("-") == "f"
@@ -179,13 +133,9 @@ async def test_rule_judges_what_is_final_and_not_each_attempt() -> None:
 
 
 async def test_invocation_that_waits_to_be_retried_ends_with_its_failure_and_a_note() -> None:
-    async def fail(error: Exception) -> None:
-        raise error
-
     config = LoopConfig(stop=StopRule(failures=1), backoff=Backoff(initial_seconds=20, jitter="none"))
-    results = await AgentLoop(config).run_all(
-        [Invocation("a", fail, (OSError("again"),)), Invocation("b", fail, (TypeError("bug"),))]
-    )
+    agents = FakeAgent(OSError("again")), FakeAgent(TypeError("bug"))
+    results = await AgentLoop(config).run_all([Invocation("a", agent) for agent in agents])
     assert [result.error for result in results] == ["OSError: again", "TypeError: bug"]
     assert results[0].exception is not None
     assert results[0].exception.__notes__ == ["not retried: the batch was stopped: 1 failed"]
@@ -203,7 +153,7 @@ async def test_rule_is_of_one_batch_over_all_its_keys() -> None:
 async def test_stop_event_tells_the_reason_and_comes_once() -> None:
     events: list[Event] = []
     loop = make_loop(StopRule(failures=1, in_a_row=1), 3, on_event=events.append)
-    await loop.run_all(made_of("fffff", "run_all"))
+    await loop.run_all(made_of("fffff"))
     assert [event.reason for event in events if isinstance(event, StopEvent)] == ["1 failed"]
 
 
@@ -211,7 +161,7 @@ async def test_nested_batch_has_a_rule_of_its_own() -> None:
     loop = make_loop(StopRule(failures=1))
 
     async def outer() -> str:
-        return statuses(await loop.run_all(made_of("fs", "run_all")))
+        return statuses(await loop.run_all(made_of("fs")))
 
     results = await loop.run_all([Invocation("outer", outer)] * 2)
     assert [result.output for result in results] == ["f-", "f-"]
