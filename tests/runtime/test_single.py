@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
+import itertools
 import math
 from functools import partial
 from typing import Any
 
 import anyio
 import pytest
+from agents import count, double, make_loop, nothing, run_into, stray_cancellation
 from anyio.lowlevel import checkpoint
 
 from agentloop import (
     AgentLoop,
     Backoff,
+    Invocation,
     InvocationCancelled,
     InvocationTimeout,
     LoopConfig,
@@ -21,37 +23,10 @@ from agentloop import (
     Verdict,
     VerdictKind,
 )
+from agentloop.testing import Fail, FakeAgent, FakeHTTPError, Reply, Stall
 
 PLAIN = Backoff(jitter="none")
-
-
-async def double(x: int) -> int:
-    await checkpoint()
-    return 2 * x
-
-
-class HttpError(Exception):
-    def __init__(self, status: int, **headers: str) -> None:
-        super().__init__(f"HTTP {status}")
-        self.status_code = status
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
-
-
-class Flaky:
-    """Raises the given errors, one at each call, and then returns."""
-
-    def __init__(self, *errors: Exception, seconds: float = 0) -> None:
-        self.errors = list(errors)
-        self.seconds = seconds
-        self.calls: list[float] = []
-
-    async def __call__(self) -> str:
-        self.calls.append(anyio.current_time())
-        await anyio.sleep(self.seconds)
-        if self.errors:
-            raise self.errors.pop(0)
-
-        return "done"
+SLOW = FakeAgent(Reply("done", after_seconds=10))
 
 
 async def test_what_the_agent_returns_is_the_output() -> None:
@@ -88,20 +63,11 @@ async def test_any_callable_that_returns_an_awaitable_is_an_agent() -> None:
 
 async def test_what_is_no_async_callable_is_refused_with_a_hint_and_not_retried() -> None:
     loop, calls = AgentLoop(), []
-
-    def plain() -> int:
-        calls.append(1)
-        return 1
-
-    async def generator() -> Any:
-        yield 1
-
-    result = await loop.run_single("a", plain)
+    result = await loop.run_single("a", lambda: calls.append(1))
     assert isinstance(result.exception, TypeError)
     assert "pass an async function" in str(result.exception)
     assert len(calls) == 1
-    result = await loop.run_single("a", generator)
-    assert "run_streaming" in str(result.error)
+    assert "run_streaming" in str((await loop.run_single("a", count, 1)).error)
     with pytest.raises(TypeError, match="must be an async function, got 42"):
         await loop.run_single("a", 42)
 
@@ -111,7 +77,7 @@ async def test_what_is_no_async_callable_is_refused_with_a_hint_and_not_retried(
 
 async def test_failure_is_data_and_carries_the_very_exception() -> None:
     error = ValueError("boom")
-    result = await AgentLoop(LoopConfig(max_retries=0)).run_single("a", Flaky(error))
+    result = await make_loop().run_single("a", FakeAgent(error))
     assert result.exception is error
     assert (result.status, result.error, result.failures) == (Status.ERROR, "ValueError: boom", (error,))
 
@@ -125,7 +91,7 @@ async def test_traceback_begins_in_the_agent() -> None:
         raise ValueError
 
     for fn, code in ((agent, agent.__code__), (Awaitable, Awaitable.__await__.__code__)):
-        result = await AgentLoop(LoopConfig(max_retries=0)).run_single("a", fn)
+        result = await make_loop().run_single("a", fn)
         assert result.exception is not None
         traceback = result.exception.__traceback__
         assert traceback is not None
@@ -133,89 +99,69 @@ async def test_traceback_begins_in_the_agent() -> None:
 
 
 async def test_failures_are_retried_after_a_growing_backoff() -> None:
-    agent = Flaky(OSError("1"), OSError("2"), OSError("3"))
-    loop = AgentLoop(LoopConfig(backoff=Backoff(initial_seconds=1, jitter="none")))
+    agent = FakeAgent(OSError("1"), OSError("2"), OSError("3"), Reply("done"))
     start = anyio.current_time()
-    result = await loop.run_single("a", agent)
+    result = await make_loop(max_retries=3).run_single("a", agent)
     assert result.output == "done"
-    assert [at - start for at in agent.calls] == pytest.approx([0, 1, 3, 7])
+    assert [call.started_at - start for call in agent.calls] == pytest.approx([0, 1, 3, 7])
     assert result.retries == 3
     assert [str(error) for error in result.failures] == ["1", "2", "3"]
     assert result.latency_ms == pytest.approx(7000)
 
 
-async def test_retries_end_after_max_retries() -> None:
-    errors = [OSError(str(i)) for i in range(9)]
-    result = await AgentLoop(LoopConfig(max_retries=2)).run_single("a", Flaky(*errors))
-    assert (result.status, result.retries) == (Status.ERROR, 2)
-    assert result.failures == tuple(errors[:3])
-    assert result.exception is errors[2]
+@pytest.mark.parametrize(("retries", "failures"), [(2, 3), (0, 1)])
+async def test_retries_end_after_max_retries(retries: int, failures: int) -> None:
+    errors = [OSError(), FakeHTTPError(500), OSError()]
+    result = await make_loop(max_retries=retries).run_single("a", FakeAgent(*errors, Reply()))
+    assert (result.status, result.retries) == (Status.ERROR, retries)
+    assert result.failures == tuple(errors[:failures])
+    assert result.exception is errors[failures - 1]
 
 
 @pytest.mark.parametrize("kind", [VerdictKind.PERMANENT, VerdictKind.FATAL])
 async def test_permanent_and_fatal_failures_are_not_retried(kind: VerdictKind) -> None:
-    agent = Flaky(OSError("x"))
+    agent = FakeAgent(OSError("x"), Reply())
     result = await AgentLoop(LoopConfig(classify=lambda _: Verdict(kind))).run_single("a", agent)
     assert (result.status, result.retries, len(agent.calls)) == (Status.ERROR, 0, 1)
 
 
 async def test_retry_after_is_a_floor_raised_by_at_most_a_quarter() -> None:
-    agent = Flaky(*(HttpError(429, retry_after="10") for _ in range(20)))
+    agent = FakeAgent(*[FakeHTTPError(429, 10)] * 20, Reply())
     await AgentLoop().run_single("a", agent)
-    waits = [b - a for a, b in zip(agent.calls, agent.calls[1:], strict=False)]
+    starts = [call.started_at for call in agent.calls]
+    waits = [b - a for a, b in itertools.pairwise(starts)]
     assert len(waits) == 20
     assert all(10 <= wait <= 12.5 + 20 for wait in waits)
     assert len(set(waits)) > 1
 
 
-async def test_too_long_a_retry_after_fails_at_once_and_says_so() -> None:
-    start = anyio.current_time()
-    result = await AgentLoop().run_single("a", Flaky(HttpError(429, retry_after="301")))
-    assert (result.status, result.retries) == (Status.ERROR, 0)
-    assert anyio.current_time() == start
-    assert result.exception is not None
-    assert "301s, which is more than max_retry_after_seconds=300" in result.exception.__notes__[0]
-
-
 async def test_overload_retries_do_not_count_towards_max_retries() -> None:
-    agent = Flaky(*(HttpError(529) for _ in range(8)), OSError(), seconds=0)
+    agent = FakeAgent(*[FakeHTTPError(529)] * 8, OSError(), Reply("done"))
     result = await AgentLoop(LoopConfig(max_retries=1, backoff=PLAIN)).run_single("a", agent)
     assert (result.output, result.retries) == ("done", 9)
+    assert (await make_loop().run_single("a", FakeAgent(FakeHTTPError(429), Reply()))).retries == 0
 
 
 async def test_overload_is_retried_until_its_own_time_is_up() -> None:
-    agent = Flaky(*(HttpError(429) for _ in range(1000)))
     loop = AgentLoop(LoopConfig(backoff=PLAIN, overload_timeout_seconds=100))
     start = anyio.current_time()
-    result = await loop.run_single("a", agent)
+    result = await loop.run_single("a", FakeAgent(FakeHTTPError(429)))
     assert result.status is Status.ERROR
     assert 70 <= anyio.current_time() - start <= 100
     assert result.exception is not None
     assert "overload_timeout_seconds=100" in result.exception.__notes__[0]
 
 
-async def test_zero_max_retries_means_none_of_any_kind() -> None:
-    for error in (OSError(), HttpError(429), HttpError(500)):
-        agent = Flaky(error)
-        assert (await AgentLoop(LoopConfig(max_retries=0)).run_single("a", agent)).retries == 0
-        assert len(agent.calls) == 1
-
-
 async def test_attempt_is_timed_out_and_retried() -> None:
-    agent = Flaky(seconds=10)
     loop = AgentLoop(LoopConfig(timeout_seconds=0.5, max_retries=2, backoff=PLAIN))
-    result = await loop.run_single("a", agent)
+    result = await loop.run_single("a", SLOW)
     assert (result.status, result.retries, result.error) == (Status.TIMEOUT, 2, "Timeout after 0.5s")
     assert isinstance(result.exception, InvocationTimeout)
     assert isinstance(result.exception, TimeoutError)
     assert result.failures[-1] is result.exception
     assert result.latency_ms == pytest.approx(1500 + 100 + 200)
-
-
-async def test_time_outs_are_not_retried_where_that_is_switched_off() -> None:
-    agent = Flaky(seconds=10)
-    result = await AgentLoop(LoopConfig(timeout_seconds=1, retry_on_timeout=False)).run_single("a", agent)
-    assert (result.status, len(agent.calls)) == (Status.TIMEOUT, 1)
+    result = await loop.with_config(retry_on_timeout=False).run_single("a", SLOW)
+    assert (result.status, result.retries, len(result.failures)) == (Status.TIMEOUT, 0, 1)
 
 
 async def test_time_out_is_visible_inside_the_agent() -> None:
@@ -235,55 +181,45 @@ async def test_time_out_error_of_the_agent_is_an_error() -> None:
         with anyio.fail_after(1):
             await anyio.sleep(2)
 
-    result = await AgentLoop(LoopConfig(timeout_seconds=10, max_retries=0)).run_single("a", agent)
+    result = await make_loop(timeout_seconds=10).run_single("a", agent)
     assert result.status is Status.ERROR
     assert type(result.exception) is TimeoutError
 
 
 async def test_error_before_the_deadline_is_the_agents_own() -> None:
-    async def agent() -> None:
-        await anyio.sleep(0.5)
-        raise ValueError("mine")
-
-    result = await AgentLoop(LoopConfig(timeout_seconds=0.6, max_retries=0)).run_single("a", agent)
-    assert result.error == "ValueError: mine"
+    agent = FakeAgent(Fail(ValueError("mine"), after_seconds=0.5))
+    assert (await make_loop(timeout_seconds=0.6).run_single("a", agent)).error == "ValueError: mine"
 
 
-async def test_error_made_out_of_our_time_out_is_a_time_out_chained_to_it() -> None:
-    async def wraps() -> None:
-        try:
-            await anyio.sleep(10)
-        except BaseException as exc:
-            raise ConnectionError("lost") from exc
+async def wraps() -> None:
+    try:
+        await anyio.sleep_forever()
+    except BaseException as exc:
+        raise ConnectionError("lost") from exc
 
-    async def fails_in_finally() -> None:
-        try:
-            await anyio.sleep(10)
-        finally:
-            raise OSError("cleanup")
 
-    async def fails_in_a_group() -> None:
-        async def child() -> None:
-            try:
-                await anyio.sleep(10)
-            finally:
-                raise OSError("child")
+async def fails_in_its_cleanup() -> None:
+    try:
+        await anyio.sleep_forever()
+    finally:
+        raise OSError("cleanup")
 
-        async with anyio.create_task_group() as group:
-            group.start_soon(child)
-            await anyio.sleep(10)
 
-    loop = AgentLoop(LoopConfig(timeout_seconds=1, max_retries=0))
-    for agent, cause in (
-        (wraps, ConnectionError),
-        (fails_in_finally, OSError),
-        (fails_in_a_group, Exception),
-    ):
-        result = await loop.run_single("a", agent)
-        assert result.status is Status.TIMEOUT, agent
-        assert result.error == "Timeout after 1s"
-        assert isinstance(result.exception, InvocationTimeout)
-        assert isinstance(result.exception.__cause__, cause)
+async def fails_in_a_group() -> None:
+    async with anyio.create_task_group() as group:
+        group.start_soon(fails_in_its_cleanup)
+        await anyio.sleep_forever()
+
+
+CONVERTERS = [(wraps, ConnectionError), (fails_in_its_cleanup, OSError), (fails_in_a_group, Exception)]
+
+
+@pytest.mark.parametrize(("agent", "cause"), CONVERTERS)
+async def test_error_made_out_of_our_time_out_is_a_time_out_chained_to_it(agent: Any, cause: Any) -> None:
+    result = await make_loop(timeout_seconds=1).run_single("a", agent)
+    assert (result.status, result.error) == (Status.TIMEOUT, "Timeout after 1s")
+    assert isinstance(result.exception, InvocationTimeout)
+    assert isinstance(result.exception.__cause__, cause)
 
 
 async def test_result_that_was_ready_is_kept() -> None:
@@ -304,145 +240,99 @@ async def test_exception_group_of_the_agent_stays_what_it_is() -> None:
         async with anyio.create_task_group():
             raise KeyError("k")
 
-    result = await AgentLoop(LoopConfig(max_retries=0)).run_single("a", agent)
+    result = await make_loop().run_single("a", agent)
     assert result.status is Status.ERROR
     assert pytest.RaisesGroup(KeyError).matches(result.exception)
 
 
 async def test_stray_cancellation_is_one_cancelled_result() -> None:
-    async def agent() -> None:
-        raise anyio.get_cancelled_exc_class()("stray") if is_asyncio() else await stored_cancellation()
-
-    result = await AgentLoop().run_single("a", agent)
+    stray = await stray_cancellation()
+    result = await AgentLoop().run_single("a", FakeAgent(stray))
     assert result.status is Status.CANCELLED
     assert result.retries == 0
     assert isinstance(result.exception, InvocationCancelled)
-    assert isinstance(result.exception.__cause__, anyio.get_cancelled_exc_class())
-
-
-def is_asyncio() -> bool:
-    return anyio.get_cancelled_exc_class() is asyncio.CancelledError
-
-
-async def stored_cancellation() -> BaseException:
-    """Return a cancellation that has been caught, and is over."""
-    stored: BaseException | None = None
-    with anyio.CancelScope() as scope:
-        scope.cancel()
-        try:
-            await checkpoint()
-        except BaseException as exc:
-            stored = exc
-            raise
-
-    assert stored is not None
-    return stored
+    assert result.exception.__cause__ is stray
 
 
 async def test_stray_cancellation_in_a_group_with_errors_is_an_error() -> None:
-    cancellation = asyncio.CancelledError() if is_asyncio() else await stored_cancellation()
-
-    async def agent() -> None:
-        raise BaseExceptionGroup("mixed", [cancellation, ValueError("v")])
-
-    result = await AgentLoop(LoopConfig(max_retries=0)).run_single("a", agent)
+    mixed = BaseExceptionGroup("mixed", [await stray_cancellation(), ValueError("v")])
+    result = await make_loop().run_single("a", FakeAgent(mixed))
     assert result.status is Status.ERROR
     assert pytest.RaisesGroup(ValueError).matches(result.exception)
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
 async def test_interrupts_propagate_and_leave_nothing(kind: type[BaseException]) -> None:
-    async def agent() -> None:
-        await checkpoint()
-        raise kind
-
-    async def raises_a_group() -> None:
-        raise BaseExceptionGroup("mixed", [ValueError(), kind()])
-
     loop = AgentLoop()
     with pytest.raises(kind):
-        await loop.run_single("a", agent)
+        await loop.run_single("a", FakeAgent(kind))
 
     with pytest.RaisesGroup(ValueError, kind):
-        await loop.run_single("a", raises_a_group)
+        await loop.run_single("a", FakeAgent(BaseExceptionGroup("mixed", [ValueError(), kind()])))
 
     assert loop.metrics.snapshot().counts[Status.CANCELLED] == 2
 
 
 async def test_total_time_out_covers_attempts_and_waits() -> None:
-    loop = AgentLoop(
-        LoopConfig(
-            total_timeout_seconds=5, timeout_seconds=2, backoff=Backoff(initial_seconds=1, jitter="none")
-        )
-    )
     start = anyio.current_time()
-    result = await loop.run_single("a", Flaky(seconds=10))
+    loop = make_loop(max_retries=3, total_timeout_seconds=5, timeout_seconds=2)
+    result = await loop.run_single("a", SLOW)
     assert anyio.current_time() - start == pytest.approx(5)
     assert (result.status, result.retries) == (Status.TIMEOUT, 1)
     assert result.error == "Timeout after 5s in total"
 
 
-async def test_wait_beyond_the_total_time_out_is_not_begun() -> None:
-    config = LoopConfig(total_timeout_seconds=5, backoff=Backoff(initial_seconds=6, jitter="none"))
+@pytest.mark.parametrize(
+    ("total", "deadline", "note"), [(5, 9, "total_timeout_seconds=5"), (None, 5, "the caller's deadline")]
+)
+async def test_wait_beyond_the_nearest_deadline_is_not_begun(
+    total: float | None, deadline: float, note: str
+) -> None:
+    config = LoopConfig(total_timeout_seconds=total, backoff=Backoff(initial_seconds=6, jitter="none"))
     start = anyio.current_time()
-    result = await AgentLoop(config).run_single("a", Flaky(OSError("x")))
+    with anyio.fail_after(deadline):
+        result = await AgentLoop(config).run_single("a", FakeAgent(OSError("x")))
+
     assert anyio.current_time() == start
     assert (result.status, result.error, result.retries) == (Status.ERROR, "OSError: x", 0)
     assert result.exception is not None
-    assert "total_timeout_seconds=5" in result.exception.__notes__[0]
+    assert note in result.exception.__notes__[0]
 
 
-async def test_wait_beyond_the_callers_deadline_is_not_begun() -> None:
-    loop = AgentLoop(LoopConfig(backoff=Backoff(initial_seconds=10, jitter="none")))
-    with anyio.fail_after(5):
-        result = await loop.run_single("a", Flaky(OSError("x")))
-
-    assert result.error == "OSError: x"
-    assert result.exception is not None
-    assert "the caller's deadline" in result.exception.__notes__[0]
-
-
-async def test_total_time_out_ends_the_wait_for_a_slot() -> None:
-    loop = AgentLoop(
-        LoopConfig(
-            max_concurrency=1, total_timeout_seconds=5, backoff=Backoff(initial_seconds=1, jitter="none")
-        )
-    )
+@pytest.mark.parametrize("verb", ["run_single", "run_all"])
+async def test_total_time_out_ends_the_wait_for_a_slot(verb: str) -> None:
+    loop = make_loop(max_retries=1, max_concurrency=1, total_timeout_seconds=5)
     results: list[Any] = []
-
-    async def first() -> None:
-        results.append(await loop.run_single("a", Flaky(OSError("x"))))
-
     async with anyio.create_task_group() as group:
-        group.start_soon(first)
+        group.start_soon(run_into, results, verb, loop, [Invocation("a", FakeAgent(OSError("x")))])
         await anyio.sleep(0.5)
         await loop.with_config(total_timeout_seconds=None).run_single("b", anyio.sleep, 20)
 
-    assert results[0].status is Status.TIMEOUT
+    assert (results[0].status, results[0].error) == (Status.TIMEOUT, "Timeout after 5s in total")
     assert results[0].latency_ms == pytest.approx(5000)
     assert isinstance(results[0].exception.__cause__, OSError)
     assert results[0].retries == 0
 
 
-async def test_classify_that_fails_makes_the_failure_permanent_and_says_so() -> None:
-    def broken(exc: Exception) -> Verdict:
-        raise RuntimeError("in classify")
-
-    for classify in (broken, lambda _: None):
-        agent = Flaky(OSError("x"))
-        result = await AgentLoop(LoopConfig(classify=classify)).run_single("a", agent)
-        assert (result.error, len(agent.calls)) == ("OSError: x", 1)
-        assert result.exception is not None
-        assert "classify failed" in result.exception.__notes__[0]
+async def test_classify_that_gives_no_verdict_makes_the_failure_permanent_and_says_so() -> None:
+    agent = FakeAgent(OSError("x"))
+    result = await AgentLoop(LoopConfig(classify=lambda _: None)).run_single("a", agent)
+    assert (result.error, len(agent.calls)) == ("OSError: x", 1)
+    assert result.exception is not None
+    assert "classify failed" in result.exception.__notes__[0]
 
 
-async def test_notes_are_not_repeated_on_a_shared_exception() -> None:
-    error = HttpError(429, retry_after="1000")
-    loop = AgentLoop()
+async def test_too_long_a_retry_after_fails_at_once_and_says_so_once() -> None:
+    start = anyio.current_time()
+    agent = FakeAgent(FakeHTTPError(429, 301))
     for _ in range(3):
-        await loop.run_single("a", Flaky(error))
+        result = await AgentLoop().run_single("a", agent)
+        assert (result.status, result.retries) == (Status.ERROR, 0)
+        assert result.exception is not None
+        [note] = result.exception.__notes__
+        assert "301s, which is more than max_retry_after_seconds=300" in note
 
-    assert len(error.__notes__) == 1
+    assert anyio.current_time() == start
 
 
 async def test_queue_time_is_the_wait_for_the_first_slot() -> None:
@@ -476,9 +366,9 @@ async def test_slots_are_granted_first_come_first_served() -> None:
 
 
 async def test_invocation_that_waits_to_retry_holds_no_slot() -> None:
-    loop = AgentLoop(LoopConfig(max_concurrency=1, backoff=Backoff(initial_seconds=20, jitter="none")))
+    loop = make_loop(max_retries=1, max_concurrency=1, backoff=Backoff(initial_seconds=20, jitter="none"))
     async with anyio.create_task_group() as group:
-        group.start_soon(loop.run_single, "flaky", Flaky(OSError()))
+        group.start_soon(loop.run_single, "flaky", FakeAgent(OSError(), Reply()))
         await anyio.wait_all_tasks_blocked()
         now = loop.statistics()
         assert (now.running, now.waiting) == (0, 1)
@@ -487,9 +377,6 @@ async def test_invocation_that_waits_to_retry_holds_no_slot() -> None:
 
 
 async def test_every_call_reaches_a_checkpoint() -> None:
-    async def never_waits() -> int:
-        return 1
-
     loop, turns = AgentLoop(), 0
 
     async def other() -> None:
@@ -501,7 +388,7 @@ async def test_every_call_reaches_a_checkpoint() -> None:
     async with anyio.create_task_group() as group:
         group.start_soon(other)
         for _ in range(10):
-            await loop.run_single("a", never_waits)
+            await loop.run_single("a", nothing)
 
         group.cancel_scope.cancel()
 
@@ -509,7 +396,7 @@ async def test_every_call_reaches_a_checkpoint() -> None:
 
 
 async def test_nothing_starts_in_a_cancelled_scope() -> None:
-    agent = Flaky()
+    agent = FakeAgent(Reply())
     with anyio.CancelScope() as scope:
         scope.cancel()
         await AgentLoop().run_single("a", agent)
@@ -519,61 +406,30 @@ async def test_nothing_starts_in_a_cancelled_scope() -> None:
 
 
 async def test_cancelling_the_caller_cancels_the_agent_and_propagates() -> None:
-    cleaned = False
-
-    async def agent() -> None:
-        nonlocal cleaned
-        try:
-            await anyio.sleep_forever()
-        finally:
-            cleaned = True
-
-    loop = AgentLoop()
+    loop, agent = AgentLoop(), FakeAgent(Stall())
     with anyio.move_on_after(1) as scope:
         await loop.run_single("a", agent)
 
     assert scope.cancelled_caught
-    assert cleaned
+    assert [call.cancelled for call in agent.calls] == [True]
     assert loop.metrics.snapshot().counts[Status.CANCELLED] == 1
 
 
-async def test_error_made_out_of_the_callers_cancellation_is_that_cancellation() -> None:
-    async def agent() -> None:
-        try:
-            await anyio.sleep_forever()
-        except BaseException as exc:
-            raise ConnectionError from exc
-
-    calls = 0
+@pytest.mark.parametrize(("agent", "cause"), CONVERTERS)
+async def test_error_made_out_of_the_callers_cancellation_is_that_cancellation(
+    agent: Any, cause: Any
+) -> None:
+    judged: list[Exception] = []
 
     def classify(exc: Exception) -> Verdict:
-        nonlocal calls
-        calls += 1
+        judged.append(exc)
         return Verdict(VerdictKind.TRANSIENT)
 
     with anyio.move_on_after(1) as scope:
         await AgentLoop(LoopConfig(classify=classify)).run_single("a", agent)
 
     assert scope.cancelled_caught
-    assert calls == 0
-
-
-async def test_group_of_cancellation_and_error_under_the_callers_cancellation_is_that_cancellation() -> None:
-    async def agent() -> None:
-        async def child() -> None:
-            try:
-                await anyio.sleep_forever()
-            finally:
-                raise ValueError
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(child)
-            await anyio.sleep_forever()
-
-    with anyio.move_on_after(1) as scope:
-        await AgentLoop().run_single("a", agent)
-
-    assert scope.cancelled_caught
+    assert not judged
 
 
 async def test_more_at_once_than_scopes_are_kept_for() -> None:
