@@ -157,7 +157,7 @@ async def run_stream(loop: AgentLoop, agent: Callable[..., Any], *args: Any) -> 
     return chunks, error, stream.result
 
 
-def run_scheduled(backend: Any, seed: int, main: Callable[..., Any], *args: Any) -> Any:
-    """Run a function in an event loop of its own, whose schedule the seed decides."""
+def run_scheduled(backend: Any, seed: int | None, main: Callable[..., Any], *args: Any) -> Any:
+    """Run a function in an event loop of its own, whose schedule the seed decides, if there is one."""
     name, options = virtual_clock(backend, seed=seed)
     return anyio.run(main, *args, backend=name, backend_options=options)

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from typing import Any, assert_never
+from contextlib import nullcontext
+from typing import Any
 
 import anyio
 import pytest
+from agents import (
+    backends,
+    count,
+    count_at_once,
+    double,
+    entered_or_not,
+    make_loop,
+    one_a_second,
+    run_into,
+    run_scheduled,
+    within,
+)
 from anyio.lowlevel import checkpoint
 
 from agentloop import (
     AgentLoop,
-    Backoff,
     BatchStopped,
     ChunkEvent,
     FirstChunkTimeout,
@@ -26,59 +38,25 @@ from agentloop import (
     Status,
 )
 from agentloop._stream.channel import BUFFER
-from agentloop.testing import virtual_clock
-
-PLAIN = Backoff(initial_seconds=1, jitter="none")
-
-
-async def count(upto: int) -> AsyncGenerator[int]:
-    for i in range(upto):
-        await checkpoint()
-        yield i
-
-
-async def count_at_once(upto: int) -> AsyncGenerator[int]:
-    for i in range(upto):
-        yield i
-
-
-async def one_a_second(upto: int) -> AsyncGenerator[int]:
-    for i in range(upto):
-        await anyio.sleep(1)
-        yield i
-
-
-class Unauthorized(Exception):
-    status_code = 401
-
-
-def make_loop(**settings: Any) -> AgentLoop:
-    return AgentLoop(LoopConfig(**{"max_retries": 0, "backoff": PLAIN, **settings}))
-
-
-async def read(events: Any) -> tuple[dict[int, list[Any]], dict[int, Any]]:
-    """Read all events, and return chunks and result by index; check that no chunk follows its result."""
-    chunks: dict[int, list[Any]] = {}
-    results: dict[int, Any] = {}
-    async for event in events:
-        match event:
-            case ChunkEvent(invocation, chunk, index):
-                assert isinstance(invocation, Invocation)
-                assert index not in results
-                chunks.setdefault(index, []).append(chunk)
-            case ResultEvent(invocation, result):
-                assert isinstance(invocation, Invocation)
-                assert result.index not in results
-                results[result.index] = result
-            case _:
-                assert_never(event)
-
-    return chunks, results
+from agentloop.testing import Chunks, Fail, FakeAgent, FakeHTTPError, Stall
 
 
 async def run(loop: AgentLoop, inputs: Any) -> tuple[dict[int, list[Any]], dict[int, Any]]:
+    """Return chunks and results by the index of their stream; check that no chunk follows a result."""
+    chunks: dict[int, list[Any]] = {}
+    results: dict[int, Any] = {}
     async with loop.stream_all(inputs) as events:
-        return await read(events)
+        async for event in events:
+            assert isinstance(event.invocation, Invocation)
+            if isinstance(event, ChunkEvent):
+                assert event.index not in results
+                chunks.setdefault(event.index, []).append(event.chunk)
+            else:
+                assert isinstance(event, ResultEvent)
+                assert event.result.index not in results
+                results[event.result.index] = event.result
+
+    return chunks, results
 
 
 # -- events
@@ -96,28 +74,26 @@ async def test_each_stream_is_whole_and_in_order_and_then_has_its_result(agent: 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@backends
 def test_events_hold_their_order_in_any_schedule(backend: Any) -> None:
+    async def main(seed: int) -> None:
+        async def agent(x: int) -> AsyncGenerator[tuple[int, int]]:
+            for i in range(x):
+                if (x + i + seed) % 3:
+                    await anyio.sleep((x * i + seed) % 5)
+
+                yield x, i
+
+            if x % 2:
+                raise OSError(x)
+
+        loop = make_loop(max_concurrency=1 + seed % 4)
+        chunks, results = await run(loop, Invocation.map(agent, range(25)))
+        assert chunks == {x: [(x, i) for i in range(x)] for x in range(1, 25)}
+        assert [results[x].success for x in range(25)] == [x % 2 == 0 for x in range(25)]
+
     for seed in range(20):
-        name, options = virtual_clock(backend, seed=seed)
-
-        async def main(seed: int = seed) -> None:
-            async def agent(x: int) -> AsyncGenerator[tuple[int, int]]:
-                for i in range(x):
-                    if (x + i + seed) % 3:
-                        await anyio.sleep((x * i + seed) % 5)
-
-                    yield x, i
-
-                if x % 2:
-                    raise OSError(x)
-
-            loop = make_loop(max_concurrency=1 + seed % 4)
-            chunks, results = await run(loop, Invocation.map(agent, range(25)))
-            assert chunks == {x: [(x, i) for i in range(x)] for x in range(1, 25)}
-            assert [results[x].success for x in range(25)] == [x % 2 == 0 for x in range(25)]
-
-        anyio.run(main, backend=name, backend_options=options)
+        run_scheduled(backend, seed, main, seed)
 
 
 async def test_events_are_values_that_say_whose_they_are() -> None:
@@ -197,10 +173,7 @@ async def test_what_is_no_batch_is_refused(bad: Any) -> None:
 
 
 async def test_function_that_gives_no_async_iterable_fails_alone() -> None:
-    async def coroutine(x: int) -> int:
-        return x
-
-    inputs = [Invocation("a", coroutine, (1,)), Invocation("b", count, (2,))]
+    inputs = [Invocation("a", double, (1,)), Invocation("b", count, (2,))]
     chunks, results = await run(make_loop(max_retries=3), inputs)
     assert chunks == {1: [0, 1]}
     assert "cannot iterate over: pass an async generator function" in results[0].error
@@ -222,20 +195,9 @@ async def test_iterating_without_async_with_says_what_to_write() -> None:
 
 
 async def test_no_more_streams_than_the_limit_run_and_all_of_it_is_used() -> None:
-    running = peak = 0
-
-    async def agent(x: int) -> AsyncGenerator[int]:
-        nonlocal running, peak
-        running += 1
-        peak = max(peak, running)
-        for i in range(x):
-            await anyio.sleep(1)
-            yield i
-
-        running -= 1
-
+    agent = FakeAgent(Chunks(range(9), gap_seconds=1))
     await run(make_loop(max_concurrency=3), Invocation.map(agent, range(12)))
-    assert peak == 3
+    assert agent.peak == 3
 
 
 async def test_all_streams_together_are_no_more_than_the_buffer_ahead() -> None:
@@ -316,43 +278,25 @@ async def test_failed_stream_leaves_its_siblings_running() -> None:
 
 
 async def test_time_outs_are_those_of_each_stream() -> None:
-    async def agent(name: str) -> AsyncGenerator[str]:
-        if name == "first":
-            await anyio.sleep_forever()
-
-        yield name
-        if name == "idle":
-            await anyio.sleep_forever()
-
-        while True:
-            await anyio.sleep(1)
-            yield name
-
+    scripts = Chunks(then=Stall()), Chunks([0], then=Stall()), Chunks(range(99), gap_seconds=1)
     loop = make_loop(first_chunk_timeout_seconds=2, idle_timeout_seconds=3, timeout_seconds=10.5)
-    chunks, results = await run(loop, Invocation.map(agent, ["first", "idle", "long"]))
-    assert [type(results[x].exception) for x in range(3)] == [
-        FirstChunkTimeout,
-        IdleTimeout,
-        InvocationTimeout,
-    ]
+    chunks, results = await run(loop, [Invocation("a", FakeAgent(script)) for script in scripts])
+    kinds = [FirstChunkTimeout, IdleTimeout, InvocationTimeout]
+    assert [type(results[x].exception) for x in range(3)] == kinds
     assert [len(chunks.get(x, [])) for x in range(3)] == [0, 1, 11]
 
 
 async def test_failure_before_the_first_chunk_is_retried_and_none_after_it() -> None:
-    calls = Counter[int]()
-
-    async def agent(x: int) -> AsyncGenerator[int]:
-        calls[x] += 1
-        if x == 0 and calls[x] < 3:
-            raise OSError
-
-        yield x
-        if x == 1:
-            raise OSError
-
-    chunks, results = await run(make_loop(max_retries=3), Invocation.map(agent, range(3)))
-    assert chunks == {0: [0], 1: [1], 2: [2]}
-    assert calls == {0: 3, 1: 1, 2: 1}
+    agents = [
+        FakeAgent(OSError(), OSError(), Chunks(["a"])),
+        FakeAgent(Chunks(["b"], then=OSError)),
+        FakeAgent(Chunks(["c"])),
+    ]
+    loop = make_loop(max_retries=3, max_concurrency=1)
+    chunks, results = await run(loop, [Invocation("a", agent) for agent in agents])
+    # Its slot is not held meanwhile.
+    assert [*chunks.items()] == [(1, ["b"]), (2, ["c"]), (0, ["a"])]
+    assert [len(agent.calls) for agent in agents] == [3, 1, 1]
     assert [(results[x].status, results[x].retries) for x in range(3)] == [
         (Status.SUCCESS, 2),
         (Status.ERROR, 0),
@@ -360,36 +304,17 @@ async def test_failure_before_the_first_chunk_is_retried_and_none_after_it() -> 
     ]
 
 
-async def test_stream_that_waits_to_be_retried_holds_no_slot() -> None:
-    calls = 0
-
-    async def agent(x: int) -> AsyncGenerator[int]:
-        nonlocal calls
-        calls += 1
-        if calls == 1:
-            raise OSError
-
-        yield x
-
-    async with make_loop(max_retries=1, max_concurrency=1).stream_all(
-        Invocation.map(agent, range(3))
-    ) as events:
-        order = [event.index async for event in events if isinstance(event, ChunkEvent)]
-
-    assert order == [1, 2, 0]
-
-
 async def test_fatal_verdict_starts_nothing_new_and_what_runs_finishes() -> None:
     async def agent(x: int) -> AsyncGenerator[int]:
         yield x
         await anyio.sleep(1 + x)
         if x == 0:
-            raise Unauthorized
+            raise FakeHTTPError(401)
 
         yield x
 
     seen: list[Any] = []
-    with pytest.raises(BatchStopped, match="'agent-0' failed with Unauthorized"):
+    with pytest.raises(BatchStopped, match="'agent-0' failed with FakeHTTPError"):
         async with make_loop(max_concurrency=2).stream_all(Invocation.map(agent, range(9))) as events:
             async for event in events:
                 seen.append(event)
@@ -430,23 +355,13 @@ async def test_input_that_is_none_is_refused_when_it_is_met() -> None:
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("entered", [False, True])
-async def test_what_is_no_error_of_an_agents_leaves_the_block(kind: Any, entered: bool) -> None:
-    async def agent(x: int) -> AsyncGenerator[int]:
-        yield x
-        await anyio.sleep(1)
-        if x == 1:
-            raise kind
-
-        await anyio.sleep_forever()
-
-    loop = make_loop()
+@entered_or_not
+async def test_interrupt_propagates_out_of_the_block(kind: Any, entered: bool) -> None:
+    loop, stalls = make_loop(), Invocation("a", FakeAgent(Chunks([0], then=Stall())))
+    interrupts = Invocation("b", FakeAgent(Chunks([0], then=Fail(kind, after_seconds=1))))
     with pytest.raises(kind):
-        if entered:
-            async with loop:
-                await run(loop, Invocation.map(agent, range(3)))
-        else:
-            await run(loop, Invocation.map(agent, range(3)))
+        async with within(loop, entered):
+            await run(loop, [stalls, interrupts, stalls])
 
     assert loop.metrics.snapshot().counts[Status.CANCELLED] == 3
 
@@ -454,7 +369,7 @@ async def test_what_is_no_error_of_an_agents_leaves_the_block(kind: Any, entered
 # -- ends
 
 
-@pytest.mark.parametrize("entered", [False, True])
+@entered_or_not
 @pytest.mark.parametrize("how", ["leave", "raise", "cancel"])
 async def test_leaving_early_closes_every_generator(how: str, entered: bool) -> None:
     opened = closed = 0
@@ -474,50 +389,35 @@ async def test_leaving_early_closes_every_generator(how: str, entered: bool) -> 
             await anyio.sleep(0) if x % 2 == 0 else None
             closed += 1
 
-    async def body() -> None:
-        async with loop.stream_all(Invocation.map(agent, range(10))) as events:
-            for _ in range(5):
-                await anext(events)
-
-            await anyio.sleep(2)
-            if how == "raise":
-                raise KeyError
-
-            if how == "cancel":
-                await anyio.sleep_forever()
-
     loop = make_loop(max_concurrency=4)
-    if entered:
-        await loop.__aenter__()
+    async with within(loop, entered):
+        raises = pytest.raises(KeyError) if how == "raise" else nullcontext()
+        with anyio.move_on_after(5) as scope, raises:
+            async with loop.stream_all(Invocation.map(agent, range(10))) as events:
+                for _ in range(5):
+                    await anext(events)
 
-    with anyio.move_on_after(5) as scope:
-        if how == "raise":
-            with pytest.raises(KeyError):
-                await body()
-        else:
-            await body()
+                await anyio.sleep(2)
+                if how == "raise":
+                    raise KeyError
 
-    assert scope.cancelled_caught == (how == "cancel")
-    assert opened == closed == 4
-    assert loop.metrics.snapshot().counts[Status.CANCELLED] == 4
-    if entered:
-        await loop.__aexit__(None, None, None)
+                if how == "cancel":
+                    await anyio.sleep_forever()
+
+        assert scope.cancelled_caught == (how == "cancel")
+        assert opened == closed == 4
+        assert loop.metrics.snapshot().counts[Status.CANCELLED] == 4
 
 
-@pytest.mark.parametrize("entered", [False, True])
+@entered_or_not
 async def test_what_was_left_early_does_not_look_complete(entered: bool) -> None:
     loop = make_loop()
-    if entered:
-        await loop.__aenter__()
+    async with within(loop, entered):
+        async with loop.stream_all(Invocation.map(one_a_second, [5, 5])) as events:
+            await anext(events)
 
-    async with loop.stream_all(Invocation.map(one_a_second, [5, 5])) as events:
-        await anext(events)
-
-    with pytest.raises(BatchStopped, match="the block that reads the results was left"):
-        await anext(events)
-
-    if entered:
-        await loop.__aexit__(None, None, None)
+        with pytest.raises(BatchStopped, match="the block that reads the results was left"):
+            await anext(events)
 
 
 async def test_cancellation_while_waiting_for_an_event_loses_none() -> None:
@@ -567,14 +467,10 @@ async def test_agents_that_yield_in_scopes_of_their_own_can_be_left(scope: str) 
 # -- nested use
 
 
-@pytest.mark.parametrize("entered", [False, True])
+@entered_or_not
 @pytest.mark.parametrize("agent", [count, count_at_once, one_a_second])
 async def test_agent_fans_in_and_runs_others_between_events_at_limit_1(agent: Any, entered: bool) -> None:
     loop = make_loop(max_concurrency=1, timeout_seconds=None)
-
-    async def double(x: int) -> int:
-        await checkpoint()
-        return 2 * x
 
     async def parent() -> int:
         total = 0
@@ -585,15 +481,11 @@ async def test_agent_fans_in_and_runs_others_between_events_at_limit_1(agent: An
 
         return total
 
-    if entered:
-        await loop.__aenter__()
-
-    with anyio.fail_after(1000):
-        result = await loop.run_single("a", parent)
+    async with within(loop, entered):
+        with anyio.fail_after(1000):
+            result = await loop.run_single("a", parent)
 
     assert result.unwrap() == 2 * 3 * sum(range(40))
-    if entered:
-        await loop.__aexit__(None, None, None)
 
 
 # -- in an entered loop
@@ -623,11 +515,8 @@ async def test_leaving_the_loop_by_an_exception_gives_each_stream_its_result() -
     results: list[Any] = []
 
     async def go() -> None:
-        async with loop.stream_all(Invocation.map(one_a_second, [50] * 5)) as events:
-            with pytest.raises(BatchStopped, match="the loop was left by KeyError"):
-                async for event in events:
-                    if isinstance(event, ResultEvent):
-                        results.append(event.result)
+        with pytest.raises(BatchStopped, match="the loop was left by KeyError"):
+            await run_into(results, "stream_all", loop, Invocation.map(one_a_second, [50] * 5))
 
     async with anyio.create_task_group() as group:
         with pytest.raises(KeyError):
@@ -668,27 +557,13 @@ async def test_stream_that_leaves_a_scope_open_is_an_error_and_costs_the_others_
         yield 1
         anyio.CancelScope().__enter__()
 
-    async def fine() -> AsyncGenerator[int]:
-        yield 1
-        await anyio.sleep(1)
-        yield 2
-
-    loop = AgentLoop(LoopConfig(max_concurrency=2))
-    streams = [Invocation("a", forgetful), *[Invocation("b", fine)] * 5]
-    chunks, results = [], []
-    async with loop.stream_all(streams) as events:
-        async for event in events:
-            if isinstance(event, ChunkEvent):
-                chunks.append(event.chunk)
-            else:
-                results.append(event.result)
-
-    assert sorted(chunks) == [1] * 6 + [2] * 5
-    by_index = sorted(results, key=lambda result: result.index)
-    assert [result.status for result in by_index] == [Status.ERROR] + [Status.SUCCESS] * 5
-    assert isinstance(by_index[0].exception, LeftOpenError)
-
+    fine = FakeAgent(Chunks([1, 2], gap_seconds=1))
+    inputs = [Invocation("a", forgetful), *[Invocation("b", fine)] * 5]
+    chunks, results = await run(make_loop(max_concurrency=2), inputs)
+    assert chunks == {0: [1], **{x: [1, 2] for x in range(1, 6)}}
+    assert [results[x].status for x in range(6)] == [Status.ERROR] + [Status.SUCCESS] * 5
+    assert isinstance(results[0].exception, LeftOpenError)
     with pytest.raises(LeftOpenError):
-        async with loop.run_streaming("a", forgetful) as stream:
+        async with make_loop().run_streaming("a", forgetful) as stream:
             async for _ in stream:
                 pass

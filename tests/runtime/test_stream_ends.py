@@ -5,12 +5,24 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import nullcontext
 from typing import Any
 
 import anyio
 import pytest
+from agents import (
+    backends,
+    count,
+    entered_or_not,
+    make_loop,
+    one_a_second,
+    read,
+    run_scheduled,
+    run_stream,
+    stray_cancellation,
+    within,
+)
 from anyio.lowlevel import checkpoint
 from audit import assert_quiet, leak_audit, open_generators
 
@@ -19,45 +31,13 @@ from agentloop import (
     AgentStream,
     Invocation,
     InvocationCancelled,
-    InvocationTimeout,
     LoopClosed,
-    LoopConfig,
     ResultEvent,
     Status,
 )
 from agentloop._stream.channel import BUFFER, PATIENCE_SECONDS
 from agentloop._stream.stream_attempt import ADVANCES, CLOSE_SECONDS
-from agentloop.testing import virtual_clock
-
-backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
-both = pytest.mark.parametrize("entered", [False, True])
-
-
-async def count(upto: int) -> AsyncGenerator[int]:
-    for i in range(upto):
-        await checkpoint()
-        yield i
-
-
-async def one_a_second(upto: int) -> AsyncGenerator[int]:
-    for i in range(upto):
-        await anyio.sleep(1)
-        yield i
-
-
-def make_loop(**settings: Any) -> AgentLoop:
-    return AgentLoop(LoopConfig(**{"max_retries": 0, "timeout_seconds": None, **settings}))
-
-
-async def within(loop: AgentLoop, entered: bool, body: Callable[[], Any]) -> None:
-    if entered:
-        async with loop:
-            await body()
-    else:
-        await body()
-
-
-# -- generators that take their time, or do not want to
+from agentloop.testing import Chunks, FakeAgent, Stall
 
 
 class Agent:
@@ -66,25 +46,54 @@ class Agent:
     def __init__(self) -> None:
         self.story: list[str] = []
 
-    async def closes_slowly(self) -> AsyncGenerator[int]:
+    async def numbers(self) -> AsyncGenerator[int]:
         try:
             for i in range(100):
                 yield i
         finally:
-            await anyio.sleep(2)
-            self.story.append("closed")
+            await self.close()
 
-    async def refuses_to_close(self) -> AsyncGenerator[int]:
+    async def number(self) -> AsyncGenerator[int]:
         try:
-            for i in range(100):
-                yield i
+            yield 0
+            await anyio.sleep_forever()
         finally:
-            try:
-                await anyio.sleep_forever()
-            finally:
-                self.story.append("closed")
+            await self.close()
 
-    async def yields_in_its_finally(self) -> AsyncGenerator[int]:
+    async def close(self) -> None:
+        self.story.append("closed")
+
+
+class ClosesSlowly(Agent):
+    async def close(self) -> None:
+        await anyio.sleep(2)
+        await super().close()
+
+
+class RefusesToClose(Agent):
+    async def close(self) -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            await super().close()
+
+
+class ShieldsItsClosing(Agent):
+    async def close(self) -> None:
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(2 * CLOSE_SECONDS)
+
+        await super().close()
+
+
+class FailsToClose(Agent):
+    async def close(self) -> None:
+        await super().close()
+        raise OSError("cleanup")
+
+
+class YieldsWhileItCloses(Agent):
+    async def numbers(self) -> AsyncGenerator[int]:
         try:
             for i in range(100):
                 yield i
@@ -94,71 +103,31 @@ class Agent:
             finally:
                 self.story.append("closed")
 
-    async def shields_its_finally(self) -> AsyncGenerator[int]:
-        try:
-            for i in range(100):
-                yield i
-        finally:
-            with anyio.CancelScope(shield=True):
-                await anyio.sleep(2 * CLOSE_SECONDS)
 
-            self.story.append("closed")
-
-    async def shields_its_finally_while_it_waits(self) -> AsyncGenerator[int]:
-        try:
-            yield 0
-            await anyio.sleep_forever()
-        finally:
-            with anyio.CancelScope(shield=True):
-                await anyio.sleep(2 * CLOSE_SECONDS)
-
-            self.story.append("closed")
-
-    async def fails_to_close(self) -> AsyncGenerator[int]:
-        try:
-            for i in range(100):
-                yield i
-        finally:
-            self.story.append("closed")
-            raise OSError("cleanup")
-
-    async def fails_to_close_while_it_waits(self) -> AsyncGenerator[int]:
-        try:
-            yield 0
-            await anyio.sleep_forever()
-        finally:
-            self.story.append("closed")
-            raise OSError("cleanup")
-
-    async def catches_everything(self) -> AsyncGenerator[int]:
-        try:
-            yield 0
-            await anyio.sleep_forever()
-        except BaseException:
-            self.story.append("closed")
+# -- generators that take their time, or do not want to
 
 
-ENDS: list[tuple[Any, float, Any]] = [
-    (Agent.closes_slowly, 2, None),
-    (Agent.refuses_to_close, CLOSE_SECONDS, TimeoutError),
-    (Agent.yields_in_its_finally, 0, RuntimeError),
-    (Agent.shields_its_finally, 2 * CLOSE_SECONDS, None),
-    (Agent.shields_its_finally_while_it_waits, 2 * CLOSE_SECONDS, None),
-    (Agent.fails_to_close, 0, OSError),
-    (Agent.fails_to_close_while_it_waits, 0, OSError),
-]
-
-
-@both
+@entered_or_not
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("how", ["leave", "raise", "cancel"])
-@pytest.mark.parametrize(("method", "seconds", "cause"), ENDS)
+@pytest.mark.parametrize(
+    ("kind", "yields", "seconds", "cause"),
+    [
+        (ClosesSlowly, "numbers", 2, None),
+        (RefusesToClose, "numbers", CLOSE_SECONDS, TimeoutError),
+        (YieldsWhileItCloses, "numbers", 0, RuntimeError),
+        (ShieldsItsClosing, "numbers", 2 * CLOSE_SECONDS, None),
+        (ShieldsItsClosing, "number", 2 * CLOSE_SECONDS, None),
+        (FailsToClose, "numbers", 0, OSError),
+        (FailsToClose, "number", 0, OSError),
+    ],
+)
 async def test_block_ends_when_the_generator_is_closed(
-    method: Any, seconds: float, cause: Any, how: str, nested: bool, entered: bool
+    kind: Any, yields: str, seconds: float, cause: Any, how: str, nested: bool, entered: bool
 ) -> None:
-    agent = Agent()
-    loop = make_loop(max_concurrency=1)
-    stream = loop.run_streaming("a", method, agent)
+    agent = kind()
+    loop = make_loop(max_concurrency=1, timeout_seconds=None)
+    stream = loop.run_streaming("a", getattr(agent, yields))
     took = []
 
     async def read() -> None:
@@ -176,38 +145,26 @@ async def test_block_ends_when_the_generator_is_closed(
             took.append(anyio.current_time() - start)
             assert agent.story == ["closed"]
 
-    async def body() -> None:
-        with anyio.CancelScope() as scope:
-            if how == "cancel":
-                scope.deadline = anyio.current_time() + 1
-
-            try:
+    async with within(loop, entered):
+        with anyio.move_on_after(1 if how == "cancel" else None) as scope:
+            with pytest.raises(ValueError, match="body") if how == "raise" else nullcontext():
                 if nested:
                     (await loop.run_single("reader", read)).unwrap()
                 else:
                     await read()
-            except ValueError:
-                assert how == "raise"
 
         assert scope.cancelled_caught == (how == "cancel")
 
-    await within(loop, entered, body)
     assert took == [pytest.approx(1 + seconds)]
     result = stream.result
     assert result.status is Status.CANCELLED
     assert isinstance(result.exception, InvocationCancelled)
+    assert str(result.exception) == "the block that reads the stream was left" or nested
+    cause_text = "the agent's generator took longer than 5s to close"
     assert type(result.exception.__cause__) is (cause or type(None))
+    assert cause is not TimeoutError or str(result.exception.__cause__) == cause_text
     assert loop.metrics.snapshot().counts[Status.CANCELLED] == (2 if nested and how == "cancel" else 1)
     assert loop.metrics.snapshot().counts[Status.ERROR] == (1 if nested and how == "raise" else 0)
-
-
-async def test_refusal_to_close_is_told_by_its_cause() -> None:
-    async with make_loop().run_streaming("a", Agent().refuses_to_close) as stream:
-        await anyio.sleep(1)
-
-    assert stream.result.exception is not None
-    assert str(stream.result.exception) == "the block that reads the stream was left"
-    assert str(stream.result.exception.__cause__) == "the agent's generator took longer than 5s to close"
 
 
 async def test_generator_that_yields_for_ever_instead_of_closing_is_given_up() -> None:
@@ -239,14 +196,7 @@ async def test_generator_that_yields_for_ever_instead_of_closing_is_given_up() -
 
 
 async def test_stray_cancellation_while_a_generator_is_closed_is_no_refusal_to_close() -> None:
-    kept: list[BaseException] = []
-    with anyio.CancelScope() as scope:
-        scope.cancel()
-        try:
-            await checkpoint()
-        except anyio.get_cancelled_exc_class() as exc:
-            kept.append(exc)
-            raise
+    stray = await stray_cancellation()
 
     class Chunks:
         def __aiter__(self) -> Any:
@@ -256,14 +206,13 @@ async def test_stray_cancellation_while_a_generator_is_closed_is_no_refusal_to_c
             raise StopAsyncIteration
 
         async def aclose(self) -> None:
-            raise kept[0]
+            raise stray
 
-    async with make_loop().run_streaming("a", Chunks) as stream:
-        with pytest.raises(InvocationCancelled, match="cancelled from within") as caught:
-            await anext(stream)
-
-    assert caught.value.__cause__ is kept[0]
-    assert stream.result.status is Status.CANCELLED
+    _, error, result = await run_stream(make_loop(), Chunks)
+    assert isinstance(error, InvocationCancelled)
+    assert "cancelled from within" in str(error)
+    assert error.__cause__ is stray
+    assert result.status is Status.CANCELLED
 
 
 async def test_idleness_after_another_time_out_changes_nothing() -> None:
@@ -274,20 +223,23 @@ async def test_idleness_after_another_time_out_changes_nothing() -> None:
 
         await checkpoint()
 
-    async with make_loop(timeout_seconds=2, idle_timeout_seconds=5).run_streaming("a", agent) as stream:
-        assert await anext(stream) == 1
-        with pytest.raises(InvocationTimeout, match="Timeout after 2s"):
-            await anext(stream)
-
-    assert stream.result.status is Status.TIMEOUT
+    chunks, error, result = await run_stream(make_loop(timeout_seconds=2, idle_timeout_seconds=5), agent)
+    assert chunks == [1]
+    assert str(error) == "Timeout after 2s"
+    assert result.status is Status.TIMEOUT
 
 
 async def test_agent_that_catches_its_cancellation_has_ended_well() -> None:
-    agent = Agent()
-    async with make_loop().run_streaming("a", agent.catches_everything) as stream:
+    async def agent() -> AsyncGenerator[int]:
+        yield 0
+        try:
+            await anyio.sleep_forever()
+        except BaseException:
+            pass
+
+    async with make_loop().run_streaming("a", agent) as stream:
         await anyio.sleep(1)
 
-    assert agent.story == ["closed"]
     assert stream.result.status is Status.SUCCESS
 
 
@@ -313,21 +265,21 @@ async def test_agent_that_catches_its_cancellation_and_yields_on_is_closed() -> 
     assert stream.result.status is Status.CANCELLED
 
 
-@both
-async def test_result_that_was_ready_is_not_thrown_away_by_leaving(entered: bool) -> None:
-    async def body() -> None:
-        for size, status in ((BUFFER - 1, Status.SUCCESS), (BUFFER, Status.CANCELLED)):
-            async with loop.run_streaming("a", count, size) as stream:
-                await anyio.wait_all_tasks_blocked()
-
-            assert stream.result.status is status
-            assert stream.result.chunks == size
-
+@entered_or_not
+@pytest.mark.parametrize(("size", "status"), [(BUFFER - 1, Status.SUCCESS), (BUFFER, Status.CANCELLED)])
+async def test_result_that_was_ready_is_not_thrown_away_by_leaving(
+    size: int, status: Status, entered: bool
+) -> None:
     loop = make_loop()
-    await within(loop, entered, body)
+    async with within(loop, entered):
+        async with loop.run_streaming("a", count, size) as stream:
+            await anyio.wait_all_tasks_blocked()
+
+        assert stream.result.status is status
+        assert stream.result.chunks == size
 
 
-@both
+@entered_or_not
 async def test_agent_that_fails_after_its_reader_left_has_its_error_in_the_result(entered: bool) -> None:
     async def converts() -> AsyncGenerator[int]:
         yield 1
@@ -336,20 +288,17 @@ async def test_agent_that_fails_after_its_reader_left_has_its_error_in_the_resul
         except BaseException as exc:
             raise ConnectionError("closed") from exc
 
-    async def body() -> None:
-        async with loop.run_streaming("a", converts) as stream:
-            await anext(stream)
-
-        # An error that was made of our cancellation is that cancellation.
-        assert stream.result.status is Status.CANCELLED
-        assert stream.result.exception is not None
-        assert type(stream.result.exception.__cause__) is ConnectionError
-
     loop = make_loop()
-    await within(loop, entered, body)
+    async with within(loop, entered), loop.run_streaming("a", converts) as stream:
+        await anext(stream)
+
+    # An error that was made of our cancellation is that cancellation.
+    assert stream.result.status is Status.CANCELLED
+    assert stream.result.exception is not None
+    assert type(stream.result.exception.__cause__) is ConnectionError
 
 
-@both
+@entered_or_not
 async def test_chunks_that_were_not_read_are_dropped_with_the_block(entered: bool) -> None:
     class Chunk:
         pass
@@ -358,7 +307,8 @@ async def test_chunks_that_were_not_read_are_dropped_with_the_block(entered: boo
         for _ in range(5):
             yield Chunk()
 
-    async def body() -> None:
+    loop = make_loop()
+    async with within(loop, entered):
         async with loop.run_streaming("a", agent) as stream:
             await anyio.wait_all_tasks_blocked()
 
@@ -367,13 +317,11 @@ async def test_chunks_that_were_not_read_are_dropped_with_the_block(entered: boo
         with pytest.raises(StopAsyncIteration):
             await anext(stream)
 
-    loop = make_loop()
-    await within(loop, entered, body)
 
-
-@both
+@entered_or_not
 async def test_stream_that_was_left_does_not_look_complete(entered: bool) -> None:
-    async def body() -> None:
+    loop = make_loop()
+    async with within(loop, entered):
         async with loop.run_streaming("a", count, 50) as stream:
             await anext(stream)
 
@@ -381,13 +329,11 @@ async def test_stream_that_was_left_does_not_look_complete(entered: bool) -> Non
             with pytest.raises(InvocationCancelled, match="the block that reads the stream was left"):
                 await anext(stream)
 
-    loop = make_loop()
-    await within(loop, entered, body)
 
-
-@both
+@entered_or_not
 async def test_another_scope_of_the_reader_ends_as_it_began(entered: bool) -> None:
-    async def body() -> None:
+    loop = make_loop()
+    async with within(loop, entered):
         with anyio.move_on_after(3) as scope:
             async with loop.run_streaming("a", one_a_second, 50) as stream:
                 async for _ in stream:
@@ -396,9 +342,6 @@ async def test_another_scope_of_the_reader_ends_as_it_began(entered: bool) -> No
         assert scope.cancelled_caught
         assert stream.result.status is Status.CANCELLED
         assert stream.result.chunks in (2, 3)
-
-    loop = make_loop()
-    await within(loop, entered, body)
 
 
 # -- in an entered loop
@@ -624,59 +567,50 @@ async def test_leaving_the_loop_is_patient_with_a_reader_that_is_an_agent() -> N
 
 
 async def test_leaving_the_loop_by_an_exception_cancels_its_streams() -> None:
-    seen: list[BaseException] = []
     loop = make_loop(max_concurrency=2)
-    started = anyio.Event()
     streams = [loop.run_streaming(name, one_a_second, 100) for name in "abc"]
+    errors: list[Any] = []
 
-    async def read(stream: AgentStream[int]) -> None:
+    async def go(stream: AgentStream[int]) -> None:
         async with stream:
-            with pytest.raises(InvocationCancelled, match="the loop was left by KeyError") as caught:
-                async for _ in stream:
-                    started.set()
-
-            seen.append(caught.value)
+            errors.append((await read(stream))[1])
 
     error = KeyError("body")
     async with anyio.create_task_group() as group:
         with pytest.raises(KeyError) as caught:
             async with loop:
                 for stream in streams:
-                    group.start_soon(read, stream)
+                    group.start_soon(go, stream)
 
-                await started.wait()
+                await anyio.sleep(1.5)
                 raise error
 
         assert caught.value is error
 
-    assert len(seen) == 3
-    assert sorted(stream.result.status for stream in streams) == [
-        Status.CANCELLED,
-        Status.CANCELLED,
-        # For which there was no slot.
-        Status.SKIPPED,
-    ]
+    assert [type(each) for each in errors] == [InvocationCancelled] * 3
+    assert all("the loop was left by KeyError" in str(each) for each in errors)
+    # For one of them there was no slot.
+    statuses = sorted(stream.result.status for stream in streams)
+    assert statuses == [Status.CANCELLED, Status.CANCELLED, Status.SKIPPED]
 
 
 async def test_cancelling_the_loop_cancels_its_streams() -> None:
+    loop = make_loop()
+    errors: list[Any] = []
+
+    async def go() -> None:
+        _, error, result = await run_stream(loop, one_a_second, 100)
+        errors.append((type(error), "cancelled" in str(error), result.status))
+
     async with anyio.create_task_group() as group:
-        loop = make_loop()
-        stream = loop.run_streaming("a", one_a_second, 100)
-
-        async def read() -> None:
-            async with stream:
-                with pytest.raises(InvocationCancelled, match="cancelled"):
-                    async for _ in stream:
-                        pass
-
         with anyio.move_on_after(3) as scope:
             async with loop:
-                group.start_soon(read)
+                group.start_soon(go)
                 await anyio.sleep_forever()
 
         assert scope.cancelled_caught
 
-    assert stream.result.status is Status.CANCELLED
+    assert errors == [(InvocationCancelled, True, Status.CANCELLED)]
 
 
 async def test_streams_are_refused_once_the_loop_was_left() -> None:
@@ -695,27 +629,23 @@ async def test_streams_are_refused_once_the_loop_was_left() -> None:
 
 
 async def test_agent_that_runs_while_the_loop_is_left_may_still_stream() -> None:
-    chunks: list[int] = []
     loop = make_loop(max_concurrency=1)
+    streams: list[Any] = []
 
     async def agent() -> None:
         await anyio.sleep(5)
-        async with loop.run_streaming("child", count, 50) as stream:
-            chunks.extend([chunk async for chunk in stream])
+        streams.append(await run_stream(loop, count, 50))
 
     async with anyio.create_task_group() as group:
         async with loop:
             group.start_soon(loop.run_single, "a", agent)
             await anyio.sleep(1)
 
-    assert chunks == list(range(50))
+    assert streams[0][0] == list(range(50))
 
 
 async def test_idle_stream_of_an_entered_loop_is_timed_out_and_leaves_no_watch() -> None:
-    async def agent() -> AsyncGenerator[int]:
-        yield 1
-        await anyio.sleep_forever()
-
+    agent = FakeAgent(Chunks([1], then=Stall()))
     known = open_generators()
     async with make_loop(idle_timeout_seconds=100) as loop:
         for _ in range(3):
@@ -788,7 +718,7 @@ async def consume(loop: AgentLoop, rng: random.Random, entered: bool) -> Status:
 
 @pytest.mark.long
 @backends
-@both
+@entered_or_not
 def test_thousands_of_abandoned_streams_leave_nothing(backend: Any, entered: bool) -> None:
     number = 1000
     rng = random.Random(entered)
@@ -799,24 +729,20 @@ def test_thousands_of_abandoned_streams_leave_nothing(backend: Any, entered: boo
             statuses.append(await consume(loop, rng, entered))
 
     async def main() -> None:
-        loop = make_loop(max_concurrency=1000)
+        loop = make_loop(max_concurrency=1000, timeout_seconds=None)
         for _ in range(5):
+            async with within(loop, entered), anyio.create_task_group() as group:
+                for _ in range(10):
+                    group.start_soon(worker, loop, number // 50)
 
-            async def work() -> None:
-                async with anyio.create_task_group() as group:
-                    for _ in range(10):
-                        group.start_soon(worker, loop, number // 50)
-
-            await within(loop, entered, work)
             now = loop.statistics()
             assert (now.running, now.waiting) == (0, 0)
             await assert_quiet()
 
         assert sum(loop.metrics.snapshot().counts.values()) == number
 
-    name, options = virtual_clock(backend)
     with leak_audit():
-        anyio.run(main, backend=name, backend_options=options)
+        run_scheduled(backend, None, main)
 
     assert len(statuses) == number
     assert {Status.SUCCESS, Status.ERROR, Status.CANCELLED} <= set(statuses)
