@@ -5,12 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anyio
 import pytest
+from agents import backends
+from elsewhere import in_use_elsewhere
 
 from agentloop import AgentLoop, Invocation, LoopConfig, Status, drain_on_signals
 
@@ -18,16 +19,18 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="drain_on_signals() does
 
 PROGRAM = """
 import signal, sys
+from contextlib import suppress
 import anyio
 from agentloop import AgentLoop, BatchStopped, Invocation, LoopConfig, ResultEvent, drain_on_signals
 
-backend, verb, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
+backend, verb, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 # Where tests run in the background of a shell it is ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+loop = AgentLoop(LoopConfig(max_concurrency=3))
 
 async def work(x):
     print("began", x, file=sys.stderr, flush=True)
-    await anyio.sleep(seconds)
+    await (draining.wait() if count == 1 else anyio.sleep_forever())
     print("ended", x, file=sys.stderr, flush=True)
     return x
 
@@ -38,32 +41,27 @@ def tell(result):
     # Not flushed: it has to come out all the same.
     print(result.agent_id, result.status)
 
+async def one(x):
+    if verb == "run_single":
+        tell(await loop.run_single(str(x), work, x))
+    else:
+        stream = loop.run_streaming(str(x), write, x)
+        with suppress(Exception):
+            async with stream:
+                [_ async for _ in stream]
+
+        tell(stream.result)
+
 async def main():
-    loop = AgentLoop(LoopConfig(max_concurrency=3))
-    async with drain_on_signals(loop, grace_seconds=None):
+    global draining
+    async with drain_on_signals(loop, grace_seconds=None) as draining:
         jobs = Invocation.map(write if verb == "stream_all" else work, range(9), agent_id=str)
         try:
             if verb == "run_all":
                 for result in await loop.run_all(jobs):
                     tell(result)
-            elif verb == "run_single":
+            elif verb in ("run_single", "run_streaming"):
                 async with anyio.create_task_group() as group:
-                    async def one(x):
-                        tell(await loop.run_single(str(x), work, x))
-
-                    for x in range(9):
-                        group.start_soon(one, x)
-            elif verb == "run_streaming":
-                async with anyio.create_task_group() as group:
-                    async def one(x):
-                        try:
-                            async with loop.run_streaming(str(x), write, x) as stream:
-                                async for _ in stream:
-                                    pass
-                        except Exception:
-                            pass
-                        tell(stream.result)
-
                     for x in range(9):
                         group.start_soon(one, x)
             else:
@@ -79,27 +77,29 @@ async def main():
 
 anyio.run(main, backend=backend)
 """
+VERBS = ["run_all", "as_completed", "stream_all", "run_single", "run_streaming"]
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@backends
+# Which signal it is makes no difference to a verb.
+@pytest.mark.parametrize(
+    ("verb", "first"), [*((verb, signal.SIGINT) for verb in VERBS), ("run_all", signal.SIGTERM)]
+)
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("verb", ["run_all", "as_completed", "stream_all", "run_single", "run_streaming"])
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_what_was_printed_as_done_is_what_was_done(
-    backend: str, verb: str, count: int, signal_number: signal.Signals
+    backend: str, verb: str, count: int, first: signal.Signals
 ) -> None:
-    seconds = "1" if count == 1 else "60"
     with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, backend, verb, seconds],
+        [sys.executable, "-c", PROGRAM, backend, verb, str(count)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
         assert process.stderr is not None
         began = {process.stderr.readline().split()[1] for _ in range(3)}
-        process.send_signal(signal_number)
+        process.send_signal(first)
         if count == 2:
-            process.send_signal(signal.SIGTERM if signal_number is signal.SIGINT else signal.SIGINT)
+            process.send_signal(signal.SIGTERM if first is signal.SIGINT else signal.SIGINT)
 
         output, errors = process.communicate(timeout=30)
 
@@ -109,7 +109,7 @@ def test_what_was_printed_as_done_is_what_was_done(
     assert {name for name, status in told.items() if status == "success"} == ended
     assert "began" not in errors
     # Two different signals that come together may change places, but one of them it is.
-    either = {signal_number} if count == 1 else {signal.SIGINT, signal.SIGTERM}
+    either = {first} if count == 1 else {signal.SIGINT, signal.SIGTERM}
     assert -process.returncode in either, errors
     assert "never reached" not in output
     if count == 1:
@@ -124,9 +124,6 @@ def test_what_was_printed_as_done_is_what_was_done(
         assert {told[name] for name in set(told) - began} == {"skipped"}
 
 
-both_backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
-
-
 @pytest.fixture(autouse=True)
 def interrupt() -> Any:
     """Ctrl-C works, also where the tests run in the background."""
@@ -135,7 +132,7 @@ def interrupt() -> Any:
     signal.signal(signal.SIGINT, before)
 
 
-@both_backends
+@backends
 def test_interrupt_drains_and_is_raised_when_the_block_is_left(backend: str) -> None:
     statuses: list[Status] = []
 
@@ -162,7 +159,7 @@ def test_interrupt_drains_and_is_raised_when_the_block_is_left(backend: str) -> 
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@both_backends
+@backends
 def test_grace_cancels_what_runs(backend: str) -> None:
     async def main() -> None:
         loop = AgentLoop()
@@ -175,7 +172,7 @@ def test_grace_cancels_what_runs(backend: str) -> None:
         anyio.run(main, backend=backend)
 
 
-@both_backends
+@backends
 def test_interrupt_replaces_what_the_block_raises(backend: str) -> None:
     async def main() -> None:
         async with drain_on_signals(AgentLoop()):
@@ -186,7 +183,7 @@ def test_interrupt_replaces_what_the_block_raises(backend: str) -> None:
         anyio.run(main, backend=backend)
 
 
-@both_backends
+@backends
 def test_block_without_a_signal_raises_what_it_raises_and_leaves_no_handler(backend: str) -> None:
     async def main() -> None:
         before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -199,7 +196,7 @@ def test_block_without_a_signal_raises_what_it_raises_and_leaves_no_handler(back
     anyio.run(main, backend=backend)
 
 
-@both_backends
+@backends
 def test_third_interrupt_interrupts(backend: str) -> None:
     async def main() -> None:
         async with drain_on_signals(AgentLoop()):
@@ -212,21 +209,11 @@ def test_third_interrupt_interrupts(backend: str) -> None:
         anyio.run(main, backend=backend)
 
 
-@both_backends
+@backends
 def test_loop_in_use_elsewhere_is_logged_and_the_others_drain(
     backend: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     elsewhere, here = AgentLoop(), AgentLoop()
-    entered, leave = threading.Event(), threading.Event()
-
-    async def hold() -> None:
-        entered.set()
-        while not leave.is_set():
-            await anyio.sleep(0.001)
-
-    thread = threading.Thread(target=partial(anyio.run, elsewhere.run_single, "a", hold, backend=backend))
-    thread.start()
-    assert entered.wait(10)
 
     async def main() -> None:
         async with drain_on_signals(elsewhere, here):
@@ -234,12 +221,8 @@ def test_loop_in_use_elsewhere_is_logged_and_the_others_drain(
             await anyio.sleep(0.02)
             assert (await here.run_single("a", anyio.sleep, 0)).status is Status.SKIPPED
 
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            anyio.run(main, backend=backend)
-    finally:
-        leave.set()
-        thread.join()
+    with in_use_elsewhere(elsewhere, backend), pytest.raises(KeyboardInterrupt):
+        anyio.run(main, backend=backend)
 
     assert "a loop could not be drained" in caplog.text
 
@@ -271,19 +254,13 @@ async def test_what_is_wrong_is_said_at_once() -> None:
 
 
 def test_another_thread_gets_no_signals() -> None:
-    caught: list[BaseException] = []
-
     async def main() -> None:
-        try:
+        with pytest.raises(RuntimeError, match="main thread alone"):
             async with drain_on_signals(AgentLoop()):
                 pass
-        except RuntimeError as exc:
-            caught.append(exc)
 
-    thread = threading.Thread(target=asyncio.run, args=(main(),))
-    thread.start()
-    thread.join()
-    assert "main thread alone" in str(caught[0])
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, main()).result()
 
 
 async def test_windows_is_told_that_nothing_is_done(
