@@ -16,6 +16,7 @@ import anyio.from_thread
 import anyio.to_thread
 import attrs
 import pytest
+from agents import agent_for, backends, count, double, run, run_into, run_stream
 
 from agentloop import (
     AgentLoop,
@@ -35,7 +36,7 @@ from agentloop._runtime.threads import _Place
 var: ContextVar[Any] = ContextVar("var", default="unset")
 
 ONCE = LoopConfig(max_retries=0)
-SHORT = LoopConfig(max_retries=0, timeout_seconds=0.3, max_concurrency=1)
+SHORT = LoopConfig(max_retries=0, timeout_seconds=0.15, max_concurrency=1)
 
 
 @pytest.fixture(params=["asyncio", "trio"])
@@ -79,6 +80,17 @@ async def until(condition: Callable[[], object]) -> None:
             await anyio.sleep(0.001)
 
 
+async def call(results: list[Any], loop: AgentLoop, fn: Any, *args: Any) -> None:
+    results.append(await loop.run_single("a", in_thread(fn), *args))
+
+
+async def refuses(loop: AgentLoop) -> None:
+    """Look whether there is no place for a thread."""
+    with anyio.move_on_after(0.05):
+        await loop.run_single("a", in_thread(int))
+        pytest.fail("there was a place")
+
+
 async def abandon(loop: AgentLoop, hanging: Hanging, count: int = 1) -> None:
     """Leave threads behind that hang."""
     results = await loop.run_all(Invocation.map(in_thread(hanging), range(count)))
@@ -109,7 +121,8 @@ async def test_error_of_the_function_is_the_object_that_it_raised() -> None:
     assert result.exception is error
 
 
-async def test_function_is_retried_and_sees_its_attempt_and_the_agents_variables() -> None:
+@pytest.mark.parametrize("verb", ["run_single", "run_all"])
+async def test_function_is_retried_and_sees_its_attempt_and_the_agents_variables(verb: str) -> None:
     seen: list[Any] = []
 
     def flaky() -> str:
@@ -122,14 +135,10 @@ async def test_function_is_retried_and_sees_its_attempt_and_the_agents_variables
 
     var.set("caller")
     loop = AgentLoop(LoopConfig(max_retries=2, backoff=Backoff(0.001, jitter="none")))
-    for result in (
-        await loop.run_single("a", in_thread(flaky)),
-        *(await loop.run_all([Invocation("a", in_thread(flaky))])),
-    ):
-        assert result.unwrap()
-        assert result.retries == 2
-
-    assert seen == [("a", number, number - 1, "caller") for number in (1, 2, 3)] * 2
+    [result] = await run(verb, loop, [Invocation("a", in_thread(flaky))])
+    assert result.unwrap()
+    assert result.retries == 2
+    assert seen == [("a", number, number - 1, "caller") for number in (1, 2, 3)]
 
 
 async def test_stop_iteration_of_the_function_is_told() -> None:
@@ -144,8 +153,8 @@ async def test_stop_iteration_of_the_function_is_told() -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_what_is_no_exception_propagates(backend: Any, error: type[BaseException]) -> None:
+@backends
+def test_interrupt_propagates(backend: Any, error: type[BaseException]) -> None:
     def interrupt() -> None:
         raise error
 
@@ -160,30 +169,22 @@ def test_what_is_no_exception_propagates(backend: Any, error: type[BaseException
 # --- what it refuses
 
 
-async def numbers() -> int:
-    raise NotImplementedError
+def letters() -> Iterator[str]:
+    yield "a"
 
 
-async def slow_numbers() -> Any:
-    yield 1
+class Letters:
+    def __call__(self) -> Iterator[str]:
+        return (yield from letters())
 
 
-def count() -> Iterator[int]:
-    yield 1
-
-
-class Counter:
-    def __call__(self) -> Iterator[int]:
-        yield 1
-
-
-@pytest.mark.parametrize("fn", [numbers, slow_numbers, partial(numbers), in_thread(int)])
+@pytest.mark.parametrize("fn", [double, count, partial(double), in_thread(int)])
 def test_async_function_is_refused(fn: Any) -> None:
     with pytest.raises(TypeError, match="fn must be a plain function, got an async one"):
         in_thread(fn)
 
 
-@pytest.mark.parametrize("fn", [count, partial(count), Counter()])
+@pytest.mark.parametrize("fn", [letters, partial(letters), Letters()])
 def test_generator_function_is_refused(fn: Any) -> None:
     with pytest.raises(
         TypeError, match=r"got a generator function, .*: what blocks cannot be streamed; return a"
@@ -197,18 +198,17 @@ def test_what_cannot_be_called_is_refused() -> None:
 
 
 async def test_function_that_returns_a_coroutine_stops_its_batch() -> None:
-    results = await AgentLoop(SHORT).run_all(Invocation.map(in_thread(lambda _: numbers()), range(3)))
+    jobs = Invocation.map(in_thread(lambda x: double(x)), range(3))
+    results = await AgentLoop(attrs.evolve(SHORT, timeout_seconds=5)).run_all(jobs)
     assert isinstance(results[0].exception, TypeError)
     assert "returned a coroutine: pass an async function as it is" in str(results[0].exception)
     assert isinstance(results[1].exception, BatchStopped)
 
 
 async def test_streams_refuse_it() -> None:
-    loop = AgentLoop(ONCE)
-    with pytest.raises(TypeError, match="pass an async generator function"):
-        async with loop.run_streaming("a", in_thread(list)) as stream:  # type: ignore[arg-type]  # the point
-            async for _ in stream:
-                pass
+    _, error, _ = await run_stream(AgentLoop(ONCE), in_thread(list))
+    assert isinstance(error, TypeError)
+    assert "pass an async generator function" in str(error)
 
 
 async def test_blocking_function_as_an_agent_is_told_to_be_wrapped() -> None:
@@ -270,18 +270,14 @@ async def test_more_threads_than_anyios_default_run_at_once() -> None:
 async def test_abandoned_threads_keep_their_places_and_calls_that_wait_are_not_timed_out(
     hanging: Hanging,
 ) -> None:
-    config = LoopConfig(max_concurrency=2, timeout_seconds=0.3, max_retries=3, backoff=Backoff(0.001))
-    loop = AgentLoop(config)
+    config = LoopConfig(max_concurrency=2, timeout_seconds=0.15, max_retries=3, backoff=Backoff(0.001))
     results: list[Any] = []
-
-    async def run() -> None:
-        results.extend(await loop.run_all(Invocation.map(in_thread(hanging), range(6))))
-
     async with anyio.create_task_group() as group:
-        group.start_soon(run)
+        jobs = Invocation.map(in_thread(hanging), range(6))
+        group.start_soon(run_into, results, "run_all", AgentLoop(config), jobs)
         await until(lambda: hanging.now == 2)
         # Time enough for many time-outs.
-        await anyio.sleep(0.7)
+        await anyio.sleep(0.4)
         assert (hanging.calls, hanging.now) == (2, 2)
         hanging.released.set()
 
@@ -301,51 +297,38 @@ async def test_attempt_is_timed_out_while_its_thread_hangs_and_another_one_when_
     again = Hanging()
     results: list[Any] = []
     async with anyio.create_task_group() as group:
-
-        async def run() -> None:
-            results.append(await loop.run_single("a", in_thread(again)))
-
-        group.start_soon(run)
-        await anyio.sleep(0.5)
+        group.start_soon(call, results, loop, again)
+        await anyio.sleep(0.25)
         assert not results
         hanging.released.set()
 
     (result,) = results
     assert (result.status, again.calls) == (Status.TIMEOUT, 1)
     assert isinstance(result.exception, InvocationTimeout)
-    assert (result.exception.seconds, result.exception.total) == (0.3, False)
+    assert (result.exception.seconds, result.exception.total) == (0.15, False)
     again.released.set()
     await until(lambda: not again.now)
     # The next attempt in the same scope has its own deadline.
     assert (await loop.run_single("a", in_thread(int))).unwrap() == 0
 
 
-@pytest.mark.parametrize("batch", [False, True])
-async def test_total_timeout_goes_on_while_a_call_waits_for_a_place(hanging: Hanging, batch: bool) -> None:
+@pytest.mark.parametrize("verb", ["run_single", "run_all"])
+async def test_total_timeout_goes_on_while_a_call_waits_for_a_place(hanging: Hanging, verb: str) -> None:
     loop = AgentLoop(SHORT)
     await abandon(loop, hanging)
-    bounded = loop.with_config(total_timeout_seconds=0.6)
-    if batch:
-        (result,) = await bounded.run_all([Invocation("a", in_thread(int))])
-    else:
-        result = await bounded.run_single("a", in_thread(int))
-
+    bounded = loop.with_config(total_timeout_seconds=0.3)
+    [result] = await run(verb, bounded, [Invocation("a", in_thread(int))])
     assert isinstance(result.exception, InvocationTimeout)
-    assert (result.exception.seconds, result.exception.total) == (0.6, True)
+    assert (result.exception.seconds, result.exception.total) == (0.3, True)
 
 
 async def test_total_timeout_bounds_an_attempt_that_has_waited(hanging: Hanging) -> None:
-    loop = AgentLoop(attrs.evolve(SHORT, timeout_seconds=0.4))
+    loop = AgentLoop(attrs.evolve(SHORT, timeout_seconds=0.2))
     await abandon(loop, hanging)
     again = Hanging()
     results: list[Any] = []
     async with anyio.create_task_group() as group:
-
-        async def run() -> None:
-            bounded = loop.with_config(total_timeout_seconds=0.45)
-            results.append(await bounded.run_single("a", in_thread(again)))
-
-        group.start_soon(run)
+        group.start_soon(call, results, loop.with_config(total_timeout_seconds=0.25), again)
         await anyio.sleep(0.1)
         hanging.released.set()
 
@@ -358,12 +341,8 @@ async def test_retried_attempt_that_waits_for_a_place_is_not_timed_out(hanging: 
     loop = AgentLoop(attrs.evolve(SHORT, max_retries=1, backoff=Backoff(0.001)))
     results: list[Any] = []
     async with anyio.create_task_group() as group:
-
-        async def run() -> None:
-            results.append(await loop.run_single("a", in_thread(hanging), 5))
-
-        group.start_soon(run)
-        await anyio.sleep(0.7)
+        group.start_soon(call, results, loop, hanging, 5)
+        await anyio.sleep(0.4)
         hanging.released.set()
 
     assert (results[0].unwrap(), results[0].retries) == (5, 1)
@@ -402,50 +381,37 @@ async def test_calls_of_one_attempt_that_wait_together_move_its_deadline_once(ha
 async def test_stream_that_calls_a_function_counts_the_wait(hanging: Hanging) -> None:
     loop = AgentLoop(SHORT)
     await abandon(loop, hanging)
-
-    async def write() -> Any:
-        yield await in_thread(int)()
-
-    with pytest.raises(InvocationTimeout):
-        async with loop.run_streaming("a", write) as stream:
-            async for _ in stream:
-                pass
+    _, error, _ = await run_stream(loop, agent_for("run_streaming", in_thread(int)))
+    assert isinstance(error, InvocationTimeout)
 
 
 async def test_raised_limit_lets_a_call_that_waits_go_on_and_a_lowered_one_holds(hanging: Hanging) -> None:
     loop = AgentLoop(SHORT)
     await abandon(loop, hanging)
+    results: list[Any] = []
     async with anyio.create_task_group() as group:
-
-        async def run() -> None:
-            assert (await loop.run_single("a", in_thread(int))).unwrap() == 0
-
-        group.start_soon(run)
+        group.start_soon(call, results, loop, int)
         await anyio.wait_all_tasks_blocked()
         loop.limiter.max_concurrency = 2
 
+    assert results[0].unwrap() == 0
     loop.limiter.max_concurrency = 1
-    with anyio.move_on_after(0.05):
-        await loop.run_single("a", in_thread(int))
-        pytest.fail("there was no place")
+    await refuses(loop)
 
 
 async def test_limiter_that_is_not_adaptive_bounds_threads_too(hanging: Hanging) -> None:
-    loop = AgentLoop(LoopConfig(max_retries=0, timeout_seconds=0.3), limiter=Limiter(1, adaptive=False))
+    config = attrs.evolve(SHORT, max_concurrency=10)
+    loop = AgentLoop(config, limiter=Limiter(1, adaptive=False))
     await abandon(loop, hanging)
-    with anyio.move_on_after(0.1):
-        await loop.run_single("a", in_thread(int))
-        pytest.fail("there was no place")
+    await refuses(loop)
 
 
 async def test_each_key_has_places_of_its_own(hanging: Hanging) -> None:
     limiter = KeyedLimiter(lambda invocation: invocation.agent_id, lambda _: Limiter(1))
-    loop = AgentLoop(LoopConfig(max_retries=0, timeout_seconds=0.3), limiter=limiter)
+    loop = AgentLoop(attrs.evolve(SHORT, max_concurrency=10), limiter=limiter)
     assert (await loop.run_single("a", in_thread(hanging))).status is Status.TIMEOUT
     assert (await loop.run_single("b", in_thread(int))).unwrap() == 0
-    with anyio.move_on_after(0.1):
-        await loop.run_single("a", in_thread(int))
-        pytest.fail("there was no place")
+    await refuses(loop)
 
 
 # --- cancellation
@@ -461,9 +427,7 @@ async def test_cancelled_caller_leaves_a_thread_behind_that_keeps_its_place(hang
     assert loop.statistics().running == 0
     # While it waits for a place, a call can be cancelled too, and leaves nothing in line.
     for _ in range(2):
-        with anyio.move_on_after(0.01):
-            await loop.run_single("a", in_thread(int))
-            pytest.fail("there was no place")
+        await refuses(loop)
 
     hanging.released.set()
     assert (await loop.run_single("a", in_thread(int))).unwrap() == 0
@@ -597,7 +561,7 @@ async def test_called_outside_of_an_agent_it_runs_the_function_in_a_thread() -> 
         await in_thread(next)(iter(()))
 
 
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@backends
 def test_thread_may_end_after_its_event_loop(backend: Any, hanging: Hanging) -> None:
     threads: list[threading.Thread] = []
 
