@@ -7,23 +7,18 @@ from typing import Any
 
 import anyio
 import pytest
-from anyio.lowlevel import checkpoint
+from agents import agent_for, count, double, each_verb, run, run_into
 
 from agentloop import (
     AgentLoop,
     BatchStopped,
     Invocation,
     InvocationCancelled,
-    InvocationResult,
     LoopClosed,
     LoopConfig,
     Status,
 )
-
-
-async def double(x: int) -> int:
-    await checkpoint()
-    return 2 * x
+from agentloop.testing import FakeAgent, Reply, Stall
 
 
 @pytest.fixture
@@ -31,31 +26,25 @@ def loop() -> AgentLoop:
     return AgentLoop(LoopConfig(max_concurrency=3))
 
 
-async def test_all_verbs_work_inside_the_block(loop: AgentLoop) -> None:
+@each_verb
+async def test_each_verb_works_inside_the_block(loop: AgentLoop, verb: str) -> None:
     async with loop as entered:
         assert entered is loop
-        assert (await loop.run_single("a", double, 1)).output == 2
-        assert [r.output for r in await loop.run_all(Invocation.map(double, range(9)))] == [
-            2 * i for i in range(9)
-        ]
-        async with loop.as_completed(Invocation.map(double, range(9))) as results:
-            assert sorted([r.unwrap() async for r in results]) == [2 * i for i in range(9)]
+        results = await run(verb, loop, Invocation.map(agent_for(verb, double), range(9)))
+
+    assert [result.success for result in results] == [True] * 9
+    if "stream" not in verb:
+        assert [result.output for result in results] == [2 * i for i in range(9)]
 
 
 async def test_leaving_waits_for_what_runs(loop: AgentLoop) -> None:
     results: list[Any] = []
-
-    async def single() -> None:
-        results.append(await loop.run_single("a", anyio.sleep, 5))
-
-    async def batch() -> None:
-        results.extend(await loop.run_all([Invocation("b", anyio.sleep, (2,))] * 6))
-
     start = anyio.current_time()
     async with anyio.create_task_group() as group:
         async with loop:
-            group.start_soon(single)
-            group.start_soon(batch)
+            jobs = [Invocation("b", anyio.sleep, (2,))] * 6
+            group.start_soon(run_into, results, "run_single", loop, [Invocation("a", anyio.sleep, (5,))])
+            group.start_soon(run_into, results, "run_all", loop, jobs)
             await anyio.sleep(1)
 
         assert anyio.current_time() - start == pytest.approx(6)
@@ -66,52 +55,39 @@ async def test_leaving_waits_for_what_runs(loop: AgentLoop) -> None:
 async def test_leaving_by_an_exception_cancels_what_runs_and_every_invocation_has_its_result(
     loop: AgentLoop,
 ) -> None:
-    results: list[InvocationResult[Any]] = []
-
-    async def single() -> None:
-        results.append(await loop.run_single("a", anyio.sleep_forever))
-
-    async def batch() -> None:
-        results.extend(await loop.run_all([Invocation("b", anyio.sleep_forever)] * 6))
+    results: list[Any] = []
 
     async def read() -> None:
-        async with loop.as_completed([Invocation("c", anyio.sleep_forever)] * 6) as done:
-            with pytest.raises(BatchStopped, match="the loop was left by ValueError"):
-                async for result in done:
-                    results.append(result)
+        with pytest.raises(BatchStopped, match="the loop was left by ValueError"):
+            await run_into(results, "as_completed", loop, [Invocation("c", anyio.sleep_forever)] * 6)
 
     error = ValueError("body")
     async with anyio.create_task_group() as group:
         with pytest.raises(ValueError, match="body") as caught:
             async with loop:
-                group.start_soon(single)
-                await anyio.wait_all_tasks_blocked()
-                group.start_soon(batch)
-                await anyio.wait_all_tasks_blocked()
+                for verb, count in (("run_single", 1), ("run_all", 6)):
+                    jobs = [Invocation(verb, anyio.sleep_forever)] * count
+                    group.start_soon(run_into, results, verb, loop, jobs)
+                    await anyio.wait_all_tasks_blocked()
+
                 group.start_soon(read)
                 await anyio.wait_all_tasks_blocked()
                 raise error
 
         assert caught.value is error
 
-    by_name = {name: [r for r in results if r.agent_id == name] for name in "abc"}
-    assert [r.status for r in by_name["a"]] == [Status.CANCELLED]
-    assert isinstance(by_name["a"][0].exception, InvocationCancelled)
-    assert "the loop was left by ValueError" in str(by_name["a"][0].exception)
-    assert [r.status for r in by_name["b"]] == [Status.CANCELLED] * 2 + [Status.SKIPPED] * 4
-    assert [r.status for r in by_name["c"]] == [Status.SKIPPED]
+    single, batch, read_ones = (
+        [result for result in results if result.agent_id == name] for name in ("run_single", "run_all", "c")
+    )
+    assert [result.status for result in single] == [Status.CANCELLED]
+    assert isinstance(single[0].exception, InvocationCancelled)
+    assert "the loop was left by ValueError" in str(single[0].exception)
+    assert [result.status for result in batch] == [Status.CANCELLED] * 2 + [Status.SKIPPED] * 4
+    assert [result.status for result in read_ones] == [Status.SKIPPED]
 
 
 async def test_being_cancelled_while_leaving_cancels_what_runs(loop: AgentLoop) -> None:
-    cleaned = False
-
-    async def agent() -> None:
-        nonlocal cleaned
-        try:
-            await anyio.sleep_forever()
-        finally:
-            cleaned = True
-
+    agent = FakeAgent(Stall())
     async with anyio.create_task_group() as group:
         with anyio.move_on_after(5) as scope:
             async with loop:
@@ -119,26 +95,25 @@ async def test_being_cancelled_while_leaving_cancels_what_runs(loop: AgentLoop) 
                 await anyio.sleep(1)
 
         assert scope.cancelled_caught
-        assert cleaned
+        assert [call.cancelled for call in agent.calls] == [True]
 
 
-async def test_new_work_is_refused_afterwards_by_a_clear_error(loop: AgentLoop) -> None:
+@each_verb
+async def test_new_work_is_refused_afterwards_by_a_clear_error(loop: AgentLoop, verb: str) -> None:
     async with loop:
         pass
 
+    jobs = [Invocation("a", agent_for(verb, double), (1,))]
     for view in (loop, loop.with_config(timeout_seconds=1)):
-        with pytest.raises(LoopClosed, match="has been left"):
-            await view.run_single("a", double, 1)
-
-        with pytest.raises(LoopClosed, match="has been left"):
-            await view.run_all([])
-
-        with pytest.raises(LoopClosed, match="has been left"):
-            async with view.as_completed([]):
-                pass
+        if verb == "run_streaming":
+            with pytest.raises(LoopClosed, match="has been left"):
+                await view.run_streaming("a", count, 1).__aenter__()
+        else:
+            with pytest.raises(LoopClosed, match="has been left"):
+                await run(verb, view, jobs)
 
     async with loop:
-        assert (await loop.run_single("a", double, 1)).output == 2
+        assert (await run(verb, loop, jobs))[0].success
 
 
 async def test_invocations_that_run_while_the_loop_is_left_may_still_run_others(loop: AgentLoop) -> None:
@@ -181,19 +156,7 @@ async def test_loop_is_entered_once_at_a_time_and_left_by_the_same_task(loop: Ag
 
 
 async def test_results_can_be_read_inside_an_async_generator_that_is_abandoned(loop: AgentLoop) -> None:
-    cleaned = 0
-
-    async def agent(x: int) -> int:
-        nonlocal cleaned
-        if x == 0:
-            return x
-
-        try:
-            await anyio.sleep_forever()
-        finally:
-            cleaned += 1
-
-        return x
+    agent = FakeAgent(Reply(0), Stall())
 
     async def read() -> AsyncIterator[int]:
         async with loop.as_completed(Invocation.map(agent, range(10))) as results:
@@ -208,7 +171,7 @@ async def test_results_can_be_read_inside_an_async_generator_that_is_abandoned(l
             # Closed by another task than the one that read.
             group.start_soon(generator.aclose)
 
-    assert cleaned == 3
+    assert [call.cancelled for call in agent.calls] == [False, True, True, True]
 
 
 async def test_results_of_several_batches_can_be_closed_in_any_order(loop: AgentLoop) -> None:
@@ -311,30 +274,19 @@ async def test_results_cannot_be_read_after_the_block(loop: AgentLoop) -> None:
 
 
 async def test_interrupt_from_an_agent_whose_results_nobody_reads_leaves_the_loop(loop: AgentLoop) -> None:
-    async def agent() -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         async with loop:
-            await loop.as_completed([Invocation("a", agent)]).__aenter__()
+            await loop.as_completed([Invocation("a", FakeAgent(KeyboardInterrupt))]).__aenter__()
             await anyio.sleep(1)
 
 
 async def test_agent_that_reads_results_while_the_loop_is_left_reads_them_all(loop: AgentLoop) -> None:
-    outputs: list[int] = []
-
-    async def parent() -> None:
-        async with loop.as_completed(Invocation.map(slow, range(9))) as results:
-            async for result in results:
-                outputs.append(result.unwrap())
-
-    async def slow(x: int) -> int:
-        await anyio.sleep(1)
-        return x
-
+    results: list[Any] = []
+    jobs = Invocation.map(FakeAgent(Reply(after_seconds=1)), range(9))
     async with anyio.create_task_group() as group:
         async with loop:
-            group.start_soon(loop.run_single, "parent", parent)
+            group.start_soon(loop.run_single, "parent", run_into, results, "as_completed", loop, jobs)
             await anyio.sleep(0.5)
 
-    assert sorted(outputs) == list(range(9))
+    assert sorted(result.index for result in results) == list(range(9))
+    assert all(result.success for result in results)

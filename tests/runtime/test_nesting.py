@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import gc
 from collections.abc import AsyncIterator
-from typing import Any
 
 import anyio
 import pytest
+from agents import both_verbs, make_loop, run
 from anyio.lowlevel import checkpoint
 
-from agentloop import AgentLoop, Backoff, Invocation, Limiter, LoopConfig, Status
+from agentloop import AgentLoop, Backoff, Invocation, LoopConfig, Status
 from agentloop._limits.slots import Slot
 from agentloop._stream.channel import BUFFER
+from agentloop.testing import FakeAgent, FakeHTTPError, Reply
 
 
 class Meter:
@@ -37,9 +38,9 @@ def meter() -> Meter:
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
-@pytest.mark.parametrize("depth", [1, 3, 10])
+@pytest.mark.parametrize("depth", [1, 3, 10, 50])
 async def test_single_in_single_never_deadlocks(limit: int, depth: int, meter: Meter) -> None:
-    loop = AgentLoop(LoopConfig(max_concurrency=limit))
+    loop = make_loop(max_concurrency=limit, timeout_seconds=None)
 
     async def agent(depth: int) -> int:
         await meter.work()
@@ -53,10 +54,10 @@ async def test_single_in_single_never_deadlocks(limit: int, depth: int, meter: M
     assert meter.peak == min(limit, 4)
 
 
-@pytest.mark.parametrize("verb", ["run_all", "as_completed"])
+@both_verbs
 @pytest.mark.parametrize("limit", [1, 2, 3, 7])
 async def test_batches_in_batches_never_deadlock(limit: int, verb: str, meter: Meter) -> None:
-    loop = AgentLoop(LoopConfig(max_concurrency=limit))
+    loop = make_loop(max_concurrency=limit)
 
     async def agent(depth: int) -> int:
         await meter.work()
@@ -64,11 +65,7 @@ async def test_batches_in_batches_never_deadlock(limit: int, verb: str, meter: M
             return 1
 
         jobs = [Invocation("child", agent, (depth - 1,)) for _ in range(3)]
-        if verb == "run_all":
-            return sum(result.unwrap() for result in await loop.run_all(jobs))
-
-        async with loop.as_completed(jobs) as results:
-            return sum([result.unwrap() async for result in results])
+        return sum(result.unwrap() for result in await run(verb, loop, jobs))
 
     results = await loop.run_all(Invocation.map(agent, [3] * 3))
     assert [result.unwrap() for result in results] == [27] * 3
@@ -134,20 +131,12 @@ async def test_slots_are_lent_through_a_loop_with_another_limiter(meter: Meter) 
 
 
 async def test_nested_invocation_that_waits_to_retry_lends_the_slot_on(meter: Meter) -> None:
-    loop = AgentLoop(
-        LoopConfig(max_concurrency=1, backoff=Backoff(initial_seconds=100, max_seconds=100, jitter="none"))
-    )
-    failed = False
-
-    async def flaky() -> None:
-        nonlocal failed
-        if not failed:
-            failed = True
-            raise OSError
+    backoff = Backoff(initial_seconds=100, max_seconds=100, jitter="none")
+    loop = make_loop(max_concurrency=1, max_retries=1, backoff=backoff)
 
     async def parent() -> None:
         async with anyio.create_task_group() as group:
-            group.start_soon(loop.run_single, "flaky", flaky)
+            group.start_soon(loop.run_single, "flaky", FakeAgent(OSError(), Reply()))
             await anyio.wait_all_tasks_blocked()
             with anyio.fail_after(2):
                 await loop.run_single("other", meter.work)
@@ -156,28 +145,20 @@ async def test_nested_invocation_that_waits_to_retry_lends_the_slot_on(meter: Me
 
 
 async def test_fatal_verdict_in_a_nested_batch_ends_that_batch_only() -> None:
-    class Unauthorized(Exception):
-        status_code = 401
-
-    async def fatal() -> None:
-        raise Unauthorized
+    fatal = [Invocation("a", FakeAgent(FakeHTTPError(401)))] * 2
 
     async def parent(x: int) -> list[Status]:
-        return [result.status for result in await loop.run_all([Invocation("a", fatal)] * 2)]
+        return [result.status for result in await loop.run_all(fatal)]
 
-    loop = AgentLoop(LoopConfig(max_concurrency=1))
+    loop = make_loop(max_concurrency=1)
     results = await loop.run_all(Invocation.map(parent, range(2)))
     assert [result.output for result in results] == [[Status.ERROR, Status.SKIPPED]] * 2
 
 
 async def test_time_out_of_the_parent_cancels_the_children(meter: Meter) -> None:
-    loop = AgentLoop(LoopConfig(max_concurrency=2, max_retries=0, timeout_seconds=5))
-    unlimited = loop.with_config(timeout_seconds=None)
-
-    async def parent() -> None:
-        await unlimited.run_all([Invocation("child", meter.work, (100,))] * 4)
-
-    result = await loop.run_single("parent", parent)
+    loop = make_loop(max_concurrency=2, timeout_seconds=5)
+    children = [Invocation("child", meter.work, (100,))] * 4
+    result = await loop.run_single("parent", loop.with_config(timeout_seconds=None).run_all, children)
     assert result.status is Status.TIMEOUT
     assert meter.working == 0
     assert meter.total == 2
@@ -256,27 +237,13 @@ async def test_chain_of_invocations_that_start_the_next_in_the_background_forget
 
 
 async def test_nested_calls_count_the_slot_once() -> None:
-    limiter = Limiter(3)
-    loop = AgentLoop(limiter=limiter)
-    seen: list[int] = []
+    loop = make_loop(max_concurrency=3)
 
-    async def child() -> None:
-        seen.append(loop.statistics().running)
+    async def child() -> int:
+        return loop.statistics().running
 
-    async def parent() -> None:
-        await loop.run_single("child", child)
-
-    await loop.run_single("parent", parent)
-    assert seen == [1]
-
-
-async def test_recursion_through_fifty_levels_works() -> None:
-    loop = AgentLoop(LoopConfig(max_concurrency=1, timeout_seconds=None))
-
-    async def agent(n: int) -> Any:
-        return n if n == 0 else (await loop.run_single("a", agent, n - 1)).unwrap()
-
-    assert (await loop.run_single("a", agent, 50)).output == 0
+    result = await loop.run_single("parent", loop.run_single, "child", child)
+    assert result.unwrap().output == 1
 
 
 async def full() -> AsyncIterator[int]:
