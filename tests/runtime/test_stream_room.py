@@ -3,71 +3,61 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import suppress
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, suppress
 from typing import Any
 
 import anyio
 import pytest
+from agents import count, count_at_once, make_loop, one_a_second
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
-from agentloop import AgentLoop, BatchStopped, ChunkEvent, Invocation, LoopConfig, ResultEvent, Status
+from agentloop import BatchStopped, ChunkEvent, Invocation, ResultEvent, Status
 from agentloop._stream.channel import BUFFER, LOW, PATIENCE_SECONDS, STARVED_SECONDS, TURN, Channel
-from agentloop.testing import virtual_clock
+from agentloop.testing import Chunks, FakeAgent, FakeHTTPError, virtual_clock
 
 MANY = 100
 
 
 class Source:
-    """Counts what the agents of a test have produced."""
+    """An agent that counts what it has produced in all its calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, agent: Callable[[int], AsyncIterator[int]]) -> None:
+        self.agent = agent
         self.produced = 0
 
-    async def at_once(self, upto: int) -> AsyncGenerator[int]:
-        for i in range(upto):
-            self.produced += 1
-            yield i
-
-    async def after_a_checkpoint(self, upto: int) -> AsyncGenerator[int]:
-        for i in range(upto):
-            await checkpoint()
-            self.produced += 1
-            yield i
-
-    async def one_a_second(self, upto: int) -> AsyncGenerator[int]:
-        for i in range(upto):
-            await anyio.sleep(1)
-            self.produced += 1
-            yield i
+    async def __call__(self, upto: int) -> AsyncIterator[int]:
+        async with aclosing(self.agent(upto)) as chunks:
+            async for i in chunks:
+                self.produced += 1
+                yield i
 
 
-def make_loop(streams: int, **settings: Any) -> AgentLoop:
-    return AgentLoop(LoopConfig(max_concurrency=streams, max_retries=0, **settings))
+each_count = pytest.mark.parametrize("agent", [count, count_at_once, one_a_second])
+each_quick_one = pytest.mark.parametrize("agent", [count, count_at_once])
 
 
-async def count_chunks(loop: AgentLoop, agent: Callable[[int], Any], streams: int, size: int) -> int:
+async def count_chunks(agent: Callable[[int], Any], streams: int, size: int) -> int:
     """Read to the end as fast as the agents are."""
-    count = 0
-    async with loop.stream_all(Invocation.map(agent, [size] * streams)) as events:
-        async for event in events:
-            count += isinstance(event, ChunkEvent)
-
-    return count
+    async with make_loop(max_concurrency=streams).stream_all(
+        Invocation.map(agent, [size] * streams)
+    ) as events:
+        return sum([isinstance(event, ChunkEvent) async for event in events])
 
 
 # -- how far ahead
 
 
 @pytest.mark.parametrize("streams", [10, 200])
-@pytest.mark.parametrize("kind", ["at_once", "after_a_checkpoint", "one_a_second"])
+@each_count
 async def test_streams_are_less_than_two_buffers_ahead_however_many_there_are(
-    kind: str, streams: int
+    agent: Any, streams: int
 ) -> None:
-    source, taken = Source(), 0
-    inputs = Invocation.map(getattr(source, kind), [20] * streams)
-    async with make_loop(streams).stream_all(inputs) as events:
+    source, taken = Source(agent), 0
+    inputs = Invocation.map(source, [20] * streams)
+    async with make_loop(max_concurrency=streams).stream_all(inputs) as events:
         await anyio.sleep(100)
         assert BUFFER <= source.produced < 2 * BUFFER
         for _ in range(100):
@@ -77,9 +67,9 @@ async def test_streams_are_less_than_two_buffers_ahead_however_many_there_are(
 
 
 async def test_reader_that_is_faster_than_a_checkpoint_holds_streams_back() -> None:
-    source, taken = Source(), 0
-    inputs = Invocation.map(source.after_a_checkpoint, [20] * 200)
-    async with make_loop(200).stream_all(inputs) as events:
+    source, taken = Source(count), 0
+    inputs = Invocation.map(source, [20] * 200)
+    async with make_loop(max_concurrency=200).stream_all(inputs) as events:
         async for event in events:
             taken += isinstance(event, ChunkEvent)
             assert source.produced - taken < 2 * BUFFER
@@ -88,22 +78,19 @@ async def test_reader_that_is_faster_than_a_checkpoint_holds_streams_back() -> N
 
 
 async def test_streams_that_have_no_room_have_not_begun() -> None:
-    source = Source()
-    loop = make_loop(200)
-    async with loop.stream_all(Invocation.map(source.at_once, [20] * 200)) as events:
+    loop = make_loop(max_concurrency=200)
+    async with loop.stream_all(Invocation.map(count_at_once, [20] * 200)) as events:
         await anyio.sleep(100)
         assert loop.statistics().running == 1
-        async for event in events:
-            assert isinstance(event, ChunkEvent)
-            break
+        assert isinstance(await anext(events), ChunkEvent)
 
     assert loop.metrics.snapshot().counts == {**dict.fromkeys(Status, 0), Status.CANCELLED: 1}
 
 
 async def test_streams_are_two_chunks_ahead_each_when_a_starved_reader_stops() -> None:
-    source, taken, streams = Source(), 0, 50
-    inputs = Invocation.map(source.one_a_second, [1000] * streams)
-    async with make_loop(streams).stream_all(inputs) as events:
+    source, taken, streams = Source(one_a_second), 0, 50
+    inputs = Invocation.map(source, [1000] * streams)
+    async with make_loop(max_concurrency=streams).stream_all(inputs) as events:
         async for _ in events:
             taken += 1
             if taken == 5 * streams:
@@ -125,9 +112,9 @@ async def test_streams_are_two_chunks_ahead_each_when_a_starved_reader_stops() -
 # -- wake-ups
 
 
-@pytest.mark.parametrize("kind", ["at_once", "after_a_checkpoint"])
+@each_quick_one
 async def test_wakeups_for_each_chunk_do_not_grow_with_the_number_of_streams(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    agent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits = timers = 0
     wait: Callable[[Any], Awaitable[None]] = vars(Channel)["wait_for_room"]
@@ -147,7 +134,7 @@ async def test_wakeups_for_each_chunk_do_not_grow_with_the_number_of_streams(
     monkeypatch.setattr(anyio, "move_on_after", counted_timer)
     for streams in (BUFFER, BUFFER + 1, 10 * BUFFER):
         waits = timers = 0
-        chunks = await count_chunks(make_loop(streams), getattr(Source(), kind), streams, 24)
+        chunks = await count_chunks(agent, streams, 24)
         assert chunks == streams * 24
         # Each waits once a turn, and again when it has found the buffer full.
         assert waits < chunks * 4 / TURN
@@ -160,14 +147,15 @@ async def test_wakeups_for_each_chunk_do_not_grow_with_the_number_of_streams(
 @pytest.mark.parametrize("streams", [BUFFER, BUFFER + 1, 10 * BUFFER])
 async def test_reader_that_waits_lets_all_streams_wait_for_their_models_at_once(streams: int) -> None:
     start = anyio.current_time()
-    assert await count_chunks(make_loop(streams), Source().one_a_second, streams, 9) == 9 * streams
+    assert await count_chunks(one_a_second, streams, 9) == 9 * streams
     late = 0 if streams <= BUFFER else STARVED_SECONDS
     assert anyio.current_time() - start == pytest.approx(9 + late, abs=1e-6)
 
 
 async def test_reader_that_pauses_costs_streams_a_moment_and_no_more() -> None:
     start, taken = anyio.current_time(), 0
-    async with make_loop(MANY).stream_all(Invocation.map(Source().one_a_second, [20] * MANY)) as events:
+    inputs = Invocation.map(one_a_second, [20] * MANY)
+    async with make_loop(max_concurrency=MANY).stream_all(inputs) as events:
         async for event in events:
             taken += isinstance(event, ChunkEvent)
             if taken in (3 * MANY, 10 * MANY):
@@ -178,39 +166,26 @@ async def test_reader_that_pauses_costs_streams_a_moment_and_no_more() -> None:
 
 
 async def test_stream_joins_the_line_while_the_reader_waits() -> None:
-    source, later = Source(), anyio.Event()
+    slow, quick = (FakeAgent(Chunks([1], after_seconds=seconds)) for seconds in (100, 0))
+    inputs = [*[Invocation("a", slow)] * BUFFER, Invocation("b", quick)]
+    async with make_loop(max_concurrency=BUFFER + 1).stream_all(inputs) as events:
+        order = [event.index async for event in events if isinstance(event, ChunkEvent)]
 
-    async def agent(x: int) -> AsyncGenerator[int]:
-        if x < BUFFER:
-            await anyio.sleep(100)
-        elif x == BUFFER:
-            later.set()
-
-        yield x
-
-    order: list[int] = []
-    async with make_loop(BUFFER + 1).stream_all(Invocation.map(agent, range(BUFFER + 1))) as events:
-        async for event in events:
-            if isinstance(event, ChunkEvent):
-                order.append(event.index)
-
-    assert later.is_set()
     assert order[0] == BUFFER
-    assert source.produced == 0
+    assert sorted(order) == list(range(BUFFER + 1))
 
 
 # -- fairness
 
 
-@pytest.mark.parametrize("kind", ["at_once", "after_a_checkpoint", "one_a_second"])
-async def test_every_stream_gets_on(kind: str) -> None:
-    seen: dict[int, int] = {}
-    inputs = Invocation.map(getattr(Source(), kind), [10**6] * MANY)
-    async with make_loop(MANY).stream_all(inputs) as events:
+@each_count
+async def test_every_stream_gets_on(agent: Any) -> None:
+    seen: Counter[int] = Counter()
+    async with make_loop(max_concurrency=MANY).stream_all(Invocation.map(agent, [10**6] * MANY)) as events:
         for _ in range(20_000):
             event = await anext(events)
             assert isinstance(event, ChunkEvent)
-            seen[event.index] = seen.get(event.index, 0) + 1
+            seen[event.index] += 1
 
     assert len(seen) == MANY
     assert min(seen.values()) > 50
@@ -415,24 +390,17 @@ async def test_hurried_producers_keep_their_places() -> None:
 # -- ends
 
 
-@pytest.mark.parametrize("kind", ["at_once", "after_a_checkpoint"])
-async def test_total_time_of_streams_in_line_passes(kind: str) -> None:
-    loop = make_loop(MANY, total_timeout_seconds=20)
-    statuses: list[Status] = []
-    async with loop.stream_all(Invocation.map(getattr(Source(), kind), [50] * MANY)) as events:
+@each_quick_one
+async def test_total_time_of_streams_in_line_passes(agent: Any) -> None:
+    loop = make_loop(max_concurrency=MANY, total_timeout_seconds=20)
+    async with loop.stream_all(Invocation.map(agent, [50] * MANY)) as events:
         await anyio.sleep(50)
-        async for event in events:
-            if isinstance(event, ResultEvent):
-                statuses.append(event.result.status)
+        statuses = [event.result.status async for event in events if isinstance(event, ResultEvent)]
 
     # Some had begun when the reader paused. The others began when it went on.
     assert len(statuses) == MANY
     assert 0 < statuses.count(Status.TIMEOUT) < BUFFER
     assert statuses.count(Status.SUCCESS) == MANY - statuses.count(Status.TIMEOUT)
-
-
-class Unauthorized(Exception):
-    status_code = 401
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -450,7 +418,7 @@ async def test_streams_that_wait_for_room_can_be_ended(how: str, asynchronous: b
                 yield i
 
             if how == "fatal":
-                raise Unauthorized
+                raise FakeHTTPError(401)
         finally:
             closed += 1
 
@@ -469,7 +437,7 @@ async def test_streams_that_wait_for_room_can_be_ended(how: str, asynchronous: b
         for number in range(1000):
             yield number
 
-    loop = make_loop(MANY)
+    loop = make_loop(max_concurrency=MANY)
     with anyio.fail_after(50):
         async with anyio.create_task_group() as group:
             async with loop:
