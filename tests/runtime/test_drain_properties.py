@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
-from functools import partial
 from typing import Any, Literal
 
 import anyio
 import attrs
 import pytest
+from agents import backends, run_into, run_scheduled, within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,10 +22,9 @@ from agentloop import (
     Limiter,
     LoopConfig,
     Rate,
-    ResultEvent,
     Status,
 )
-from agentloop.testing import FakeHTTPError, virtual_clock
+from agentloop.testing import FakeHTTPError
 
 Kind = Literal["ok", "fail", "overload", "single", "batch"]
 KINDS: list[Kind] = ["ok", "fail", "overload", "single", "batch"]
@@ -161,38 +159,19 @@ class Run:
     async def call(self, number: int, call: Call) -> None:
         await anyio.sleep(call.at)
         (first, *_) = self.invocations(number, call)
+        if call.verb == "run_streaming" and self.drained_at is not None:
+            with pytest.raises(BatchStopped):
+                await self.loop.run_streaming(first.agent_id, first.fn, *first.args).__aenter__()
+
+            return
+
         results: list[InvocationResult[Any]] = []
         stopped: BatchStopped | None = None
-        count = len(call.agents)
+        is_batch = call.verb in ("run_all", "as_completed", "stream_all")
+        count = len(call.agents) if is_batch else 1
         try:
-            if call.verb == "run_single":
-                count = 1
-                results = [await self.loop.run_single(first.agent_id, first.fn, *first.args)]
-            elif call.verb == "run_streaming":
-                count = 1
-                stream = self.loop.run_streaming(first.agent_id, first.fn, *first.args)
-                refused = self.drained_at is not None
-                # What has failed, was skipped or cancelled has a result that says so.
-                with suppress(BatchStopped if refused else Exception):
-                    async with stream:
-                        async for _ in stream:
-                            pass
-
-                if refused:
-                    return
-
-                results = [stream.result]
-            elif call.verb == "run_all":
-                results = await self.loop.run_all(self.inputs(number, call))
-            elif call.verb == "as_completed":
-                async with self.loop.as_completed(self.inputs(number, call)) as completed:
-                    async for result in completed:
-                        results.append(result)
-            else:
-                async with self.loop.stream_all(self.inputs(number, call)) as events:
-                    async for event in events:
-                        if isinstance(event, ResultEvent):
-                            results.append(event.result)
+            inputs = self.inputs(number, call) if is_batch else [first]
+            await run_into(results, call.verb, self.loop, inputs)
         except BatchStopped as exc:
             stopped = exc
             if call.verb == "run_all":
@@ -228,12 +207,8 @@ class Run:
 
     async def main(self) -> None:
         tasks = len(anyio.get_running_tasks())
-        if self.program.entered:
-            async with self.loop:
-                await self.calls()
-        else:
+        async with within(self.loop, self.program.entered):
             await self.calls()
-
         assert not self.wrong
         now = self.loop.statistics()
         assert (now.running, now.waiting, now.drained, self.running) == (0, 0, True, 0)
@@ -248,11 +223,8 @@ class Run:
                 group.start_soon(self.call, number, call)
 
 
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@backends
 @settings(max_examples=150, deadline=None)
 @given(program=PROGRAMS)
-def test_drained_program_loses_nothing_and_leaves_nothing_behind(
-    backend: Literal["asyncio", "trio"], program: Program
-) -> None:
-    name, options = virtual_clock(backend)
-    anyio.run(partial(Run(program).main), backend=name, backend_options=options)
+def test_drained_program_loses_nothing_and_leaves_nothing_behind(backend: str, program: Program) -> None:
+    run_scheduled(backend, None, Run(program).main)
