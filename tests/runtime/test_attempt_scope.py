@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 import pytest
+from agents import backends, run_scheduled
 from anyio.abc import TaskStatus
 from anyio.lowlevel import checkpoint, current_token
 
@@ -16,7 +17,7 @@ from agentloop import AgentLoop, Backoff, Invocation, InvocationTimeout, Limiter
 from agentloop._eventloop.deadlines import AttemptScope, DeadlineQueue, TimeLimit
 from agentloop._eventloop.loop import kind_of_loop
 from agentloop._eventloop.public import PublicScope
-from agentloop.testing import VirtualClockDeadlock, virtual_clock
+from agentloop.testing import Fail, FakeAgent, Reply, VirtualClockDeadlock
 
 
 async def sleep(seconds: float) -> float:
@@ -96,29 +97,16 @@ async def test_result_that_was_ready_when_the_time_was_up_leaves_the_next_attemp
 
 
 @pytest.mark.parametrize("kind", [Limiter, PublicLimiter])
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@backends
 def test_attempt_that_had_less_time_than_others_leaves_the_next_one_its_time(
     backend: str, kind: type[Limiter]
 ) -> None:
-    failed = False
-
-    async def fail_once() -> None:
-        nonlocal failed
-        await anyio.sleep(1 if failed else 3)
-        if not failed:
-            failed = True
-            raise ConnectionError
+    fail_once = FakeAgent(Fail(ConnectionError, after_seconds=3), Reply(after_seconds=1))
 
     async def main() -> None:
-        loop = AgentLoop(
-            LoopConfig(
-                timeout_seconds=5,
-                total_timeout_seconds=6,
-                max_retries=1,
-                backoff=Backoff(initial_seconds=0.25, jitter="none"),
-            ),
-            limiter=kind(2),
-        )
+        backoff = Backoff(initial_seconds=0.25, jitter="none")
+        config = LoopConfig(timeout_seconds=5, total_timeout_seconds=6, max_retries=1, backoff=backoff)
+        loop = AgentLoop(config, limiter=kind(2))
         start = anyio.current_time()
 
         async def inputs() -> AsyncIterator[Invocation[Any]]:
@@ -132,8 +120,7 @@ def test_attempt_that_had_less_time_than_others_leaves_the_next_one_its_time(
         assert [result.error for result in results] == [None] * 4
         assert anyio.current_time() - start == pytest.approx(8.75)
 
-    name, options = virtual_clock(backend)
-    anyio.run(main, backend=name, backend_options=options)
+    run_scheduled(backend, None, main)
 
 
 async def test_worker_that_waits_in_line_is_not_cancelled_by_the_deadline_of_its_attempt_before(
@@ -411,7 +398,7 @@ class TestAttemptScope:
 
 @pytest.mark.parametrize("kind", [Limiter, PublicLimiter])
 @pytest.mark.parametrize("verb", ["single", "batch"])
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@backends
 def test_virtual_clock_does_not_jump_to_the_time_limit_of_an_attempt_that_has_ended(
     backend: str, verb: str, kind: type[Limiter]
 ) -> None:
@@ -438,15 +425,14 @@ def test_virtual_clock_does_not_jump_to_the_time_limit_of_an_attempt_that_has_en
             await loop.run_single("a", anyio.sleep, 1)
             await wait()
 
-    name, options = virtual_clock(backend)
     with pytest.raises(VirtualClockDeadlock):
-        anyio.run(main, backend=name, backend_options=options)
+        run_scheduled(backend, None, main)
 
     assert seconds == 0
 
 
 @pytest.mark.parametrize("kind", [Limiter, PublicLimiter])
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@backends
 def test_attempts_are_timed_out_on_a_real_clock(backend: str, kind: type[Limiter]) -> None:
     async def main() -> list[Status]:
         loop = AgentLoop(LoopConfig(timeout_seconds=0.1, max_retries=0), limiter=kind(2))

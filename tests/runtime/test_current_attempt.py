@@ -12,6 +12,7 @@ import anyio
 import anyio.to_thread
 import attrs
 import pytest
+from agents import agent_for, backends, each_verb, run, run_scheduled, run_stream
 from anyio.lowlevel import checkpoint
 
 from agentloop import (
@@ -24,19 +25,18 @@ from agentloop import (
     StartedEvent,
     current_attempt,
 )
-from agentloop.testing import virtual_clock
 
 QUICK = LoopConfig(max_retries=2, backoff=Backoff(jitter="none"))
 
 
 class Recorder:
-    """An agent that notes its attempts, and fails so many times."""
+    """An agent that notes its attempts, fails so many times, and returns its last attempt."""
 
     def __init__(self, failures: int = 0) -> None:
         self.seen: list[Attempt] = []
         self.errors = [OSError(number) for number in range(failures)]
 
-    async def __call__(self, _: object = None) -> None:
+    async def __call__(self, _: object = None) -> Attempt:
         self.seen.append(current_attempt())
         await checkpoint()
         # Still the same after a step.
@@ -44,6 +44,8 @@ class Recorder:
         number = self.seen[-1].number
         if number <= len(self.errors):
             raise self.errors[number - 1]
+
+        return self.seen[-1]
 
 
 def check(seen: list[Attempt], agent_id: str, errors: list[OSError]) -> None:
@@ -55,17 +57,12 @@ def check(seen: list[Attempt], agent_id: str, errors: list[OSError]) -> None:
     assert int(key, 16) >= 0
 
 
-async def test_attempts_of_a_single_invocation_have_one_key_and_know_the_failures_before() -> None:
-    agent = Recorder(failures=2)
-    result = await AgentLoop(QUICK).run_single("a", agent)
-    assert result.retries == 2
-    check(agent.seen, "a", agent.errors)
-
-
-async def test_attempts_in_a_batch_have_one_key_and_know_the_failures_before() -> None:
+@each_verb
+async def test_attempts_of_an_invocation_have_one_key_and_know_the_failures_before(verb: str) -> None:
     agents = [Recorder(failures=count % 3) for count in range(9)]
-    jobs = [Invocation(f"a{index}", agent) for index, agent in enumerate(agents)]
-    await AgentLoop(attrs.evolve(QUICK, max_concurrency=2)).run_all(jobs)
+    jobs = [Invocation(f"a{index}", agent_for(verb, agent)) for index, agent in enumerate(agents)]
+    results = await run(verb, AgentLoop(attrs.evolve(QUICK, max_concurrency=2)), jobs)
+    assert [result.retries for result in results] == [0, 1, 2] * 3
     for index, agent in enumerate(agents):
         assert len(agent.seen) == len(agent.errors) + 1
         check(agent.seen, f"a{index}", agent.errors)
@@ -73,26 +70,16 @@ async def test_attempts_in_a_batch_have_one_key_and_know_the_failures_before() -
     assert len({agent.seen[0].idempotency_key for agent in agents}) == len(agents)
 
 
-@pytest.mark.parametrize("verb", ["run_streaming", "stream_all"])
-async def test_attempts_of_a_stream_have_one_key_and_know_the_failures_before(verb: str) -> None:
+async def test_stream_sees_the_same_attempt_after_each_chunk() -> None:
     agent = Recorder(failures=2)
 
     async def write() -> AsyncIterator[Attempt]:
-        await agent()
+        yield await agent()
         yield current_attempt()
         yield current_attempt()
 
-    loop = AgentLoop(QUICK)
-    chunks: list[Any] = []
-    if verb == "run_streaming":
-        async with loop.run_streaming("w", write) as stream:
-            chunks += [chunk async for chunk in stream]
-    else:
-        async with loop.stream_all([Invocation("w", write)]) as events:
-            chunks += [event.chunk async for event in events if not hasattr(event, "result")]
-
-    check(agent.seen, "w", agent.errors)
-    assert chunks == [agent.seen[-1]] * 2
+    chunks, _, _ = await run_stream(AgentLoop(QUICK), write)
+    assert chunks == [agent.seen[-1]] * 3
 
 
 async def test_same_invocation_that_is_run_again_has_another_key() -> None:
@@ -219,12 +206,11 @@ async def test_threads_that_ask_at_the_same_time_get_one_key() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@backends
 def test_forked_process_has_other_keys(backend: Any) -> None:
     def key() -> str:
         agent = Recorder()
-        name, options = virtual_clock(backend)
-        anyio.run(AgentLoop().run_single, "a", agent, backend=name, backend_options=options)
+        run_scheduled(backend, None, AgentLoop().run_single, "a", agent)
         return agent.seen[0].idempotency_key
 
     key()  # what is drawn once per process is drawn

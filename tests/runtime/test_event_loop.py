@@ -6,14 +6,14 @@ import asyncio
 import math
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import anyio
 import pytest
 from anyio.lowlevel import EventLoopToken, current_token
 
 from agentloop import AgentLoop
-from agentloop._eventloop.deadlines import AttemptScope, DeadlineQueue
+from agentloop._eventloop.deadlines import DeadlineQueue
 from agentloop._eventloop.insides import works_here
 from agentloop._eventloop.loop import EventLoop, describe, kind_of_loop
 from agentloop._eventloop.public import PublicScope
@@ -30,7 +30,10 @@ def is_cancelled() -> bool:
 # --- what a scope sees
 
 
-@pytest.mark.parametrize("public", [False, True], ids=["insides", "public"])
+inside_or_public = pytest.mark.parametrize("public", [False, True], ids=["insides", "public"])
+
+
+@inside_or_public
 async def test_scope_sees_cancellation_through_all_scopes_around_it_up_to_a_shield(public: bool) -> None:
     attempt = make_loop(public).attempt_scope()
     with anyio.CancelScope() as outer, anyio.CancelScope() as middle, anyio.CancelScope() as inner:
@@ -51,7 +54,7 @@ async def test_scope_sees_cancellation_through_all_scopes_around_it_up_to_a_shie
     assert not is_cancelled()
 
 
-@pytest.mark.parametrize("public", [False, True], ids=["insides", "public"])
+@inside_or_public
 async def test_scope_sees_a_cancellation_from_outside_its_task_group(public: bool) -> None:
     async def child() -> None:
         attempt = make_loop(public).attempt_scope()
@@ -181,69 +184,55 @@ async def test_scopes_that_are_not_as_expected_are_used_by_public_calls(
     assert loop.batch_deadlines() is None
 
 
-def always(kind: Any) -> Any:
-    class May(kind):
-        """Lets attempts begin in a scope that is cancelled."""
-
-        def begin(self, deadline: float) -> bool:
-            super().begin(deadline)
-            return True
-
-    return May
+# Ways for a scope to see something else than is the case.
+Begin: TypeAlias = Callable[[float], bool]
 
 
-def never(kind: Any) -> Any:
-    class MayNot(kind):
-        """Lets no attempt begin."""
-
-        def begin(self, deadline: float) -> bool:
-            super().begin(deadline)
-            return False
-
-    return MayNot
+def may_always_begin(begin: Begin, scope: Any, deadline: float) -> bool:
+    begin(deadline)
+    return True
 
 
-def late(kind: Any) -> Any:
-    class Late(kind):
-        """Ignores that a deadline moves."""
-
-        def begin(self, deadline: float) -> bool:
-            return super().begin(deadline if self.scope is None else self.scope.deadline)
-
-    return Late
+def may_never_begin(begin: Begin, scope: Any, deadline: float) -> bool:
+    begin(deadline)
+    return False
 
 
-def lonely(kind: Any) -> Any:
-    class Lonely(kind):
-        """Does not see which scopes are open in it."""
-
-        def begin(self, deadline: float) -> bool:
-            may_begin = super().begin(deadline)
-            self.children = ()
-            return may_begin
-
-    return Lonely
+def ignores_that_a_deadline_moves(begin: Begin, scope: Any, deadline: float) -> bool:
+    return begin(deadline if scope.scope is None else scope.scope.deadline)
 
 
-def crowded(kind: Any) -> Any:
-    class Crowded(kind):
-        """Takes itself for one that is open in it."""
-
-        def begin(self, deadline: float) -> bool:
-            may_begin = super().begin(deadline)
-            self.children = (self.scope,)
-            return may_begin
-
-    return Crowded
+def sees_no_open_scopes(begin: Begin, scope: Any, deadline: float) -> bool:
+    may_begin = begin(deadline)
+    scope.children = ()
+    return may_begin
 
 
-@pytest.mark.parametrize("spoil", [always, never, late, lonely, crowded])
-async def test_kind_of_scope_that_sees_something_else_does_not_work_here(
-    spoil: Callable[[type[AttemptScope]], type[AttemptScope]],
-) -> None:
+def takes_itself_for_an_open_scope(begin: Begin, scope: Any, deadline: float) -> bool:
+    may_begin = begin(deadline)
+    scope.children = (scope.scope,)
+    return may_begin
+
+
+@pytest.mark.parametrize(
+    "sees",
+    [
+        may_always_begin,
+        may_never_begin,
+        ignores_that_a_deadline_moves,
+        sees_no_open_scopes,
+        takes_itself_for_an_open_scope,
+    ],
+)
+async def test_kind_of_scope_that_sees_something_else_does_not_work_here(sees: Any) -> None:
     kind, new_scope = kind_of_loop().inside_scope, current_token().backend_class.create_cancel_scope
+
+    class Spoilt(kind):
+        def begin(self, deadline: float) -> bool:
+            return sees(super().begin, self, deadline)
+
     assert works_here(kind, new_scope)
-    assert not works_here(spoil(kind), new_scope)
+    assert not works_here(Spoilt, new_scope)
     assert not is_cancelled()
 
 
@@ -253,7 +242,7 @@ async def test_kind_of_scope_works_also_where_the_task_is_cancelled() -> None:
         assert make_loop().looks_inside
 
 
-@pytest.mark.parametrize("public", [False, True], ids=["insides", "public"])
+@inside_or_public
 async def test_asyncio_has_timers_and_trio_needs_a_task_for_each_batch(
     public: bool, anyio_backend_name: str
 ) -> None:

@@ -13,11 +13,10 @@ from typing import Any, Self
 import anyio
 import pytest
 import trio
+from agents import backends
 
 from agentloop import AgentLoop, ContextStore
 from agentloop._eventloop.handover import Handover, LoopState
-
-backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 
 REFUSED = "this thing is in use in another event loop, in thread 'other'; wait"
 
@@ -73,6 +72,12 @@ class Elsewhere:
 
     def wait(self) -> None:
         assert self._done.wait(5)
+
+    def begin_claim(self) -> None:
+        """Let the thread find the mark, and wait for the lock."""
+        self.begin(self.claim)
+        while not self.state.users:
+            pass
 
     def claim(self) -> None:
         self.state.claim()
@@ -149,14 +154,8 @@ async def test_each_side_leaves_its_own_sign_before_it_looks_for_the_others(thin
 def test_claim_before_another_event_loop_looks_wins(
     things: Handover[State], other: Elsewhere, backend: str
 ) -> None:
-    def claim() -> None:
-        # It finds the mark, and waits for the lock.
-        other.begin(other.claim)
-        while not other.state.users:
-            pass
-
     def use(state: State) -> None:
-        other.state.before = claim
+        other.state.before = other.begin_claim
         with pytest.raises(RuntimeError, match=REFUSED):
             things.take(state)
 
@@ -172,15 +171,10 @@ def test_claim_before_another_event_loop_looks_wins(
 def test_claim_after_another_event_loop_has_looked_decides_again(
     things: Handover[State], other: Elsewhere, backend: str, first: str
 ) -> None:
-    def claim() -> None:
-        other.begin(other.claim)
-        while not other.state.users:
-            pass
-
     def use(state: State) -> None:
         if first == "the old one":
             # Nobody uses it yet when the lock is free again.
-            other.state.after = claim
+            other.state.after = other.begin_claim
             things.take(state)
             other.wait()
             assert other.error is None

@@ -8,6 +8,7 @@ from typing import Any
 
 import anyio
 import pytest
+from agents import stray_cancellation
 
 from agentloop import (
     AgentLoop,
@@ -37,6 +38,7 @@ from agentloop._runtime.outcome import (
     without_cancellation,
 )
 from agentloop._runtime.tracebacks import CHAIN, add_note, drop_frames
+from agentloop.testing import FakeAgent
 
 TRANSIENT, OVERLOAD, PERMANENT, FATAL = map(Verdict, VerdictKind)
 
@@ -133,16 +135,12 @@ async def test_timer_that_fires_a_moment_early_is_still_the_total_time_out() -> 
 
 
 async def test_cancelled_wait_is_not_caused_by_the_failure_before_it() -> None:
-    async def fail() -> None:
-        raise OSError
-
     events: list[Event] = []
     loop = AgentLoop(LoopConfig(backoff=Backoff(initial_seconds=9, jitter="none")), on_event=events.append)
-    with anyio.CancelScope() as scope:
-        async with anyio.create_task_group() as group:
-            group.start_soon(loop.run_single, "a", fail)
-            await anyio.sleep(1)
-            scope.cancel()
+    async with anyio.create_task_group() as group:
+        group.start_soon(loop.run_single, "a", FakeAgent(OSError()))
+        await anyio.sleep(1)
+        group.cancel_scope.cancel()
 
     assert isinstance(events[-1], ResultEvent)
     result = events[-1].result
@@ -163,21 +161,8 @@ async def test_stop_iteration_that_calling_an_agent_raises_is_its_error() -> Non
 # --- errors among cancellations
 
 
-async def cancellation() -> BaseException:
-    """Return what the backend cancels a task with."""
-    with anyio.CancelScope() as scope:
-        scope.cancel()
-        try:
-            await anyio.sleep_forever()
-        except BaseException as exc:
-            cancelled = exc
-            raise
-
-    return cancelled
-
-
 async def test_errors_are_told_from_the_cancellations_among_them() -> None:
-    cancelled = await cancellation()
+    cancelled = await stray_cancellation()
     assert without_cancellation(cancelled) is None
     assert without_cancellation(ERROR) is ERROR
     assert without_cancellation(GROUP) is GROUP
@@ -193,7 +178,7 @@ async def test_what_is_no_error_of_an_agent_is_raised(interrupt: type[BaseExcept
     for raised in (
         interrupt(),
         BaseExceptionGroup("", [ERROR, interrupt()]),
-        BaseExceptionGroup("", [await cancellation(), interrupt()]),
+        BaseExceptionGroup("", [await stray_cancellation(), interrupt()]),
     ):
         with pytest.raises(BaseException) as caught:
             without_cancellation(raised)
