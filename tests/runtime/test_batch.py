@@ -9,6 +9,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -21,12 +22,15 @@ from agents import (
     both_verbs,
     double,
     each_batch,
+    entered_or_not,
     make_loop,
+    one_a_second,
     run,
     run_into,
     run_scheduled,
     run_until_stopped,
     stray_cancellation,
+    within,
 )
 from anyio.lowlevel import checkpoint
 from trouble import fail
@@ -35,6 +39,7 @@ from agentloop import (
     AgentLoop,
     Backoff,
     BatchStopped,
+    ChunkEvent,
     Invocation,
     InvocationCancelled,
     Limiter,
@@ -44,6 +49,9 @@ from agentloop import (
 )
 from agentloop._batch.inputs import ASLEEP_PER_SLOT
 from agentloop.testing import Fail, FakeAgent, FakeHTTPError, Reply, Stall
+
+# The verbs whose results are read while the batch runs.
+each_reader = pytest.mark.parametrize("verb", ["as_completed", "stream_all"])
 
 
 async def instant(x: int) -> int:
@@ -65,27 +73,31 @@ async def test_every_input_has_exactly_one_result(verb: str, agent: Any, limit: 
     assert [result.output for result in results] == [i * (2 if agent is double else 1) for i in range(50)]
 
 
-@both_verbs
+@each_batch
 async def test_all_kinds_of_input_are_accepted(verb: str) -> None:
+    agent = agent_for(verb, double)
+
     def generator() -> Iterator[Any]:
-        yield ("t0", double, (0,), {})
-        yield ("t1", double, [], {"x": 1})
-        yield Invocation("t2", double, (2,))
+        yield ("t0", agent, (0,), {})
+        yield ("t1", agent, [], {"x": 1})
+        yield Invocation("t2", agent, (2,))
 
     async def async_generator() -> AsyncIterator[Any]:
         for item in generator():
             await checkpoint()
             yield item
 
-    loop = AgentLoop()
+    loop, outputs = AgentLoop(), [None] * 3 if verb == "stream_all" else [0, 2, 4]
     for inputs in (list(generator()), generator(), async_generator(), iter(tuple(generator()))):
-        assert [result.output for result in await run(verb, loop, inputs)] == [0, 2, 4]
+        results = await run(verb, loop, inputs)
+        assert [result.agent_id for result in results] == ["t0", "t1", "t2"]
+        assert [result.output for result in results] == outputs
 
     assert await run(verb, loop, []) == []
-    assert [r.output for r in await run(verb, loop, Invocation.map(double, range(3)))] == [0, 2, 4]
+    assert [result.output for result in await run(verb, loop, Invocation.map(agent, range(3)))] == outputs
 
 
-@both_verbs
+@each_batch
 @pytest.mark.parametrize("bad", [None, 3, "text", {"a": 1}, Invocation("a", double)])
 async def test_what_is_no_batch_is_refused(verb: str, bad: Any) -> None:
     with pytest.raises(TypeError, match="expected a sync or async iterable of invocations"):
@@ -106,10 +118,10 @@ async def test_failed_invocation_leaves_its_siblings_running(verb: str) -> None:
     assert [result.error for result in results[1::2]] == [f"ValueError: {i}" for i in range(1, 10, 2)]
 
 
-@both_verbs
+@each_batch
 async def test_no_more_than_the_limit_run_and_all_of_it_is_used(verb: str) -> None:
     agent, start = FakeAgent(Reply(after_seconds=1)), anyio.current_time()
-    await run(verb, make_loop(max_concurrency=5), Invocation.map(agent, range(50)))
+    await run(verb, make_loop(max_concurrency=5), Invocation.map(agent_for(verb, agent), range(50)))
     assert agent.peak == 5
     assert anyio.current_time() - start == pytest.approx(10)
 
@@ -152,7 +164,12 @@ async def test_unread_results_hold_no_slot() -> None:
         assert [result.output async for result in results] == [0, 2, 4, 6, 8, 10, 12, 14, 16]
 
 
-async def test_leaving_early_cancels_what_is_left_and_waits_for_it() -> None:
+@each_reader
+@entered_or_not
+@pytest.mark.parametrize("how", ["leave", "raise", "cancel"])
+async def test_leaving_early_cancels_what_is_left_and_waits_for_it(
+    how: str, entered: bool, verb: str
+) -> None:
     cleaned = []
 
     async def agent(x: int) -> int:
@@ -169,15 +186,54 @@ async def test_leaving_early_cancels_what_is_left_and_waits_for_it() -> None:
 
         return x
 
-    start = anyio.current_time()
-    loop = AgentLoop(LoopConfig(max_concurrency=4))
-    async with loop.as_completed(Invocation.map(agent, range(100))) as results:
-        await anyio.sleep(1)
-        assert (await anext(results)).index == 0
+    loop, start = make_loop(max_concurrency=4), anyio.current_time()
+    async with within(loop, entered):
+        raises = pytest.raises(KeyError) if how == "raise" else nullcontext()
+        with anyio.move_on_after(2 if how == "cancel" else None) as scope, raises:
+            async with getattr(loop, verb)(Invocation.map(agent_for(verb, agent), range(100))) as items:
+                await anyio.sleep(1)
+                await anext(items)
+                if how == "raise":
+                    raise KeyError
 
-    assert sorted(cleaned) == [1, 2, 3]
-    assert anyio.current_time() - start == pytest.approx(2)
-    assert loop.metrics.snapshot().counts[Status.CANCELLED] == 3
+                if how == "cancel":
+                    await anyio.sleep_forever()
+
+        assert scope.cancelled_caught == (how == "cancel")
+        # Another one begins when the first result was taken.
+        assert sorted(cleaned) == [1, 2, 3] + [4] * (how == "cancel" and verb == "as_completed")
+        assert anyio.current_time() - start == pytest.approx(3 if how == "cancel" else 2)
+        assert loop.metrics.snapshot().counts[Status.CANCELLED] == len(cleaned)
+
+
+@each_reader
+@entered_or_not
+async def test_what_was_left_early_does_not_look_complete(verb: str, entered: bool) -> None:
+    loop = make_loop()
+    async with within(loop, entered):
+        async with getattr(loop, verb)([Invocation("a", agent_for(verb, anyio.sleep_forever))]) as items:
+            pass
+
+        with pytest.raises(BatchStopped, match="the block that reads the results was left"):
+            await anext(items)
+
+
+@each_reader
+async def test_cancellation_while_waiting_for_an_item_loses_none(verb: str) -> None:
+    agent = one_a_second if verb == "stream_all" else anyio.sleep
+    items: list[Any] = []
+    async with getattr(make_loop(max_concurrency=3), verb)(Invocation.map(agent, [10] * 6)) as reader:
+        while True:
+            with anyio.move_on_after(0.3):
+                try:
+                    items.append(await anext(reader))
+                except StopAsyncIteration:
+                    break
+
+    chunks = sorted((item.index, item.chunk) for item in items if isinstance(item, ChunkEvent))
+    assert chunks == [(x, i) for x in range(6) for i in range(10)] * (verb == "stream_all")
+    results = [getattr(item, "result", item) for item in items if not isinstance(item, ChunkEvent)]
+    assert sorted(result.index for result in results) == list(range(6))
 
 
 @pytest.mark.parametrize(
@@ -194,18 +250,18 @@ async def test_error_of_the_body_leaves_as_the_object_that_it_is(error: BaseExce
     assert caught.value is error
 
 
-async def test_iterating_without_the_block_says_what_to_write() -> None:
-    results: Any = AgentLoop().as_completed([])
-    with pytest.raises(RuntimeError, match="write `async with loop"):
-        async for _ in results:
-            pass
+@each_reader
+async def test_iterating_without_the_block_says_what_to_write(verb: str) -> None:
+    items = getattr(AgentLoop(), verb)([])
+    with pytest.raises(RuntimeError, match=rf"write `async with loop.{verb}\(...\) as results:`"):
+        await anext(aiter(items))
 
-    async with results:
-        pass
+    async with items:
+        with pytest.raises(RuntimeError, match="in one `async with` block only"):
+            await items.__aenter__()
 
-    with pytest.raises(RuntimeError, match="one `async with` block only"):
-        async with results:
-            pass
+    with pytest.raises(RuntimeError, match="in one `async with` block only"):
+        await items.__aenter__()
 
 
 async def test_end_is_the_end_for_every_later_read() -> None:
@@ -513,7 +569,7 @@ async def test_metrics_of_a_batch_can_be_switched_off(verb: str) -> None:
 # -- fatal
 
 
-@both_verbs
+@each_batch
 async def test_fatal_verdict_starts_nothing_new_and_lets_what_runs_finish(verb: str) -> None:
     started: list[int] = []
 
@@ -526,7 +582,8 @@ async def test_fatal_verdict_starts_nothing_new_and_lets_what_runs_finish(verb: 
         return x
 
     loop = make_loop(max_concurrency=3)
-    results, stopped = await run_until_stopped(verb, loop, Invocation.map(agent, range(10), "q"))
+    inputs = Invocation.map(agent_for(verb, agent), range(10), "q")
+    results, stopped = await run_until_stopped(verb, loop, inputs)
     assert started == [0, 1, 2]
     assert [result.status for result in results[:3]] == [Status.SUCCESS, Status.ERROR, Status.SUCCESS]
     assert stopped.reason == "'q-1' failed with Unauthorized: bad key"
@@ -609,7 +666,7 @@ def failing_input(error: BaseException, agent: Any) -> tuple[Any, Any]:
     return sync(), asynchronous()
 
 
-@both_verbs
+@each_batch
 @pytest.mark.parametrize("asynchronous", [False, True])
 async def test_failing_input_ends_the_batch_after_what_runs(verb: str, asynchronous: bool) -> None:
     error, finished, results = ValueError("input"), [], []
@@ -618,19 +675,31 @@ async def test_failing_input_ends_the_batch_after_what_runs(verb: str, asynchron
         await anyio.sleep(1 + x)
         finished.append(x)
 
-    inputs = failing_input(error, agent)[asynchronous]
+    inputs = failing_input(error, agent_for(verb, agent))[asynchronous]
     with pytest.raises(ValueError, match="input") as caught:
         await run_into(results, verb, make_loop(max_concurrency=2), inputs)
 
     assert caught.value is error
     assert finished == [0, 1, 2]
-    assert [result.index for result in results] == (finished if verb == "as_completed" else [])
+    assert [result.index for result in results] == ([] if verb == "run_all" else finished)
 
 
-@both_verbs
+@each_reader
+async def test_error_of_the_input_is_raised_at_each_further_read(verb: str) -> None:
+    error = KeyError("input")
+    async with getattr(make_loop(), verb)(failing_input(error, agent_for(verb, double))[0]) as items:
+        for _ in range(2):
+            with pytest.raises(KeyError) as caught:
+                async for _ in items:
+                    pass
+
+            assert caught.value is error
+
+
+@each_batch
 async def test_bad_input_is_a_failing_input(verb: str) -> None:
     with pytest.raises(TypeError, match="expected an Invocation or a tuple"):
-        await run(verb, AgentLoop(), [Invocation("a", double, (1,)), ("b", double)])
+        await run(verb, AgentLoop(), [Invocation("a", agent_for(verb, double), (1,)), ("b", double)])
 
     with pytest.raises(TypeError, match="fn must be an async function, got 3"):
         await run(verb, AgentLoop(), [("b", 3, (), {})])
@@ -686,25 +755,20 @@ async def test_async_input_is_pulled_by_one_task_so_it_may_hold_scopes_open() ->
     assert [result.output for result in results] == [2 * i for i in range(20)]
 
 
-@both_verbs
+@each_batch
+@entered_or_not
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
 async def test_interrupt_from_an_agent_cancels_the_rest_and_propagates_bare(
-    verb: str, kind: type[BaseException]
+    verb: str, kind: type[BaseException], entered: bool
 ) -> None:
-    cleaned = []
-
-    async def agent(x: int) -> None:
-        try:
-            await anyio.sleep(1 + x)
-            if x == 0:
-                raise kind
-        finally:
-            cleaned.append(x)
-
+    loop = make_loop(max_concurrency=3)
+    agents = [FakeAgent(Fail(kind, after_seconds=1)), *[FakeAgent(Stall())] * 8]
     with pytest.raises(kind):
-        await run(verb, AgentLoop(LoopConfig(max_concurrency=3)), Invocation.map(agent, range(9)))
+        async with within(loop, entered):
+            await run(verb, loop, [Invocation("a", agent_for(verb, agent)) for agent in agents])
 
-    assert sorted(cleaned) == [0, 1, 2]
+    assert [call.cancelled for call in agents[1].calls] == [True, True]
+    assert loop.metrics.snapshot().counts[Status.CANCELLED] == 3
 
 
 # -- fairness

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -38,7 +38,7 @@ from agentloop import (
     Status,
 )
 from agentloop._stream.channel import BUFFER
-from agentloop.testing import Chunks, Fail, FakeAgent, FakeHTTPError, Stall
+from agentloop.testing import Chunks, FakeAgent, Stall
 
 
 async def run(loop: AgentLoop, inputs: Any) -> tuple[dict[int, list[Any]], dict[int, Any]]:
@@ -147,31 +147,6 @@ async def test_chunks_of_many_streams_come_as_they_are_produced() -> None:
     assert times == [0, 1, 2] * 3
 
 
-async def test_all_kinds_of_input_are_accepted() -> None:
-    def generator() -> Iterator[Any]:
-        yield ("a", count, (1,), {})
-        yield ("b", count, [], {"upto": 2})
-        yield Invocation("c", count, (3,))
-
-    async def async_generator() -> AsyncIterator[Any]:
-        for item in generator():
-            await checkpoint()
-            yield item
-
-    for inputs in (list(generator()), generator(), async_generator(), tuple(generator())):
-        chunks, results = await run(make_loop(), inputs)
-        assert chunks == {0: [0], 1: [0, 1], 2: [0, 1, 2]}
-        assert [results[index].agent_id for index in range(3)] == ["a", "b", "c"]
-
-    assert await run(make_loop(), []) == ({}, {})
-
-
-@pytest.mark.parametrize("bad", [None, 3, "text", {"a": 1}, Invocation("a", count)])
-async def test_what_is_no_batch_is_refused(bad: Any) -> None:
-    with pytest.raises(TypeError, match="expected a sync or async iterable of invocations"):
-        make_loop().stream_all(bad)
-
-
 async def test_function_that_gives_no_async_iterable_fails_alone() -> None:
     inputs = [Invocation("a", double, (1,)), Invocation("b", count, (2,))]
     chunks, results = await run(make_loop(max_retries=3), inputs)
@@ -180,24 +155,7 @@ async def test_function_that_gives_no_async_iterable_fails_alone() -> None:
     assert results[0].retries == 0
 
 
-async def test_iterating_without_async_with_says_what_to_write() -> None:
-    events: Any = make_loop().stream_all([])
-    with pytest.raises(RuntimeError, match=r"write `async with loop.stream_all\(...\) as results:`"):
-        async for _ in events:
-            pass
-
-    async with events:
-        with pytest.raises(RuntimeError, match="in one `async with` block only"):
-            await events.__aenter__()
-
-
 # -- limits
-
-
-async def test_no_more_streams_than_the_limit_run_and_all_of_it_is_used() -> None:
-    agent = FakeAgent(Chunks(range(9), gap_seconds=1))
-    await run(make_loop(max_concurrency=3), Invocation.map(agent, range(12)))
-    assert agent.peak == 3
 
 
 async def test_all_streams_together_are_no_more_than_the_buffer_ahead() -> None:
@@ -304,68 +262,6 @@ async def test_failure_before_the_first_chunk_is_retried_and_none_after_it() -> 
     ]
 
 
-async def test_fatal_verdict_starts_nothing_new_and_what_runs_finishes() -> None:
-    async def agent(x: int) -> AsyncGenerator[int]:
-        yield x
-        await anyio.sleep(1 + x)
-        if x == 0:
-            raise FakeHTTPError(401)
-
-        yield x
-
-    seen: list[Any] = []
-    with pytest.raises(BatchStopped, match="'agent-0' failed with FakeHTTPError"):
-        async with make_loop(max_concurrency=2).stream_all(Invocation.map(agent, range(9))) as events:
-            async for event in events:
-                seen.append(event)
-
-    assert [event.chunk for event in seen if isinstance(event, ChunkEvent)] == [0, 1, 1]
-    results = [event.result for event in seen if isinstance(event, ResultEvent)]
-    assert [(result.index, result.status) for result in results] == [(0, Status.ERROR), (1, Status.SUCCESS)]
-
-
-@pytest.mark.parametrize("asynchronous", [False, True])
-async def test_input_that_raises_does_so_after_the_events_of_what_was_started(asynchronous: bool) -> None:
-    error = KeyError("input")
-
-    def inputs() -> Iterator[Any]:
-        yield Invocation("a", one_a_second, (3,))
-        yield Invocation("b", one_a_second, (2,))
-        raise error
-
-    async def async_inputs() -> AsyncIterator[Any]:
-        for item in inputs():
-            yield item
-
-    seen: list[Any] = []
-    async with make_loop().stream_all(async_inputs() if asynchronous else inputs()) as events:
-        for _ in range(2):
-            with pytest.raises(KeyError) as caught:
-                async for event in events:
-                    seen.append(event)
-
-            assert caught.value is error
-
-    assert Counter(type(event) for event in seen) == {ChunkEvent: 5, ResultEvent: 2}
-
-
-async def test_input_that_is_none_is_refused_when_it_is_met() -> None:
-    with pytest.raises(TypeError, match="expected an Invocation or a tuple"):
-        await run(make_loop(), [Invocation("a", count, (1,)), 5])
-
-
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-@entered_or_not
-async def test_interrupt_propagates_out_of_the_block(kind: Any, entered: bool) -> None:
-    loop, stalls = make_loop(), Invocation("a", FakeAgent(Chunks([0], then=Stall())))
-    interrupts = Invocation("b", FakeAgent(Chunks([0], then=Fail(kind, after_seconds=1))))
-    with pytest.raises(kind):
-        async with within(loop, entered):
-            await run(loop, [stalls, interrupts, stalls])
-
-    assert loop.metrics.snapshot().counts[Status.CANCELLED] == 3
-
-
 # -- ends
 
 
@@ -407,37 +303,6 @@ async def test_leaving_early_closes_every_generator(how: str, entered: bool) -> 
         assert scope.cancelled_caught == (how == "cancel")
         assert opened == closed == 4
         assert loop.metrics.snapshot().counts[Status.CANCELLED] == 4
-
-
-@entered_or_not
-async def test_what_was_left_early_does_not_look_complete(entered: bool) -> None:
-    loop = make_loop()
-    async with within(loop, entered):
-        async with loop.stream_all(Invocation.map(one_a_second, [5, 5])) as events:
-            await anext(events)
-
-        with pytest.raises(BatchStopped, match="the block that reads the results was left"):
-            await anext(events)
-
-
-async def test_cancellation_while_waiting_for_an_event_loses_none() -> None:
-    chunks: dict[int, list[int]] = {}
-    results = []
-    async with make_loop(max_concurrency=3).stream_all(Invocation.map(one_a_second, [10] * 6)) as events:
-        while True:
-            with anyio.move_on_after(0.3):
-                try:
-                    event = await anext(events)
-                except StopAsyncIteration:
-                    break
-
-                if isinstance(event, ChunkEvent):
-                    chunks.setdefault(event.index, []).append(event.chunk)
-                else:
-                    results.append(event.result.index)
-
-    assert chunks == {index: list(range(10)) for index in range(6)}
-    assert sorted(results) == list(range(6))
 
 
 @pytest.mark.parametrize("scope", ["scope", "group"])
@@ -526,26 +391,6 @@ async def test_leaving_the_loop_by_an_exception_gives_each_stream_its_result() -
                 raise KeyError
 
     assert [(result.status, result.chunks) for result in results] == [(Status.CANCELLED, 2)] * 2
-
-
-async def test_events_can_be_read_in_an_async_generator_that_is_closed_by_another_task() -> None:
-    async def read() -> AsyncIterator[Any]:
-        async with loop.stream_all(Invocation.map(count, [50] * 5)) as events:
-            async for event in events:
-                yield event
-
-    # Each stream holds its slot while its reader pauses.
-    async with make_loop(max_concurrency=15) as loop:
-        generators = [read() for _ in range(3)]
-        for generator in generators:
-            await anext(generator)
-
-        await anyio.wait_all_tasks_blocked()
-        async with anyio.create_task_group() as group:
-            for generator in (generators[1], generators[0], generators[2]):
-                group.start_soon(generator.aclose)
-
-    assert loop.metrics.snapshot().counts[Status.CANCELLED] == 15
 
 
 @pytest.mark.parametrize("early", [False, True])
