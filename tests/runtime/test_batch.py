@@ -440,6 +440,40 @@ async def test_waiting_to_retry_is_bounded_by_a_multiple_of_the_limit(verb: str)
     assert tasks <= 3 + 6
 
 
+async def test_input_is_pulled_again_once_those_that_wait_have_been_retried() -> None:
+    agent = FakeAgent(*[LookupError()] * 2 * ASLEEP_PER_SLOT, Reply())
+    with anyio.fail_after(3600):
+        loop = make_loop(max_concurrency=1, max_retries=100)
+        results = await loop.run_all(Invocation("a", agent) for _ in range(20))
+
+    assert [result.status for result in results] == [Status.SUCCESS] * 20
+
+
+@pytest.mark.parametrize("attempts", [1, 2, 9, 16, 17, 18, 30])
+async def test_total_time_passes_in_line_however_often_an_invocation_was_retried(attempts: int) -> None:
+    backoff = Backoff(initial_seconds=0.1, multiplier=1, jitter="none")
+    loop = make_loop(max_concurrency=1, max_retries=100, backoff=backoff)
+    calls = 0
+
+    async def fail() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == attempts:
+            # It takes the only slot during the wait for the next attempt.
+            group.start_soon(loop.run_single, "b", anyio.sleep, 60)
+
+        raise LookupError
+
+    start = anyio.current_time()
+    async with anyio.create_task_group() as group:
+        [result] = await loop.with_config(total_timeout_seconds=5).run_all([Invocation("a", fail)])
+        group.cancel_scope.cancel()
+
+    assert (result.status, result.error) == (Status.TIMEOUT, "Timeout after 5s in total")
+    assert calls == attempts
+    assert anyio.current_time() - start == pytest.approx(5)
+
+
 async def test_total_time_out_ends_a_job_that_is_due_but_finds_no_worker() -> None:
     loop = make_loop(max_concurrency=1, max_retries=1, total_timeout_seconds=200)
     ended: dict[int, Any] = {}

@@ -9,40 +9,49 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import pytest
+from agents import agent_for, each_verb, make_loop, run
 from anyio.lowlevel import checkpoint
 
-from agentloop import AgentLoop, Backoff, Invocation, LoopConfig
+from agentloop import AgentLoop, Invocation, LoopConfig
 
 var: contextvars.ContextVar[Any] = contextvars.ContextVar("var", default="unset")
 
 
+seen: list[Any] = []
+
+
+@pytest.fixture(autouse=True)
+def forget() -> None:
+    seen.clear()
+
+
 async def sees_and_sets(x: Any) -> Any:
-    seen = var.get()
+    before = var.get()
+    seen.append(before)
     var.set(x)
     await checkpoint()
     assert var.get() == x
-    return seen
+    return before
 
 
+@each_verb
 @pytest.mark.parametrize("limit", [1, 3])
-async def test_batch_sees_the_callers_variables_and_no_other_invocations(limit: int) -> None:
+async def test_invocation_sees_the_callers_variables_and_leaves_them_alone(verb: str, limit: int) -> None:
     var.set("caller")
-    loop = AgentLoop(LoopConfig(max_concurrency=limit))
-    results = await loop.run_all(Invocation.map(sees_and_sets, range(12)))
-    assert [result.output for result in results] == ["caller"] * 12
-    async with loop.as_completed(Invocation.map(sees_and_sets, range(12))) as done:
-        var.set("reader")
-        assert [result.output async for result in done] == ["caller"] * 12
-
-    assert var.get() == "reader"
-
-
-async def test_single_invocations_leave_the_callers_variables_alone() -> None:
-    var.set("caller")
-    loop = AgentLoop()
-    assert (await loop.run_single("a", sees_and_sets, 1)).output == "caller"
-    assert (await loop.run_single("a", sees_and_sets, 2)).output == "caller"
+    loop = make_loop(max_concurrency=limit)
+    await run(verb, loop, Invocation.map(agent_for(verb, sees_and_sets), range(12)))
+    assert seen == ["caller"] * 12
     assert var.get() == "caller"
+
+
+async def test_batch_sees_the_variables_from_when_it_began() -> None:
+    var.set("caller")
+    async with make_loop(max_concurrency=1).as_completed(Invocation.map(sees_and_sets, range(12))) as done:
+        var.set("reader")
+        assert [result.success async for result in done] == [True] * 12
+
+    assert seen == ["caller"] * 12
+    assert var.get() == "reader"
 
 
 async def test_variable_that_was_never_set_stays_unset() -> None:
@@ -58,19 +67,15 @@ async def test_variable_that_was_never_set_stays_unset() -> None:
     assert fresh.get(None) is None
 
 
-async def test_every_attempt_starts_from_the_callers_variables() -> None:
-    seen = []
-
+@each_verb
+async def test_every_attempt_starts_from_the_callers_variables(verb: str) -> None:
     async def agent() -> None:
-        seen.append(var.get())
-        var.set("attempt")
+        await sees_and_sets("attempt")
         raise OSError
 
     var.set("caller")
-    loop = AgentLoop(LoopConfig(max_retries=2, backoff=Backoff(jitter="none")))
-    await loop.run_single("a", agent)
-    await loop.run_all([Invocation("a", agent)])
-    assert seen == ["caller"] * 6
+    await run(verb, make_loop(max_retries=2), [Invocation("a", agent_for(verb, agent))])
+    assert seen == ["caller"] * 3
 
 
 async def test_token_can_be_reset_in_any_later_step() -> None:
@@ -131,12 +136,13 @@ async def test_nested_invocation_sees_its_parents_variables() -> None:
 
     async def parent(x: int) -> Any:
         var.set(x)
-        single = (await loop.run_single("child", sees_and_sets, -1)).output
-        batch = [result.output for result in await loop.run_all(Invocation.map(sees_and_sets, [-1, -2]))]
-        return [single, *batch]
+        single = await loop.run_single("child", sees_and_sets, -1)
+        batch = await loop.run_all(Invocation.map(sees_and_sets, [-1, -2]))
+        return single.success, all(result.success for result in batch), var.get()
 
     results = await loop.run_all(Invocation.map(parent, range(4)))
-    assert [result.output for result in results] == [[x] * 3 for x in range(4)]
+    assert [result.output for result in results] == [(True, True, x) for x in range(4)]
+    assert sorted(seen) == sorted([*range(4)] * 3)
 
 
 async def test_sync_part_of_a_callable_runs_in_the_same_context() -> None:

@@ -919,6 +919,23 @@ async def test_native_cancellation_while_an_input_is_closed_is_survived(how: str
     assert not closed
 
 
+async def test_feeder_that_is_cancelled_natively_while_it_waits_for_room_goes_on() -> None:
+    async def inputs() -> AsyncGenerator[Any]:
+        for x in range(5):
+            yield Invocation("a", ok, (x,))
+
+    async def cancel() -> None:
+        await anyio.sleep(1.5)
+        [feeder] = tasks_named("feeder")
+        feeder.cancel()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(cancel)
+        results = await make_loop(max_concurrency=1).run_all(inputs())
+
+    assert [result.output for result in results] == list(range(5))
+
+
 @pytest.mark.parametrize("busy", [False, True])
 async def test_limiter_that_another_event_loop_has_taken_meanwhile_is_taken_back_if_it_is_idle(
     busy: bool,

@@ -9,7 +9,7 @@ from typing import Any
 
 import anyio
 import pytest
-from agents import count, double, make_loop, nothing, run_into, stray_cancellation
+from agents import agent_for, count, double, each_verb, make_loop, nothing, run, run_into, stray_cancellation
 from anyio.lowlevel import checkpoint
 
 from agentloop import (
@@ -176,12 +176,14 @@ async def test_time_out_is_visible_inside_the_agent() -> None:
     assert (await unlimited.run_single("a", agent)).output == math.inf
 
 
-async def test_time_out_error_of_the_agent_is_an_error() -> None:
+@each_verb
+async def test_time_out_error_of_the_agent_is_an_error(verb: str) -> None:
     async def agent() -> None:
         with anyio.fail_after(1):
             await anyio.sleep(2)
 
-    result = await make_loop(timeout_seconds=10).run_single("a", agent)
+    loop = make_loop(timeout_seconds=9, total_timeout_seconds=10, idle_timeout_seconds=8)
+    [result] = await run(verb, loop, [Invocation("a", agent_for(verb, agent))])
     assert result.status is Status.ERROR
     assert type(result.exception) is TimeoutError
 
@@ -245,9 +247,11 @@ async def test_exception_group_of_the_agent_stays_what_it_is() -> None:
     assert pytest.RaisesGroup(KeyError).matches(result.exception)
 
 
-async def test_stray_cancellation_is_one_cancelled_result() -> None:
+@each_verb
+async def test_stray_cancellation_is_one_cancelled_result(verb: str) -> None:
     stray = await stray_cancellation()
-    result = await AgentLoop().run_single("a", FakeAgent(stray))
+    agent = FakeAgent(stray)
+    [result] = await run(verb, make_loop(max_retries=3), [Invocation("a", agent_for(verb, agent))])
     assert result.status is Status.CANCELLED
     assert result.retries == 0
     assert isinstance(result.exception, InvocationCancelled)

@@ -553,20 +553,6 @@ async def test_time_that_the_reader_takes_counts_for_the_total_alone(
     assert stream.result.latency_ms == pytest.approx(1000 * seconds)
 
 
-async def test_agents_own_time_out_is_an_error() -> None:
-    async def agent() -> AsyncGenerator[int]:
-        yield 1
-        with anyio.fail_after(1):
-            await anyio.sleep(5)
-
-    settings = {"timeout_seconds": 9, "idle_timeout_seconds": 8, "total_timeout_seconds": 10}
-    chunks, error, result = await run_stream(make_loop(**settings), agent)
-    assert chunks == [1]
-    assert type(error) is TimeoutError
-    assert result.status is Status.ERROR
-    assert result.exception is error
-
-
 @pytest.mark.parametrize("chunks", [0, 1])
 async def test_error_made_of_our_time_out_is_its_cause(chunks: int) -> None:
     async def agent() -> AsyncGenerator[int]:
@@ -1265,23 +1251,6 @@ async def test_context_variables_stay_within_the_stream(entered: bool, iterable:
             group.start_soon(go, str(i))
 
     assert variable.get() == "the reader's"
-
-
-async def test_attempt_sees_nothing_that_the_one_before_has_set() -> None:
-    seen = []
-
-    async def agent() -> AsyncGenerator[int]:
-        seen.append(variable.get())
-        variable.set("mine")
-        await checkpoint()
-        if len(seen) < 3:
-            raise OSError
-
-        yield 1
-
-    variable.set("the reader's")
-    await run_stream(make_loop(max_retries=3), agent)
-    assert seen == ["the reader's"] * 3
 
 
 async def test_generator_is_closed_in_its_own_context() -> None:

@@ -12,13 +12,12 @@ import anyio
 import anyio.lowlevel
 import pytest
 import trio
+from agents import backends, count, run_scheduled
 from audit import assert_quiet, audit_limiters, leak_audit, open_generators, other_tasks
 
 from agentloop import AgentLoop, Invocation, Limiter
 from agentloop._limits.limiter import pool_of
-from agentloop.testing import virtual_clock
 
-both_backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 kept: list[Any] = []
 
 
@@ -28,17 +27,7 @@ def forget() -> Any:
     kept.clear()
 
 
-def run(main: Callable[[], Awaitable[Any]], backend: Any) -> Any:
-    name, options = virtual_clock(backend)
-    return anyio.run(main, backend=name, backend_options=options)
-
-
-async def count() -> AsyncIterator[int]:
-    for number in range(3):
-        yield number
-
-
-@both_backends
+@backends
 def test_clean_run_passes(backend: Any) -> None:
     async def main() -> list[int]:
         await assert_quiet()
@@ -47,16 +36,16 @@ def test_clean_run_passes(backend: Any) -> None:
             tg.start_soon(send.send, 1)
             await receive.receive()
 
-        numbers = [number async for number in count()]
+        numbers = [number async for number in count(3)]
         await anyio.to_thread.run_sync(int)
         await assert_quiet()
         return numbers
 
     with leak_audit():
-        assert run(main, backend) == [0, 1, 2]
+        assert run_scheduled(backend, None, main) == [0, 1, 2]
 
 
-@both_backends
+@backends
 def test_task_left_is_found(backend: Any) -> None:
     async def main() -> None:
         async with anyio.create_task_group() as tg:
@@ -67,10 +56,10 @@ def test_task_left_is_found(backend: Any) -> None:
             await assert_quiet(other_tasks())
             tg.cancel_scope.cancel()
 
-    run(main, backend)
+    run_scheduled(backend, None, main)
 
 
-@both_backends
+@backends
 def test_ancestors_and_siblings_of_the_host_are_told_apart(backend: Any) -> None:
     async def main() -> None:
         async with anyio.create_task_group() as tg:
@@ -81,13 +70,13 @@ def test_ancestors_and_siblings_of_the_host_are_told_apart(backend: Any) -> None
 
         assert not other_tasks()
 
-    run(main, backend)
+    run_scheduled(backend, None, main)
 
 
-@both_backends
+@backends
 def test_open_generator_is_found(backend: Any) -> None:
     async def main() -> None:
-        generator: Any = count()
+        generator = count(3)
         await anext(generator)
         with pytest.raises(AssertionError, match=r"async generators left open: .*count"):
             await assert_quiet()
@@ -96,7 +85,7 @@ def test_open_generator_is_found(backend: Any) -> None:
         await generator.aclose()
         await assert_quiet()
 
-    run(main, backend)
+    run_scheduled(backend, None, main)
 
 
 def test_cancellation_that_nobody_took_back_is_found() -> None:
@@ -113,16 +102,15 @@ def test_cancellation_that_nobody_took_back_is_found() -> None:
         host.uncancel()
         await assert_quiet()
 
-    run(main, "asyncio")
+    asyncio.run(main())
 
 
 def assert_found(what: str, main: Callable[[], Awaitable[Any]], backend: Any = "asyncio") -> None:
-    with pytest.raises(AssertionError, match=what):
-        with leak_audit():
-            run(main, backend)
+    with pytest.raises(AssertionError, match=what), leak_audit():
+        run_scheduled(backend, None, main)
 
 
-@both_backends
+@backends
 def test_stream_that_nobody_closed_is_found(backend: Any) -> None:
     async def collected() -> None:
         anyio.create_memory_object_stream[int](1)
@@ -136,7 +124,7 @@ def test_stream_that_nobody_closed_is_found(backend: Any) -> None:
         stream.close()
 
 
-@both_backends
+@backends
 def test_coroutine_that_nobody_awaited_is_found(backend: Any) -> None:
     async def main() -> None:
         anyio.sleep(1)
@@ -144,7 +132,7 @@ def test_coroutine_that_nobody_awaited_is_found(backend: Any) -> None:
     assert_found("never awaited", main, backend)
 
 
-@both_backends
+@backends
 def test_error_in_a_finalizer_is_found_even_in_a_cycle(backend: Any) -> None:
     class Broken:
         def __init__(self) -> None:
@@ -159,7 +147,7 @@ def test_error_in_a_finalizer_is_found_even_in_a_cycle(backend: Any) -> None:
     assert_found("in a finalizer", main, backend)
 
 
-@both_backends
+@backends
 def test_thread_that_died_is_found(backend: Any) -> None:
     def work() -> None:
         raise ValueError("in a thread")
@@ -196,32 +184,35 @@ def test_future_whose_error_nobody_looked_at_is_found() -> None:
     assert_found("unseen", main)
 
 
-@both_backends
+@backends
 def test_error_of_the_run_passes_through(backend: Any) -> None:
     async def main() -> None:
         kept.append(anyio.create_memory_object_stream[int](1))
         raise LookupError("the run's own")
 
     with pytest.raises(LookupError, match="the run's own"), leak_audit():
-        run(main, backend)
+        run_scheduled(backend, None, main)
 
     for stream in kept.pop():
         stream.close()
 
 
 def test_audit_leaves_no_trace_itself() -> None:
-    before = [asyncio.BaseEventLoop.call_exception_handler, threading.excepthook, list(warnings.filters)]
-    handlers = list(logging.getLogger("asyncio").handlers)
+    def traces() -> list[object]:
+        handlers = list(logging.getLogger("asyncio").handlers)
+        return [
+            asyncio.BaseEventLoop.call_exception_handler,
+            threading.excepthook,
+            list(warnings.filters),
+            handlers,
+        ]
+
+    before = traces()
     with leak_audit():
         trio.run(trio.sleep, 0)
         gc.collect()
 
-    assert before == [
-        asyncio.BaseEventLoop.call_exception_handler,
-        threading.excepthook,
-        list(warnings.filters),
-    ]
-    assert handlers == logging.getLogger("asyncio").handlers
+    assert traces() == before
 
 
 @pytest.fixture
