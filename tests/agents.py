@@ -149,9 +149,14 @@ async def read(stream: AgentStream[Any]) -> tuple[list[Any], Any]:
     return chunks, None
 
 
-async def run_stream(loop: AgentLoop, agent: Callable[..., Any], *args: Any) -> tuple[list[Any], Any, Any]:
-    """Run an agent that yields, and return its chunks, its error and its result."""
+async def run_stream(
+    loop: AgentLoop, agent: Callable[..., Any], *args: Any, pause: float | None = None
+) -> tuple[list[Any], Any, Any]:
+    """Run an agent that yields, read it after a pause, and return its chunks, its error and its result."""
     async with loop.run_streaming("a", agent, *args) as stream:
+        if pause is not None:
+            await anyio.sleep(pause)
+
         chunks, error = await read(stream)
 
     return chunks, error, stream.result
