@@ -32,7 +32,6 @@ from agentloop import (
     Invocation,
     InvocationCancelled,
     InvocationTimeout,
-    LeftOpenError,
     LoopConfig,
     ResultEvent,
     Status,
@@ -391,24 +390,3 @@ async def test_leaving_the_loop_by_an_exception_gives_each_stream_its_result() -
                 raise KeyError
 
     assert [(result.status, result.chunks) for result in results] == [(Status.CANCELLED, 2)] * 2
-
-
-@pytest.mark.parametrize("early", [False, True])
-async def test_stream_that_leaves_a_scope_open_is_an_error_and_costs_the_others_nothing(early: bool) -> None:
-    async def forgetful() -> AsyncGenerator[int]:
-        if early:
-            anyio.CancelScope().__enter__()
-
-        yield 1
-        anyio.CancelScope().__enter__()
-
-    fine = FakeAgent(Chunks([1, 2], gap_seconds=1))
-    inputs = [Invocation("a", forgetful), *[Invocation("b", fine)] * 5]
-    chunks, results = await run(make_loop(max_concurrency=2), inputs)
-    assert chunks == {0: [1], **{x: [1, 2] for x in range(1, 6)}}
-    assert [results[x].status for x in range(6)] == [Status.ERROR] + [Status.SUCCESS] * 5
-    assert isinstance(results[0].exception, LeftOpenError)
-    with pytest.raises(LeftOpenError):
-        async with make_loop().run_streaming("a", forgetful) as stream:
-            async for _ in stream:
-                pass
