@@ -9,15 +9,14 @@ from typing import Any
 import anyio
 import fuzz
 import pytest
+from agents import backends, make_loop, run_scheduled
 from anyio.lowlevel import checkpoint
 from audit import leak_audit
 
-from agentloop import AgentLoop, Backoff, Invocation, LoopConfig
-from agentloop.testing import virtual_clock
+from agentloop import AgentLoop, Invocation
 
 pytestmark = pytest.mark.long
 
-backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 PROGRAMS = int(os.environ.get("AGENTLOOP_FUZZ_PROGRAMS", "160"))
 BLOCKS = 8
 
@@ -235,11 +234,7 @@ def test_cancelling_the_caller_at_any_checkpoint_leaves_nothing(
 
         async def main(step: int = step) -> None:
             nonlocal completed
-            loop = AgentLoop(
-                LoopConfig(
-                    max_concurrency=limit, max_retries=1, backoff=Backoff(initial_seconds=1, jitter="none")
-                )
-            )
+            loop = make_loop(max_concurrency=limit, max_retries=1)
             tasks = len(anyio.get_running_tasks())
             with anyio.CancelScope() as scope:
                 async with anyio.create_task_group() as group:
@@ -265,8 +260,7 @@ def test_cancelling_the_caller_at_any_checkpoint_leaves_nothing(
             with anyio.fail_after(5):
                 await AgentLoop(limiter=loop.limiter).run_single("after", checkpoint)
 
-        name, options = virtual_clock(backend)
-        anyio.run(main, backend=name, backend_options=options)
+        run_scheduled(backend, None, main)
         if completed:
             assert step > 5
             return

@@ -73,6 +73,14 @@ def hanging() -> Iterator[Hanging]:
     hanging.released.set()
 
 
+@pytest.fixture
+async def full(hanging: Hanging) -> AgentLoop:
+    """A loop whose only place is taken by a thread that hangs."""
+    loop = AgentLoop(SHORT)
+    await abandon(loop, hanging)
+    return loop
+
+
 async def until(condition: Callable[[], object]) -> None:
     """Wait for what threads do."""
     with anyio.fail_after(5):
@@ -239,8 +247,9 @@ def test_agent_has_the_name_of_its_function() -> None:
 # --- how many there are at once
 
 
-async def test_as_many_threads_run_at_once_as_the_limit() -> None:
-    lock, all_in = threading.Lock(), threading.Barrier(3, timeout=5)
+@pytest.mark.parametrize("limit", [3, 50], ids=["few", "more than AnyIO's default"])
+async def test_as_many_threads_run_at_once_as_the_limit(limit: int) -> None:
+    lock, all_in = threading.Lock(), threading.Barrier(limit, timeout=5)
     running = most = 0
 
     def work(_: int) -> None:
@@ -253,18 +262,11 @@ async def test_as_many_threads_run_at_once_as_the_limit() -> None:
         with lock:
             running -= 1
 
-    loop = AgentLoop(LoopConfig(max_concurrency=3, max_retries=0))
-    for result in await loop.run_all(Invocation.map(in_thread(work), range(12))):
+    loop = AgentLoop(LoopConfig(max_concurrency=limit, max_retries=0))
+    for result in await loop.run_all(Invocation.map(in_thread(work), range(4 * limit))):
         result.unwrap()
 
-    assert most == 3
-
-
-async def test_more_threads_than_anyios_default_run_at_once() -> None:
-    all_in = threading.Barrier(50, timeout=5)
-    loop = AgentLoop(LoopConfig(max_concurrency=50, max_retries=0))
-    results = await loop.run_all(Invocation.map(in_thread(lambda _: all_in.wait()), range(50)))
-    assert sorted(result.unwrap() for result in results) == list(range(50))
+    assert most == limit
 
 
 async def test_abandoned_threads_keep_their_places_and_calls_that_wait_are_not_timed_out(
@@ -291,13 +293,12 @@ async def test_abandoned_threads_keep_their_places_and_calls_that_wait_are_not_t
 
 async def test_attempt_is_timed_out_while_its_thread_hangs_and_another_one_when_it_has_waited(
     hanging: Hanging,
+    full: AgentLoop,
 ) -> None:
-    loop = AgentLoop(SHORT)
-    await abandon(loop, hanging)
     again = Hanging()
     results: list[Any] = []
     async with anyio.create_task_group() as group:
-        group.start_soon(call, results, loop, again)
+        group.start_soon(call, results, full, again)
         await anyio.sleep(0.25)
         assert not results
         hanging.released.set()
@@ -309,14 +310,12 @@ async def test_attempt_is_timed_out_while_its_thread_hangs_and_another_one_when_
     again.released.set()
     await until(lambda: not again.now)
     # The next attempt in the same scope has its own deadline.
-    assert (await loop.run_single("a", in_thread(int))).unwrap() == 0
+    assert (await full.run_single("a", in_thread(int))).unwrap() == 0
 
 
 @pytest.mark.parametrize("verb", ["run_single", "run_all"])
-async def test_total_timeout_goes_on_while_a_call_waits_for_a_place(hanging: Hanging, verb: str) -> None:
-    loop = AgentLoop(SHORT)
-    await abandon(loop, hanging)
-    bounded = loop.with_config(total_timeout_seconds=0.3)
+async def test_total_timeout_goes_on_while_a_call_waits_for_a_place(full: AgentLoop, verb: str) -> None:
+    bounded = full.with_config(total_timeout_seconds=0.3)
     [result] = await run(verb, bounded, [Invocation("a", in_thread(int))])
     assert isinstance(result.exception, InvocationTimeout)
     assert (result.exception.seconds, result.exception.total) == (0.3, True)
@@ -348,9 +347,9 @@ async def test_retried_attempt_that_waits_for_a_place_is_not_timed_out(hanging: 
     assert (results[0].unwrap(), results[0].retries) == (5, 1)
 
 
-async def test_calls_of_one_attempt_that_wait_together_move_its_deadline_once(hanging: Hanging) -> None:
-    loop = AgentLoop(SHORT)
-    await abandon(loop, hanging)
+async def test_calls_of_one_attempt_that_wait_together_move_its_deadline_once(
+    hanging: Hanging, full: AgentLoop
+) -> None:
     deadlines: list[float] = []
     began: list[float] = []
 
@@ -368,7 +367,7 @@ async def test_calls_of_one_attempt_that_wait_together_move_its_deadline_once(ha
         began.append(anyio.current_time())
 
     async with anyio.create_task_group() as group:
-        group.start_soon(loop.run_single, "a", agent)
+        group.start_soon(full.run_single, "a", agent)
         await anyio.sleep(0.1)
         hanging.released.set()
 
@@ -378,25 +377,21 @@ async def test_calls_of_one_attempt_that_wait_together_move_its_deadline_once(ha
     assert 0.05 < after - before <= began[1] - began[0]
 
 
-async def test_stream_that_calls_a_function_counts_the_wait(hanging: Hanging) -> None:
-    loop = AgentLoop(SHORT)
-    await abandon(loop, hanging)
-    _, error, _ = await run_stream(loop, agent_for("run_streaming", in_thread(int)))
+async def test_stream_that_calls_a_function_counts_the_wait(full: AgentLoop) -> None:
+    _, error, _ = await run_stream(full, agent_for("run_streaming", in_thread(int)))
     assert isinstance(error, InvocationTimeout)
 
 
-async def test_raised_limit_lets_a_call_that_waits_go_on_and_a_lowered_one_holds(hanging: Hanging) -> None:
-    loop = AgentLoop(SHORT)
-    await abandon(loop, hanging)
+async def test_raised_limit_lets_a_call_that_waits_go_on_and_a_lowered_one_holds(full: AgentLoop) -> None:
     results: list[Any] = []
     async with anyio.create_task_group() as group:
-        group.start_soon(call, results, loop, int)
+        group.start_soon(call, results, full, int)
         await anyio.wait_all_tasks_blocked()
-        loop.limiter.max_concurrency = 2
+        full.limiter.max_concurrency = 2
 
     assert results[0].unwrap() == 0
-    loop.limiter.max_concurrency = 1
-    await refuses(loop)
+    full.limiter.max_concurrency = 1
+    await refuses(full)
 
 
 async def test_limiter_that_is_not_adaptive_bounds_threads_too(hanging: Hanging) -> None:
@@ -487,9 +482,7 @@ async def test_function_can_ask_whether_it_was_cancelled() -> None:
     await until(ended.is_set)
 
 
-async def test_task_left_over_from_an_attempt_moves_no_deadline(hanging: Hanging) -> None:
-    loop = AgentLoop(SHORT)
-    await abandon(loop, hanging)
+async def test_task_left_over_from_an_attempt_moves_no_deadline(hanging: Hanging, full: AgentLoop) -> None:
     outputs: list[int] = []
     async with anyio.create_task_group() as group:
 
@@ -507,7 +500,7 @@ async def test_task_left_over_from_an_attempt_moves_no_deadline(hanging: Hanging
             ends.append(later)
 
         ends: list[anyio.Event] = []
-        (await loop.run_single("a", agent)).unwrap()
+        (await full.run_single("a", agent)).unwrap()
         ends[0].set()
         await anyio.wait_all_tasks_blocked()
         deadlines: list[float] = []
@@ -518,7 +511,7 @@ async def test_task_left_over_from_an_attempt_moves_no_deadline(hanging: Hanging
             await until(lambda: len(outputs) == 2)
             deadlines.append(anyio.current_effective_deadline())
 
-        (await loop.with_config(timeout_seconds=5).run_single("b", other)).unwrap()
+        (await full.with_config(timeout_seconds=5).run_single("b", other)).unwrap()
 
     assert deadlines[0] == deadlines[1]
 
