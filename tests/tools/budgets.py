@@ -245,24 +245,16 @@ class Run:
         # What goes wrong is checked by events; one result per input is checked elsewhere.
         with suppress(BatchStopped, BudgetSpent, ValueError, FakeHTTPError):
             inputs = list(self.invocations(verb, loop, agents))
+            only = inputs[0]
             if verb == "run_all":
                 assert len(await loop.run_all(inputs)) == len(agents)
-            elif verb == "as_completed":
-                async with loop.as_completed(inputs) as results:
-                    async for _ in results:
-                        pass
-            elif verb == "stream_all":
-                async with loop.stream_all(inputs) as events:
-                    async for _ in events:
-                        pass
+            elif verb == "run_single":
+                await loop.run_single(only.agent_id, only.fn, *only.args)
             else:
-                only = inputs[0]
-                if verb == "run_single":
-                    await loop.run_single(only.agent_id, only.fn, *only.args)
-                else:
-                    async with loop.run_streaming(only.agent_id, only.fn, *only.args) as stream:
-                        async for _ in stream:
-                            pass
+                call = (only.agent_id, only.fn, *only.args) if verb == "run_streaming" else (inputs,)
+                async with getattr(loop, verb)(*call) as items:
+                    async for _ in items:
+                        pass
 
     async def call(self, call: Call) -> None:
         await anyio.sleep(call.at)
