@@ -992,16 +992,6 @@ async def test_success_keeps_no_frames_of_its_failed_attempts(verb: str) -> None
     assert not held
 
 
-async def test_failure_keeps_its_frames() -> None:
-    async def agent() -> None:
-        raise OSError("mine")
-
-    [result] = await AgentLoop(LoopConfig(max_retries=0)).run_all([Invocation("a", agent)])
-    assert result.exception is not None
-    assert result.exception.__traceback__ is not None
-    assert result.exception.__traceback__.tb_frame.f_code is agent.__code__
-
-
 async def test_reason_of_a_stop_is_bounded_and_shared_by_all_that_was_skipped() -> None:
     async def agent(x: int) -> None:
         raise Unauthorized("x" * 100_000)

@@ -127,16 +127,6 @@ async def test_classify_that_fails_is_logged_once_and_its_failure_is_final(
     assert "classify=" in caplog.text
 
 
-async def test_classify_that_gives_a_coroutine_is_said_to_be_no_plain_function() -> None:
-    async def judge(exc: Exception) -> Any:
-        return classify(exc)
-
-    loop = AgentLoop(LoopConfig(classify=lambda exc: judge(exc)))
-    result = await loop.run_single("a", FakeAgent(OSError()))
-    assert result.exception is not None
-    assert "classify must be a plain function that returns a Verdict" in result.exception.__notes__[0]
-
-
 @each_kind
 @pytest.mark.parametrize(
     ("source", "verb"),

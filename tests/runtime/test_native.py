@@ -243,11 +243,33 @@ async def test_agents_own_cancellation_of_the_callers_task_is_the_callers() -> N
     await cancelled(asyncio.ensure_future(AgentLoop().run_single("a", cancels_itself)))
 
 
-async def test_stray_cancellation_in_the_callers_task_is_a_result() -> None:
-    for agent in (awaits_a_cancelled_future, awaits_a_cancelled_task, raises_cancelled_error):
-        result = await AgentLoop().run_single("a", agent)
-        assert result.status is Status.CANCELLED
-        assert current_task().cancelling() == 0
+async def takes_its_own_cancellation_back() -> None:
+    with contextlib.suppress(asyncio.CancelledError):
+        current_task().cancel(object())
+        await asyncio.sleep(1)
+
+    current_task().uncancel()
+    raise asyncio.CancelledError
+
+
+async def raises_a_stray_cancellation() -> None:
+    raise await stray_cancellation()
+
+
+@pytest.mark.parametrize(
+    "agent",
+    [
+        awaits_a_cancelled_future,
+        awaits_a_cancelled_task,
+        raises_cancelled_error,
+        raises_a_stray_cancellation,
+        takes_its_own_cancellation_back,
+    ],
+)
+async def test_cancellation_that_no_caller_has_asked_for_is_a_result(agent: Any) -> None:
+    result = await AgentLoop().run_single("a", agent)
+    assert result.status is Status.CANCELLED
+    assert current_task().cancelling() == 0
 
 
 async def test_native_cancellation_of_task_groups_in_a_task_group_is_the_callers() -> None:
@@ -264,45 +286,20 @@ async def test_native_cancellation_of_task_groups_in_a_task_group_is_the_callers
     await by_cancel(lambda: AgentLoop().run_single("a", agent))
 
 
-async def test_agent_that_takes_its_own_cancellation_back_is_no_callers_cancellation() -> None:
-    async def agent() -> None:
-        raise await stray_cancellation()
-
-    async def bare() -> None:
-        with contextlib.suppress(asyncio.CancelledError):
-            current_task().cancel(object())
-            await asyncio.sleep(1)
-
-        current_task().uncancel()
-        raise asyncio.CancelledError
-
-    for fn in (agent, bare):
-        assert (await AgentLoop().run_single("a", fn)).status is Status.CANCELLED
-
-
 @pytest.mark.parametrize("ending", [Status.ERROR, Status.TIMEOUT])
 async def test_task_group_that_fails_in_a_nested_invocation_is_no_callers_cancellation(
     ending: Status,
 ) -> None:
-    async def fail() -> None:
-        raise OSError
-
-    async def inner() -> None:
-        # Before CPython 3.13 this leaves a mark on the task, which is the outer agent's too.
-        with contextlib.suppress(ExceptionGroup):
-            async with asyncio.TaskGroup() as group:
-                group.create_task(fail())
-
     async def outer() -> None:
-        assert (await loop.run_single("inner", inner)).success
+        # Before CPython 3.13 this leaves a mark on the task, which is the outer agent's too.
+        assert (await loop.run_single("inner", lets_a_task_group_fail)).success
         if ending is Status.ERROR:
             raise ValueError("mine")
 
         await asyncio.sleep(50)
 
-    loop = AgentLoop(LoopConfig(timeout_seconds=5, max_retries=0))
-    task = asyncio.ensure_future(loop.run_single("outer", outer))
-    assert (await task).status is ending
+    loop = make_loop(timeout_seconds=5)
+    assert (await asyncio.ensure_future(loop.run_single("outer", outer))).status is ending
 
 
 async def test_callers_cancellation_while_a_task_group_fails_is_the_callers() -> None:

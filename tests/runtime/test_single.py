@@ -82,7 +82,8 @@ async def test_failure_is_data_and_carries_the_very_exception() -> None:
     assert (result.status, result.error, result.failures) == (Status.ERROR, "ValueError: boom", (error,))
 
 
-async def test_traceback_begins_in_the_agent() -> None:
+@pytest.mark.parametrize("verb", ["run_single", "run_all"])
+async def test_traceback_begins_in_the_agent(verb: str) -> None:
     class Awaitable:
         def __await__(self) -> Any:
             raise ValueError
@@ -91,7 +92,7 @@ async def test_traceback_begins_in_the_agent() -> None:
         raise ValueError
 
     for fn, code in ((agent, agent.__code__), (Awaitable, Awaitable.__await__.__code__)):
-        result = await make_loop().run_single("a", fn)
+        [result] = await run(verb, make_loop(), [Invocation("a", fn)])
         assert result.exception is not None
         traceback = result.exception.__traceback__
         assert traceback is not None
@@ -316,14 +317,6 @@ async def test_total_time_out_ends_the_wait_for_a_slot(verb: str) -> None:
     assert results[0].latency_ms == pytest.approx(5000)
     assert isinstance(results[0].exception.__cause__, OSError)
     assert results[0].retries == 0
-
-
-async def test_classify_that_gives_no_verdict_makes_the_failure_permanent_and_says_so() -> None:
-    agent = FakeAgent(OSError("x"))
-    result = await AgentLoop(LoopConfig(classify=lambda _: None)).run_single("a", agent)
-    assert (result.error, len(agent.calls)) == ("OSError: x", 1)
-    assert result.exception is not None
-    assert "classify failed" in result.exception.__notes__[0]
 
 
 async def test_too_long_a_retry_after_fails_at_once_and_says_so_once() -> None:

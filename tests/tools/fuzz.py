@@ -59,23 +59,40 @@ from agentloop import (
 )
 from agentloop._eventloop.tasks import LOST
 from agentloop._limits.limiter import pool_of
-from agentloop.testing import virtual_clock
+from agentloop.testing import FakeHTTPError, virtual_clock
 
 var: ContextVar[str] = ContextVar("var", default="unset")
 # The call that a piece of code belongs to, seen through tasks and contexts.
 call_var: ContextVar[Call | None] = ContextVar("call", default=None)
 
 
-class HttpError(Exception):
-    def __init__(self, status: int, retry_after: float | None = None, call: Call | None = None) -> None:
-        super().__init__(status)
-        self.status_code = status
-        self.call = call
-        self.headers = {} if retry_after is None else {"retry-after": str(retry_after)}
-
-
 class InputError(Exception):
     pass
+
+
+@contextmanager
+def as_caller() -> Iterator[None]:
+    """See the variable as those see it who are no agents."""
+    before = var.get()
+    var.set("caller")
+    try:
+        yield
+    finally:
+        var.set(before)
+
+
+async def cancellation() -> BaseException:
+    """Return a cancellation, to be raised where nothing can be cancelled."""
+    stored: list[BaseException] = []
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        try:
+            await anyio.sleep_forever()
+        except anyio.get_cancelled_exc_class() as exc:
+            stored.append(exc)
+            raise
+
+    return stored[0]
 
 
 class Recorder(MetricsRecorder):
@@ -360,9 +377,7 @@ class Program:
 
         verdict = classify(exc)
         if verdict.kind is VerdictKind.FATAL:
-            assert isinstance(exc, HttpError)
-            assert exc.call is not None
-            exc.call.fatal = True
+            vars(exc)["call"].fatal = True
 
         return verdict
 
@@ -466,10 +481,11 @@ class Program:
                     self.violations.append(f"timed out after {took} s, and not after {error.seconds}")
 
             # In an outage, what speaks of the provider is an overload as well.
-            overloaded = isinstance(error, HttpError | OSError | ExceptionGroup)
+            overloaded = isinstance(error, FakeHTTPError | OSError | ExceptionGroup)
             overloaded = overloaded and not self.is_unjudged(error)
-            if overloaded and "retry-after" in getattr(error, "headers", ()) and self.limiter._adaptive:
-                self.cool_off.hold(event.at, float(error.headers["retry-after"]))
+            retry_after = getattr(error, "retry_after", None)
+            if overloaded and retry_after is not None and self.limiter._adaptive:
+                self.cool_off.hold(event.at, retry_after)
 
         if cut:
             if not overloaded:
@@ -571,14 +587,16 @@ class Program:
 
     async def overload(self, *_: Any) -> None:
         await self.work(0)
-        raise HttpError(429, self.random.choice([None, 0.3, 2.0, 9.0]) if self.gated else None)
+        raise FakeHTTPError(429, self.random.choice([None, 0.3, 2.0, 9.0]) if self.gated else None)
 
     async def reject(self, *_: Any) -> None:
-        raise HttpError(400)
+        raise FakeHTTPError(400)
 
     async def unauthorized(self, name: str, call: Call, depth: int) -> None:
         await self.work(0)
-        raise HttpError(401, call=call)
+        error = FakeHTTPError(401)
+        vars(error)["call"] = call
+        raise error
 
     async def hang(self, *_: Any) -> None:
         await self.work(20.0)
@@ -617,17 +635,7 @@ class Program:
             await self.work(1.0)
 
     async def stray(self, *_: Any) -> None:
-        stored: BaseException | None = None
-        with anyio.CancelScope() as scope:
-            scope.cancel()
-            try:
-                await anyio.sleep_forever()
-            except anyio.get_cancelled_exc_class() as exc:
-                stored = exc
-                raise
-
-        assert stored is not None
-        raise stored
+        raise await cancellation()
 
     async def cancel_self(self, name: str, call: Call, depth: int) -> None:
         # In the task of whoever called run_single() this is that caller's own cancellation.
@@ -699,26 +707,20 @@ class Program:
                 call.strays -= 1
 
     async def nest(self, name: str, call: Call, depth: int) -> None:
-        var.set("caller")
-        try:
+        with as_caller():
             await self.make_call(call, depth + 1)
-        finally:
-            var.set(name)
 
     async def nest_at_once(self, name: str, call: Call, depth: int) -> None:
-        var.set("caller")
-        try:
+        with as_caller():
             async with anyio.create_task_group() as group:
                 for _ in range(self.random.randint(2, 3)):
                     group.start_soon(self.make_call, call, depth + 1)
-        finally:
-            var.set(name)
 
     async def nest_in_background(self, name: str, call: Call, depth: int) -> None:
-        var.set("caller")
         self.calls += 1
-        self.background.start_soon(self.make_call, None, depth + 1)
-        var.set(name)
+        with as_caller():
+            self.background.start_soon(self.make_call, None, depth + 1)
+
         for _ in range(self.random.randint(1, 9)):
             await checkpoint()
 
@@ -1241,7 +1243,7 @@ class Program:
 
             assert error is result.failures[-1]
             assert not isinstance(error, InvocationTimeout)
-            assert isinstance(error, (LookupError, OSError, HttpError, ExceptionGroup)), repr(error)
+            assert isinstance(error, (LookupError, OSError, FakeHTTPError, ExceptionGroup)), repr(error)
 
     def check_times(self, times: Times, result: InvocationResult[Any], error: InvocationTimeout) -> None:
         """The time that a reader takes is nobody's fault but its own."""
@@ -1322,18 +1324,9 @@ class Program:
             elif own:
                 self.sabotage([choose(own) for _ in range(choose([1, 1, 2]))])
 
-    async def be_cancelled(self) -> None:
-        """Get a cancellation to raise where nothing can be cancelled."""
-        with anyio.CancelScope() as scope:
-            scope.cancel()
-            try:
-                await anyio.sleep_forever()
-            except anyio.get_cancelled_exc_class() as exc:
-                self.stray_cancellation = exc
-
     async def main(self) -> None:
         if self.callbacks_raise:
-            await self.be_cancelled()
+            self.stray_cancellation = await cancellation()
 
         tasks = len(anyio.get_running_tasks())
         async with anyio.create_task_group() as group:
