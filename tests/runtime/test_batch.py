@@ -132,24 +132,27 @@ async def test_completion_order_is_the_order_of_delivery() -> None:
     assert [result.index for result in results] == [4, 3, 2, 1, 0]
 
 
+@each_reader
 @pytest.mark.parametrize("agent", [double, instant])
-async def test_reader_that_stops_reading_stops_new_starts(agent: Any) -> None:
-    pulled = 0
+async def test_input_is_pulled_as_results_are_read(verb: str, agent: Any) -> None:
+    pulled = results = 0
 
-    def inputs() -> Iterator[Invocation[int]]:
+    def inputs() -> Iterator[Any]:
         nonlocal pulled
-        while True:
+        for i in range(20):
             pulled += 1
-            yield Invocation("a", agent, (pulled,))
+            yield Invocation("a", agent_for(verb, agent), (i,))
 
-    async with AgentLoop(LoopConfig(max_concurrency=3)).as_completed(inputs()) as results:
+    async with getattr(make_loop(max_concurrency=3), verb)(inputs()) as items:
         await anyio.sleep(1)
         assert pulled == 3
-        for read in range(1, 20):
-            await anext(results)
-            assert pulled <= read + 3
+        async for item in items:
+            assert pulled <= results + 3
+            results += not isinstance(item, ChunkEvent)
             await anyio.sleep(1)
-            assert pulled == read + 3
+            assert pulled == min(20, results + 3)
+
+    assert results == 20
 
 
 async def test_unread_results_hold_no_slot() -> None:

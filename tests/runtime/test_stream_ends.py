@@ -280,25 +280,6 @@ async def test_result_that_was_ready_is_not_thrown_away_by_leaving(
 
 
 @entered_or_not
-async def test_agent_that_fails_after_its_reader_left_has_its_error_in_the_result(entered: bool) -> None:
-    async def converts() -> AsyncGenerator[int]:
-        yield 1
-        try:
-            await anyio.sleep_forever()
-        except BaseException as exc:
-            raise ConnectionError("closed") from exc
-
-    loop = make_loop()
-    async with within(loop, entered), loop.run_streaming("a", converts) as stream:
-        await anext(stream)
-
-    # An error that was made of our cancellation is that cancellation.
-    assert stream.result.status is Status.CANCELLED
-    assert stream.result.exception is not None
-    assert type(stream.result.exception.__cause__) is ConnectionError
-
-
-@entered_or_not
 async def test_chunks_that_were_not_read_are_dropped_with_the_block(entered: bool) -> None:
     class Chunk:
         pass
@@ -328,20 +309,6 @@ async def test_stream_that_was_left_does_not_look_complete(entered: bool) -> Non
         for _ in range(2):
             with pytest.raises(InvocationCancelled, match="the block that reads the stream was left"):
                 await anext(stream)
-
-
-@entered_or_not
-async def test_another_scope_of_the_reader_ends_as_it_began(entered: bool) -> None:
-    loop = make_loop()
-    async with within(loop, entered):
-        with anyio.move_on_after(3) as scope:
-            async with loop.run_streaming("a", one_a_second, 50) as stream:
-                async for _ in stream:
-                    pass
-
-        assert scope.cancelled_caught
-        assert stream.result.status is Status.CANCELLED
-        assert stream.result.chunks in (2, 3)
 
 
 # -- in an entered loop
