@@ -21,9 +21,6 @@ from planting import plant
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = 5000
-# What random programs cannot catch, since they have no account of it: the tests of it have to.
-UNIT_TESTS = "unit tests"
-UNIT_TEST_FILES = ("test_cool_off.py", "test_outage.py", "test_overload.py")
 # A defect may make a program run for ever; then this catches it.
 SECONDS = 60
 
@@ -57,6 +54,8 @@ def read(text: str) -> Iterator[Mutant]:
 
     The first line is the name. The second one is the place, the program that catches the defect if it is not
     ``fuzz.py``, and the backends with their seeds if these are known. The change follows, as in a diff.
+
+    What random programs cannot catch, since they have no account of it, the tests of limits have to.
     """
     for block in text.split("\n\n"):
         name, place, *change = block.strip("\n").split("\n")
@@ -74,7 +73,7 @@ def read(text: str) -> Iterator[Mutant]:
 
 DEFECTS = """\
 a slot granted in the moment of a cancellation is not given back
-@ SlotPool.wait, asyncio 13, trio 90
+@ SlotPool.wait, asyncio 23, trio 90
 - waiter.slot.give_back()
 
 a cancelled waiter stays in line
@@ -135,7 +134,7 @@ those who are lent a slot pay nothing
       ...
 
 those who wait for a loan pay nothing
-@ SlotPool.offer_loan, asyncio 6, trio 8
+@ SlotPool.offer_loan, asyncio 6, trio 16
 - if waiter.line is self.lines.returning or not self.admission.gated:
 + if waiter.slot.bill is not None:
 +     waiter.slot.bill.charges = [meter.reserve(0) for meter in self.admission.meters]
@@ -172,7 +171,7 @@ any failure cuts the limit
 + self.provider is not None
 
 there is more than one probe at a time
-@ CoolOff.ready_at, unit tests
+@ CoolOff.ready_at, test_cool_off.py
 - self.probe is not None
 + False
 
@@ -186,12 +185,12 @@ a call that began before a cool-off ends it
 + True
 
 what will not be waited for holds the others
-@ Admission.failed, unit tests
+@ Admission.failed, test_cool_off.py
 - asked is None or asked > longest_hold
 + asked is None
 
 a waiter with a slot on loan takes another when a cool-off ends early
-@ SlotPool.serve_some, unit tests
+@ SlotPool.serve_some, test_cool_off.py
   while served < most and (waiter := self._first()) is not None:
 -     if not waiter.has_loan:
 -         self._take(waiter.slot)
@@ -200,30 +199,30 @@ a waiter with a slot on loan takes another when a cool-off ends early
       served += 1
 
 a few failures are an outage, however many run at once
-@ Outage.fail, unit tests
+@ Outage.fail, test_outage.py
 - max(IN_A_ROW, limit)
 + IN_A_ROW
 
 a success does not end the row of failures
-@ Outage.succeed, unit tests
+@ Outage.succeed, test_outage.py
 - self.row = 0
 
 patience does not wait for what is at work
-@ PoolState.is_hopeless, unit tests
+@ PoolState.is_hopeless, test_outage.py
 - self.work.count(self.running, len(self.lines.borrowing)) <= 0
 + True
 
 a break is not noticed
-@ Outage.begin, unit tests
+@ Outage.begin, test_outage.py
 - self.fruitless_since = None
 
 cuts are deep while calls from before the last one run
-@ AdaptiveLimit.reject, unit tests
+@ AdaptiveLimit.reject, test_overload.py
 - self._old <= 0 and (not self._taken)
 + not self._taken
 
 retries of an overload draw on the retry budget
-@ Failures.next_start, unit tests
+@ Failures.next_start, test_outage.py
 - not overload and (not admission.may_retry(now))
 + not admission.may_retry(now)
 
@@ -451,7 +450,7 @@ a stream that waits for its reader only says that it has given its slot up
 - self._pass_on()
 
 a stream goes on without the slot that it gave back
-@ _StreamAttempt._wait_for_room, asyncio 483, trio 723
+@ _StreamAttempt._wait_for_room, asyncio 515, trio 723
 - granted = Slot(pool, slot.outer)
 - if not pool.acquire_nowait(granted, returning=True):
 -     await pool.wait(pool.enqueue(granted, returning=True))
@@ -623,10 +622,6 @@ def catch_quickly(mutant: Mutant, backend: str) -> str | None:
     return catch(mutant, backend, seed, seed + 1) or catch(mutant, backend)
 
 
-def other(backend: str) -> str:
-    return "trio" if backend == "asyncio" else "asyncio"
-
-
 def catch(mutant: Mutant, backend: str, first: int = 0, last: int = PROGRAMS) -> str | None:
     """Return what caught the mutant, in a line; ``None`` if nothing did."""
     with tempfile.TemporaryDirectory() as folder:
@@ -635,17 +630,10 @@ def catch(mutant: Mutant, backend: str, first: int = 0, last: int = PROGRAMS) ->
         module, text = mutant.plant()
         (package / module).write_text(text, "utf-8")
         tests = ROOT / "tests"
-        if mutant.program == UNIT_TESTS:
-            options = [
-                "-c",
-                str(ROOT / "pyproject.toml"),
-                "-qxp",
-                "no:cacheprovider",
-                "-k",
-                f"not {other(backend)}",
-            ]
-            files = [str(tests / "limits" / name) for name in UNIT_TEST_FILES]
-            command = [sys.executable, "-m", "pytest", *options, *files]
+        if mutant.program.startswith("test_"):
+            other = "trio" if backend == "asyncio" else "asyncio"
+            options = ["-c", str(ROOT / "pyproject.toml"), "-qxp", "no:cacheprovider", "-k", f"not {other}"]
+            command = [sys.executable, "-m", "pytest", *options, str(tests / "limits" / mutant.program)]
         else:
             program = [str(tests / "tools" / mutant.program), "--backend", backend]
             command = [sys.executable, *program, "--seeds", f"{first}:{last}"]
@@ -669,7 +657,7 @@ def catch(mutant: Mutant, backend: str, first: int = 0, last: int = PROGRAMS) ->
         if not done.returncode:
             return None
 
-        if mutant.program == UNIT_TESTS:
+        if mutant.program.startswith("test_"):
             return next(line for line in done.stdout.splitlines() if line.startswith("FAILED"))[:160]
 
         lines = [line.strip(" |+-") for line in (done.stdout + done.stderr).splitlines()]
