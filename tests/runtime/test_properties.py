@@ -13,7 +13,7 @@ from agents import backends, make_loop, run_scheduled
 from anyio.lowlevel import checkpoint
 from audit import leak_audit
 
-from agentloop import AgentLoop, Invocation
+from agentloop import AgentLoop, Backoff, Invocation
 
 pytestmark = pytest.mark.long
 
@@ -234,7 +234,9 @@ def test_cancelling_the_caller_at_any_checkpoint_leaves_nothing(
 
         async def main(step: int = step) -> None:
             nonlocal completed
-            loop = make_loop(max_concurrency=limit, max_retries=1)
+            # Short, since one moment of a wait to be retried is like another.
+            backoff = Backoff(initial_seconds=0.25, jitter="none")
+            loop = make_loop(max_concurrency=limit, max_retries=1, backoff=backoff)
             tasks = len(anyio.get_running_tasks())
             with anyio.CancelScope() as scope:
                 async with anyio.create_task_group() as group:
