@@ -98,7 +98,7 @@ async def test_all_kinds_of_input_are_accepted(verb: str) -> None:
 
 @each_batch
 @pytest.mark.parametrize("bad", [None, 3, "text", {"a": 1}, Invocation("a", double)])
-async def test_what_is_no_batch_is_refused(verb: str, bad: Any) -> None:
+async def test_input_that_is_no_iterable_of_invocations_is_refused(verb: str, bad: Any) -> None:
     with pytest.raises(TypeError, match="expected a sync or async iterable of invocations"):
         await run(verb, AgentLoop(), bad)
 
@@ -210,7 +210,7 @@ async def test_leaving_early_cancels_what_is_left_and_waits_for_it(
 
 @each_reader
 @entered_or_not
-async def test_what_was_left_early_does_not_look_complete(verb: str, entered: bool) -> None:
+async def test_batch_that_was_left_early_does_not_look_complete(verb: str, entered: bool) -> None:
     loop = make_loop()
     async with within(loop, entered):
         async with getattr(loop, verb)([Invocation("a", agent_for(verb, anyio.sleep_forever))]) as items:
@@ -545,7 +545,7 @@ async def test_input_that_was_pulled_before_the_limit_was_lowered_waits_for_a_wo
     assert [result.latency_ms for result in results] == pytest.approx([5000, 1000])
 
 
-async def test_what_waited_to_be_retried_is_not_remembered_until_its_total_time_is_up() -> None:
+async def test_invocation_that_waited_to_be_retried_is_forgotten_before_its_total_time_is_up() -> None:
     payloads: list[weakref.ref[Payload]] = []
     failed: set[int] = set()
     alive = 0

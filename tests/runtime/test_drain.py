@@ -94,7 +94,7 @@ async def test_batch_ends_with_what_runs(verb: str, entered: bool) -> None:
 @entered_or_not
 @each_batch
 @pytest.mark.parametrize(("grace", "took"), [(0, 1), (2, 3)])
-async def test_what_runs_is_cancelled_when_the_grace_is_over(
+async def test_running_agents_are_cancelled_when_the_grace_is_over(
     verb: str, grace: float, took: float, entered: bool
 ) -> None:
     loop = AgentLoop(LoopConfig(max_concurrency=2))

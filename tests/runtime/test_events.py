@@ -301,7 +301,7 @@ async def test_nothing_is_built_without_a_sink(monkeypatch: pytest.MonkeyPatch) 
     [5, "print", b"print", anyio.sleep, [print, 5], [print, anyio.sleep], {"print": print}],
     ids=["5", "a str", "bytes", "an async function", "a list with 5", "a list with an async one", "a dict"],
 )
-def test_what_is_no_plain_function_is_refused_as_a_sink(on_event: Any) -> None:
+def test_sink_that_is_no_plain_function_is_refused(on_event: Any) -> None:
     with pytest.raises(TypeError, match=r"^on_event must be a plain function, got "):
         AgentLoop(on_event=on_event)
 

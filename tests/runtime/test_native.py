@@ -453,7 +453,7 @@ async def test_reader_that_is_cancelled_natively_while_it_leaves_waits_for_the_a
 @entered_or_not
 @pytest.mark.parametrize("first", [False, True])
 @each_outcome
-async def test_what_a_streaming_agent_does_to_its_task_is_its_own_affair(
+async def test_streaming_agent_may_do_to_its_task_as_it_likes(
     agent: Any, status: Status, first: bool, entered: bool
 ) -> None:
     async def chunks() -> AsyncGenerator[Any]:

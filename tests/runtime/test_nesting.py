@@ -257,7 +257,7 @@ async def drain(stream: AsyncIterator[int]) -> None:
         pass
 
 
-async def test_who_waits_for_the_slot_further_out_is_lent_the_one_that_is_resumed() -> None:
+async def test_waiter_for_the_slot_further_out_is_lent_the_one_that_is_resumed() -> None:
     # A stream comes back for its slot after its own reader has asked for it, and before that one has it: it
     # would wait for what its reader holds, while its reader waits for it.
     loop = AgentLoop(LoopConfig(max_concurrency=1))

@@ -174,7 +174,7 @@ async def test_errors_are_told_from_the_cancellations_among_them() -> None:
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit, GeneratorExit])
-async def test_what_is_no_error_of_an_agent_is_raised(interrupt: type[BaseException]) -> None:
+async def test_interrupt_among_errors_is_raised(interrupt: type[BaseException]) -> None:
     for raised in (
         interrupt(),
         BaseExceptionGroup("", [ERROR, interrupt()]),

@@ -86,7 +86,7 @@ VERBS = ["run_all", "as_completed", "stream_all", "run_single", "run_streaming"]
     ("verb", "first"), [*((verb, signal.SIGINT) for verb in VERBS), ("run_all", signal.SIGTERM)]
 )
 @pytest.mark.parametrize("count", [1, 2])
-def test_what_was_printed_as_done_is_what_was_done(
+def test_agents_that_are_printed_as_done_are_those_that_were(
     backend: str, verb: str, count: int, first: signal.Signals
 ) -> None:
     with subprocess.Popen(
@@ -227,7 +227,7 @@ def test_loop_in_use_elsewhere_is_logged_and_the_others_drain(
     assert "a loop could not be drained" in caplog.text
 
 
-async def test_what_is_wrong_is_said_at_once() -> None:
+async def test_bad_arguments_are_refused_at_once() -> None:
     loop = AgentLoop()
     with pytest.raises(TypeError, match="needs the loops to drain"):
         drain_on_signals()

@@ -29,7 +29,7 @@ PLAIN = Backoff(jitter="none")
 SLOW = FakeAgent(Reply("done", after_seconds=10))
 
 
-async def test_what_the_agent_returns_is_the_output() -> None:
+async def test_output_is_the_value_that_the_agent_returns() -> None:
     result = await AgentLoop().run_single("a", double, 21)
     assert result.unwrap() == 42
     assert (result.agent_id, result.status, result.success, result.error) == ("a", Status.SUCCESS, True, None)
@@ -61,7 +61,7 @@ async def test_any_callable_that_returns_an_awaitable_is_an_agent() -> None:
     assert (await loop.run_single("a", Awaitable)).output == 6
 
 
-async def test_what_is_no_async_callable_is_refused_with_a_hint_and_not_retried() -> None:
+async def test_function_that_is_not_async_is_refused_with_a_hint_and_not_retried() -> None:
     loop, calls = AgentLoop(), []
     result = await loop.run_single("a", lambda: calls.append(1))
     assert isinstance(result.exception, TypeError)

@@ -82,7 +82,7 @@ async def test_batch_stops_when_a_condition_holds(
 
 @each_batch
 @pytest.mark.parametrize(("grace", "expected", "took"), [(None, "fss", 9), (3, "fsc", 4), (0, "fcc", 1)])
-async def test_what_runs_ends_within_the_grace(
+async def test_running_agents_end_within_the_grace(
     verb: str, grace: float | None, expected: str, took: float
 ) -> None:
     fn = agent_for(verb, agent)

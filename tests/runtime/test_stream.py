@@ -1007,7 +1007,7 @@ async def test_function_that_gives_no_async_iterable_is_refused(agent: Any, what
     assert (result.status, result.retries) == (Status.ERROR, 0)
 
 
-async def test_what_cannot_be_called_is_refused_at_once() -> None:
+async def test_bad_arguments_are_refused_at_once() -> None:
     loop: Any = AgentLoop()
     for bad in (None, 5, "agent", [count]):
         with pytest.raises(TypeError, match="must be an async function"):

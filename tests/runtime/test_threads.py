@@ -200,7 +200,7 @@ def test_generator_function_is_refused(fn: Any) -> None:
         in_thread(fn)
 
 
-def test_what_cannot_be_called_is_refused() -> None:
+def test_function_that_cannot_be_called_is_refused() -> None:
     with pytest.raises(TypeError, match="fn must be callable, got 5"):
         in_thread(5)  # type: ignore[arg-type]  # what the test is about
 

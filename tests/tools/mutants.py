@@ -103,25 +103,25 @@ a nested invocation is lent no slot
 - )
 + slot is not None
 
-a freed token is offered to nobody
+a freed token is not offered to the line
 @ Slot.release, asyncio 50, trio 10
 - if pool.in_line:
 -     ...
 
-what was paid for an attempt that never began is kept
+the payment for an attempt that never began is kept
 @ Slot.release, asyncio 618, trio 1088
 - pool.refund(bill)
 
-a pause does not look who is first in line now
+a pause does not look at the first in line again
 @ PoolState.pause, asyncio 1913
 - self.serve()
 
-a pause holds nobody
+a pause holds back no waiter
 @ SlotPool._first, asyncio 26, trio 26
 - self.admission.paused
 + False
 
-nobody is woken when the first in line gives up
+no waiter is woken when the first in line gives up
 @ SlotPool.withdraw, asyncio 8, trio 8
 - self.serve()
 
@@ -160,7 +160,7 @@ a loan that was not used is not given back
 @ SlotPool.withdraw, asyncio 6, trio 8
 - waiter.return_loan()
 
-a cool-off concerns only the one who was told
+a cool-off holds back only the call that was rejected
 @ Provider.reject, asyncio 156, trio 26
 - if hold_seconds is not None and self.cool_off.hold(now, hold_seconds, limit.limit):
 -     ...
@@ -184,7 +184,7 @@ a call that began before a cool-off ends it
 - epoch >= self._held_at
 + True
 
-what will not be waited for holds the others
+a wait that is not begun holds the others
 @ Admission.failed, test_cool_off.py
 - asked is None or asked > longest_hold
 + asked is None
@@ -207,7 +207,7 @@ a success does not end the row of failures
 @ Outage.succeed, test_outage.py
 - self.row = 0
 
-patience does not wait for what is at work
+patience does not wait for calls at work
 @ PoolState.is_hopeless, test_outage.py
 - self.work.count(self.running, len(self.lines.borrowing)) <= 0
 + True
@@ -236,12 +236,12 @@ the limit grows above its ceiling
 - min(self.ceiling, self.limit + max(1, int(self.limit * growth)))
 + self.limit + 2
 
-what has left a window is given back
+a payment that has left its window is given back
 @ _Window.correct, asyncio 1501, trio 1176
 - charge.at + self._seconds > now
 + True
 
-what has flowed back into a bucket is given back too
+a payment that has flowed back into a bucket is given back too
 @ _Bucket.correct, asyncio 213, trio 163
 - min(-more, max(0.0, self._full_at - now), *(missing for _, missing in later[:1]))
 + -more
@@ -390,15 +390,15 @@ a worker that runs an attempt counts as looking for work
 @ Worker.work, asyncio 0, trio 0
 - crew.seeking -= 1
 
-what a cancelled batch had yet to retry is forgotten
+the retries that a cancelled batch had yet to make are forgotten
 @ Batch.run, asyncio 2, trio 2
 - self._abandon()
 
-what waits to be retried takes up room for input
+a job that waits to be retried takes up room for input
 @ Bookkeeping._retry, asyncio 13, trio 14
 - self.source.set_aside(job)
 
-what has ended takes up room for input
+a job that has ended takes up room for input
 @ Bookkeeping.finish, asyncio 13, trio 13
 - source.live -= 1
 
@@ -429,7 +429,7 @@ a moved deadline is not seen to any more
 @ _InsideScope.due, asyncio 2963
 - self._watch(self._inner._deadline)
 
-what was not read when a stream ended is lost
+chunks that were not read when a stream ended are lost
 @ Channel.close, asyncio 29, trio 29
 - self._rest.append(self._receive.receive_nowait())
 + self._receive.receive_nowait()
@@ -534,12 +534,12 @@ an error made out of the caller's native cancellation is retried
 - caller is not None and caller.came(raised)
 + caller is not None and caller.came(raised) and error is None
 
-a native cancellation whose mark was taken back is nobody's
+a native cancellation whose mark was taken back is no caller's
 @ CallersCancellation.came, asyncio 252
 - native is not None and native is raised
 + False
 
-what was cut short looks complete
+a batch that was cut short looks complete
 @ BatchReader._error, asyncio 23, trio 316
 - batch.stopped is None
 + True
@@ -607,7 +607,7 @@ a cancelled edit keeps the lock
 + if exc_type is None:
 +     run.lock.release()
 
-who waits is asked only when it runs
+a waiter's predicate is asked only when it runs
 @ Audience.notify, linearizability.py, asyncio 6, trio 3
 - wait.is_over(state)
 + not wait.event.set()
