@@ -88,7 +88,7 @@ a loan is never returned
 - self.lent = None
 
 the loan of an invocation that has ended is given back under its borrower
-@ Slot._pass_on, asyncio 29, trio 26
+@ Slot._pass_on, asyncio 29, trio 0
 - borrower is not None and borrower.pool is pool
 + borrower is not None and borrower.pool is pool and lender is not None
 
@@ -113,7 +113,7 @@ the payment for an attempt that never began is kept
 - pool.refund(bill)
 
 a pause does not look at the first in line again
-@ PoolState.pause, asyncio 1913
+@ PoolState.pause, asyncio 436
 - self.serve()
 
 a pause holds back no waiter
@@ -126,7 +126,7 @@ no waiter is woken when the first in line gives up
 - self.serve()
 
 those who are lent a slot pay nothing
-@ SlotPool._acquire, asyncio 6, trio 8
+@ SlotPool._acquire, asyncio 6, trio 16
 - if admission.gated and not returning:
 + if lender is not None and slot.bill is not None:
 +     slot.bill.charges = [meter.reserve(0) for meter in admission.meters]
@@ -142,7 +142,7 @@ those who wait for a loan pay nothing
       ...
 
 loans begin in spite of a cool-off
-@ SlotPool.offer_loan, asyncio 1786, trio 1666
+@ SlotPool.offer_loan, asyncio 515, trio 1666
 - not self.admission.gated
 + not self.admission.meters
 
@@ -157,7 +157,7 @@ rates are paid before there is a slot
 +         bill.costs = tuple(0 for _ in bill.costs)
 
 a loan that was not used is not given back
-@ SlotPool.withdraw, asyncio 6, trio 8
+@ SlotPool.withdraw, asyncio 6, trio 13
 - waiter.return_loan()
 
 a cool-off holds back only the call that was rejected
@@ -166,7 +166,7 @@ a cool-off holds back only the call that was rejected
 -     ...
 
 any failure cuts the limit
-@ Admission.failed, asyncio 2, trio 0
+@ Admission.failed, asyncio 23, trio 0
 - self.provider is not None and verdict.kind is VerdictKind.OVERLOAD
 + self.provider is not None
 
@@ -180,7 +180,7 @@ the gap between probes stays the same
 - self._gap *= 2
 
 a call that began before a cool-off ends it
-@ Provider.answered, asyncio 156, trio 0
+@ Provider.answered, asyncio 156, trio 1106
 - epoch >= self._held_at
 + True
 
