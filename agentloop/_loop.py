@@ -19,7 +19,7 @@ from ._invocation import Inputs, Invocation, StreamInputs, check_inputs, make_in
 from ._limits.keyed import check_concurrency
 from ._limits.limiter import Limiter, LoopStatistics
 from ._metrics.recorder import MetricsRecorder
-from ._misuse import name_parameters
+from ._misuse import OfOneProcess, name_parameters
 from ._result import InvocationResult
 from ._runtime.lifetime import Lifetime
 from ._runtime.observer import Observer, Sink
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 @name_parameters(settings=LoopConfig)
-class AgentLoop:
+class AgentLoop(OfOneProcess, since="its limits hold in one process"):
     """
     Runs agents: async callables that are slow, fail, hang and get rate-limited.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["EnteredOnly", "name_parameters"]
+__all__ = ["EnteredOnly", "OfOneProcess", "name_parameters"]
 
 import functools
 import inspect
@@ -91,3 +91,23 @@ class EnteredOnly:
 
     def _refuse(self, *_: object) -> NoReturn:
         raise TypeError(self._usage)
+
+
+class OfOneProcess:
+    """
+    The base of classes whose objects cannot be pickled.
+
+    :param since: the reason, which the error gives
+    """
+
+    _since: str
+
+    def __init_subclass__(cls, since: str | None = None) -> None:
+        super().__init_subclass__()
+        if since is not None:
+            cls._since = since
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__} cannot be pickled, since {self._since}: make one in each process"
+        )

@@ -13,7 +13,7 @@ import attrs
 from .. import _validators as must
 from .._eventloop.handover import Handover
 from .._events import Event, LimitEvent
-from .._misuse import name_parameters
+from .._misuse import OfOneProcess, name_parameters
 from .._provider.overload import AdaptiveLimit
 from .._provider.provider import Provider
 from .._result import Status
@@ -83,7 +83,7 @@ class LoopStatistics:
 
 
 @name_parameters()
-class Limiter:
+class Limiter(OfOneProcess, since="it limits one process, and a copy would allow as much again"):
     """
     One limit for everything that shares it: loops, views of loops, batches and single invocations.
 

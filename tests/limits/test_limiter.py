@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -19,12 +20,24 @@ import anyio.to_thread
 import pytest
 from elsewhere import in_use_elsewhere
 
-from agentloop import AgentLoop, Backoff, Invocation, Limiter, LimiterStatistics, LoopConfig
+from agentloop import AgentLoop, Backoff, Invocation, KeyedLimiter, Limiter, LimiterStatistics, LoopConfig
 from agentloop._limits.limiter import pool_of
 from agentloop._limits.slots import Slot
 from agentloop.testing import FakeAgent, FakeHTTPError, Reply, VirtualClockDeadlock, virtual_clock
 
 backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
+
+
+@pytest.mark.parametrize(
+    "bound",
+    [Limiter(1), KeyedLimiter(id, lambda _: Limiter(1)), AgentLoop()],
+    ids=lambda one: type(one).__name__,
+)
+def test_limits_do_not_pickle(bound: object) -> None:
+    with pytest.raises(
+        TypeError, match=rf"^{type(bound).__name__} cannot be pickled, since it.* one process"
+    ):
+        pickle.dumps(bound)
 
 
 @pytest.mark.parametrize("bad", [0, -1])
