@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-__all__ = ["Attempt", "AttemptSlot", "LaterSlot", "Timing", "current_attempt", "idempotency_key"]
+__all__ = [
+    "Attempt",
+    "AttemptSlot",
+    "LaterSlot",
+    "Timing",
+    "attempt_elsewhere",
+    "current_attempt",
+    "idempotency_key",
+]
 
 import functools
 import os
 import uuid
 from abc import abstractmethod
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import anyio
@@ -36,6 +45,10 @@ class Attempt:
     idempotency_key: str
 
 
+attempt_elsewhere: ContextVar[Attempt | None] = ContextVar("agentloop.attempt_elsewhere", default=None)
+"""The attempt of another process that the current code is called for."""
+
+
 def current_attempt() -> Attempt:
     """
     Return the attempt that the current code runs in: the innermost one, where agents run agents.
@@ -51,6 +64,10 @@ def current_attempt() -> Attempt:
     slot = current_slot.get()
     if isinstance(slot, AttemptSlot):
         return slot.attempt()
+
+    attempt = attempt_elsewhere.get()
+    if attempt is not None:
+        return attempt
 
     raise RuntimeError(
         "current_attempt() was called outside of an agent: call it in a function that an AgentLoop runs, or "

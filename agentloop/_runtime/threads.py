@@ -75,16 +75,20 @@ def in_thread(fn: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
 
     @functools.wraps(fn)
     async def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        bound = partial(_call, partial(fn, *args, **kwargs))
-        slot = current_slot.get()
-        # A thread of an agent may run an event loop of its own.
-        if isinstance(slot, AttemptSlot) and slot.pool.is_current():
-            return await _places_of(slot.pool).run(slot, bound)
-
-        return await anyio.to_thread.run_sync(bound, abandon_on_cancel=True)
+        # All else is a function of this module, by whose name it pickles.
+        return await _run(partial(_call, partial(fn, *args, **kwargs)))
 
     call.__name__ = name_of(fn)
     return call
+
+
+async def _run(bound: Callable[[], T]) -> T:
+    slot = current_slot.get()
+    # A thread of an agent may run an event loop of its own.
+    if isinstance(slot, AttemptSlot) and slot.pool.is_current():
+        return await _places_of(slot.pool).run(slot, bound)
+
+    return await anyio.to_thread.run_sync(bound, abandon_on_cancel=True)
 
 
 def _call(fn: partial[T]) -> T:
