@@ -14,6 +14,7 @@ import attrs
 import pytest
 
 import agentloop
+from agentloop.contrib import dask
 
 PACKAGE = Path(agentloop.__file__).parent
 
@@ -44,8 +45,10 @@ RESERVED = {
     "trio": {"_eventloop", "testing/_clock_trio"},
     "outcome": {"testing/_clock_trio"},
     "rich": {"contrib/progress/_display", "contrib/progress/_terminal", "contrib/progress/__init__"},
-    "opentelemetry": {"contrib/opentelemetry"},
+    "opentelemetry": {"contrib/opentelemetry", "contrib/dask/_tracing"},
     "prometheus_client": {"contrib/prometheus"},
+    "distributed": {"contrib/dask/_engine"},
+    "cloudpickle": {"contrib/dask/_pickles"},
 }
 
 # The names of the contract, as far as they are built.
@@ -184,7 +187,8 @@ def test_adapters_use_what_is_public_and_nothing_else() -> None:
         # A package of its own may have modules of its own.
         if not module.startswith(importer.rpartition("/")[0] + "/_")
     }
-    assert imported == {"agentloop"}
+    # A worker process says which attempt of its caller's it is.
+    assert imported == {"agentloop", "_runtime/current"}
 
 
 def test_package_is_imported_without_trio_and_without_its_own_testing_tools_and_adapters() -> None:
@@ -196,7 +200,7 @@ def test_package_is_imported_without_trio_and_without_its_own_testing_tools_and_
     loaded = set(done.stdout.split())
     assert "agentloop._loop" in loaded
     assert not loaded & {"trio", "outcome", "pytest", "agentloop.testing"}
-    assert not loaded & {"rich", "opentelemetry", "prometheus_client", "agentloop.contrib"}
+    assert not loaded & {"rich", "opentelemetry", "prometheus_client", "distributed", "agentloop.contrib"}
     assert not loaded & {"sqlite3", "agentloop.journal"}
 
 
@@ -211,6 +215,10 @@ def test_list_of_public_names_is_sorted_and_complete() -> None:
         if not name.startswith("_") and not inspect.ismodule(value)
     }
     assert public == set(agentloop.__all__)
+
+
+def test_names_of_the_contract_are_public_in_the_adapter_to_dask() -> None:
+    assert dask.__all__ == ["RemoteError", "WorkerLost", "Workers", "WorkersStatistics"]
 
 
 @pytest.mark.parametrize("name", CONTRACT)

@@ -23,8 +23,12 @@ from agentloop import (
     InvocationResult,
     InvocationTimeout,
     Status,
+    Verdict,
+    VerdictKind,
     _errors,
 )
+from agentloop.contrib import dask
+from agentloop.contrib.dask import RemoteError, WorkerLost
 
 
 class Boom(Exception):
@@ -49,6 +53,8 @@ ERRORS: list[Exception] = [
     _errors.QueueFull(3, 1.5),
     _errors.QueueTimeout(2),
     _errors.LoopClosed("left"),
+    RemoteError("openai.RateLimitError", "slow down", 429, Verdict(VerdictKind.OVERLOAD, 7)),
+    WorkerLost("died 3 times", 3),
 ]
 every_error = pytest.mark.parametrize("error", ERRORS, ids=repr)
 
@@ -343,14 +349,14 @@ def test_result_survives_pickling() -> None:
 
 def test_every_error_is_in_the_tests_below() -> None:
     names = {name for name in _errors.__all__ if isinstance(getattr(_errors, name), type)}
-    assert {type(error).__name__ for error in ERRORS} == names
+    assert {type(error).__name__ for error in ERRORS} == names | {"RemoteError", "WorkerLost"}
 
 
 @every_error
 def test_every_error_is_an_agentloop_error_and_public(error: Exception) -> None:
     assert isinstance(error, AgentLoopError)
     name = type(error).__name__
-    assert getattr(agentloop if hasattr(agentloop, name) else agentloop.journal, name) is type(error)
+    assert type(error) in [getattr(module, name, None) for module in (agentloop, agentloop.journal, dask)]
 
 
 @every_error

@@ -1,0 +1,31 @@
+"""Trace context on its way to another process, where OpenTelemetry is in use."""
+
+from __future__ import annotations
+
+__all__ = ["enter_trace", "trace_here"]
+
+import sys
+
+
+def trace_here() -> dict[str, str]:
+    """Return the current trace context as the application's propagators write it; empty if there is none."""
+    carrier: dict[str, str] = {}
+    # An application that has not imported it has no span.
+    if "opentelemetry.trace" in sys.modules:
+        from opentelemetry import propagate
+
+        propagate.inject(carrier)
+
+    return carrier
+
+
+def enter_trace(carrier: dict[str, str]) -> None:
+    """Make spans of the current task, from now on, children of the one in which the call was made."""
+    if carrier:
+        try:
+            from opentelemetry import context, propagate
+        except ImportError:
+            return
+
+        # Never detached: the task has a context of its own.
+        context.attach(propagate.extract(carrier))
