@@ -16,6 +16,7 @@ import pytest
 
 from agentloop import Verdict, VerdictKind, classify
 from agentloop._signs import speaks_of_provider
+from agentloop.contrib.dask._errors import pack_error, unpack_error
 
 TRANSIENT, OVERLOAD, PERMANENT, FATAL = VerdictKind
 
@@ -231,7 +232,16 @@ def failure(client: Client, url: str, seconds: float = 5) -> Exception:
     with pytest.raises(Exception) as caught:
         client(url, seconds)
 
-    return caught.value
+    exc = caught.value
+    # From another process too, where few of these errors can be unpickled.
+    travelled = unpack_error(pack_error(exc, "another process"))
+    assert judged(travelled) == judged(exc)
+    return exc
+
+
+def judged(exc: BaseException) -> tuple[Verdict, bool]:
+    assert isinstance(exc, Exception)
+    return classify(exc), speaks_of_provider(exc)
 
 
 @pytest.mark.parametrize(

@@ -102,14 +102,20 @@ class Engine:
 
             async with anyio.create_task_group() as group:
                 self._group = group
-                await self._start()
-                self._courier = courier_here()
-                on_started()
-                group.start_soon(self._watch)
-                await self._stopped.wait()
-                self._courier = None
-                self.dispatcher.fail(_closed(), running=True)
+                failure = await self._start()
+                if failure is None:
+                    self._courier = courier_here()
+                    on_started()
+                    group.start_soon(self._watch)
+                    await self._stopped.wait()
+                    self._courier = None
+                    self.dispatcher.fail(_closed(), running=True)
+
                 group.cancel_scope.cancel("the block was left")
+
+            if failure is not None:
+                raise failure
+
         finally:
             with anyio.CancelScope(shield=True):
                 await stack.aclose()
@@ -131,18 +137,17 @@ class Engine:
         )
         self._client = await stack.enter_async_context(client)
 
-    async def _start(self) -> None:
-        """Wait until each process that there is can be called, or one at least."""
+    async def _start(self) -> Exception | None:
+        """Wait until each process that there is can be called, or one at least; return what is wrong."""
         patience = self._settings.patience_seconds
         with anyio.move_on_after(patience):
             while len(self.dispatcher.links) < (len(self._scopes) or 1):
                 await self._look()
                 await anyio.sleep(_LOOK_SECONDS / 10)
-                for refusal in self._refused.values():
-                    raise RuntimeError(refusal)
+                if self._refused:
+                    return RuntimeError(next(iter(self._refused.values())))
 
-        if not self.dispatcher.links:
-            raise _without(patience)
+        return None if self.dispatcher.links else _without(patience)
 
     async def _watch(self) -> None:
         """See who joins and who leaves, and give up calls that have had no process for too long."""

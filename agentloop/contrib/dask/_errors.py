@@ -127,7 +127,7 @@ def _pack(exc: BaseException, left: Iterator[object]) -> _Link | None:
         members = [_pack(member, left) for member in group.exceptions]
         return _Link(None, fallback, members=tuple(filter(None, members)))
 
-    cause, context = exc.__cause__, exc.__context__
+    cause, context = exc.__cause__ or _inner_of(exc), exc.__context__
     link = _Link(
         None,
         fallback,
@@ -144,11 +144,17 @@ def _pack(exc: BaseException, left: Iterator[object]) -> _Link | None:
     except Exception:
         pass
 
-    if isinstance(exc, OSError) and link.context is None:
+    if isinstance(exc, OSError) and cause is None:
         # A RemoteError is no OSError, and it is those that speak of the network.
-        link = attrs.evolve(link, context=_pack(OSError(exc.errno, exc.strerror), left))
+        link = attrs.evolve(link, cause=_pack(OSError(exc.errno, exc.strerror), left))
 
     return link
+
+
+def _inner_of(exc: BaseException) -> BaseException | None:
+    """Return the cause of an exception where azure-core has it."""
+    inner = getattr(exc, "inner_exception", None)
+    return inner if isinstance(inner, BaseException) else None
 
 
 def _text_of(exc: BaseException) -> str:

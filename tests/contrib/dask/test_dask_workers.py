@@ -261,38 +261,29 @@ async def test_process_that_dies_loses_no_call_and_its_poison_is_found(
 # --- lifetime
 
 
-async def test_calls_before_and_after_the_block_are_refused() -> None:
+async def test_calls_outside_of_the_block_are_refused_and_open_ones_end_with_it() -> None:
     workers = Workers(1)
-    call = workers.remote(there.nap)
-    with pytest.raises(LoopClosed, match="inside of `async with Workers"):
-        await call()
+    nap = workers.remote(there.nap)
+    ended: list[LoopClosed] = []
 
+    async def call() -> None:
+        with pytest.raises(LoopClosed, match="inside of `async with Workers") as caught:
+            await nap(60)
+
+        ended.append(caught.value)
+
+    await call()
     with NothingLeftBehind():
-        async with workers:
-            await call()
+        async with anyio.create_task_group() as group:
+            async with workers:
+                group.start_soon(call)
+                await nap(0)
 
-    result = await AgentLoop().run_single("a", call)
+    assert len(ended) == 2
+    result = await AgentLoop().run_single("a", nap)
     assert (type(result.exception), result.retries) == (LoopClosed, 0)
     with pytest.raises(RuntimeError, match="were started before"):
         await workers.__aenter__()
-
-
-async def test_leaving_the_block_ends_open_calls() -> None:
-    results: list[BaseException] = []
-
-    async def hold() -> None:
-        try:
-            await workers.remote(there.nap)(60)
-        except LoopClosed as exc:
-            results.append(exc)
-
-    with NothingLeftBehind():
-        async with anyio.create_task_group() as group:
-            async with Workers(1) as workers:
-                group.start_soon(hold)
-                await anyio.sleep(0.2)
-
-    assert len(results) == 1
 
 
 async def test_start_that_is_cancelled_leaves_no_process() -> None:
