@@ -136,6 +136,12 @@ def expected_ways(agent: str, backend: str, installed: set[str]) -> list[str]:
             ["--rate", "500", "--seconds", "0.1", "--rounds", "1", "--entries", "200"],
             ["with a journal", "without", "written", "replayed", "file"],
         ),
+        (
+            "workers",
+            "trio",
+            ["--calls", "50", "--kills", "1", "--rounds", "1"],
+            ["computing, one process", "computing, 2 processes", "waiting, 1 kills", "started and ended"],
+        ),
         ("observability", "trio", ["--inputs", "50", "--rounds", "1"], ["metrics off", "... and a timeline"]),
     ],
 )

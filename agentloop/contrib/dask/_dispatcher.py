@@ -121,9 +121,14 @@ class Dispatcher:
         """The process that takes nothing but suspects, one at a time."""
         self.lost = 0
         """How many processes have died."""
+        self._closed: Exception | None = None
 
     def submit(self, call: Call) -> None:
         """Take a call that is new, or has lost its process."""
+        if self._closed is not None:
+            call.fail(self._closed)
+            return
+
         is_suspect = call.deaths and call.deaths >= self._alone_after
         (self.suspects if is_suspect else self.waiting).append(call)
         self._serve()
@@ -180,21 +185,22 @@ class Dispatcher:
         if self.suspects or self._quarantine is not None:
             self._serve()
 
-    def fail(self, error: Exception, *, running: bool = False) -> None:
-        """
-        Give up all calls that wait for a process.
-
-        :param running: whether to give up those that have one, too
-        """
+    def fail(self, error: Exception) -> None:
+        """Give up all calls that wait for a process."""
         calls = [*self.waiting, *self.suspects]
         self.waiting.clear()
         self.suspects.clear()
-        for link in self.links if running else ():
-            calls += link.open.values()
-            link.open.clear()
-
         for call in calls:
             call.fail(error)
+
+    def close(self, error: Exception) -> None:
+        """Give up all calls, and those that are still to come."""
+        self._closed = error
+        self.fail(error)
+        for link in self.links:
+            calls, link.open = [*link.open.values()], {}
+            for call in calls:
+                call.fail(error)
 
     def _serve(self) -> None:
         if not self.links:

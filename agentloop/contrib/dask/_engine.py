@@ -5,9 +5,10 @@ from __future__ import annotations
 __all__ = ["Engine"]
 
 import logging
+import signal
 import uuid
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import anyio
@@ -28,7 +29,13 @@ _logger = logging.getLogger("agentloop")
 # How often the scheduler is asked which processes there are, and how long an end may take.
 _LOOK_SECONDS, _CLOSE_SECONDS = 0.3, 2.0
 # Ctrl-C in a terminal reaches all processes of its group: the batch decides what is to end, not the workers.
-_PRELOAD = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+# They inherit from this thread that the signal is blocked, and ignore it before they unblock it.
+_PRELOAD = """
+import contextlib, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+with contextlib.suppress(AttributeError):
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+"""
 
 
 @attrs.frozen
@@ -81,11 +88,12 @@ class Engine:
         self._send(self._stopped.set)
 
     def _send(self, fn: Callable[..., object], *args: Any) -> None:
-        if self._courier is None:
+        courier = self._courier
+        if courier is None:
             raise _closed()
 
         try:
-            self._courier.send(fn, *args)
+            courier.send(fn, *args)
         except RuntimeError:
             raise _closed() from None
 
@@ -95,6 +103,7 @@ class Engine:
         """Start, and serve until :meth:`stop` is called."""
         self._stopped = anyio.Event()
         stack = AsyncExitStack()
+        failure: Exception | None = None
         try:
             # A start that was interrupted would leave processes behind, and so would an end.
             with anyio.CancelScope(shield=True):
@@ -108,8 +117,6 @@ class Engine:
                     on_started()
                     group.start_soon(self._watch)
                     await self._stopped.wait()
-                    self._courier = None
-                    self.dispatcher.fail(_closed(), running=True)
 
                 group.cancel_scope.cancel("the block was left")
 
@@ -117,6 +124,8 @@ class Engine:
                 raise failure
 
         finally:
+            self._courier = None
+            self.dispatcher.close(_closed())
             with anyio.CancelScope(shield=True):
                 await stack.aclose()
 
@@ -124,6 +133,14 @@ class Engine:
         settings = self._settings
         where: Any = settings.address
         if where is None:
+            # There is none of this on Windows.
+            with suppress(ImportError, AttributeError):
+                from multiprocessing import resource_tracker
+
+                # Its first process would unblock the signal in this thread.
+                resource_tracker.ensure_running()
+                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+
             where = await stack.enter_async_context(_make_cluster(settings))
 
         security = settings.security if settings.address is not None else where.security
@@ -202,14 +219,13 @@ class Engine:
                     group.start_soon(self._give, seat, link, bell)
                     group.start_soon(self._take, seat, link)
 
-        except* OSError as exc:
-            _logger.debug("%s cannot be reached: %r", address, exc)
-        except* Exception as exc:
-            if link is None:
-                self._refused[address] = f"the worker process {address} cannot be used: {exc.exceptions[0]}"
+        except* Exception as group_of_one:
+            error = group_of_one.exceptions[0]
+            if link is None and not isinstance(error, OSError):
+                self._refused[address] = f"the worker process {address} cannot be used: {error}"
                 _logger.error("%s", self._refused[address])
             else:
-                _logger.debug("%s has failed: %r", address, exc)
+                _logger.debug("the worker process %s cannot be reached: %r", address, error)
         finally:
             del self._scopes[address]
             if link is not None:

@@ -89,16 +89,11 @@ class Function:
         """
         try:
             return dumps((args, kwargs))
-        except Exception:
-            for name, value in [*enumerate(args, 1), *kwargs.items()]:
-                try:
-                    dumps(value)
-                except Exception as exc:
-                    raise TypeError(
-                        f"argument {name} of {self._fn!r} cannot be sent to another process: {exc}"
-                    ) from exc
-
-            raise
+        except Exception as exc:
+            bad = (name for name, value in [*enumerate(args, 1), *kwargs.items()] if not _pickles(value))
+            raise TypeError(
+                f"argument {next(bad, '')} of {self._fn!r} cannot be sent to another process: {exc}"
+            ) from exc
 
 
 def load_function(data: bytes) -> Callable[..., Awaitable[Any]]:
@@ -121,6 +116,15 @@ def load_function(data: bytes) -> Callable[..., Awaitable[Any]]:
         )
 
     return fn
+
+
+def _pickles(value: object) -> bool:
+    try:
+        dumps(value)
+    except Exception:
+        return False
+
+    return True
 
 
 def _module_of(fn: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Any, cast
 import anyio
 
 from agentloop import Attempt, InvocationCancelled
+from agentloop._errors import LeftOpenError
 from agentloop._runtime.current import attempt_elsewhere
 
 from ._courier import Courier, courier_here
@@ -65,16 +66,14 @@ class Seat:
     async def take(self) -> bytes:
         """Return replies, once there are any or a while has passed."""
         self._send(self._renew)
+        event = anyio.Event()
+        self._reader = courier_here(), event
+        # Looked at only now: a reply that comes later sets the event.
         if not self._replies:
-            event = anyio.Event()
-            self._reader = courier_here(), event
-            # One that came in between found no reader.
-            if not self._replies:
-                with anyio.move_on_after(POLL_SECONDS):
-                    await event.wait()
+            with anyio.move_on_after(POLL_SECONDS):
+                await event.wait()
 
-            self._reader = None
-
+        self._reader = None
         if self._replies:
             await anyio.sleep(self._linger)
 
@@ -98,10 +97,9 @@ class Seat:
         try:
             anyio.run(self._main, started, backend=backend)
         except BaseException as exc:
-            if started.done():
-                raise
-
-            started.set_exception(exc)
+            # Later, the caller notices that the seat does not answer.
+            if not started.done():
+                started.set_exception(exc)
 
     async def _main(self, started: Future[Courier]) -> None:
         async with anyio.create_task_group() as self._group:
@@ -135,23 +133,35 @@ class Seat:
                 self._scopes[number].cancel("the caller has cancelled the call")
 
     async def _call(self, number: int, scope: anyio.CancelScope, *call: Any) -> None:
-        is_error, data = False, b""
+        reply: list[tuple[bool, bytes]] = []
         try:
             with scope:
-                data = dumps(await self._await(*call))
+                # An agent that leaves a scope open in its task breaks the group of this task, and no other.
+                async with anyio.create_task_group() as group:
+                    group.start_soon(self._answer, reply, *call)
 
-        except BaseException as exc:
-            if self._group.cancel_scope.cancel_called:
-                raise
-
-            where = f"process {os.getpid()} on {platform.node()}"
-            is_error, data = True, pack_error(_without_cancellation(exc), where)
+        except Exception:
+            *_, attempt, _ = call
+            error = LeftOpenError(attempt[0] if attempt else "the agent")
+            reply = [(True, pack_error(error, _where()))]
 
         del self._scopes[number]
-        self._replies.append((number, is_error, data))
+        self._replies.append((number, *(reply or [(False, b"")])[0]))
         if self._reader is not None:
             courier, event = self._reader
             courier.send(event.set)
+
+    async def _answer(self, reply: list[tuple[bool, bytes]], *call: Any) -> None:
+        try:
+            reply.append((False, dumps(await self._await(*call))))
+        except anyio.get_cancelled_exc_class():
+            if anyio.get_current_task().has_pending_cancellation():
+                raise
+
+            error = InvocationCancelled("the agent was cancelled from within")
+            reply.append((True, pack_error(error, _where())))
+        except BaseException as exc:
+            reply.append((True, pack_error(exc, _where())))
 
     async def _await(
         self, function: int, data: bytes, attempt: tuple[Any, ...], trace: dict[str, str]
@@ -170,8 +180,5 @@ class Seat:
         return await fn(*args, **kwargs)
 
 
-def _without_cancellation(exc: BaseException) -> BaseException:
-    if isinstance(exc, anyio.get_cancelled_exc_class()):
-        return InvocationCancelled("the agent was cancelled from within")
-
-    return exc
+def _where() -> str:
+    return f"process {os.getpid()} on {platform.node()}"

@@ -37,6 +37,11 @@ async def hold(path: str) -> None:
         Path(path).write_text("cancelled")
 
 
+class BrokenSeat:
+    def __init__(self, *_: object) -> None:
+        raise LookupError("No such backend: curio")
+
+
 async def fail(error: Exception) -> NoReturn:
     raise error
 

@@ -103,9 +103,14 @@ async def test_workers_of_a_cluster_join_and_leave(
                 async with Workers(address=cluster.address):
                     raise AssertionError("the worker is refused")
 
+            patch.setattr(_engine, "Seat", there.BrokenSeat)
+            with pytest.raises(RuntimeError, match="cannot be used: No such backend: curio"):
+                async with Workers(address=cluster.address):
+                    raise AssertionError("the worker is refused")
+
             caplog.clear()
             second = cluster.add()
-            await wait_until(lambda: "cannot be used: Python 3" in caplog.text)
+            await wait_until(lambda: "cannot be used" in caplog.text)
 
         third = cluster.add()
         await wait_until(lambda: workers.statistics().processes == 2)
@@ -118,13 +123,17 @@ async def test_workers_of_a_cluster_join_and_leave(
 
 async def test_calls_wait_for_a_process_and_not_for_ever(cluster: Cluster) -> None:
     process = cluster.add()
-    async with Workers(address=cluster.address, patience_seconds=3) as workers:
+    async with (
+        # The process takes as long as it takes to come.
+        Workers(address=cluster.address),
+        Workers(address=cluster.address, patience_seconds=1) as workers,
+    ):
         call = workers.remote(there.square)
         await call(1)
         process.kill()
         await wait_until(lambda: not workers.statistics().processes)
         assert workers.statistics().lost == 1
-        with pytest.raises(WorkerLost, match="there has been no worker process for 3 s") as caught:
+        with pytest.raises(WorkerLost, match="there has been no worker process for 1 s") as caught:
             await call(2)
 
         # It is an outage, which a batch waits for.
@@ -134,7 +143,7 @@ async def test_calls_wait_for_a_process_and_not_for_ever(cluster: Cluster) -> No
         result: list[Any] = []
 
         async def go_on() -> None:
-            loop = AgentLoop(LoopConfig(max_retries=20, backoff=Backoff(initial_seconds=0.1)))
+            loop = AgentLoop(LoopConfig(max_retries=50, backoff=Backoff(initial_seconds=0.1)))
             result.append(await loop.run_single("a", call, 3))
 
         async with anyio.create_task_group() as group:
@@ -168,3 +177,32 @@ async def test_stopped_process_costs_time_outs_and_no_results(workers: Workers) 
     assert any(result.retries for result in results)
     # It has heard by now that they were cancelled.
     await wait_until(lambda: not sum(workers.statistics().calls.values()))
+
+
+async def test_process_that_the_scheduler_does_not_know_any_more_is_given_up(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before, client = workers.statistics().lost, workers._engine._client
+
+    async def nobody() -> dict[str, int]:
+        return {}
+
+    async def fail() -> dict[str, int]:
+        raise OSError("the scheduler does not answer")
+
+    path = tmp_path / "held"
+    async with anyio.create_task_group() as group:
+        group.start_soon(workers.remote(there.hold), str(path))
+        await wait_until(path.exists)
+        monkeypatch.setattr(client, "nthreads", fail)
+        await anyio.sleep(0.5)
+        assert workers.statistics().lost == before
+        monkeypatch.setattr(client, "nthreads", nobody)
+        await wait_until(lambda: workers.statistics().lost == before + 2)
+        # Its seat was closed, although the process is alive, so that nothing runs twice there.
+        await wait_until(lambda: path.read_text() == "cancelled")
+        monkeypatch.undo()
+        await wait_until(lambda: path.read_text() == "begun")
+        group.cancel_scope.cancel()
+
+    await wait_until(lambda: workers.statistics().processes == 2)

@@ -7,6 +7,7 @@ import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Lock
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -14,16 +15,17 @@ import anyio
 import pytest
 import remote_agents as there
 
-from agentloop import LoopClosed, Verdict, VerdictKind, classify
+from agentloop import InvocationCancelled, LoopClosed, Verdict, VerdictKind, classify
 from agentloop._signs import speaks_of_provider
 from agentloop.contrib.dask import RemoteError, WorkerLost, _seat
 from agentloop.contrib.dask._courier import Courier
 from agentloop.contrib.dask._dispatcher import Call, Dispatcher, Link
+from agentloop.contrib.dask._engine import Engine, Settings
 from agentloop.contrib.dask._errors import pack_error, unpack_error
 from agentloop.contrib.dask._functions import Function, load_function
 from agentloop.contrib.dask._pickles import dumps, loads
 from agentloop.contrib.dask._seat import Seat
-from agentloop.contrib.dask._tracing import enter_trace
+from agentloop.contrib.dask._tracing import enter_trace, trace_here
 
 # --- which call goes where
 
@@ -176,15 +178,32 @@ def test_cancelled_call_is_not_run_again(caller: Caller, state: str) -> None:
     assert caller.results == expected[state]
 
 
-def test_caller_whose_event_loop_has_ended_is_not_told() -> None:
-    def refuse(fn: object) -> None:
-        raise RuntimeError("Event loop is closed")
+def refuse(fn: object) -> None:
+    raise RuntimeError("Event loop is closed")
 
+
+def test_caller_whose_event_loop_has_ended_is_not_told() -> None:
     courier = Courier(SimpleNamespace(call_soon_threadsafe=refuse))
     call = Call(Function(there.nap), (), courier, lambda *_: None)
     call.fail(LoopClosed("left"))
     with pytest.raises(RuntimeError, match="closed"):
         courier.send(print)
+
+
+def test_closed_dispatcher_gives_up_what_is_open_and_what_still_comes(caller: Caller) -> None:
+    dispatcher, link = Dispatcher(3), Process("one")
+    dispatcher.add(link)
+    dispatcher.submit(caller.call("a"))
+    dispatcher.close(LoopClosed("left"))
+    dispatcher.submit(caller.call("b"))
+    assert {name: type(error) for name, error in caller.results.items()} == {"a": LoopClosed, "b": LoopClosed}
+
+
+def test_engine_whose_event_loop_has_ended_takes_no_call(caller: Caller) -> None:
+    engine = Engine(Settings(1, None, None, "asyncio", 0, 3, 60))
+    engine._courier = Courier(SimpleNamespace(call_soon_threadsafe=refuse))
+    with pytest.raises(LoopClosed):
+        engine.submit(caller.call("a"))
 
 
 # --- errors
@@ -264,6 +283,11 @@ def test_error_whose_text_cannot_be_had_travels() -> None:
     assert type(travel(Mute())) is Mute
 
 
+def test_error_that_does_not_pickle_is_a_remote_error() -> None:
+    error = ValueError("boom", Lock())
+    assert type(travel(error)) is RemoteError
+
+
 def test_error_of_a_module_that_is_missing_here_is_a_remote_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "elsewhere_only", module := ModuleType("elsewhere_only"))
     module.Odd = type("Odd", (Exception,), {"__module__": "elsewhere_only"})  # type: ignore[attr-defined]
@@ -329,12 +353,14 @@ def test_reducers_of_the_application_are_used_and_those_of_dask_are_not() -> Non
         del copyreg.dispatch_table[Own]
 
     assert loads(dumps(SystemExit(3))).code == 3
-    assert pickle.loads(dumps({1: "plain"})) == {1: "plain"}
+    assert pickle.loads(dumps({1: "__main__"})) == {1: "__main__"}
 
 
 def test_trace_context_is_dropped_where_opentelemetry_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     enter_trace({"traceparent": "00-1-1-01"})
+    monkeypatch.delitem(sys.modules, "opentelemetry.trace")
+    assert trace_here() == {}
 
 
 # --- the event loop in a worker process
@@ -348,7 +374,8 @@ class Question:
 
     async def call(self, number: int, fn: Any, *args: Any) -> None:
         function = Function(fn)
-        call = number, function.number, function.pack(args, {}), (), {}
+        trace = {"traceparent": f"00-{1:032x}-{number:016x}-01"}
+        call = number, function.number, function.pack(args, {}), (), trace
         await self.seat.give(dumps(({function.number: function.define()}, [call], [])))
 
     async def replies(self) -> Any:
@@ -359,17 +386,53 @@ class Question:
         return found
 
 
+async def test_reply_that_comes_before_it_is_asked_for_is_kept(anyio_backend: str) -> None:
+    question = Question(anyio_backend)
+    await question.call(1, there.nap)
+    with anyio.fail_after(5):
+        while not question.seat._replies:
+            await anyio.sleep(0.01)
+
+    assert await question.replies() == [(1, False, dumps(None))]
+    await question.seat.close()
+
+
+async def test_event_loop_that_crashes_ends_the_seat(anyio_backend: str) -> None:
+    question = Question(anyio_backend)
+    question.seat._courier.send(question.seat._scopes.__setitem__, 1, None)
+    await question.seat.give(dumps(({}, [], [1])))
+    await question.seat.close()
+
+
 async def test_seat_answers_and_cancels(anyio_backend: str) -> None:
     question = Question(anyio_backend)
     await question.call(1, there.fail, ValueError("boom"))
     [(number, is_error, data)] = await question.replies()
     assert (number, is_error, repr(unpack_error(data))) == (1, True, "ValueError('boom')")
+    await question.call(4, there.tell_span)
+    assert await question.replies() == [(4, False, dumps(4))]
+    if anyio_backend == "asyncio":
+        await question.call(5, there.cancel_itself)
+        [(_, _, data)] = await question.replies()
+        assert isinstance(unpack_error(data), InvocationCancelled)
+
     await question.call(2, there.nap, 60)
     # The second of these comes too late.
     await question.seat.give(dumps(({}, [], [2, 1])))
     assert await question.replies() == [(2, False, b"")]
     assert "Python" in await question.seat.versions()
     await question.call(3, there.nap, 60)
+    await question.seat.close()
+
+
+async def test_agent_that_leaves_a_scope_open_ends_no_seat(anyio_backend: str) -> None:
+    question = Question(anyio_backend)
+    await question.call(1, there.leave_scope_open)
+    [(_, is_error, data)] = await question.replies()
+    assert is_error
+    assert str(unpack_error(data)).startswith("'the agent' has left a cancel scope or a task group open")
+    await question.call(2, there.nap)
+    assert await question.replies() == [(2, False, dumps(None))]
     await question.seat.close()
 
 

@@ -207,6 +207,7 @@ async def test_agent_that_leaves_a_scope_open_harms_no_other(workers: Workers) -
     bad = Invocation("bad", remote(there.leave_scope_open))
     results = await loop.run_all([bad, *Invocation.map(remote(there.square), range(9))])
     assert [result.status for result in results] == [Status.ERROR] + [Status.SUCCESS] * 9
+    assert str(results[0].exception).startswith("'bad' has left a cancel scope or a task group open")
 
 
 # --- cancellation

@@ -1,0 +1,69 @@
+"""The example of a batch in many processes, run as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("dask")]
+
+ROOT = Path(__file__).parents[2]
+every_backend = pytest.mark.parametrize("backend", ["asyncio", "trio"])
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", str(ROOT / "examples" / "many_processes.py"), *arguments],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        start_new_session=True,
+    )
+
+
+@every_backend
+def test_process_is_killed_and_nothing_is_lost(backend: str) -> None:
+    with start("--count", "300", "--backend", backend) as process:
+        out, err = process.communicate(timeout=60)
+
+    assert process.returncode == 0, err
+    rows = dict(re.findall(r"^  (\S.{13}) 300 of 300 right in ([\d.]+) s", out, re.MULTILINE))
+    assert [name.strip() for name in rows] == ["this process", "2 processes", "with a kill"]
+    assert "1 process lost" in out
+    assert re.fullmatch(
+        r"the worker process tcp://\S+ is lost, with \d+ calls, which are sent elsewhere\n", err
+    )
+
+
+# While the processes start, and while they work.
+@pytest.mark.parametrize(("backend", "lines"), [("asyncio", 2), ("trio", 4)])
+def test_ctrl_c_ends_all_processes_without_a_traceback(backend: str, lines: int) -> None:
+    with start("--count", "300", "--backend", backend) as process:
+        assert process.stdout is not None
+        for _ in range(lines):
+            process.stdout.readline()
+
+        time.sleep(0.3)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+
+    assert (process.returncode, err) == (130, "")
+    left = [one for one in psutil.process_iter() if _group(one.pid) == process.pid]
+    assert not [one for one in left if one.status() != psutil.STATUS_ZOMBIE]
+
+
+def _group(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return 0
