@@ -7,8 +7,8 @@ Install ``agentloop-anyio[dask,trio]``; in a checkout, ``pip install -e ".[dask,
 
 Each agent waits for a model and then computes for some milliseconds, as an SDK does that validates an answer.
 One process computes on one processor, so that the batch is faster in several. Then one of them is killed
-while it runs: its calls are sent to others, and every input still has its result. With ``--address`` the calls
-go to the workers of a Dask cluster, none of which is killed.
+while it runs: its calls are sent to others, and every input still has its result. With ``--address`` the
+calls go to the workers of a Dask cluster, none of which is killed.
 """
 
 import argparse
