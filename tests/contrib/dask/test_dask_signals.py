@@ -16,6 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+# Processes of their own take long to start, and reach nothing that the other tests do not.
+pytestmark = pytest.mark.long
+
 DRIVER = Path(__file__).with_name("driver.py")
 backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 
@@ -71,7 +74,6 @@ def test_ctrl_c_in_the_terminal_drains_the_batch_and_leaves_no_process(backend: 
     assert {*read(path, "delivered")} == {number for number in recorded(path) if number >= 0}
 
 
-@pytest.mark.long
 def test_killed_driver_leaves_no_process_and_goes_on_where_it_was(tmp_path: Path) -> None:
     path, count = tmp_path / "night.db", 500
     with driver(path, "asyncio", count) as (process, pids):
