@@ -75,7 +75,7 @@ def test_ctrl_c_in_the_terminal_drains_the_batch_and_leaves_no_process(backend: 
 
 
 def test_killed_driver_leaves_no_process_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    path, count = tmp_path / "night.db", 500
+    path, count = tmp_path / "night.db", 300
     with driver(path, "asyncio", count) as (process, pids):
         time.sleep(0.3)
         process.kill()
