@@ -28,7 +28,7 @@ maximum_signature_line_length = 80
 nitpicky = True
 # Types in signatures that belong to others, are private or are type variables have no page.
 nitpick_ignore_regex = [
-    ("py:class", r"(?!agentloop\.)\w+\..*|agentloop\.(journal\.|testing\.)?_.*|P|T"),
+    ("py:class", r"(?!agentloop\.)\w+\..*|agentloop\.(contrib\.dask\.|journal\.|testing\.)?_.*|P|T"),
     ("py:class", r"(Stream)?Inputs|Event|AbstractAsyncContextManager"),
 ]
 

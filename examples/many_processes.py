@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 
 import anyio
-from telling import status_of
+from telling import Parser, status_of, whole
 
 from agentloop import AgentLoop, Invocation, InvocationResult, LoopConfig
 from agentloop.contrib.dask import Workers
@@ -96,19 +96,12 @@ async def run(found: argparse.Namespace) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Run one batch in one process and in several.")
-    parser.add_argument("--processes", type=int, default=2, help="how many to start (default: %(default)s)")
+    parser = Parser(__doc__)
+    parser.add_argument("--processes", type=whole, default=2, help="how many to start (default: %(default)s)")
     parser.add_argument("--address", help="the scheduler of a Dask cluster, whose workers are used instead")
-    parser.add_argument("--count", type=int, default=1000, help="how many inputs (default: %(default)s)")
-    parser.add_argument("--backend", choices=["asyncio", "trio"], default="asyncio")
-    found = parser.parse_args()
-    status = 128 + signal.SIGINT
-    try:
-        status = status_of(run, found, backend=found.backend)
-    except* KeyboardInterrupt:  # the processes have ended, and there is nothing more to say
-        pass
-
-    return status
+    parser.add_argument("--count", type=whole, default=1000, help="how many inputs (default: %(default)s)")
+    found = parser.read()
+    return status_of(run, found, backend=found.backend)
 
 
 # Worker processes import this file, and must not run it.
