@@ -8,6 +8,7 @@ from typing import Any
 
 import anyio
 import pytest
+from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
 from agentloop import AgentLoop, AgentStream, Backoff, BatchStopped, LoopConfig, ResultEvent, Status
@@ -166,3 +167,29 @@ def run_scheduled(backend: Any, seed: int | None, main: Callable[..., Any], *arg
     """Run a function in an event loop of its own, whose schedule the seed decides, if there is one."""
     name, options = virtual_clock(backend, seed=seed)
     return anyio.run(main, *args, backend=name, backend_options=options)
+
+
+# -- tasks
+
+on_asyncio = pytest.mark.parametrize("anyio_backend", [virtual_clock("asyncio")], ids=["asyncio"])
+
+
+async def into(results: list[Any], fn: Callable[..., Any], *args: Any) -> None:
+    """Call a function, and append what it returns."""
+    results.append(await fn(*args))
+
+
+async def launch(group: TaskGroup, fn: Callable[..., Any], *args: Any) -> None:
+    """Start a task, and return when it waits for something, as all other tasks do."""
+    group.start_soon(fn, *args)
+    await anyio.wait_all_tasks_blocked()
+
+
+async def raised_by(fn: Callable[..., Any], *args: Any) -> Exception | None:
+    """Call a function, and return the error that it raises, if it raises one."""
+    try:
+        await fn(*args)
+    except Exception as exc:
+        return exc
+
+    return None

@@ -54,14 +54,8 @@ class Generating:
 
 
 ASYNC = [
-    coroutine_function,
-    generator_function,
-    Methods().method,
-    Methods.of_class,
-    Methods.of_none,
-    Asked(),
-    Generating(),
-    partial(coroutine_function, 1),
+    *(coroutine_function, generator_function, Methods().method, Methods.of_class, Methods.of_none, Asked()),
+    *(Generating(), partial(coroutine_function, 1)),
     partial(partial(generator_function, 1), 2),
     partial(Methods().method),
     partial(Asked()),
@@ -171,13 +165,8 @@ def test_time_out_that_the_total_would_always_precede_is_refused(settings: dict[
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
-        {"timeout_seconds": 300.0},
-        {"timeout_seconds": 300},
-        {"timeout_seconds": 5},
-        {"timeout_seconds": 1},
-        {"timeout_seconds": None},
-        {"timeout_seconds": float("inf")},
+        *({}, {"timeout_seconds": 300.0}, {"timeout_seconds": 300}, {"timeout_seconds": 5}),
+        *({"timeout_seconds": 1}, {"timeout_seconds": None}, {"timeout_seconds": float("inf")}),
         {"timeout_seconds": 5, "first_chunk_timeout_seconds": 6, "idle_timeout_seconds": 6},
     ],
     ids=named,

@@ -36,12 +36,8 @@ class Boom(Exception):
 
 
 ERRORS: list[Exception] = [
-    AgentLoopError("broken"),
-    BatchStopped("not started"),
-    BudgetSpent(5, 2.5, 50),
-    _errors.DeadlockError("a", "b"),
-    FirstChunkTimeout(2),
-    IdleTimeout(1.5),
+    *(AgentLoopError("broken"), BatchStopped("not started"), BudgetSpent(5, 2.5, 50)),
+    *(_errors.DeadlockError("a", "b"), FirstChunkTimeout(2), IdleTimeout(1.5)),
     InvocationCancelled("cancelled by itself"),
     InvocationTimeout(0.5),
     InvocationTimeout(60, total=True),

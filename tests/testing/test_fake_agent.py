@@ -495,17 +495,8 @@ def test_example_of_the_documentation_passes_on_both_backends(tmp_path: Path) ->
     (tmp_path / "test_oracle.py").write_text(blocks[1])
     done = subprocess.run(
         [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-W",
-            "error",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-            "-v",
-            tmp_path,
+            *(sys.executable, "-m", "pytest", "-W", "error", "-p", "no:cacheprovider", "-p", "no:xdist"),
+            *("-v", tmp_path),
         ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""},
