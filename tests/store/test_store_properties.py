@@ -12,6 +12,7 @@ import anyio
 import hypothesis.strategies as st
 import linearizability
 import pytest
+from agents import backends, run_scheduled
 from anyio.lowlevel import checkpoint
 from audit import leak_audit
 from hypothesis import settings
@@ -20,11 +21,9 @@ from linearizability import Operation, is_linearizable
 from test_copying import exact, values
 
 from agentloop import ContextStore
-from agentloop.testing import virtual_clock
 
 pytestmark = pytest.mark.long
 
-backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 HISTORIES = int(os.environ.get("AGENTLOOP_FUZZ_PROGRAMS", "320")) // 2
 BLOCKS = 4
 
@@ -343,8 +342,7 @@ def test_operation_cancelled_at_any_suspension_point_was_never_there(
         return completed
 
     for step in range(1000):
-        backend_name, options = virtual_clock(backend)
-        if anyio.run(main, step, backend=backend_name, backend_options=options):
+        if run_scheduled(backend, None, main, step):
             assert step >= 1
             return
 
