@@ -60,12 +60,32 @@ async def run(verb: str, loop: AgentLoop, inputs: Any, journal: Journal) -> list
     return sorted(results, key=lambda result: result.index)
 
 
+async def night(
+    path: Path, inputs: Any, loop: AgentLoop | None = None, verb: str = "run_all", **settings: Any
+) -> list[InvocationResult[Any]]:
+    """Open a journal for a batch, close it, and return the results."""
+    async with Journal(path, **settings) as journal:
+        return await run(verb, loop or AgentLoop(), inputs, journal)
+
+
+def replayed(results: list[InvocationResult[Any]]) -> list[int]:
+    """Return the places of the results that were replayed."""
+    return [result.index for result in results if result.replayed]
+
+
 def rows(path: Path, columns: str = "*") -> list[Any]:
-    """Return what is in a journal, as anybody can read it."""
+    """Return what is in a journal, as anybody can read it; of one column the values alone."""
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-        return connection.execute(f"SELECT {columns} FROM results ORDER BY id").fetchall()
+        found = connection.execute(f"SELECT {columns} FROM results ORDER BY id").fetchall()
+
+    return [row[0] if len(row) == 1 else row for row in found]
 
 
 def integrity(path: Path) -> str:
     with closing(sqlite3.connect(path)) as connection:
         return str(connection.execute("PRAGMA integrity_check").fetchone()[0])
+
+
+def execute(path: Path, script: str) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(script)

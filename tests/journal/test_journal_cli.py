@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from asking import Asker
+from agents import make_loop
+from asking import Asker, execute, night
 
-from agentloop import AgentLoop, Invocation, LoopConfig
+from agentloop import Invocation
 from agentloop.journal import Journal
 from agentloop.journal.__main__ import main
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "night.db"
-
-
 async def fill(path: Path, **settings: Any) -> None:
     asker = Asker(1, fails=lambda x: ValueError(f"boom {x}") if x > 1 else None)
-    loop = AgentLoop(LoopConfig(max_retries=0))
-    async with Journal(path, **settings) as journal:
-        await loop.run_all(asker.inputs(range(4)), journal=journal)
-        await loop.run_all([Invocation("keyed", asker.ask, (0,), key="k")], journal=journal)
+    inputs = [*asker.inputs(range(4)), Invocation("keyed", asker.ask, (0,), key="k")]
+    await night(path, inputs, make_loop(), **settings)
 
 
 async def test_show_prints_runs_counts_latencies_and_the_last_errors(
@@ -55,9 +47,7 @@ async def test_show_prints_runs_counts_latencies_and_the_last_errors(
 
 
 async def test_show_of_an_empty_journal_says_so(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    async with Journal(path):
-        pass
-
+    await night(path, [])
     assert main(["show", str(path)]) == 0
     runs, _, results = capsys.readouterr().out.splitlines()
     assert (runs, results) == ("1 runs", "0 results")
@@ -71,21 +61,13 @@ async def test_export_writes_a_line_of_json_for_each_result(
     assert main(["export", str(path)]) == 0
     text = (tmp_path / "out.jsonl").read_text("utf-8")
     assert capsys.readouterr().out == text
-    lines = sorted(
-        (json.loads(line) for line in text.splitlines()), key=lambda line: str(line["custom_id"] == "k")
-    )
-    assert len(lines) == 5
-    assert lines[-1] == {
-        "custom_id": "k",
-        "index": 0,
-        "agent": "asking.Asker.__init__.<locals>.ask",
-        "status": "success",
-        "response": {"answer": 0},
-        "error": None,
-    }
-    failed = next(line for line in lines if line["index"] == 2)
+    lines = {line["custom_id"]: line for line in map(json.loads, text.splitlines())}
+    assert len(lines) == len(text.splitlines()) == 5
+    agent = "asking.Asker.__init__.<locals>.ask"
+    keyed = {"custom_id": "k", "index": 4, "agent": agent, "status": "success"}
+    assert lines["k"] == {**keyed, "response": {"answer": 0}, "error": None}
+    (failed,) = (line for line in lines.values() if line["index"] == 2)
     assert (failed["status"], failed["response"], failed["error"]) == ("error", None, "ValueError: boom 2")
-    assert len({line["custom_id"] for line in lines}) == 5
 
 
 async def test_export_of_what_is_no_json_is_its_text(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,11 +81,14 @@ async def test_check_finds_damage(path: Path, capsys: pytest.CaptureFixture[str]
     await fill(path)
     assert main(["check", str(path)]) == 0
     assert capsys.readouterr().out == f"{path} is good: 5 results\n"
-    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        connection.execute("PRAGMA writable_schema = 1")
-        connection.execute("UPDATE sqlite_master SET sql = replace(sql, 'status TEXT NOT', 'status INT NOT')")
-        connection.execute("UPDATE sqlite_master SET sql = replace(sql, 'error TEXT', 'error TEXT NOT NULL')")
-
+    execute(
+        path,
+        """
+        PRAGMA writable_schema = 1;
+        UPDATE sqlite_master SET sql = replace(sql, 'status TEXT NOT', 'status INT NOT');
+        UPDATE sqlite_master SET sql = replace(sql, 'error TEXT', 'error TEXT NOT NULL');
+        """,
+    )
     assert main(["check", str(path)]) == 1
     assert capsys.readouterr().out.endswith(f"save what can be read by `sqlite3 {path} .recover`\n")
 
@@ -112,17 +97,16 @@ async def test_check_finds_damage(path: Path, capsys: pytest.CaptureFixture[str]
 def test_missing_or_foreign_file_is_one_clear_line(
     command: str, path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([command, str(path)]) == 1
-    assert capsys.readouterr().err == f"{path}: there is no journal\n"
-    path.write_text("a line\n" * 100)
-    assert main([command, str(path)]) == 1
-    assert capsys.readouterr().err == f"{path}: file is not a database: this is not a journal\n"
-    path.unlink()
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("CREATE TABLE results (id)")
+    def line() -> str:
+        assert main([command, str(path)]) == 1
+        return capsys.readouterr().err
 
-    assert main([command, str(path)]) == 1
-    assert capsys.readouterr().err == f"{path} is not a journal, but another database\n"
+    assert line() == f"{path}: there is no journal\n"
+    path.write_text("a line\n" * 100)
+    assert line() == f"{path}: file is not a database: this is not a journal\n"
+    path.unlink()
+    execute(path, "CREATE TABLE results (id)")
+    assert line() == f"{path} is not a journal, but another database\n"
     assert sorted(name.name for name in path.parent.iterdir()) == ["night.db"]
 
 
@@ -130,23 +114,15 @@ async def test_damage_that_stops_a_command_is_one_line(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     await fill(path)
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("DROP TABLE runs")
-
+    execute(path, "DROP TABLE runs")
     assert main(["show", str(path)]) == 1
     assert capsys.readouterr().err == f"{path}: no such table: runs\n"
 
 
 async def test_reader_that_has_seen_enough_gets_no_traceback(path: Path) -> None:
-    asker = Asker()
-    async with Journal(path) as journal:
-        await AgentLoop().run_all(asker.inputs(["x" * 1000 + str(i) for i in range(500)]), journal=journal)
-
-    with subprocess.Popen(
-        [sys.executable, "-m", "agentloop.journal", "export", path],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as child:
+    await night(path, Asker().inputs(["x" * 1000 + str(i) for i in range(500)]))
+    command = [sys.executable, "-m", "agentloop.journal", "export", path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         assert child.stdout is not None
         assert child.stderr is not None
         child.stdout.readline()

@@ -16,19 +16,15 @@ from typing import Any
 import anyio
 import attrs
 import pytest
-from asking import Asker, rows
+from agents import make_loop
+from asking import Asker, night, replayed, rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentloop import AgentLoop, Invocation, LoopConfig, in_thread
+from agentloop import AgentLoop, Invocation, in_thread
 from agentloop.journal import Journal, JournalError
 from agentloop.journal._identity import identify
 from agentloop.journal._json import decode, encode
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "night.db"
 
 
 async def ask(x: Any, *, tone: str = "kind") -> Any:
@@ -102,16 +98,13 @@ def test_agent_of_the_standard_library_has_its_module() -> None:
 
 
 @pytest.mark.parametrize("fn", [Model(), Model().ask, partial(Model().ask, 1), in_thread([].append)])
-def test_agent_that_is_bound_to_an_object_needs_a_key(fn: Any) -> None:
+def test_agent_that_is_bound_to_an_object_needs_a_key_and_is_named_after_its_class(fn: Any) -> None:
     with pytest.raises(
         TypeError, match=r"give this invocation a key, Invocation\('a', fn, args, key=\.\.\.\)$"
     ):
         of(fn, 1)
 
     assert of(fn, 1, key="k")[1] == "k"
-
-
-def test_agents_bound_to_an_object_are_named_after_its_class() -> None:
     assert of(Model(), key=1)[0] == f"{HERE}.Model"
     assert of(Smaller().ask, key=1)[0] == f"{HERE}.Smaller.ask"
 
@@ -201,7 +194,7 @@ def test_key_that_sqlite_cannot_hold_is_refused() -> None:
 
 
 async def test_input_without_a_key_ends_the_batch_like_any_error_of_the_input(path: Path) -> None:
-    loop = AgentLoop(LoopConfig(max_concurrency=1))
+    loop = make_loop(max_concurrency=1)
     async with Journal(path) as journal:
         with pytest.raises(TypeError, match="give this invocation a key"):
             await loop.run_all(Invocation.map(ask, [1, {1, 2}, 3]), journal=journal)
@@ -336,30 +329,24 @@ def make_text(output: Any) -> str:
 
 @pytest.mark.parametrize("as_bytes", [False, True])
 async def test_outputs_can_be_objects_with_an_encoder_of_their_own(as_bytes: bool, path: Path) -> None:
-    def to_bytes(output: Any) -> bytes:
-        return make_text(output).encode()
+    def make(output: Any) -> str | bytes:
+        return output.text.encode() if as_bytes else output.text
 
-    settings: Any = {"encode": to_bytes if as_bytes else make_text, "decode": lambda data: Answer(read(data))}
+    def read(data: Any) -> Answer:
+        return Answer(data.decode() if as_bytes else data)
 
-    def read(data: Any) -> str:
-        return str(data.decode() if as_bytes else data)
-
-    for replayed in (False, True):
-        async with Journal(path, **settings) as journal:
+    answers = [Answer("a"), Answer("ü\0")]
+    for places in ([], [0, 1]):
+        async with Journal(path, encode=make, decode=read) as journal:
             results = await AgentLoop().run_all(Invocation.map(answer, ["a", "ü\0"]), journal=journal)
-            assert [result.output for result in results] == [Answer("a"), Answer("ü\0")]
-            assert [result.replayed for result in results] == [replayed] * 2
-            assert [entry.output for entry in [e async for e in journal.entries()]] == [
-                Answer("a"),
-                Answer("ü\0"),
-            ]
+            assert [result.output for result in results] == answers
+            assert replayed(results) == places
+            assert [entry.output async for entry in journal.entries()] == answers
 
 
 async def test_first_output_that_cannot_be_written_stops_the_batch_and_is_in_the_error(path: Path) -> None:
-    loop = AgentLoop(LoopConfig(max_concurrency=1))
-    async with Journal(path) as journal:
-        with pytest.raises(JournalError) as caught:
-            await loop.run_all(Invocation.map(answer, "abc"), journal=journal)
+    with pytest.raises(JournalError) as caught:
+        await night(path, Invocation.map(answer, "abc"), make_loop(max_concurrency=1))
 
     assert str(caught.value) == (
         "what 'answer-0' returned cannot be put into the journal: JSON has no Answer; pass "
@@ -370,15 +357,13 @@ async def test_first_output_that_cannot_be_written_stops_the_batch_and_is_in_the
 
 
 async def test_later_output_that_cannot_be_written_is_an_error_of_its_input(path: Path) -> None:
-    loop = AgentLoop(LoopConfig(max_concurrency=1))
-    async with Journal(path, encode=make_text, decode=Answer) as journal:
-        results = await loop.run_all(Invocation.map(answer, ["a", "odd", "b"]), journal=journal)
-
+    loop, inputs = make_loop(max_concurrency=1), Invocation.map(answer, ["a", "odd", "b"])
+    results = await night(path, inputs, loop, encode=make_text, decode=Answer)
     assert [result.status for result in results] == ["success", "error", "success"]
     assert results[1].output is None
     assert "'answer-1' returned cannot be put into the journal: 'set' object has no" in str(results[1].error)
     assert loop.metrics.snapshot().failures == 1
-    assert [row[0] for row in rows(path, "status")] == ["success", "error", "success"]
+    assert rows(path, "status") == ["success", "error", "success"]
 
 
 @pytest.mark.parametrize("raised", [ValueError("boom"), asyncio.CancelledError()], ids=["error", "cancelled"])
@@ -388,17 +373,14 @@ async def test_decoder_that_does_not_fit_is_found_at_the_first_output(
     def fail(data: Any) -> Any:
         raise raised
 
-    async with Journal(path, encode=make_text, decode=fail) as journal:
-        with pytest.raises(JournalError, match="returned cannot be put into the journal"):
-            await AgentLoop().run_all(Invocation.map(answer, "a"), journal=journal)
+    with pytest.raises(JournalError, match="returned cannot be put into the journal"):
+        await night(path, Invocation.map(answer, "a"), encode=make_text, decode=fail)
 
 
 async def test_decoder_that_has_changed_is_an_error_that_names_the_result(path: Path) -> None:
-    async with Journal(path, encode=make_text, decode=Answer) as journal:
-        await AgentLoop().run_all(Invocation.map(answer, "ab"), journal=journal)
-
+    await night(path, Invocation.map(answer, "ab"), encode=make_text, decode=Answer)
+    message = re.escape(f"night.db: result 1, of {HERE}.answer, cannot be decoded: JSONDecodeError")
     async with Journal(path) as journal:
-        message = re.escape(f"night.db: result 1, of {HERE}.answer, cannot be decoded: JSONDecodeError")
         with pytest.raises(JournalError, match=message):
             await AgentLoop().run_all(Invocation.map(answer, "ab"), journal=journal)
 
@@ -407,12 +389,8 @@ async def test_decoder_that_has_changed_is_an_error_that_names_the_result(path: 
 
 
 async def test_encoder_that_is_async_after_all_is_refused(path: Path) -> None:
-    async def make(output: Any) -> str:
-        return "x"
-
-    async with Journal(path, encode=lambda output: make(output), decode=str) as journal:  # type: ignore[arg-type, return-value]
-        with pytest.raises(JournalError, match="encode must return str or bytes, got <coroutine"):
-            await AgentLoop().run_all(Invocation.map(answer, "a"), journal=journal)
+    with pytest.raises(JournalError, match="encode must return str or bytes, got <coroutine"):
+        await night(path, Invocation.map(answer, "a"), encode=lambda output: ask(output), decode=str)
 
 
 @pytest.mark.parametrize("where", ["encode", "decode", "replay"])
@@ -426,27 +404,23 @@ def test_keyboard_interrupt_in_an_encoder_propagates(where: str, path: Path) -> 
         return "x"
 
     def read(data: Any) -> Any:
-        if armed and where != "encode":
+        if armed:
             raise KeyboardInterrupt
 
         return data
 
-    async def main() -> None:
-        async with Journal(path, encode=make, decode=read) as journal:
-            await AgentLoop().run_all(Invocation.map(answer, "a"), journal=journal)
+    def main() -> None:
+        anyio.run(partial(night, path, Invocation.map(answer, "a"), encode=make, decode=read))
 
     if not armed:
-        anyio.run(main)
+        main()
         armed = True
 
     with pytest.raises(KeyboardInterrupt):
-        anyio.run(main)
+        main()
 
 
 async def test_name_with_half_a_surrogate_pair_is_written(path: Path) -> None:
-    asker = Asker()
-    async with Journal(path) as journal:
-        results = await AgentLoop().run_all([Invocation("a\ud83d", asker.ask, (1,))], journal=journal)
-
-    assert results[0].agent_id == "a\ud83d"
-    assert rows(path, "agent_id") == [("a?",)]
+    (result,) = await night(path, [Invocation("a\ud83d", Asker().ask, (1,))])
+    assert result.agent_id == "a\ud83d"
+    assert rows(path, "agent_id") == ["a?"]

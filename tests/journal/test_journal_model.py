@@ -18,13 +18,13 @@ from typing import Any, Literal
 import anyio
 import attrs
 import pytest
+from agents import backends, run_scheduled
 from asking import integrity, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentloop import AgentLoop, Invocation, InvocationResult, LoopConfig
 from agentloop.journal import Journal
-from agentloop.testing import virtual_clock
 
 EXAMPLES = int(os.environ.get("AGENTLOOP_HISTORIES", "30"))
 ITEMS = "abcdef"
@@ -181,7 +181,7 @@ class World:
         return Counter(item for item, status, stale in found if status == "success" and not stale)
 
     def count_rows(self) -> Counter[str]:
-        return Counter(item for (item,) in rows(self.path, "agent_id"))
+        return Counter(rows(self.path, "agent_id"))
 
 
 CURRENT: ContextVar[World] = ContextVar("CURRENT")
@@ -199,7 +199,7 @@ async def work(item: str, _: int = 0) -> str:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@backends
 def test_journal_is_a_multiset_of_what_is_done(backend: Literal["asyncio", "trio"]) -> None:
     @settings(max_examples=EXAMPLES)
     @given(st.lists(OPENINGS, min_size=1, max_size=5))
@@ -208,7 +208,6 @@ def test_journal_is_a_multiset_of_what_is_done(backend: Literal["asyncio", "trio
             world = World(Path(directory, "night.db"))
             CURRENT.set(world)
             for opening in openings:
-                name, options = virtual_clock(backend)
-                anyio.run(world.open, opening, backend=name, backend_options=options)
+                run_scheduled(backend, None, world.open, opening)
 
     check()

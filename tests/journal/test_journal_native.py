@@ -11,9 +11,10 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
-from asking import Asker, rows, run
+from agents import both_verbs, make_loop
+from asking import Asker, night, rows, run
 
-from agentloop import AgentLoop, Invocation, InvocationCancelled, LoopConfig
+from agentloop import AgentLoop, Invocation, InvocationCancelled
 from agentloop.journal import Journal
 
 
@@ -23,11 +24,8 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture
-async def path(tmp_path: Path) -> Path:
-    path = tmp_path / "night.db"
-    async with Journal(path):
-        pass
-
+async def path(path: Path) -> Path:
+    await night(path, [])
     return path
 
 
@@ -48,33 +46,31 @@ async def let_run() -> None:
     await asyncio.sleep(0.1)
 
 
+async def cancel_twice(task: asyncio.Task[object]) -> None:
+    for _ in range(2):
+        await let_run()
+        await let_run()
+        task.cancel()
+
+
 async def test_opening_that_is_cancelled_waits_and_closes_the_file(path: Path) -> None:
-    async def night() -> None:
-        async with Journal(path):
-            raise AssertionError
-
     async with slow_disk(path):
-        task = asyncio.create_task(night())
-        for _ in range(2):
-            await let_run()
-            task.cancel()
-
+        task = asyncio.create_task(night(path, []))
+        await cancel_twice(task)
         await let_run()
         assert not task.done()
 
     with pytest.raises(asyncio.CancelledError):
         await task
 
-    async with Journal(path):
-        pass
+    await night(path, [])
 
 
 async def test_commit_goes_on_when_all_tasks_are_cancelled(path: Path) -> None:
     """An agent may cancel all tasks that it does not know; the writer is one of them, and goes on."""
-    asker, loop = Asker(), AgentLoop()
     async with Journal(path) as journal:
         async with slow_disk(path):
-            task = asyncio.create_task(loop.run_all(asker.inputs("ab"), journal=journal))
+            task = asyncio.create_task(AgentLoop().run_all(Asker().inputs("ab"), journal=journal))
             await let_run()
             for writer in writers():
                 writer.cancel()
@@ -87,13 +83,14 @@ async def test_commit_goes_on_when_all_tasks_are_cancelled(path: Path) -> None:
     assert len(rows(path)) == 2
 
 
-@pytest.mark.parametrize("verb", ["run_all", "as_completed"])
+@both_verbs
 async def test_slow_disk_stops_new_starts(verb: str, path: Path) -> None:
     """As many results as the limit wait for the disk and do not count as live, and then as many that do."""
-    asker, loop = Asker(), AgentLoop(LoopConfig(max_concurrency=2))
+    asker = Asker()
     async with Journal(path) as journal:
         async with slow_disk(path):
-            task = asyncio.create_task(run(verb, loop, asker.inputs(range(50)), journal))
+            inputs, loop = asker.inputs(range(50)), make_loop(max_concurrency=2)
+            task = asyncio.create_task(run(verb, loop, inputs, journal))
             while len(asker.calls) < 4:
                 await let_run()
 
@@ -103,41 +100,24 @@ async def test_slow_disk_stops_new_starts(verb: str, path: Path) -> None:
         assert len(await task) == 50
 
 
-async def test_batch_that_is_cancelled_twice_leaves_its_results_to_the_journal(path: Path) -> None:
-    asker = Asker()
+@pytest.mark.parametrize("count", [2, 2500], ids=["few", "more than fit into a commit"])
+async def test_batch_that_is_cancelled_twice_leaves_its_results_to_the_end_of_the_block(
+    count: int, path: Path
+) -> None:
+    asker, loop = Asker(), make_loop(max_concurrency=3000)
     async with Journal(path) as journal:
         async with slow_disk(path):
-            task = asyncio.create_task(AgentLoop().run_all(asker.inputs("ab"), journal=journal))
-            for _ in range(2):
+            task = asyncio.create_task(loop.run_all(asker.inputs(range(count)), journal=journal))
+            while len(asker.ended) < count:
                 await let_run()
-                task.cancel()
 
+            await cancel_twice(task)
             with pytest.raises(asyncio.CancelledError):
                 await task
 
             assert rows(path) == []
 
-    assert len(rows(path)) == 2
-
-
-async def test_results_that_wait_are_written_at_the_end_of_the_block(path: Path) -> None:
-    """More of them than fit into one commit."""
-    asker = Asker()
-    loop = AgentLoop(LoopConfig(max_concurrency=3000))
-    async with Journal(path) as journal:
-        async with slow_disk(path):
-            task = asyncio.create_task(loop.run_all(asker.inputs(range(2500)), journal=journal))
-            while len(asker.ended) < 2500:
-                await let_run()
-
-            for _ in range(2):
-                await let_run()
-                task.cancel()
-
-            with pytest.raises(asyncio.CancelledError):
-                await task
-
-    assert len(rows(path)) == 2500
+    assert len(rows(path)) == count
 
 
 async def test_end_of_the_block_that_is_cancelled_delivers_what_it_writes(
@@ -149,32 +129,25 @@ async def test_end_of_the_block_that_is_cancelled_delivers_what_it_writes(
     opened = asyncio.Event()
     journal = Journal(path)
 
-    async def night() -> None:
+    async def hold() -> None:
         async with journal:
             opened.set()
             while not asker.ended:
                 await let_run()
 
-    async def never() -> None:
-        await asyncio.Event().wait()
-
     async def read() -> object:
-        inputs = [Invocation("a", asker.ask, ("a",)), Invocation("never", never, key=1)]
+        inputs = [Invocation("a", asker.ask, ("a",)), Invocation("never", asyncio.Event().wait, key=1)]
         async with loop.as_completed(inputs, journal=journal) as done:
             return (await anext(done)).output
 
-    task = asyncio.create_task(night())
+    task = asyncio.create_task(hold())
     await opened.wait()
     async with slow_disk(path):
         reader = asyncio.create_task(read())
         while not asker.ended:
             await let_run()
 
-        for _ in range(2):
-            await let_run()
-            await let_run()
-            task.cancel()
-
+        await cancel_twice(task)
         await let_run()
         assert not task.done()
 
@@ -197,5 +170,4 @@ async def test_writer_that_is_cancelled_before_it_begins_ends_the_block(path: Pa
         warnings.simplefilter("ignore", RuntimeWarning)  # its coroutine was never awaited
         gc.collect()
 
-    async with Journal(path):
-        pass
+    await night(path, [])
