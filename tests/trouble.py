@@ -5,15 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import anyio
 
-from agentloop import Event, LimitEvent, StartedEvent
+from agentloop import AgentLoop, Event, KeyedLimiter, Limiter, LimitEvent, LoopConfig, StartedEvent
 from agentloop.testing import FakeHTTPError
 
-
-async def nothing(*_: object) -> None:
-    pass
+ONCE = LoopConfig(max_retries=0)
 
 
 async def overload(retry_after: float | None = None) -> None:
@@ -34,7 +33,11 @@ def passed(since: float) -> float:
 
 
 class Starts:
-    """When each attempt began, in seconds from now on, and what the limiter allowed meanwhile."""
+    """
+    When each attempt began, in seconds from now on, and what the limiter allowed meanwhile.
+
+    Of ``"a/7"`` the name is ``"a"``.
+    """
 
     def __init__(self) -> None:
         self.began = anyio.current_time()
@@ -49,10 +52,16 @@ class Starts:
     def __call__(self, event: Event) -> None:
         if isinstance(event, StartedEvent):
             at = round(event.at - self.began, 6)
-            self.by_name.setdefault(event.invocation.agent_id, []).append(at)
-            self.order.append(event.invocation.agent_id)
+            name = event.invocation.agent_id.partition("/")[0]
+            self.by_name.setdefault(name, []).append(at)
+            self.order.append(name)
         elif isinstance(event, LimitEvent):
             self.told.append(event)
+
+
+def watched(limiter: Limiter | KeyedLimiter[Any], config: LoopConfig = ONCE) -> tuple[AgentLoop, Starts]:
+    starts = Starts()
+    return AgentLoop(config, limiter=limiter, on_event=starts), starts
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import anyio
 import anyio.from_thread
 import pytest
-from agents import begin, both_verbs, into, make_loop
+from agents import both_verbs, into, launch, make_loop
 from anyio.lowlevel import checkpoint
 from asking import Asker, night, replayed, rows, run
 
@@ -152,7 +152,7 @@ async def test_key_that_runs_in_another_batch_is_an_error_of_the_input(path: Pat
     asker, loop = Asker(1), AgentLoop()
     inputs = [Invocation("a", asker.ask, ("a",), key="k")]
     async with Journal(path) as journal, anyio.create_task_group() as group:
-        await begin(group, run, "run_all", loop, inputs, journal)
+        await launch(group, run, "run_all", loop, inputs, journal)
         with pytest.raises(ValueError, match="key 'k' is there twice"):
             await loop.run_all(inputs, journal=journal)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import anyio
 import pytest
+from agents import backends, launch, run_scheduled
 
 from agentloop import (
     AgentLoop,
@@ -27,9 +28,8 @@ from agentloop import (
     VerdictKind,
     classify,
 )
-from agentloop.testing import FakeHTTPError, virtual_clock
+from agentloop.testing import FakeHTTPError
 
-backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 QUICK = LoopConfig(backoff=Backoff(1, jitter="none"))
 
 
@@ -213,12 +213,10 @@ async def test_attempt_that_never_began_pays_nothing() -> None:
     limiter, free = budget(10, 1), anyio.Event()
     loop = AgentLoop(limiter=limiter)
     async with anyio.create_task_group() as group:
-        group.start_soon(loop.run_single, "hold", lambda _: free.wait(), 1)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, loop.run_single, "hold", lambda _: free.wait(), 1)
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as inner:
-                inner.start_soon(loop.run_single, "a", agent, 5)
-                await anyio.wait_all_tasks_blocked()
+                await launch(inner, loop.run_single, "a", agent, 5)
                 # The slot is granted in the moment of the cancellation.
                 free.set()
                 scope.cancel()
@@ -236,10 +234,8 @@ async def test_attempt_that_has_not_begun_is_waited_for_until_it_does(settled: b
 
     loop.limiter.pause()
     async with anyio.create_task_group() as group, anyio.create_task_group() as cancelled:
-        cancelled.start_soon(call, 6)
-        await anyio.wait_all_tasks_blocked()
-        group.start_soon(call, 5)
-        await anyio.wait_all_tasks_blocked()
+        await launch(cancelled, call, 6)
+        await launch(group, call, 5)
         # The first one gets its slot, and is cancelled before it has begun.
         loop.limiter.resume()
         cancelled.cancel_scope.cancel()
@@ -532,13 +528,10 @@ async def test_refused_waiter_that_is_cancelled_lets_the_next_one_go() -> None:
         results.append(await loop.run_single("call", fn, estimate))
 
     async with anyio.create_task_group() as group:
-        group.start_soon(call, hold, 6)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, call, hold, 6)
         async with anyio.create_task_group() as cancelled:
-            cancelled.start_soon(call, agent, 7)
-            await anyio.wait_all_tasks_blocked()
-            group.start_soon(call, agent, 4)
-            await anyio.wait_all_tasks_blocked()
+            await launch(cancelled, call, agent, 7)
+            await launch(group, call, agent, 4)
             end.set()
             cancelled.cancel_scope.cancel()
 
@@ -573,8 +566,7 @@ def test_refused_waiter_that_is_cancelled_natively_lets_the_next_one_go() -> Non
         assert (await behind).success
         await first
 
-    name, options = virtual_clock("asyncio")
-    anyio.run(main, backend=name, backend_options=options)
+    run_scheduled("asyncio", None, main)
 
 
 async def test_drain_that_comes_before_a_refusal_is_what_ends_it() -> None:
@@ -590,10 +582,8 @@ async def test_drain_that_comes_before_a_refusal_is_what_ends_it() -> None:
         results.append(await drained.run_single("b", agent, 7))
 
     async with anyio.create_task_group() as group:
-        group.start_soon(other.run_single, "a", hold, 6)
-        await anyio.wait_all_tasks_blocked()
-        group.start_soon(call)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, other.run_single, "a", hold, 6)
+        await launch(group, call)
         drained.drain()
         end.set()
 
@@ -631,8 +621,7 @@ def test_budget_outlives_its_event_loops(backend: str) -> None:
         return (await AgentLoop(limiter=limiter).run_single("a", agent, amount)).status
 
     def run(amount: float) -> Status:
-        name, options = virtual_clock(backend)
-        return anyio.run(spend, amount, backend=name, backend_options=options)
+        return run_scheduled(backend, None, spend, amount)
 
     assert run(6) is Status.SUCCESS
     assert remaining(limiter) == 4
@@ -657,8 +646,7 @@ def test_event_loop_that_was_stopped_keeps_no_reservation_and_what_it_paid_is_se
         return [(await loop.run_single("c", agent, each)).success for each in (6, 4)]
 
     def run_elsewhere() -> list[bool]:
-        name, options = virtual_clock(backend)
-        return anyio.run(main, backend=name, backend_options=options)
+        return run_scheduled(backend, None, main)
 
     def end(task: asyncio.Task[Any]) -> None:
         task.cancel()

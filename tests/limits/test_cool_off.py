@@ -7,18 +7,16 @@ from collections.abc import AsyncIterator
 
 import anyio
 import pytest
+from agents import launch, nothing
 from hypothesis import given
 from hypothesis import strategies as st
-from trouble import Starts, fail, nothing, overload
+from trouble import ONCE, Starts, fail, overload, watched
 
 from agentloop import AgentLoop, Backoff, Invocation, Limiter, LoopConfig, Rate
 from agentloop._provider.cool_off import CoolOff
 from agentloop._provider.overload import AdaptiveLimit
 from agentloop._provider.provider import Provider
 from agentloop.testing import FakeAgent, FakeHTTPError, Reply
-
-ONCE = LoopConfig(max_retries=0)
-
 
 # -- the rule, without an event loop
 
@@ -168,8 +166,7 @@ def test_there_is_never_more_than_one_probe_nor_an_earlier_one_than_the_rule_all
 
 async def test_retry_after_holds_back_every_caller_and_lets_one_at_a_time_try() -> None:
     limiter = Limiter(8)
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=limiter, on_event=starts)
+    loop, starts = watched(limiter)
 
     async def parent() -> None:
         await anyio.sleep(1)
@@ -189,8 +186,7 @@ async def test_retry_after_holds_back_every_caller_and_lets_one_at_a_time_try() 
             assert len([event async for event in events]) == 1
 
     async with anyio.create_task_group() as group:
-        group.start_soon(loop.run_single, "parent", parent)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, loop.run_single, "parent", parent)
         await loop.run_single("told", overload, 100)
         assert limiter.statistics().paused_until == starts.began + 100
         assert repr(limiter) == "<Limiter 1 running, 0 waiting, limit 6 of 8, held>"
@@ -201,8 +197,7 @@ async def test_retry_after_holds_back_every_caller_and_lets_one_at_a_time_try() 
             read,
             fan,
         ):
-            group.start_soon(task)
-            await anyio.wait_all_tasks_blocked()
+            await launch(group, task)
 
         await anyio.sleep(101)
         assert limiter.statistics().paused_until is None
@@ -214,13 +209,11 @@ async def test_retry_after_holds_back_every_caller_and_lets_one_at_a_time_try() 
 
 
 async def test_all_start_at_once_again_when_the_quarter_is_over() -> None:
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=Limiter(4), on_event=starts)
+    loop, starts = watched(Limiter(4))
     await loop.run_single("told", overload, 8)
     async with anyio.create_task_group() as group:
         # A probe that takes its time.
-        group.start_soon(loop.run_single, "probe", anyio.sleep, 17)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, loop.run_single, "probe", anyio.sleep, 17)
         await loop.run_all([Invocation("a", anyio.sleep, (0.1,))] * 7)
 
     # One every two thirds of a second, for the three that there are slots for, and then as slots get free.
@@ -260,8 +253,7 @@ async def test_what_will_not_be_waited_for_holds_nobody(longest: float, starts_a
 
 
 async def test_longer_cool_off_replaces_one_that_runs_and_a_shorter_one_does_not() -> None:
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=Limiter(4), on_event=starts)
+    loop, starts = watched(Limiter(4))
 
     async def later(seconds: float, retry_after: float) -> None:
         await anyio.sleep(seconds)
@@ -269,11 +261,9 @@ async def test_longer_cool_off_replaces_one_that_runs_and_a_shorter_one_does_not
 
     async with anyio.create_task_group() as group:
         group.start_soon(loop.run_single, "longer", later, 0.5, 20)
-        group.start_soon(loop.run_single, "shorter", later, 0.7, 1)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, loop.run_single, "shorter", later, 0.7, 1)
         await loop.run_single("told", overload, 4)
-        group.start_soon(loop.run_single, "probe", anyio.sleep, 50)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, loop.run_single, "probe", anyio.sleep, 50)
         group.start_soon(loop.run_single, "a", nothing)
 
     assert [event.held_until for event in starts.told[1:3]] == [starts.began + 4, starts.began + 20.5]
@@ -281,8 +271,7 @@ async def test_longer_cool_off_replaces_one_that_runs_and_a_shorter_one_does_not
 
 
 async def test_who_is_woken_at_the_end_of_a_cool_off_that_became_longer_waits_on() -> None:
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=Limiter(4), on_event=starts)
+    loop, starts = watched(Limiter(4))
 
     async def later() -> None:
         await anyio.sleep(2)
@@ -294,19 +283,16 @@ async def test_who_is_woken_at_the_end_of_a_cool_off_that_became_longer_waits_on
         await anyio.sleep(50)
 
     async with anyio.create_task_group() as group:
-        group.start_soon(loop.run_single, "parent", parent)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, loop.run_single, "parent", parent)
         await loop.run_single("told", overload, 4)
-        group.start_soon(loop.run_single, "probe", anyio.sleep, 50)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, loop.run_single, "probe", anyio.sleep, 50)
         group.start_soon(loop.run_single, "a", nothing)
 
     assert (starts.by_name["probe"], starts.by_name["a"]) == ([1], [22])
 
 
 async def test_cool_off_and_rates_hold_together() -> None:
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=Limiter(4, rates=[Rate(2, per_seconds=9)]), on_event=starts)
+    loop, starts = watched(Limiter(4, rates=[Rate(2, per_seconds=9)]))
     await loop.run_single("told", overload, 8)
     await loop.run_all([Invocation("a", nothing)] * 4)
     # The probe, and then what the rate allows.
@@ -314,8 +300,7 @@ async def test_cool_off_and_rates_hold_together() -> None:
 
 
 async def test_probe_waits_for_a_rate_as_any_other_does() -> None:
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=Limiter(4, rates=[Rate(1, per_seconds=9)]), on_event=starts)
+    loop, starts = watched(Limiter(4, rates=[Rate(1, per_seconds=9)]))
     await loop.run_single("told", overload, 40)
     await loop.run_all([Invocation("a", fail)] * 2)
     assert starts.by_name["a"] == [9, 18]
@@ -383,8 +368,7 @@ async def test_success_of_the_probe_lets_all_go() -> None:
 
 
 async def test_first_chunk_of_a_probe_ends_the_cool_off() -> None:
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=Limiter(10), on_event=starts)
+    loop, starts = watched(Limiter(10))
 
     async def write() -> AsyncIterator[int]:
         await anyio.sleep(1)
@@ -397,16 +381,14 @@ async def test_first_chunk_of_a_probe_ends_the_cool_off() -> None:
 
     await loop.run_single("told", overload, 60)
     async with anyio.create_task_group() as group:
-        group.start_soon(read)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, read)
         group.start_soon(loop.run_single, "a", nothing)
 
     assert starts.by_name == {"told": [0], "stream": [3], "a": [4]}
 
 
 async def test_success_of_a_call_that_began_before_ends_nothing() -> None:
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=Limiter(10), on_event=starts)
+    loop, starts = watched(Limiter(10))
     chunks: list[int] = []
 
     async def write() -> AsyncIterator[int]:
@@ -419,8 +401,7 @@ async def test_success_of_a_call_that_began_before_ends_nothing() -> None:
 
     async with anyio.create_task_group() as group:
         group.start_soon(loop.run_single, "before", anyio.sleep, 4)
-        group.start_soon(read)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, read)
         await loop.run_single("told", overload, 60)
         await loop.run_all([Invocation("a", anyio.sleep, (10,))] * 2)
 
@@ -429,8 +410,7 @@ async def test_success_of_a_call_that_began_before_ends_nothing() -> None:
 
 
 async def test_rejected_probe_leaves_the_next_one_twice_the_gap() -> None:
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=Limiter(64), on_event=starts)
+    loop, starts = watched(Limiter(64))
     await loop.run_single("told", overload, 100)
     await loop.run_all([Invocation("a", overload, (10,))] * 4)
     assert starts.by_name["a"] == [5, 15, 35, 75]
@@ -470,8 +450,7 @@ async def test_those_who_are_cancelled_during_a_cool_off_leave_the_line_to_the_o
 
 @pytest.mark.parametrize("rates", [(), (Rate(1000),)])
 async def test_probes_with_slots_on_loan_go_one_at_a_time_too(rates: tuple[Rate, ...]) -> None:
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=Limiter(10, rates=rates), on_event=starts)
+    loop, starts = watched(Limiter(10, rates=rates))
 
     async def parent() -> None:
         await anyio.sleep(0.5)
@@ -519,8 +498,7 @@ async def test_success_of_a_probe_on_loan_lets_all_go() -> None:
 
 
 async def test_probe_of_an_earlier_cool_off_ends_no_later_one() -> None:
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=Limiter(10), on_event=starts)
+    loop, starts = watched(Limiter(10))
     await loop.run_single("told", overload, 20)
     async with anyio.create_task_group() as group:
         group.start_soon(loop.run_single, "probe", anyio.sleep, 25)

@@ -4,65 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import anyio
 import pytest
+from agents import backends, launch, nothing, run_scheduled
 from anyio.abc import TaskGroup
 from elsewhere import in_use_elsewhere
+from trouble import ONCE, Starts, overload, refuse, watched
 
 from agentloop import (
     AgentLoop,
     Backoff,
     BatchStopped,
-    Event,
     Invocation,
     KeyedLimiter,
     Limiter,
     LimiterStatistics,
-    LimitEvent,
     LoopConfig,
     Rate,
     RetryBudget,
-    StartedEvent,
     Status,
 )
-from agentloop.testing import virtual_clock
-
-backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
-ONCE = LoopConfig(max_retries=0)
+from agentloop.testing import FakeHTTPError
 
 
-class Overloaded(Exception):
-    status_code = 429
-    headers: ClassVar = {"retry-after": "10"}
-
-
-async def overload() -> None:
-    raise Overloaded
-
-
-async def nothing(*_: object) -> None:
-    pass
+async def overloaded() -> None:
+    await overload(10)
 
 
 def by_id(invocation: Invocation[Any]) -> str:
     """The key of ``"a/7"`` is ``"a"``."""
     return invocation.agent_id.partition("/")[0]
-
-
-class Starts:
-    def __init__(self) -> None:
-        self.began = anyio.current_time()
-        self.by_key: dict[str, list[float]] = {}
-        self.limits: list[int] = []
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, StartedEvent):
-            at = round(event.at - self.began, 6)
-            self.by_key.setdefault(by_id(event.invocation), []).append(at)
-        elif isinstance(event, LimitEvent):
-            self.limits.append(event.limit)
 
 
 # -- values
@@ -120,21 +93,19 @@ def test_what_make_returns_has_to_be_a_plain_limiter(wrong: Any) -> None:
 
 async def test_each_key_has_a_limit_of_its_own() -> None:
     limiters = KeyedLimiter(by_id, lambda key: Limiter({"a": 1, "b": 3}[key]))
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=limiters, on_event=starts)
+    loop, starts = watched(limiters)
     jobs = [Invocation(f"{'ab'[number % 2]}/{number}", anyio.sleep, (1,)) for number in range(12)]
     results = await loop.run_all(jobs)
     assert all(result.success for result in results)
-    assert starts.by_key["a"] == [0, 1, 2, 3, 4, 5]
+    assert starts.by_name["a"] == [0, 1, 2, 3, 4, 5]
     # The input is pulled at most four ahead, and those for "a" are waited for.
-    assert max(starts.by_key["b"].count(at) for at in starts.by_key["b"]) <= 3
-    assert starts.by_key["b"][-1] < 5
+    assert max(starts.by_name["b"].count(at) for at in starts.by_name["b"]) <= 3
+    assert starts.by_name["b"][-1] < 5
 
 
 async def test_single_invocations_and_streams_go_by_key_too() -> None:
     limiters = KeyedLimiter(by_id, lambda _: Limiter(1))
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=limiters, on_event=starts)
+    loop, starts = watched(limiters)
 
     async def write() -> AsyncIterator[int]:
         for number in range(3):
@@ -155,8 +126,7 @@ async def test_single_invocations_and_streams_go_by_key_too() -> None:
             lambda: read("b/1"),
             lambda: read("a/2"),
         ):
-            group.start_soon(task)
-            await anyio.wait_all_tasks_blocked()
+            await launch(group, task)
 
         assert (limiters["a"].statistics().running, limiters["a"].statistics().waiting) == (1, 1)
         now = limiters.statistics()
@@ -164,20 +134,19 @@ async def test_single_invocations_and_streams_go_by_key_too() -> None:
         assert repr(loop) == "<AgentLoop 2 running, 1 waiting, limit 2>"
         group.start_soon(fan)
 
-    assert starts.by_key == {"a": [0, 3], "b": [0, 3], "c": [0]}
+    assert starts.by_name == {"a": [0, 3], "b": [0, 3], "c": [0]}
 
 
 async def test_those_of_a_batch_that_wait_under_one_key_do_not_hold_up_those_under_another() -> None:
     limiters = KeyedLimiter(by_id, lambda _: Limiter(5))
     limiters["b"].pause()
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=limiters, on_event=starts)
+    loop, starts = watched(limiters)
     async with anyio.create_task_group() as group:
         group.start_soon(loop.run_all, [Invocation(key, anyio.sleep, (1,)) for key in "abaaa"])
         await anyio.sleep(9)
         limiters.resume()
 
-    assert starts.by_key == {"a": [0] * 4, "b": [9]}
+    assert starts.by_name == {"a": [0] * 4, "b": [9]}
 
 
 async def test_batch_reads_by_key_and_its_reader_may_leave_early() -> None:
@@ -213,7 +182,7 @@ async def test_rates_and_budget_of_a_key_are_its_own() -> None:
         for key in ("rate", "budget", "free"):
             group.start_soon(loop.run_single, key, fail)
 
-    assert starts.by_key == {"rate": [0, 5], "budget": [0], "free": [0, 1]}
+    assert starts.by_name == {"rate": [0, 5], "budget": [0], "free": [0, 1]}
 
 
 async def test_what_key_and_make_raise_is_the_invocations_error() -> None:
@@ -265,13 +234,11 @@ async def test_one_used_least_recently_is_forgotten_unless_it_is_in_use() -> Non
     assert list(limiters) == ["a", "c"]
     assert limiters.max_concurrency == 2
     async with anyio.create_task_group() as group:
-        group.start_soon(loop.run_single, "a", anyio.sleep, 5)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, loop.run_single, "a", anyio.sleep, 5)
         await loop.run_single("c", nothing)
         await loop.run_single("d", nothing)
         assert list(limiters) == ["a", "d"]
-        group.start_soon(loop.run_single, "d", anyio.sleep, 5)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, loop.run_single, "d", anyio.sleep, 5)
         result = await loop.run_single("e", nothing)
         assert isinstance(result.exception, RuntimeError)
         assert result.error == (
@@ -290,7 +257,7 @@ async def test_limiter_that_still_holds_back_is_not_forgotten_even_beyond_the_nu
 
     limiters = KeyedLimiter(by_id, make, max_limiters=2)
     loop = AgentLoop(ONCE, limiter=limiters)
-    for name, agent in (("told", overload), ("rate", nothing), ("a", nothing), ("b", nothing)):
+    for name, agent in (("told", overloaded), ("rate", nothing), ("a", nothing), ("b", nothing)):
         await loop.run_single(name, agent)
 
     assert list(limiters) == ["told", "rate", "b"]
@@ -305,14 +272,13 @@ async def test_limiter_that_still_holds_back_is_not_forgotten_even_beyond_the_nu
 
 async def test_one_that_was_forgotten_is_heard_no_more() -> None:
     limiters = KeyedLimiter(by_id, lambda _: Limiter(4), max_limiters=1)
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=limiters, on_event=starts)
+    loop, starts = watched(limiters)
     await loop.run_single("a", nothing)
     forgotten = limiters["a"]
     await loop.run_single("b", nothing)
-    starts.limits.clear()
+    starts.told.clear()
     forgotten.max_concurrency = 9
-    await AgentLoop(ONCE, limiter=forgotten).run_single("a", overload)
+    await AgentLoop(ONCE, limiter=forgotten).run_single("a", overloaded)
     assert starts.limits == []
     assert limiters.max_concurrency == 4
 
@@ -344,8 +310,7 @@ async def test_all_are_paused_and_resumed_and_those_to_come_too() -> None:
     limiters = KeyedLimiter(by_id, lambda _: Limiter(1))
     limiters.pause()
     assert limiters.statistics().paused_until == math.inf
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=limiters, on_event=starts)
+    loop, starts = watched(limiters)
     async with anyio.create_task_group() as group:
         group.start_soon(loop.run_all, [Invocation(name, nothing) for name in "abc"])
         await anyio.sleep(3)
@@ -356,7 +321,7 @@ async def test_all_are_paused_and_resumed_and_those_to_come_too() -> None:
         await anyio.sleep(3)
         limiters.resume()
 
-    assert starts.by_key == {"a": [3], "b": [6], "c": [6]}
+    assert starts.by_name == {"a": [3], "b": [6], "c": [6]}
     limiters.pause()
     limiters.resume()
     assert (await loop.run_single("d", nothing)).success
@@ -365,7 +330,7 @@ async def test_all_are_paused_and_resumed_and_those_to_come_too() -> None:
 async def test_statistics_say_when_the_first_of_them_goes_on() -> None:
     limiters = KeyedLimiter(by_id, lambda _: Limiter(5))
     loop = AgentLoop(ONCE, limiter=limiters)
-    await loop.run_single("a", overload)
+    await loop.run_single("a", overloaded)
     until = anyio.current_time() + 10
     assert limiters.statistics() == LimiterStatistics(0, 0, 5, 4, 1, until)
     limiters["b"].pause()
@@ -377,12 +342,11 @@ async def test_statistics_say_when_the_first_of_them_goes_on() -> None:
 
 async def test_limit_events_tell_the_sum() -> None:
     limiters = KeyedLimiter(by_id, lambda _: Limiter(5))
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=limiters, on_event=starts)
+    loop, starts = watched(limiters)
     await AgentLoop(limiter=limiters["a"]).run_single("a", nothing)
     assert starts.limits == [], "it runs for somebody else only"
     await loop.run_single("a", nothing)
-    await loop.run_single("b", overload)
+    await loop.run_single("b", overloaded)
     limiters["a"].max_concurrency = 7
     assert starts.limits[-3:] == [10, 9, 11]
 
@@ -412,17 +376,15 @@ async def test_limit_of_one_that_is_raised_lets_a_running_batch_use_it(
     as_input: Callable[[Any], Any],
 ) -> None:
     limiters = KeyedLimiter(by_id, lambda _: Limiter(1))
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=limiters, on_event=starts)
+    loop, starts = watched(limiters)
     async with anyio.create_task_group() as group:
-        group.start_soon(loop.run_all, as_input([Invocation("a", anyio.sleep, (10,))] * 6))
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, loop.run_all, as_input([Invocation("a", anyio.sleep, (10,))] * 6))
         assert limiters.statistics().running == 1
         limiters["a"].max_concurrency = 4
         await anyio.sleep(1)
         assert limiters.statistics().running == 4
 
-    assert starts.by_key["a"] == [0, 0, 0, 0, 10, 10]
+    assert starts.by_name["a"] == [0, 0, 0, 0, 10, 10]
 
 
 # -- nesting
@@ -430,8 +392,7 @@ async def test_limit_of_one_that_is_raised_lets_a_running_batch_use_it(
 
 async def test_slot_is_lent_under_its_own_key_only_and_through_others() -> None:
     limiters = KeyedLimiter(by_id, lambda _: Limiter(1))
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=limiters, on_event=starts)
+    loop, starts = watched(limiters)
 
     async def nest(*keys: str) -> None:
         if keys:
@@ -439,14 +400,13 @@ async def test_slot_is_lent_under_its_own_key_only_and_through_others() -> None:
             assert all(result.success for result in results)
 
     async with anyio.create_task_group() as group:
-        group.start_soon(loop.run_single, "b/hog", anyio.sleep, 5)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, loop.run_single, "b/hog", anyio.sleep, 5)
         with anyio.fail_after(100):
             assert (await loop.run_single("a", nest, *"aaabbabc")).success
 
     # Those under "a" are lent slots, and those under "b" have had to wait for a first one.
-    assert {*starts.by_key["a"][:4]} == {0}
-    assert starts.by_key["b"][:2] == [0, 5]
+    assert {*starts.by_name["a"][:4]} == {0}
+    assert starts.by_name["b"][:2] == [0, 5]
 
 
 @pytest.mark.parametrize("verb", ["single", "batch", "stream"])
@@ -565,8 +525,7 @@ async def test_loop_that_is_left_lets_what_runs_under_a_key_run_others() -> None
 
     async with anyio.create_task_group() as group:
         async with loop:
-            group.start_soon(loop.run_single, "a", agent)
-            await anyio.wait_all_tasks_blocked()
+            await launch(group, loop.run_single, "a", agent)
 
         assert reached
         with pytest.raises(RuntimeError, match="takes no new work"):
@@ -582,7 +541,7 @@ def test_limiters_serve_one_run_after_the_other(backend: str) -> None:
     loop = AgentLoop(ONCE, limiter=limiters)
 
     async def first() -> None:
-        await loop.run_single("a", overload)
+        await loop.run_single("a", overloaded)
         assert limiters["a"].statistics().limit == 4
 
     async def second() -> None:
@@ -591,7 +550,7 @@ def test_limiters_serve_one_run_after_the_other(backend: str) -> None:
         assert limiters.statistics() == LimiterStatistics(0, 0, 10, 10)
 
     for name, main in ((backend, first), ("asyncio", second), ("trio", first), (backend, second)):
-        anyio.run(main, backend=name, backend_options=virtual_clock(name)[1])
+        run_scheduled(name, None, main)
 
 
 @pytest.mark.parametrize("verb", ["single", "batch"])
@@ -614,21 +573,16 @@ async def test_limiter_whose_cost_raises_is_in_use_no_more(verb: str) -> None:
 
 @pytest.mark.parametrize("as_input", [list, iter])
 async def test_keys_run_at_once_however_the_input_is_sorted(as_input: Callable[[Any], Any]) -> None:
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=KeyedLimiter(by_id, lambda _: Limiter(4)), on_event=starts)
+    loop, starts = watched(KeyedLimiter(by_id, lambda _: Limiter(4)))
     jobs = [Invocation(f"{key}/{number}", anyio.sleep, (1,)) for key in "abcde" for number in range(20)]
     assert all(result.success for result in await loop.run_all(as_input(jobs)))
-    assert starts.by_key == {key: [at for at in range(5) for _ in range(4)] for key in "abcde"}
-
-
-async def refuse() -> None:
-    raise ConnectionRefusedError
+    assert starts.by_name == {key: [at for at in range(5) for _ in range(4)] for key in "abcde"}
 
 
 @pytest.mark.parametrize("trouble", ["slow", "held", "paused", "rated", "dead"])
 @pytest.mark.parametrize("as_input", [list, iter])
 async def test_key_in_trouble_costs_the_others_nothing(trouble: str, as_input: Callable[[Any], Any]) -> None:
-    agent: Callable[..., Any] = {"slow": anyio.sleep_forever, "held": overload, "dead": refuse}.get(
+    agent: Callable[..., Any] = {"slow": anyio.sleep_forever, "held": overloaded, "dead": refuse}.get(
         trouble, nothing
     )
 
@@ -651,7 +605,7 @@ async def test_key_in_trouble_costs_the_others_nothing(trouble: str, as_input: C
         await loop.run_all(as_input(jobs))
 
     for key in "bc":
-        assert starts.by_key[key] == [at for at in range(8) for _ in range(3)]
+        assert starts.by_name[key] == [at for at in range(8) for _ in range(3)]
 
 
 async def test_key_whose_input_waits_takes_room_of_others_only_beyond_eight_for_each_slot() -> None:
@@ -676,10 +630,6 @@ async def test_key_whose_input_waits_takes_room_of_others_only_beyond_eight_for_
     assert pulled == 100
 
 
-class Revoked(Exception):
-    status_code = 401
-
-
 @pytest.mark.parametrize("verb", ["run_all", "as_completed"])
 async def test_fatal_verdict_stops_the_invocations_of_its_key_alone(verb: str) -> None:
     limiters = KeyedLimiter(by_id, lambda _: Limiter(2))
@@ -692,7 +642,7 @@ async def test_fatal_verdict_stops_the_invocations_of_its_key_alone(verb: str) -
             raise LookupError
 
         if name in ("a/2", "a/3"):
-            raise Revoked
+            raise FakeHTTPError(401)
 
     names = [f"{key}/{number}" for number in range(8) for key in "ab"]
     jobs = [Invocation(name, agent, (name,)) for name in names]
@@ -700,7 +650,7 @@ async def test_fatal_verdict_stops_the_invocations_of_its_key_alone(verb: str) -
     if verb == "run_all":
         results = await loop.run_all(jobs)
     else:
-        with pytest.raises(BatchStopped, match=r"'a/[23]' failed with Revoked"):
+        with pytest.raises(BatchStopped, match=r"'a/[23]' failed with FakeHTTPError"):
             async with loop.as_completed(jobs) as completed:
                 async for result in completed:
                     results.append(result)
@@ -760,8 +710,7 @@ async def test_rate_with_a_burst_binds_until_it_has_filled_again() -> None:
 async def test_total_is_shared_by_the_keys_and_can_be_changed() -> None:
     limiters = KeyedLimiter(by_id, lambda _: Limiter(5, rates=[Rate(100)]), max_concurrency=3)
     limiters.max_concurrency = 2  # before it is used
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=limiters, on_event=starts)
+    loop, starts = watched(limiters)
     jobs = [Invocation(f"{key}/{number}", anyio.sleep, (1,)) for key in "ab" for number in range(4)]
     async with anyio.create_task_group() as group:
         group.start_soon(loop.run_all, jobs)
@@ -770,8 +719,8 @@ async def test_total_is_shared_by_the_keys_and_can_be_changed() -> None:
         assert limiters.max_concurrency == limiters.statistics().limit == 4
 
     # The key that had none running gets the place that becomes free.
-    assert starts.by_key["b"][0] == 1
-    assert max(starts.by_key["a"] + starts.by_key["b"]) == 2.5
+    assert starts.by_name["b"][0] == 1
+    assert max(starts.by_name["a"] + starts.by_name["b"]) == 2.5
     with pytest.raises(ValueError, match="max_concurrency must be at least 1, got 0"):
         limiters.max_concurrency = 0
 

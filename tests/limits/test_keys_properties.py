@@ -10,11 +10,11 @@ from typing import Any
 import anyio
 import attrs
 import pytest
+from agents import run_scheduled
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from agentloop import AgentLoop, DeadlockError, Invocation, KeyedLimiter, Limiter, LoopConfig, Status
-from agentloop.testing import virtual_clock
 
 KEYS = "abcd"
 
@@ -141,5 +141,4 @@ def test_no_key_and_not_all_of_them_exceed_their_limits_and_nothing_hangs(
     cancel_at: float | None,
     seed: int,
 ) -> None:
-    name, options = virtual_clock(backend, seed=seed)
-    anyio.run(run, roots, limits, total, lazy, cancel_at, backend=name, backend_options=options)
+    run_scheduled(backend, seed, run, roots, limits, total, lazy, cancel_at)

@@ -18,14 +18,13 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 import pytest
+from agents import backends, launch, run_scheduled
 from elsewhere import in_use_elsewhere
 
 from agentloop import AgentLoop, Backoff, Invocation, KeyedLimiter, Limiter, LimiterStatistics, LoopConfig
 from agentloop._limits.limiter import pool_of
 from agentloop._limits.slots import Slot
 from agentloop.testing import FakeAgent, FakeHTTPError, Reply, VirtualClockDeadlock, virtual_clock
-
-backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 
 
 @pytest.mark.parametrize(
@@ -109,8 +108,7 @@ async def test_loops_that_share_a_limiter_share_the_limit() -> None:
 async def test_cancelled_waiters_leave_the_line() -> None:
     loop = AgentLoop(LoopConfig(max_concurrency=1))
     async with anyio.create_task_group() as group:
-        group.start_soon(loop.run_single, "hog", anyio.sleep, 10)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, loop.run_single, "hog", anyio.sleep, 10)
         for _ in range(100):
             with anyio.move_on_after(0.01):
                 await loop.run_single("impatient", anyio.sleep, 1)
@@ -126,8 +124,7 @@ async def test_native_cancellation_and_a_drain_in_one_moment_do_not_hold_up_thos
     limiter = Limiter(1)
     loop, drained = AgentLoop(limiter=limiter), AgentLoop(limiter=limiter)
     async with anyio.create_task_group() as group:
-        group.start_soon(loop.run_single, "hog", anyio.sleep, 10)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, loop.run_single, "hog", anyio.sleep, 10)
         task = asyncio.ensure_future(drained.run_single("drained", anyio.sleep, 1))
         await anyio.wait_all_tasks_blocked()
         drained.drain()
@@ -167,8 +164,7 @@ async def test_batch_begins_nothing_while_more_run_than_a_limit_that_its_agent_h
         started.append(anyio.current_time() - begin)
 
     async with anyio.create_task_group() as group:
-        group.start_soon(loop.run_single, "long", anyio.sleep, 10)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, loop.run_single, "long", anyio.sleep, 10)
         await loop.run_all(Invocation("a", agent) for _ in range(3))
 
     assert started == [0, 10, 10]
@@ -186,14 +182,11 @@ async def test_slot_granted_to_a_waiter_that_is_cancelled_in_the_same_moment_is_
         served.clear()
         async with anyio.create_task_group() as group:
             release = anyio.Event()
-            group.start_soon(loop.run_single, "hog", release.wait)
-            await anyio.wait_all_tasks_blocked()
+            await launch(group, loop.run_single, "hog", release.wait)
             with anyio.CancelScope() as scope:
                 async with anyio.create_task_group() as inner:
-                    inner.start_soon(serve, 0)
-                    await anyio.wait_all_tasks_blocked()
-                    group.start_soon(serve, 1)
-                    await anyio.wait_all_tasks_blocked()
+                    await launch(inner, serve, 0)
+                    await launch(group, serve, 1)
                     release.set()
                     for _ in range(steps):
                         await anyio.lowlevel.checkpoint()
@@ -213,7 +206,7 @@ def test_one_loop_serves_several_runs_on_either_backend(backend: str) -> None:
         assert all(result.success for result in results)
 
     for name in (backend, "asyncio", "trio", backend):
-        anyio.run(main, backend=name, backend_options=virtual_clock(name)[1])
+        run_scheduled(name, None, main)
 
 
 @backends
@@ -336,8 +329,7 @@ def test_agent_may_sleep_from_a_worker_thread_on_a_virtual_clock(backend: Any) -
         assert (await AgentLoop(LoopConfig(timeout_seconds=None)).run_single("a", agent)).success
         assert anyio.current_time() - start == pytest.approx(3600)
 
-    name, options = virtual_clock(backend)
-    anyio.run(main, backend=name, backend_options=options)
+    run_scheduled(backend, None, main)
 
 
 # -- threads, processes and event loops that are gone

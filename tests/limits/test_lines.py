@@ -11,6 +11,7 @@ from typing import Any
 import anyio
 import attrs
 import pytest
+from agents import launch, run_scheduled
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -152,8 +153,7 @@ async def test_stream_has_its_place_from_entering_on() -> None:
 async def test_stream_of_an_entered_loop_is_refused_too() -> None:
     loop = AgentLoop(limiter=Limiter(1, max_waiting=0))
     async with anyio.create_task_group() as group:
-        group.start_soon(single, loop, 5)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, single, loop, 5)
         assert (await stream_of_loop(loop, 1)).status is Status.SKIPPED
 
 
@@ -177,8 +177,7 @@ async def test_place_is_free_in_the_moment_in_which_one_is_granted_its_slot() ->
         statuses.append((await single(loop, 1)).status)
 
     async with anyio.create_task_group() as group:
-        group.start_soon(follow)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, follow)
         group.start_soon(single, loop, 1)
 
     assert statuses == [Status.SUCCESS]
@@ -208,8 +207,7 @@ async def test_batches_are_neither_refused_nor_counted() -> None:
 
     async with anyio.create_task_group() as group:
         group.start_soon(batch)
-        group.start_soon(batch)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, batch)
         assert statuses(await together(loop, [single] * 2, 1)) == ["skipped", "success"]
 
     assert statuses(results) == ["success"] * 6
@@ -225,8 +223,7 @@ async def test_retry_waits_for_its_slot_though_the_line_is_full() -> None:
         results.append(await loop.run_single("fails once", fails_once))
 
     async with anyio.create_task_group() as group:
-        group.start_soon(run)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, run)
         group.start_soon(single, loop, 10)
         await anyio.sleep(1.5)
         group.start_soon(single, loop, 10)
@@ -242,11 +239,9 @@ async def test_one_that_gives_up_waiting_leaves_its_place(call: Call, how: str) 
     limiter = Limiter(1, max_waiting=1)
     loop, drained = AgentLoop(limiter=limiter), AgentLoop(limiter=limiter)
     async with anyio.create_task_group() as group:
-        group.start_soon(single, loop, 10)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, single, loop, 10)
         async with anyio.create_task_group() as waiting:
-            waiting.start_soon(call, drained, 1)
-            await anyio.wait_all_tasks_blocked()
+            await launch(waiting, call, drained, 1)
             assert (await call(loop, 1)).status is Status.SKIPPED
             if how == "cancelled":
                 waiting.cancel_scope.cancel()
@@ -264,8 +259,7 @@ async def test_native_cancellation_leaves_the_place(call: Call, drained_first: b
     limiter = Limiter(1, max_waiting=1)
     loop, drained = AgentLoop(limiter=limiter), AgentLoop(limiter=limiter)
     async with anyio.create_task_group() as group:
-        group.start_soon(single, loop, 10)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, single, loop, 10)
         task = asyncio.ensure_future(call(drained, 1))
         await anyio.wait_all_tasks_blocked()
         if drained_first:
@@ -295,8 +289,7 @@ async def test_stream_of_a_loop_that_is_drained_in_the_same_moment_never_begins(
     loop, other = AgentLoop(limiter=limiter), AgentLoop(limiter=limiter)
     async with anyio.create_task_group() as group:
         if waits:
-            group.start_soon(single, other, 10)
-            await anyio.wait_all_tasks_blocked()
+            await launch(group, single, other, 10)
 
         begin = anyio.current_time()
         async with loop.run_streaming("a", chunks, 1) as reading:
@@ -362,8 +355,7 @@ async def test_key_function_that_fails_or_drains_ends_the_stream() -> None:
 
     assert failing.result.status is Status.ERROR
     async with anyio.create_task_group() as group:
-        group.start_soon(single, AgentLoop(limiter=limiter), 10)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, single, AgentLoop(limiter=limiter), 10)
         begin = anyio.current_time()
         assert str((await stream(loop, 2)).exception) == "the batch was stopped: enough"
         assert anyio.current_time() == begin
@@ -396,13 +388,11 @@ async def test_estimate_is_that_of_the_attempts_which_have_ended_lately() -> Non
     limiter = Limiter(2, max_waiting=3)
     loop = AgentLoop(limiter=limiter)
     async with anyio.create_task_group() as group:
-        group.start_soon(together, loop, [single] * 5, 10)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, together, loop, [single] * 5, 10)
         assert await estimate(loop) is None
         await anyio.sleep(15)
         # Two have ended, two run, and one waits.
-        group.start_soon(together, loop, [stream] * 2, 20)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, together, loop, [stream] * 2, 20)
         assert await estimate(loop) == 4 * 10 / 2
         limiter.pause()
         assert await estimate(loop) is None
@@ -416,8 +406,7 @@ async def test_estimate_follows_what_has_changed(adaptive: bool) -> None:
         await single(loop, seconds)
 
     async with anyio.create_task_group() as group:
-        group.start_soon(single, loop, 10)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, single, loop, 10)
         assert await estimate(loop) == pytest.approx(3, rel=0.01)
 
 
@@ -431,8 +420,7 @@ async def test_idle_time_and_nested_attempts_do_not_count() -> None:
     await loop.run_single("outer", outer)
     await anyio.sleep(1000)
     async with anyio.create_task_group() as group:
-        group.start_soon(single, loop, 5)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, single, loop, 5)
         assert await estimate(loop) == 10
 
 
@@ -455,8 +443,7 @@ async def test_outer_agent_that_is_refused_comes_back_when_it_is_told() -> None:
         return (await inner.run_single("inner", agent, 1)).unwrap()
 
     async with anyio.create_task_group() as group:
-        group.start_soon(single, inner, 7)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, single, inner, 7)
         begin = anyio.current_time()
         result = await outer.run_single("outer", ask)
 
@@ -563,8 +550,7 @@ async def take(steps: list[tuple[str, int]], max_waiting: int) -> None:
 def test_calls_are_refused_as_an_independent_account_says(
     backend: str, steps: list[tuple[str, int]], max_waiting: int
 ) -> None:
-    name, options = virtual_clock(backend)
-    anyio.run(take, steps, max_waiting, backend=name, backend_options=options)
+    run_scheduled(backend, None, take, steps, max_waiting)
 
 
 # --- for how long one may wait
@@ -589,8 +575,7 @@ async def test_call_waits_no_longer_than_it_may(call: Call) -> None:
 async def test_result_of_one_that_waited_too_long_comes_on_time() -> None:
     loop = AgentLoop(TIMED, limiter=Limiter(1))
     async with anyio.create_task_group() as group:
-        group.start_soon(single, loop, 10)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, single, loop, 10)
         for call in (single, stream):
             begin = anyio.current_time()
             assert (await call(loop, 1)).status is Status.TIMEOUT
@@ -624,8 +609,7 @@ async def test_slot_that_is_granted_in_the_last_moment_is_used(call: Call) -> No
 async def test_call_that_waits_in_vain_leaves_its_place(call: Call) -> None:
     loop = AgentLoop(TIMED, limiter=Limiter(1, max_waiting=1))
     async with anyio.create_task_group() as group:
-        group.start_soon(single, loop, 10)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, single, loop, 10)
         for _ in range(3):
             assert statuses(await together(loop, [call] * 2)) == ["skipped", "timeout"]
 
@@ -649,8 +633,7 @@ async def test_wait_in_a_paused_limiter_is_bound_too() -> None:
 async def test_batches_wait_as_long_as_it_takes() -> None:
     loop = AgentLoop(TIMED, limiter=Limiter(1))
     async with anyio.create_task_group() as group:
-        group.start_soon(single, loop, 10)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, single, loop, 10)
         results = await loop.run_all([Invocation("batch", agent, (10,))] * 2)
 
     assert statuses(results) == ["success"] * 2
@@ -703,8 +686,7 @@ async def test_drain_ends_a_wait_before_its_time(call: Call) -> None:
     limiter = Limiter(1)
     loop, other = AgentLoop(TIMED, limiter=limiter), AgentLoop(limiter=limiter)
     async with anyio.create_task_group() as group:
-        group.start_soon(single, other, 10)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, single, other, 10)
         group.start_soon(_drain_after, loop, 1)
         result = await call(loop, 1)
         assert (result.status, result.queue_ms) == (Status.SKIPPED, 1000)

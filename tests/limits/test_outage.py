@@ -10,7 +10,8 @@ from typing import Any
 import anyio
 import attrs
 import pytest
-from trouble import Starts, fail, nothing, overload, passed, refuse
+from agents import nothing
+from trouble import ONCE, Starts, fail, overload, passed, refuse, watched
 
 from agentloop import (
     AgentLoop,
@@ -32,7 +33,6 @@ from agentloop._provider.overload import AdaptiveLimit
 from agentloop._provider.provider import Provider
 from agentloop.testing import Chunks, Fail, FakeAgent, FakeHTTPError, Reply
 
-ONCE = LoopConfig(max_retries=0)
 AT_ONCE = Backoff(initial_seconds=0, jitter="none")
 PATIENCE = 100.0
 TRANSIENT = Verdict(VerdictKind.TRANSIENT)
@@ -282,8 +282,7 @@ async def test_first_success_ends_it_and_is_told(how: str) -> None:
 
 
 async def test_what_the_server_asked_for_in_an_outage_holds_the_others_too() -> None:
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=Limiter(4), on_event=starts)
+    loop, starts = watched(Limiter(4))
     assert await outage_after(loop, refuse) == 8
     await anyio.sleep(10)
     await loop.run_single("told", FakeAgent(FakeHTTPError(500, 100)))

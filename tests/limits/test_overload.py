@@ -11,16 +11,14 @@ from typing import Any
 import anyio
 import attrs
 import pytest
+from agents import launch, nothing
 from hypothesis import given
 from hypothesis import strategies as st
-from trouble import Starts, nothing, overload, refuse
+from trouble import ONCE, overload, refuse, watched
 
 from agentloop import AgentLoop, Backoff, Invocation, Limiter, LoopConfig, Status
 from agentloop._provider.overload import AdaptiveLimit
 from agentloop.testing import FakeAgent, FakeHTTPError, Reply
-
-ONCE = LoopConfig(max_retries=0)
-
 
 # -- the rule, without an event loop
 
@@ -287,8 +285,7 @@ def test_limit_stays_between_one_and_the_ceiling_and_falls_only_by_a_cut(
 
 async def test_burst_of_rejections_is_one_cut_and_the_next_burst_another() -> None:
     limiter = Limiter(10)
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=limiter, on_event=starts)
+    loop, starts = watched(limiter)
 
     async def together(count: int) -> None:
         release = anyio.Event()
@@ -298,8 +295,7 @@ async def test_burst_of_rejections_is_one_cut_and_the_next_burst_another() -> No
             await overload()
 
         async with anyio.create_task_group() as group:
-            group.start_soon(loop.run_all, [Invocation("a", agent)] * count)
-            await anyio.wait_all_tasks_blocked()
+            await launch(group, loop.run_all, [Invocation("a", agent)] * count)
             assert limiter.statistics().running == count
             release.set()
 
@@ -373,8 +369,7 @@ async def test_cancelled_calls_never_count(agent: Callable[[], Any]) -> None:
 
 
 async def test_limit_grows_back_under_load_and_never_above_the_ceiling() -> None:
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=Limiter(20), on_event=starts)
+    loop, starts = watched(Limiter(20))
     await loop.run_all([Invocation("a", anyio.sleep, (1,))] * 100)
     assert starts.limits == [20], "nothing to grow before the first overload"
     await loop.run_single("a", overload)
@@ -383,8 +378,7 @@ async def test_limit_grows_back_under_load_and_never_above_the_ceiling() -> None
 
 
 async def test_limit_that_is_not_used_does_not_grow() -> None:
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=Limiter(20), on_event=starts)
+    loop, starts = watched(Limiter(20))
     await loop.run_single("a", overload)
     for _ in range(100):
         await loop.run_single("a", nothing)
@@ -429,14 +423,12 @@ def test_adaptive_that_is_no_bool_is_refused() -> None:
 
 async def test_ceiling_may_be_raised_and_lowered_while_the_limit_is_cut() -> None:
     limiter = Limiter(10)
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=limiter, on_event=starts)
+    loop, starts = watched(limiter)
     await loop.run_single("told", overload)
     limiter.max_concurrency = 12
     assert (limiter.statistics().limit, limiter.statistics().max_concurrency) == (8, 12)
     async with anyio.create_task_group() as group:
-        group.start_soon(loop.run_all, [Invocation("a", anyio.sleep, (10,))] * 11)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, loop.run_all, [Invocation("a", anyio.sleep, (10,))] * 11)
         assert limiter.statistics().running == 8
         limiter.max_concurrency = 3
         assert (limiter.statistics().running, limiter.statistics().limit) == (8, 3)
@@ -450,8 +442,7 @@ async def test_ceiling_may_be_raised_and_lowered_while_the_limit_is_cut() -> Non
 
 async def test_limit_goes_on_growing_up_to_a_ceiling_that_was_raised() -> None:
     limiter = Limiter(5)
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=limiter, on_event=starts)
+    loop, starts = watched(limiter)
     await loop.run_single("told", overload)
     limiter.max_concurrency = 7
     await loop.run_all([Invocation("a", anyio.sleep, (1,))] * 100)

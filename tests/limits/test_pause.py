@@ -7,19 +7,16 @@ from collections.abc import AsyncIterator
 
 import anyio
 import pytest
+from agents import backends, launch, nothing
 from elsewhere import in_use_elsewhere
-from trouble import Starts, nothing, overload, passed
+from trouble import overload, passed, watched
 
 from agentloop import AgentLoop, Backoff, Invocation, Limiter, LoopConfig, Rate, Status
-
-backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
-ONCE = LoopConfig(max_retries=0)
 
 
 async def test_pause_lets_nothing_new_start_and_what_runs_go_on() -> None:
     limiter = Limiter(2)
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=limiter, on_event=starts)
+    loop, starts = watched(limiter)
 
     async def stream() -> AsyncIterator[int]:
         yield 1
@@ -29,8 +26,7 @@ async def test_pause_lets_nothing_new_start_and_what_runs_go_on() -> None:
             assert [chunk async for chunk in chunks] == [1]
 
     async with anyio.create_task_group() as group:
-        group.start_soon(loop.run_all, [Invocation("a", anyio.sleep, (2,))] * 4)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, loop.run_all, [Invocation("a", anyio.sleep, (2,))] * 4)
         limiter.pause()
         limiter.pause()
         group.start_soon(loop.run_single, "b", nothing)
@@ -52,8 +48,7 @@ async def test_pause_before_the_first_run_holds(rates: tuple[Rate, ...]) -> None
     limiter.pause()
     assert limiter.statistics().paused_until == math.inf
     assert repr(limiter) == "<Limiter 0 running, 0 waiting, limit 2, paused>"
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=limiter, on_event=starts)
+    loop, starts = watched(limiter)
     async with anyio.create_task_group() as group:
         group.start_soon(loop.run_all, [Invocation("a", nothing)] * 3)
         await anyio.sleep(4)
@@ -73,16 +68,14 @@ async def test_resume_before_the_first_run_undoes_a_pause() -> None:
 @pytest.mark.parametrize("rates", [(), (Rate(1000, per_seconds=1),)])
 async def test_agent_that_runs_goes_on_running_others_while_paused(rates: tuple[Rate, ...]) -> None:
     limiter = Limiter(3, rates=rates)
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=limiter, on_event=starts)
+    loop, starts = watched(limiter)
 
     async def parent() -> None:
         await anyio.sleep(1)
         await loop.run_all([Invocation("child", anyio.sleep, (1,))] * 3)
 
     async with anyio.create_task_group() as group:
-        group.start_soon(loop.run_single, "parent", parent)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, loop.run_single, "parent", parent)
         limiter.pause()
         group.start_soon(loop.run_single, "other", nothing)
         await anyio.sleep(10)
@@ -94,16 +87,14 @@ async def test_agent_that_runs_goes_on_running_others_while_paused(rates: tuple[
 
 async def test_nested_agent_that_waits_for_a_rate_starts_on_time_while_paused() -> None:
     limiter = Limiter(2, rates=[Rate(2, per_seconds=4)])
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=limiter, on_event=starts)
+    loop, starts = watched(limiter)
 
     async def parent() -> None:
         await loop.run_single("first", anyio.sleep, 1)
         await loop.run_single("second", nothing)
 
     async with anyio.create_task_group() as group:
-        group.start_soon(loop.run_single, "parent", parent)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, loop.run_single, "parent", parent)
         # First in line, and the one that the clock is set for.
         group.start_soon(loop.run_single, "other", nothing)
         await anyio.sleep(2)
@@ -116,8 +107,7 @@ async def test_nested_agent_that_waits_for_a_rate_starts_on_time_while_paused() 
 
 async def test_waiters_that_are_cancelled_while_paused_leave_the_line() -> None:
     limiter = Limiter(1)
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=limiter, on_event=starts)
+    loop, starts = watched(limiter)
     limiter.pause()
     async with anyio.create_task_group() as group:
         with anyio.move_on_after(2):
@@ -175,8 +165,7 @@ async def test_stream_that_waits_for_its_reader_is_neither_charged_nor_held(
     how: str, rates: tuple[Rate, ...]
 ) -> None:
     limiter = Limiter(1, rates=rates)
-    starts = Starts()
-    loop = AgentLoop(ONCE, limiter=limiter, on_event=starts)
+    loop, starts = watched(limiter)
 
     async def write() -> AsyncIterator[int]:
         for number in range(100):

@@ -12,6 +12,7 @@ import anyio
 import attrs
 import pytest
 import trio.testing
+from agents import backends, launch, run_scheduled
 from fuzz import Account
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,9 +32,6 @@ from agentloop import (
     VerdictKind,
 )
 from agentloop._limits.rates import Charge, Meter, make_meter
-from agentloop.testing import virtual_clock
-
-backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 
 
 async def nothing(*_: object) -> None:
@@ -230,8 +228,7 @@ async def test_those_behind_a_cancelled_heavy_one_start_in_that_moment() -> None
     async with anyio.create_task_group() as group:
         with anyio.move_on_after(4):
             async with anyio.create_task_group() as inner:
-                inner.start_soon(loop.run_single, "heavy", nothing, 3)
-                await anyio.wait_all_tasks_blocked()
+                await launch(inner, loop.run_single, "heavy", nothing, 3)
                 group.start_soon(light)
 
     assert times == [pytest.approx(4)]
@@ -243,8 +240,7 @@ async def test_what_was_paid_in_the_moment_of_a_cancellation_is_given_back() -> 
         loop = AgentLoop(limiter=limiter)
         limiter.pause()
         async with anyio.create_task_group() as group:
-            group.start_soon(loop.run_single, "a", nothing)
-            await anyio.wait_all_tasks_blocked()
+            await launch(group, loop.run_single, "a", nothing)
             limiter.resume()
             assert limiter.statistics().running == 1
             for _ in range(steps):
@@ -272,8 +268,7 @@ async def test_what_was_reserved_in_the_moment_in_which_the_batch_is_stopped_is_
         raise OSError
 
     async with anyio.create_task_group() as group:
-        group.start_soon(loop.run_single, "before", go.wait)
-        await anyio.wait_all_tasks_blocked()
+        await launch(group, loop.run_single, "before", go.wait)
         group.start_soon(release, go)
         failed, granted = await loop.run_all([Invocation("fails", fail), Invocation("waits", nothing)])
 
@@ -312,8 +307,7 @@ async def test_loan_of_a_waiter_that_is_cancelled_goes_to_the_next() -> None:
             with anyio.move_on_after(1):
                 async with anyio.create_task_group() as inner:
                     # The first one has the loan, and waits for the rate; the second one could pay.
-                    inner.start_soon(loop.run_single, "first", second, 1)
-                    await anyio.wait_all_tasks_blocked()
+                    await launch(inner, loop.run_single, "first", second, 1)
                     group.start_soon(loop.run_single, "second", second, 0)
 
     await loop.run_single("outer", outer, 1)
@@ -498,14 +492,12 @@ def test_attempts_start_in_order_and_as_early_as_slots_and_rates_allow(
         async with anyio.create_task_group() as group:
             for number, arrival in enumerate(arrivals):
                 await anyio.sleep_until(begin + arrival.at)
-                group.start_soon(call, number, arrival)
-                await anyio.wait_all_tasks_blocked()
+                await launch(group, call, number, arrival)
 
         now = limiter.statistics()
         assert (now.running, now.waiting) == (0, 0)
 
-    name, options = virtual_clock(backend, seed=seed)
-    anyio.run(main, backend=name, backend_options=options)
+    run_scheduled(backend, seed, main)
     expected = model(limit, rates, arrivals)
     # Those that start in the same moment do so in whatever order the scheduler wakes them.
     in_order = sorted(times, key=int)

@@ -21,7 +21,7 @@ import anyio.from_thread
 import anyio.to_thread
 import attrs
 import pytest
-from agents import backends, begin, into, raised_by, run_scheduled
+from agents import backends, into, launch, raised_by, run_scheduled
 from anyio.lowlevel import checkpoint
 from test_copying import nested
 
@@ -181,8 +181,7 @@ async def test_writers_take_turns_first_come_first_served() -> None:
 
     async with anyio.create_task_group() as group:
         for number in range(6):
-            group.start_soon(write, number)
-            await anyio.wait_all_tasks_blocked()
+            await launch(group, write, number)
 
     assert await store.get("log") == [0, 1, 2, 3, 4, 5]
 
@@ -271,8 +270,7 @@ async def test_value_is_taken_as_it_is_when_the_call_begins() -> None:
     store, value = ContextStore(), [1]
     async with anyio.create_task_group() as group:
         async with store.edit():
-            group.start_soon(store.set, "a", value)
-            await anyio.wait_all_tasks_blocked()
+            await launch(group, store.set, "a", value)
             value.append(2)
 
     assert await store.get("a") == [1]
@@ -555,7 +553,7 @@ async def test_time_out_of_the_callers_own_while_waiting_is_the_callers() -> Non
             await anyio.sleep(10)
 
     async with anyio.create_task_group() as group:
-        await begin(group, hold)
+        await launch(group, hold)
         with anyio.move_on_after(1) as scope:
             async with store.edit(timeout_seconds=5):
                 raise AssertionError
@@ -590,7 +588,7 @@ async def test_child_task_may_write_after_the_edit_that_started_it() -> None:
     async with anyio.create_task_group() as group:
         async with store.edit() as draft:
             draft["a"] = 1
-            await begin(group, store.set, "b", 2)
+            await launch(group, store.set, "b", 2)
 
     assert await all_of(store) == {"a": 1, "b": 2}
 
@@ -721,7 +719,7 @@ async def test_wait_for_returns_what_the_predicate_returns() -> None:
     assert await store.wait_for(lambda now: len(now)) == 1
     got: list[Any] = []
     async with anyio.create_task_group() as group:
-        await begin(group, into, got, store.wait_for, lambda now: now["plan"])
+        await launch(group, into, got, store.wait_for, lambda now: now["plan"])
         assert not got
         await store.set("plan", ["a"])
 
@@ -795,7 +793,7 @@ async def test_predicate_that_raises_fails_the_one_who_waits_and_not_the_one_who
 
     async with anyio.create_task_group() as group:
         for _ in range(2):
-            await begin(group, into, raised, raised_by, store.wait_for, look)
+            await launch(group, into, raised, raised_by, store.wait_for, look)
 
         await store.set("n", 1)
 
@@ -813,7 +811,7 @@ async def test_predicate_sees_the_context_of_the_one_who_waits() -> None:
         await store.wait_for(lambda now: seen.append(var.get()) or "a" in now)
 
     async with anyio.create_task_group() as group:
-        await begin(group, wait)
+        await launch(group, wait)
         var.set("writer")
         await store.set("a", 1)
 
@@ -929,7 +927,7 @@ async def test_leaving_the_block_ends_the_watch() -> None:
 
     async with anyio.create_task_group() as group:
         async with store.watch("a") as values, store.watch("a") as others:
-            await begin(group, read, values)
+            await launch(group, read, values)
 
         await store.set("a", 2)
         for ended in (values, others):
@@ -968,7 +966,7 @@ async def test_value_that_arrives_with_the_cancellation_of_its_reader_is_not_los
             assert await anext(values) is None
             seen: list[int] = []
             async with anyio.create_task_group() as group:
-                await begin(group, into, seen, values.__anext__)
+                await launch(group, into, seen, values.__anext__)
                 await store.set("a", 1)
                 for _ in range(steps):
                     await checkpoint()

@@ -23,6 +23,7 @@ import anyio.to_thread
 import pytest
 import trio
 import trio.testing
+from agents import launch, run_scheduled
 
 from agentloop._errors import AgentLoopError
 from agentloop.testing import VirtualClockDeadlock, virtual_clock
@@ -32,8 +33,7 @@ both_backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 
 
 def run(main: Callable[[], Awaitable[Any]], backend: Any, seed: int | None = None) -> Any:
-    name, options = virtual_clock(backend, seed=seed)
-    return anyio.run(main, backend=name, backend_options=options)
+    return run_scheduled(backend, seed, main)
 
 
 def test_unknown_backend_is_refused() -> None:
@@ -140,8 +140,7 @@ def test_waiting_until_all_tasks_are_blocked_takes_no_time(backend: Any) -> None
 
         async with anyio.create_task_group() as tg:
             tg.start_soon(sleeper, 0.01)
-            tg.start_soon(busy)
-            await anyio.wait_all_tasks_blocked()
+            await launch(tg, busy)
             seen.append(f"blocked at {anyio.current_time() - 1000:g}")
 
         return seen
