@@ -6,13 +6,14 @@ from random import Random
 from typing import Literal
 
 import pytest
+from agents import backends
 from budgets import make_program, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@backends
 @settings(max_examples=100)
 @given(random=st.randoms())
 def test_budget_is_never_overspent_and_nothing_hangs(

@@ -9,8 +9,7 @@ from typing import Any
 
 import anyio
 import attrs
-import pytest
-from agents import run_scheduled
+from agents import backends, run_scheduled
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -113,7 +112,7 @@ async def run(
     assert not account.working.total()
 
 
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@backends
 @settings(max_examples=150)
 @given(
     st.lists(nodes(2), min_size=1, max_size=12),

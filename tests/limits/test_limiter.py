@@ -512,7 +512,7 @@ def test_thread_that_has_ended_blocks_no_other(backend: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork()")
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@backends
 def test_limiter_in_use_in_the_parent_process_can_be_used_in_a_child(backend: str) -> None:
     program = f"""
 import os, threading, anyio

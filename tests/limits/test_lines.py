@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import attrs
 import pytest
-from agents import launch, run_scheduled
+from agents import backends, launch, run_scheduled
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -545,7 +545,7 @@ async def take(steps: list[tuple[str, int]], max_waiting: int) -> None:
     assert {call.state for call in calls} <= {"success", "refused", "cancelled"}
 
 
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@backends
 @given(steps=steps, max_waiting=st.integers(0, 3))
 def test_calls_are_refused_as_an_independent_account_says(
     backend: str, steps: list[tuple[str, int]], max_waiting: int

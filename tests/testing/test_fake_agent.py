@@ -18,6 +18,7 @@ from typing import Any
 
 import anyio
 import pytest
+from agents import backends, into, raised_by, run_stream
 from anyio.lowlevel import checkpoint
 
 import agentloop.testing
@@ -36,33 +37,29 @@ from agentloop import (
 from agentloop.testing import Chunks, Fail, FakeAgent, FakeCall, FakeHTTPError, Reply, Stall
 
 ROOT = Path(__file__).parents[2]
+Clock = Callable[[], float]
 PATIENT = LoopConfig(timeout_seconds=None, max_retries=0)
 
 
-class Clock:
-    """Seconds of the event loop since this was made."""
-
-    def __init__(self) -> None:
-        self.start = anyio.current_time()
-
-    def __call__(self) -> float:
-        return anyio.current_time() - self.start
+@pytest.fixture
+async def clock() -> Callable[[], float]:
+    """Seconds of the event loop since the test began."""
+    start = anyio.current_time()
+    return lambda: anyio.current_time() - start
 
 
 # --- what it plays
 
 
-async def test_replies_come_in_order_each_after_its_delay_and_the_last_one_again() -> None:
+async def test_replies_come_in_order_each_after_its_delay_and_the_last_one_again(clock: Clock) -> None:
     agent = FakeAgent(Reply("a", after_seconds=3600), Reply("b"))
-    clock = Clock()
     assert (await agent(), clock()) == ("a", 3600)
     assert [await agent(), await agent(), clock()] == ["b", "b", 3600]
 
 
-async def test_exception_is_raised_as_the_object_that_it_is_or_made_anew_of_a_class() -> None:
+async def test_exception_is_raised_as_the_object_that_it_is_or_made_anew_of_a_class(clock: Clock) -> None:
     boom = ValueError("boom")
     agent = FakeAgent(boom, Fail(boom, after_seconds=60), KeyError)
-    clock = Clock()
     with pytest.raises(ValueError, match="boom") as first:
         await agent()
 
@@ -100,18 +97,16 @@ async def test_stall_ends_by_cancellation_only() -> None:
     assert agent.calls[0].cancelled
 
 
-async def test_chunks_come_with_gaps() -> None:
+async def test_chunks_come_with_gaps(clock: Clock) -> None:
     agent = FakeAgent(Chunks(list("abc"), after_seconds=10, gap_seconds=2))
-    clock = Clock()
     assert [(chunk, clock()) async for chunk in agent()] == [("a", 10), ("b", 12), ("c", 14)]
 
 
-async def test_chunks_may_come_to_a_bad_end() -> None:
+async def test_chunks_may_come_to_a_bad_end(clock: Clock) -> None:
     boom = ValueError("boom")
     agent = FakeAgent(
         Chunks(["a"], then=boom), Chunks(["b"], then=Fail(boom, after_seconds=5)), Chunks(then=Stall())
     )
-    clock = Clock()
     for expected in (["a"], 0), (["b"], 5):
         received = []
         with pytest.raises(ValueError, match="boom") as caught:
@@ -166,10 +161,9 @@ async def test_loop_retries_what_the_script_lets_fail() -> None:
     assert [call.cancelled for call in agent.calls] == [False, True, False, False]
 
 
-async def test_batch_is_bounded_and_the_agent_says_how_many_ran_at_once() -> None:
+async def test_batch_is_bounded_and_the_agent_says_how_many_ran_at_once(clock: Clock) -> None:
     agent = FakeAgent(Reply("done", after_seconds=60))
     loop = AgentLoop(LoopConfig(max_concurrency=7))
-    clock = Clock()
     async with anyio.create_task_group() as group:
         group.start_soon(loop.run_all, list(Invocation.map(agent, range(21))))
         await anyio.sleep(70)
@@ -197,21 +191,13 @@ async def test_stream_fails_stalls_and_goes_idle() -> None:
         Chunks([1], after_seconds=11),
         Chunks([1, 2, 3], gap_seconds=4, then=Stall()),
     )
-    received = []
-    with pytest.raises(IdleTimeout):
-        async with AgentLoop(config).run_streaming("agent", agent, "x") as stream:
-            async for chunk in stream:
-                received.append(chunk)
-
+    received, error, result = await run_stream(AgentLoop(config), agent, "x")
     assert received == [1, 2, 3]
-    failures = [type(failure) for failure in stream.result.failures]
+    assert type(error) is IdleTimeout
+    failures = [type(failure) for failure in result.failures]
     assert failures == [FakeHTTPError, FirstChunkTimeout, FirstChunkTimeout, IdleTimeout]
-    assert [(call.chunks, call.cancelled) for call in agent.calls] == [
-        (0, False),
-        (0, True),
-        (0, True),
-        (3, True),
-    ]
+    assert [call.chunks for call in agent.calls] == [0, 0, 0, 3]
+    assert [call.cancelled for call in agent.calls] == [False, True, True, True]
 
 
 async def test_stream_that_is_left_is_closed_and_recorded_so() -> None:
@@ -268,11 +254,7 @@ async def test_what_is_called_but_never_run_is_no_call_and_takes_nothing_of_the_
     agent().close()
     assert agent.calls == []
     assert await agent() == "first"
-
-
-async def test_list_of_calls_is_the_callers_own() -> None:
-    agent = FakeAgent(Reply("first"), Reply("second"))
-    await agent()
+    # The list is the caller's own.
     agent.calls.clear()
     assert await agent() == "second"
     assert len(agent.calls) == 2
@@ -281,13 +263,9 @@ async def test_list_of_calls_is_the_callers_own() -> None:
 async def test_calls_that_overlap_each_play_an_outcome_of_their_own() -> None:
     agent = FakeAgent(*(Reply(number, after_seconds=10 - number) for number in range(10)))
     outputs: list[int] = []
-
-    async def call() -> None:
-        outputs.append(await agent())
-
     async with anyio.create_task_group() as group:
         for _ in range(10):
-            group.start_soon(call)
+            group.start_soon(into, outputs, agent)
 
     assert outputs == [*reversed(range(10))]
     assert agent.peak == 10
@@ -317,14 +295,10 @@ async def play(agent: FakeAgent) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("seconds", [0, 0.5, 1, 1.5, 2, 2.5])
-async def test_nothing_is_left_wherever_it_is_cancelled(script: str, seconds: float) -> None:
+async def test_nothing_is_left_wherever_it_is_cancelled(script: str, seconds: float, clock: Clock) -> None:
     agent = SCRIPTS[script]()
-    clock = Clock()
     with anyio.move_on_after(seconds) as scope:
-        try:
-            await play(agent)
-        except ValueError:
-            pass
+        await raised_by(play, agent)
 
     (call,) = agent.calls
     assert agent.running == 0
@@ -342,7 +316,7 @@ async def test_nothing_is_left_when_its_loop_is_cancelled(script: str, steps: in
     loop = AgentLoop(PATIENT)
     async with anyio.create_task_group() as group:
         if script == "chunks":
-            group.start_soon(_read, loop, agent)
+            group.start_soon(run_stream, loop, agent)
         else:
             group.start_soon(loop.run_single, "agent", agent)
 
@@ -355,13 +329,7 @@ async def test_nothing_is_left_when_its_loop_is_cancelled(script: str, steps: in
     assert all(call.cancelled and call.ended_at is not None for call in agent.calls)
 
 
-async def _read(loop: AgentLoop, agent: FakeAgent) -> None:
-    async with loop.run_streaming("agent", agent) as stream:
-        async for _ in stream:
-            pass
-
-
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@backends
 def test_real_clocks_will_do(backend: str) -> None:
     agent = FakeAgent(OSError, Reply("real", after_seconds=0.01))
 
@@ -401,12 +369,16 @@ def test_http_error_is_judged_as_a_real_one(
     assert str(error) == f"HTTP {error.status_code}"
 
 
-def test_header_is_what_a_server_sends() -> None:
-    assert FakeHTTPError(429, retry_after=2.0).response.headers == {"retry-after": "2"}
-    assert FakeHTTPError(429, retry_after="Fri, 31 Dec 1999 23:59:59 GMT").response.headers == {
-        "retry-after": "Fri, 31 Dec 1999 23:59:59 GMT"
-    }
-    assert FakeHTTPError(429).response.headers == {}
+@pytest.mark.parametrize(
+    ("retry_after", "headers"),
+    [
+        (2.0, {"retry-after": "2"}),
+        ("Fri, 31 Dec 1999 23:59:59 GMT", {"retry-after": "Fri, 31 Dec 1999 23:59:59 GMT"}),
+        (None, {}),
+    ],
+)
+def test_header_is_what_a_server_sends(retry_after: Any, headers: dict[str, str]) -> None:
+    assert FakeHTTPError(429, retry_after).response.headers == headers
 
 
 @pytest.mark.parametrize(
@@ -423,54 +395,34 @@ def test_http_error_survives_copying_and_pickling(
 # --- what it refuses
 
 
+AN_OUTCOME = "must be Reply(...), Fail(...), Stall(), Chunks(...) or an exception, got"
+BOTH = "script must not have both Reply and Chunks: an agent either returns or yields"
+
+
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
-        (
-            lambda: FakeAgent(),
-            ValueError,
-            'script must have at least one outcome, such as Reply("Forty-two")',
-        ),
-        (
-            lambda: FakeAgent(Reply("a"), "b"),
-            TypeError,
-            "script[1] must be Reply(...), Fail(...), Stall(), Chunks(...) or an exception, got 'b'",
-        ),
-        (
-            lambda: FakeAgent([Reply("a")]),
-            TypeError,
-            "script[0] must be Reply(...), Fail(...), Stall(), Chunks(...) or an exception, got [Reply(",
-        ),
-        (lambda: FakeAgent(Stall), TypeError, "script[0] must be Reply(...), Fail(...), Stall(),"),
-        (
-            lambda: FakeAgent(Reply("a"), Chunks(["b"])),
-            ValueError,
-            "script must not have both Reply and Chunks: an agent either returns or yields",
-        ),
+        (lambda: FakeAgent(), ValueError, "script must have at least one outcome, such as Reply("),
+        (lambda: FakeAgent(Reply("a"), "b"), TypeError, f"script[1] {AN_OUTCOME} 'b'"),
+        (lambda: FakeAgent([Reply("a")]), TypeError, f"script[0] {AN_OUTCOME} [Reply("),
+        (lambda: FakeAgent(Stall), TypeError, f"script[0] {AN_OUTCOME} <class"),
+        (lambda: FakeAgent(Reply("a"), Chunks(["b"])), ValueError, BOTH),
         (lambda: Reply("a", after_seconds=-1), ValueError, "after_seconds must be at least 0, got -1"),
         (lambda: Reply("a", after_seconds=float("inf")), ValueError, "after_seconds must be finite, got inf"),
         (lambda: Fail(OSError, after_seconds="1"), TypeError, "after_seconds must be a number, got '1'"),
         (lambda: Fail("boom"), TypeError, "exception must be an exception or a class of one, got 'boom'"),
-        (
-            lambda: Chunks("abc"),
-            TypeError,
-            "chunks must be an iterable of chunks, got 'abc': write Chunks([...])",
-        ),
+        (lambda: Chunks("ab"), TypeError, "an iterable of chunks, got 'ab': write Chunks([...])"),
         (lambda: Chunks(3), TypeError, "chunks must be an iterable of chunks, got 3"),
         (lambda: Chunks([], gap_seconds=True), TypeError, "gap_seconds must be a number, got True"),
         (
-            lambda: Chunks([], then=Reply("a")),
+            lambda: Chunks([], then=Reply()),
             TypeError,
-            "then must be an exception, Fail(...), Stall() or None, got Reply(",
+            "then must be an exception, Fail(...), Stall() or None",
         ),
         (lambda: FakeHTTPError("429"), TypeError, "status_code must be an int, got '429'"),
         (lambda: FakeHTTPError(99), ValueError, "status_code must be at least 100, got 99"),
         (lambda: FakeHTTPError(600), ValueError, "status_code must be at most 599, got 600"),
-        (
-            lambda: FakeHTTPError(429, retry_after=-1),
-            ValueError,
-            "retry_after must be at least 0, got -1",
-        ),
+        (lambda: FakeHTTPError(429, -1), ValueError, "retry_after must be at least 0, got -1"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(
@@ -493,11 +445,9 @@ def test_example_of_the_documentation_passes_on_both_backends(tmp_path: Path) ->
     assert len(blocks) == 2
     (tmp_path / "conftest.py").write_text(blocks[0])
     (tmp_path / "test_oracle.py").write_text(blocks[1])
+    options = ["-W", "error", "-p", "no:cacheprovider", "-p", "no:xdist", "-v"]
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-W", "error", "-p", "no:cacheprovider", "-p", "no:xdist"),
-            *("-v", tmp_path),
-        ],
+        [sys.executable, "-m", "pytest", *options, tmp_path],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""},
         capture_output=True,
