@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import anyio
+import pytest
 
-from agentloop import AgentLoop, Event, KeyedLimiter, Limiter, LimitEvent, LoopConfig, StartedEvent
+from agentloop import (
+    AgentLoop,
+    Event,
+    Invocation,
+    InvocationResult,
+    KeyedLimiter,
+    Limiter,
+    LimitEvent,
+    LoopConfig,
+    StartedEvent,
+)
 from agentloop.testing import FakeHTTPError
 
 ONCE = LoopConfig(max_retries=0)
@@ -26,6 +37,10 @@ async def refuse(*_: object) -> None:
 async def fail(*_: object) -> None:
     """Say nothing of the provider."""
     raise LookupError
+
+
+async def one_chunk(*_: object) -> AsyncIterator[int]:
+    yield 1
 
 
 def passed(since: float) -> float:
@@ -62,6 +77,20 @@ class Starts:
 def watched(limiter: Limiter | KeyedLimiter[Any], config: LoopConfig = ONCE) -> tuple[AgentLoop, Starts]:
     starts = Starts()
     return AgentLoop(config, limiter=limiter, on_event=starts), starts
+
+
+one_or_batch = pytest.mark.parametrize("verb", ["single", "batch"])
+
+
+async def run_one(
+    verb: str, loop: AgentLoop, agent_id: str, fn: Callable[..., Any], *args: Any
+) -> InvocationResult[Any]:
+    """Run an invocation by itself, or as a batch."""
+    if verb == "single":
+        return await loop.run_single(agent_id, fn, *args)
+
+    (result,) = await loop.run_all([Invocation(agent_id, fn, args)])
+    return result
 
 
 @contextmanager

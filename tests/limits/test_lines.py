@@ -11,13 +11,12 @@ from typing import Any
 import anyio
 import attrs
 import pytest
-from agents import backends, launch, run_scheduled
+from agents import backends, into, launch, on_asyncio, run_scheduled, run_stream
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agentloop import (
     AgentLoop,
-    AgentLoopError,
     Backoff,
     BatchStopped,
     Invocation,
@@ -35,7 +34,7 @@ from agentloop import (
     VerdictKind,
     classify,
 )
-from agentloop.testing import Fail, FakeAgent, FakeHTTPError, Reply, virtual_clock
+from agentloop.testing import Fail, FakeAgent, FakeHTTPError, Reply
 
 Call = Callable[[AgentLoop, float], Awaitable[InvocationResult[Any]]]
 
@@ -55,16 +54,9 @@ async def single(loop: AgentLoop, seconds: float) -> InvocationResult[Any]:
 
 
 async def stream(loop: AgentLoop, seconds: float) -> InvocationResult[Any]:
-    raised: BaseException | None = None
-    async with loop.run_streaming("stream", chunks, seconds) as reading:
-        try:
-            async for _ in reading:
-                pass
-        except AgentLoopError as exc:
-            raised = exc
-
-    assert reading.result.exception is raised
-    return reading.result
+    _, error, result = await run_stream(loop, chunks, seconds)
+    assert result.exception is error
+    return result
 
 
 async def stream_of_loop(loop: AgentLoop, seconds: float) -> InvocationResult[Any]:
@@ -73,7 +65,6 @@ async def stream_of_loop(loop: AgentLoop, seconds: float) -> InvocationResult[An
 
 
 every_call = pytest.mark.parametrize("call", [single, stream])
-on_asyncio = pytest.mark.parametrize("anyio_backend", [virtual_clock("asyncio")], ids=["asyncio"])
 
 
 async def together(
@@ -81,13 +72,9 @@ async def together(
 ) -> list[InvocationResult[Any]]:
     """Start calls in one moment, and return their results in the order in which they ended."""
     results: list[InvocationResult[Any]] = []
-
-    async def run(call: Call) -> None:
-        results.append(await call(loop, seconds))
-
     async with anyio.create_task_group() as group:
         for call in calls:
-            group.start_soon(run, call)
+            group.start_soon(into, results, call, loop, seconds)
 
     return results
 
@@ -111,21 +98,16 @@ async def test_more_calls_than_may_run_or_wait_are_refused_in_the_same_moment(ca
     limiter = Limiter(2, max_waiting=3)
     loop = AgentLoop(limiter=limiter, on_event=lambda _: waiting.append(limiter.statistics().waiting))
     for _ in range(2):  # no place is lost in between
-        begin = anyio.current_time()
+        began = anyio.current_time()
+        results: list[InvocationResult[Any]] = []
         async with anyio.create_task_group() as group:
-            results: list[InvocationResult[Any]] = []
-
-            async def run(results: list[InvocationResult[Any]]) -> None:
-                results.append(await call(loop, 10))
-
             for _ in range(10):
-                group.start_soon(run, results)
+                group.start_soon(into, results, call, loop, 10)
 
             await anyio.wait_all_tasks_blocked()
-            assert anyio.current_time() == begin
+            assert anyio.current_time() == began
             assert statuses(results) == ["skipped"] * 5
-            assert limiter.statistics().running == 2
-            assert limiter.statistics().waiting == 3
+            assert (limiter.statistics().running, limiter.statistics().waiting) == (2, 3)
 
         assert statuses(results[5:]) == ["success"] * 5
         full = results[0].exception
@@ -200,30 +182,22 @@ async def test_nested_work_is_neither_refused_nor_counted() -> None:
 
 async def test_batches_are_neither_refused_nor_counted() -> None:
     loop = AgentLoop(limiter=Limiter(1, max_waiting=1))
-    results: list[InvocationResult[Any]] = []
-
-    async def batch() -> None:
-        results.extend(await loop.run_all([Invocation("batch", agent, (1,))] * 3))
-
+    results: list[list[InvocationResult[Any]]] = []
     async with anyio.create_task_group() as group:
-        group.start_soon(batch)
-        await launch(group, batch)
+        for _ in range(2):
+            await launch(group, into, results, loop.run_all, [Invocation("batch", agent, (1,))] * 3)
+
         assert statuses(await together(loop, [single] * 2, 1)) == ["skipped", "success"]
 
-    assert statuses(results) == ["success"] * 6
+    assert [statuses(batch) for batch in results] == [["success"] * 3] * 2
 
 
 async def test_retry_waits_for_its_slot_though_the_line_is_full() -> None:
-    config = LoopConfig(backoff=Backoff(initial_seconds=1, jitter="none"))
-    loop = AgentLoop(config, limiter=Limiter(1, max_waiting=1))
+    loop = AgentLoop(RETRYING, limiter=Limiter(1, max_waiting=1))
     fails_once = FakeAgent(Fail(ValueError(), after_seconds=1), Reply("late", after_seconds=1))
     results: list[InvocationResult[Any]] = []
-
-    async def run() -> None:
-        results.append(await loop.run_single("fails once", fails_once))
-
     async with anyio.create_task_group() as group:
-        await launch(group, run)
+        await launch(group, into, results, loop.run_single, "fails once", fails_once)
         group.start_soon(single, loop, 10)
         await anyio.sleep(1.5)
         group.start_soon(single, loop, 10)
@@ -291,29 +265,23 @@ async def test_stream_of_a_loop_that_is_drained_in_the_same_moment_never_begins(
         if waits:
             await launch(group, single, other, 10)
 
-        begin = anyio.current_time()
+        began = anyio.current_time()
         async with loop.run_streaming("a", chunks, 1) as reading:
             loop.drain()
             with pytest.raises(BatchStopped):
                 await anext(reading)
 
         assert reading.result.status is Status.SKIPPED
-        assert anyio.current_time() == begin
+        assert anyio.current_time() == began
 
 
 @every_call
 async def test_each_key_has_a_line_of_its_own(call: Call) -> None:
-    loop = AgentLoop(
-        limiter=KeyedLimiter(lambda invocation: invocation.args[0], lambda _: Limiter(1, max_waiting=1))
-    )
-    results: list[InvocationResult[Any]] = []
-
-    async def run(seconds: float) -> None:
-        results.append(await call(loop, seconds))
-
+    limiter = KeyedLimiter(lambda invocation: invocation.args[0], lambda _: Limiter(1, max_waiting=1))
+    loop, results = AgentLoop(limiter=limiter), []
     async with anyio.create_task_group() as group:
         for seconds in (1, 1, 1, 2, 2, 2):
-            group.start_soon(run, seconds)
+            group.start_soon(into, results, call, loop, seconds)
 
     assert statuses(results) == ["skipped"] * 2 + ["success"] * 4
 
@@ -356,9 +324,9 @@ async def test_key_function_that_fails_or_drains_ends_the_stream() -> None:
     assert failing.result.status is Status.ERROR
     async with anyio.create_task_group() as group:
         await launch(group, single, AgentLoop(limiter=limiter), 10)
-        begin = anyio.current_time()
+        began = anyio.current_time()
         assert str((await stream(loop, 2)).exception) == "the batch was stopped: enough"
-        assert anyio.current_time() == begin
+        assert anyio.current_time() == began
 
 
 # --- what the error says
@@ -370,12 +338,8 @@ def test_error_says_how_many_wait_and_when_to_come_back() -> None:
     assert str(full) == "max_waiting=3 invocations are waiting already, try again in 2.5s"
     copy = pickle.loads(pickle.dumps(full))
     assert (type(copy), copy.waiting, copy.retry_after_seconds) == (QueueFull, 3, 2.5)
-
-
-def test_error_is_worth_a_retry_when_it_says() -> None:
-    assert classify(QueueFull(3, 2.5)) == Verdict(VerdictKind.TRANSIENT, 2.5)
-    assert classify(QueueFull(3)) == Verdict(VerdictKind.TRANSIENT)
-    assert classify(QueueTimeout(3)) == Verdict(VerdictKind.TRANSIENT)
+    assert classify(full) == Verdict(VerdictKind.TRANSIENT, 2.5)
+    assert classify(QueueFull(3)) == classify(QueueTimeout(3)) == Verdict(VerdictKind.TRANSIENT)
 
 
 async def estimate(loop: AgentLoop) -> float | None:
@@ -444,11 +408,11 @@ async def test_outer_agent_that_is_refused_comes_back_when_it_is_told() -> None:
 
     async with anyio.create_task_group() as group:
         await launch(group, single, inner, 7)
-        begin = anyio.current_time()
+        began = anyio.current_time()
         result = await outer.run_single("outer", ask)
 
     assert (result.output, result.retries) == (1, 1)
-    assert 9 <= anyio.current_time() - begin <= 9 + 8 / 4
+    assert 9 <= anyio.current_time() - began <= 9 + 8 / 4
 
 
 # --- against an independent account
@@ -557,29 +521,24 @@ def test_calls_are_refused_as_an_independent_account_says(
 
 
 TIMED = LoopConfig(queue_timeout_seconds=3)
+RETRYING = LoopConfig(queue_timeout_seconds=3, backoff=Backoff(initial_seconds=1, jitter="none"))
 
 
 @every_call
 async def test_call_waits_no_longer_than_it_may(call: Call) -> None:
     loop = AgentLoop(TIMED, limiter=Limiter(1))
-    begin = anyio.current_time()
-    result, *rest = await together(loop, [call] * 2, 10)
-    assert statuses([result, *rest]) == ["timeout", "success"]
-    assert type(result.exception) is QueueTimeout
-    assert isinstance(result.exception, InvocationTimeout)
-    assert result.error == "No slot after 3s"
-    assert (result.queue_ms, result.latency_ms, result.retries, result.failures) == (3000, 0, 0, ())
-    assert anyio.current_time() == begin + 10
-
-
-async def test_result_of_one_that_waited_too_long_comes_on_time() -> None:
-    loop = AgentLoop(TIMED, limiter=Limiter(1))
     async with anyio.create_task_group() as group:
         await launch(group, single, loop, 10)
-        for call in (single, stream):
-            begin = anyio.current_time()
-            assert (await call(loop, 1)).status is Status.TIMEOUT
-            assert anyio.current_time() == begin + 3
+        began = anyio.current_time()
+        result = await call(loop, 1)
+        assert anyio.current_time() == began + 3
+        assert result.status is Status.TIMEOUT
+        assert type(result.exception) is QueueTimeout
+        assert isinstance(result.exception, InvocationTimeout)
+        assert result.error == "No slot after 3s"
+        assert (result.queue_ms, result.latency_ms, result.retries, result.failures) == (3000, 0, 0, ())
+
+    assert anyio.current_time() == began + 10
 
 
 async def test_time_in_vain_is_recorded_as_queued_and_not_as_latency() -> None:
@@ -618,10 +577,10 @@ async def test_call_that_waits_in_vain_leaves_its_place(call: Call) -> None:
 @pytest.mark.parametrize(("seconds", "status"), [(2, Status.SUCCESS), (60, Status.TIMEOUT)])
 async def test_wait_for_a_rate_is_bound_too(call: Call, seconds: float, status: Status) -> None:
     loop = AgentLoop(TIMED, limiter=Limiter(9, rates=[Rate(1, per_seconds=seconds)]))
-    begin = anyio.current_time()
+    began = anyio.current_time()
     await call(loop, 0)
     assert (await call(loop, 0)).status is status
-    assert anyio.current_time() == begin + min(seconds, 3)
+    assert anyio.current_time() == began + min(seconds, 3)
 
 
 async def test_wait_in_a_paused_limiter_is_bound_too() -> None:
@@ -630,54 +589,45 @@ async def test_wait_in_a_paused_limiter_is_bound_too() -> None:
     assert statuses(await together(loop, [single, stream])) == ["timeout"] * 2
 
 
-async def test_batches_wait_as_long_as_it_takes() -> None:
-    loop = AgentLoop(TIMED, limiter=Limiter(1))
-    async with anyio.create_task_group() as group:
-        await launch(group, single, loop, 10)
-        results = await loop.run_all([Invocation("batch", agent, (10,))] * 2)
-
-    assert statuses(results) == ["success"] * 2
-
-
-async def test_nested_work_waits_as_long_as_it_takes() -> None:
+async def test_batches_and_nested_work_wait_as_long_as_it_takes() -> None:
     loop = AgentLoop(TIMED, limiter=Limiter(1))
 
     async def outer() -> list[InvocationResult[Any]]:
         return await together(loop, [single, stream, single], 10)
 
-    assert statuses((await loop.run_single("outer", outer)).unwrap()) == ["success"] * 3
-
-
-async def test_retry_waits_as_long_as_it_takes() -> None:
-    loop = AgentLoop(
-        LoopConfig(queue_timeout_seconds=3, backoff=Backoff(initial_seconds=1, jitter="none")),
-        limiter=Limiter(1),
-    )
-    fails_once = FakeAgent(Fail(ValueError(), after_seconds=1), Reply("late"))
-    results: list[InvocationResult[Any]] = []
-
-    async def run() -> None:
-        results.append(await loop.run_single("fails once", fails_once))
-
     async with anyio.create_task_group() as group:
-        group.start_soon(run)
-        await anyio.sleep(1.5)
-        group.start_soon(single, loop, 10)
+        await launch(group, single, loop, 10)
+        results = await loop.run_all([Invocation("outer", outer)] * 2)
 
-    assert results[0].output == "late"
-    assert results[0].latency_ms == 11_500
+    for result in results:
+        assert statuses(result.unwrap()) == ["success"] * 3
+
+
+@pytest.mark.parametrize("drained", [False, True])
+async def test_retry_waits_as_long_as_it_takes_and_keeps_its_failure_if_drained(drained: bool) -> None:
+    loop, results = AgentLoop(RETRYING, limiter=Limiter(1)), []
+    fails_once = FakeAgent(Fail(ValueError("once"), after_seconds=1), Reply("late"))
+    async with anyio.create_task_group() as group:
+        group.start_soon(into, results, loop.run_single, "fails once", fails_once)
+        await anyio.sleep(1.5)
+        group.start_soon(single, AgentLoop(limiter=loop.limiter), 10)
+        await anyio.sleep(5)
+        if drained:
+            loop.drain()
+
+    (result,) = results
+    if drained:
+        assert (result.status, result.error) == (Status.ERROR, "ValueError: once")
+    else:
+        assert (result.output, result.latency_ms) == ("late", 11_500)
 
 
 async def test_total_time_counts_from_the_start_and_the_queue_until_then() -> None:
     config = LoopConfig(queue_timeout_seconds=3, timeout_seconds=None, total_timeout_seconds=2)
-    loop = AgentLoop(config, limiter=Limiter(1))
-    first, second, third = await together(loop, [single] * 3, 10)
+    first, second, third = await together(AgentLoop(config, limiter=Limiter(1)), [single] * 3, 10)
     assert statuses([first, second, third]) == ["timeout"] * 3
-    assert [type(result.exception) for result in (first, second, third)] == [
-        InvocationTimeout,
-        QueueTimeout,
-        InvocationTimeout,
-    ]
+    assert type(first.exception) is type(third.exception) is InvocationTimeout
+    assert type(second.exception) is QueueTimeout
     assert (second.queue_ms, third.queue_ms, third.latency_ms) == (3000, 2000, 2000)
 
 
@@ -685,33 +635,14 @@ async def test_total_time_counts_from_the_start_and_the_queue_until_then() -> No
 async def test_drain_ends_a_wait_before_its_time(call: Call) -> None:
     limiter = Limiter(1)
     loop, other = AgentLoop(TIMED, limiter=limiter), AgentLoop(limiter=limiter)
+    results: list[Any] = []
     async with anyio.create_task_group() as group:
         await launch(group, single, other, 10)
-        group.start_soon(_drain_after, loop, 1)
-        result = await call(loop, 1)
-        assert (result.status, result.queue_ms) == (Status.SKIPPED, 1000)
-        assert isinstance(result.exception, BatchStopped)
-        assert loop.metrics.snapshot().queue.count == 0
-
-
-async def test_retry_that_waits_for_its_slot_and_is_drained_keeps_its_last_failure() -> None:
-    config = LoopConfig(queue_timeout_seconds=3, backoff=Backoff(initial_seconds=1, jitter="none"))
-    loop = AgentLoop(config, limiter=Limiter(1))
-    results: list[InvocationResult[Any]] = []
-
-    async def run() -> None:
-        results.append(await loop.run_single("fails", FakeAgent(Fail(ValueError("once"), after_seconds=1))))
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(run)
-        await anyio.sleep(1.5)
-        group.start_soon(single, AgentLoop(limiter=loop.limiter), 10)
-        await anyio.sleep(5)
+        group.start_soon(into, results, call, loop, 1)
+        await anyio.sleep(1)
         loop.drain()
 
-    assert (results[0].status, results[0].error) == (Status.ERROR, "ValueError: once")
-
-
-async def _drain_after(loop: AgentLoop, seconds: float) -> None:
-    await anyio.sleep(seconds)
-    loop.drain()
+    (result,) = results
+    assert (result.status, result.queue_ms) == (Status.SKIPPED, 1000)
+    assert isinstance(result.exception, BatchStopped)
+    assert loop.metrics.snapshot().queue.count == 0

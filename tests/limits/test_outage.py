@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import attrs
 import pytest
-from agents import nothing
+from agents import nothing, run_stream
 from trouble import ONCE, Starts, fail, overload, passed, refuse, watched
 
 from agentloop import (
@@ -111,23 +111,11 @@ async def time_out() -> None:
     await anyio.sleep(100)
 
 
-async def look_up_fails() -> None:
-    raise socket.gaierror(-3, "Temporary failure in name resolution")
-
-
-async def http(status: int) -> None:
-    raise FakeHTTPError(status)
-
-
 async def wrap() -> None:
     try:
         await refuse()
     except OSError as exc:
         raise RuntimeError("the client failed") from exc
-
-
-async def file_is_missing() -> None:
-    raise FileExistsError
 
 
 async def own_time_out() -> None:
@@ -140,57 +128,40 @@ async def nested_time_out() -> None:
     (await loop.run_single("inner", time_out)).unwrap()
 
 
-async def outage_after(loop: AgentLoop, agent: Callable[..., Any], *args: object) -> int | None:
+async def outage_after(loop: AgentLoop, agent: Callable[..., Any]) -> int | None:
     """Return after how many calls there is an outage, if there is one after some more than a dozen."""
     for count in range(1, 16):
-        await loop.run_single("a", agent, *args)
+        await loop.run_single("a", agent)
         if loop.limiter.statistics().outage_since is not None:
             return count
 
     return None
 
 
+LOOK_UP_FAILS = socket.gaierror(-3, "Temporary failure in name resolution")
+
+
 @pytest.mark.parametrize(
-    ("agent", "args"),
+    "agent",
     [
-        (time_out, ()),
-        (refuse, ()),
-        (look_up_fails, ()),
-        (wrap, ()),
-        (http, (408,)),
-        (http, (500,)),
-        (http, (502,)),
+        *(time_out, refuse, wrap, own_time_out, FakeAgent(LOOK_UP_FAILS)),
+        *(FakeAgent(FakeHTTPError(status)) for status in (408, 500, 502)),
     ],
 )
-async def test_failures_that_speak_of_the_provider_are_an_outage(
-    agent: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
-    starts = Starts()
-    loop = AgentLoop(LoopConfig(max_retries=0, timeout_seconds=5), limiter=Limiter(12), on_event=starts)
-    assert await outage_after(loop, agent, *args) == 12
-    since = starts.began + (5 if agent is time_out else 0)
+async def test_failures_that_speak_of_the_provider_are_an_outage(agent: Callable[..., Any]) -> None:
+    loop, starts = watched(Limiter(12), LoopConfig(max_retries=0, timeout_seconds=5))
+    assert await outage_after(loop, agent) == 12
+    since = starts.began + {time_out: 5, own_time_out: 1}.get(agent, 0)
     assert loop.limiter.statistics().outage_since == since, "when the first of them failed"
     assert starts.told[-1].outage_since == since
 
 
 @pytest.mark.parametrize(
-    ("agent", "args"),
-    [
-        (fail, ()),
-        (nothing, ()),
-        (file_is_missing, ()),
-        (overload, ()),
-        (http, (400,)),
-        (nested_time_out, ()),
-    ],
+    "agent",
+    [fail, nothing, FakeAgent(FileExistsError), overload, FakeAgent(FakeHTTPError(400)), nested_time_out],
 )
-async def test_other_ends_are_none(agent: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    loop = AgentLoop(ONCE, limiter=Limiter(1))
-    assert await outage_after(loop, agent, *args) is None
-
-
-async def test_time_out_of_the_agents_own_counts_as_the_network_error_that_it_is() -> None:
-    assert await outage_after(AgentLoop(ONCE, limiter=Limiter(1)), own_time_out) == 8
+async def test_other_ends_are_none(agent: Callable[..., Any]) -> None:
+    assert await outage_after(AgentLoop(ONCE, limiter=Limiter(1)), agent) is None
 
 
 def test_call_that_began_before_the_failures_says_nothing_about_the_provider_since() -> None:
@@ -231,23 +202,11 @@ async def test_all_loops_and_batches_that_share_the_limiter_make_one_row() -> No
     assert limiter.statistics().outage_since is not None
 
 
-async def stream_once(loop: AgentLoop, agent: Callable[..., Any]) -> InvocationResult[Any]:
-    stream = loop.run_streaming("stream", agent)
-    try:
-        async with stream:
-            async for _ in stream:
-                pass
-    except Exception:
-        pass
-
-    return stream.result
-
-
 @pytest.mark.parametrize("chunks", [[], [1]])
 async def test_stream_counts_unless_it_has_yielded(chunks: list[int]) -> None:
     loop = AgentLoop(ONCE, limiter=Limiter(1))
     for _ in range(8):
-        await stream_once(loop, FakeAgent(Chunks(chunks, then=ConnectionResetError())))
+        await run_stream(loop, FakeAgent(Chunks(chunks, then=ConnectionResetError())))
 
     assert (loop.limiter.statistics().outage_since is None) == bool(chunks)
 
@@ -272,7 +231,7 @@ async def test_first_success_ends_it_and_is_told(how: str) -> None:
     if how == "success":
         await loop.run_single("a", nothing)
     else:
-        await stream_once(loop, FakeAgent(Chunks([1], then=ConnectionResetError())))
+        await run_stream(loop, FakeAgent(Chunks([1], then=ConnectionResetError())))
 
     assert loop.limiter.statistics().outage_since is None
     assert starts.told[-1].outage_since is None
@@ -309,14 +268,7 @@ async def in_outage(config: LoopConfig, limiter: Limiter) -> AgentLoop:
     return loop
 
 
-async def test_retries_of_an_outage_do_not_count() -> None:
-    loop = await in_outage(LoopConfig(max_retries=2, backoff=AT_ONCE), Limiter(4))
-    script = [*[Fail(ConnectionRefusedError)] * 9, Fail(LookupError), Fail(LookupError), Reply()]
-    result = await loop.run_single("a", FakeAgent(*script))
-    assert (result.success, result.retries) == (True, 11)
-
-
-async def test_retries_of_an_outage_do_not_draw_on_a_retry_budget() -> None:
+async def test_retries_of_an_outage_count_neither_as_retries_nor_for_a_retry_budget() -> None:
     budget = RetryBudget(ratio=0, min_per_second=0.1, window_seconds=20)
     loop = await in_outage(LoopConfig(max_retries=1, backoff=AT_ONCE), Limiter(4, retry_budget=budget))
     agent = FakeAgent(*[Fail(ConnectionRefusedError)] * 5, Fail(LookupError), Reply())
@@ -334,27 +286,16 @@ async def test_retries_of_an_outage_do_not_draw_on_a_retry_budget() -> None:
     ],
     ids=["no retries", "no retries of time-outs", "permanent"],
 )
-async def test_final_failures_stay_final_in_an_outage(
+async def test_final_failures_stay_final_in_an_outage_and_those_not_worth_a_retry_are_none(
     changes: dict[str, Any], agent: Callable[[], Any], status: Status
 ) -> None:
-    loop = await in_outage(attrs.evolve(LoopConfig(), **changes), Limiter(4))
+    config = LoopConfig(**changes)
+    if "max_retries" not in changes:
+        assert await outage_after(AgentLoop(config, limiter=Limiter(4)), agent) is None
+
+    loop = await in_outage(config, Limiter(4))
     results = [await loop.run_single("a", agent), *await loop.run_all([Invocation("a", agent)] * 3)]
     assert [(result.status, result.retries) for result in results] == [(status, 0)] * 4
-
-
-@pytest.mark.parametrize(
-    ("changes", "agent"),
-    [
-        ({"retry_on_timeout": False, "timeout_seconds": 5.0}, time_out),
-        ({"classify": lambda _: Verdict(VerdictKind.PERMANENT)}, refuse),
-    ],
-    ids=["time-outs", "permanent"],
-)
-async def test_failures_that_are_not_retried_are_no_outage(
-    changes: dict[str, Any], agent: Callable[[], Any]
-) -> None:
-    loop = AgentLoop(attrs.evolve(LoopConfig(), **changes), limiter=Limiter(4))
-    assert await outage_after(loop, agent) is None
 
 
 # -- patience
@@ -373,26 +314,30 @@ async def run_batch(
     return passed(begin), results
 
 
-@pytest.mark.parametrize("agent", [refuse, overload])
-async def test_batch_stops_within_twice_the_patience_and_says_why(agent: Callable[..., Any]) -> None:
-    seconds, results = await run_batch(AgentLoop(PATIENT, limiter=Limiter(8)), agent)
+HINT = "LoopConfig(overload_timeout_seconds=...) says how long to wait for a provider"
+
+
+@pytest.mark.parametrize(
+    ("agent", "failed", "hint"),
+    [
+        (refuse, "ConnectionRefusedError: [Errno 111] Connection refused", HINT),
+        (overload, "FakeHTTPError: HTTP 429", HINT),
+        (time_out, "InvocationTimeout: Timeout after 5s", "is timeout_seconds=5 too short?"),
+    ],
+)
+async def test_batch_stops_within_twice_the_patience_and_says_why(
+    agent: Callable[..., Any], failed: str, hint: str
+) -> None:
+    config = attrs.evolve(PATIENT, timeout_seconds=5)
+    seconds, results = await run_batch(AgentLoop(config, limiter=Limiter(8)), agent)
     assert PATIENCE <= seconds <= 2 * PATIENCE
-    assert {result.status for result in results} == {Status.ERROR, Status.SKIPPED}
+    status = Status.TIMEOUT if agent is time_out else Status.ERROR
+    assert {result.status for result in results} == {status, Status.SKIPPED}
     stopped = results[-1].exception
     assert isinstance(stopped, BatchStopped)
-    assert isinstance(stopped.__cause__, ConnectionRefusedError if agent is refuse else FakeHTTPError)
-    assert stopped.reason.startswith("nothing has succeeded for 100s: 'a' failed with ")
-    assert stopped.hint == "LoopConfig(overload_timeout_seconds=...) says how long to wait for a provider"
-
-
-async def test_batch_that_only_timed_out_asks_whether_the_time_out_is_too_short() -> None:
-    config = attrs.evolve(PATIENT, timeout_seconds=5)
-    seconds, results = await run_batch(AgentLoop(config, limiter=Limiter(8)), time_out)
-    assert PATIENCE <= seconds <= 2 * PATIENCE
-    assert str(results[-1].exception) == (
-        "the batch was stopped: nothing has succeeded for 100s: 'a' failed with InvocationTimeout: Timeout "
-        "after 5s (is timeout_seconds=5 too short?)"
-    )
+    assert type(stopped.__cause__).__name__ == failed.partition(":")[0]
+    assert stopped.reason == f"nothing has succeeded for 100s: 'a' failed with {failed}"
+    assert (stopped.hint, str(stopped)) == (hint, f"the batch was stopped: {stopped.reason} ({hint})")
 
 
 async def test_generators_and_readers_learn_of_the_stop_too() -> None:
