@@ -11,20 +11,21 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import anyio
 import anyio.from_thread
 import anyio.to_thread
 import pytest
-from agents import backends, launch, run_scheduled
+from agents import backends, launch, nothing, on_asyncio, run_scheduled, run_stream
 from elsewhere import in_use_elsewhere
+from trouble import passed, watched
 
 from agentloop import AgentLoop, Backoff, Invocation, KeyedLimiter, Limiter, LimiterStatistics, LoopConfig
 from agentloop._limits.limiter import pool_of
 from agentloop._limits.slots import Slot
-from agentloop.testing import FakeAgent, FakeHTTPError, Reply, VirtualClockDeadlock, virtual_clock
+from agentloop.testing import FakeAgent, FakeHTTPError, Reply, VirtualClockDeadlock
 
 
 @pytest.mark.parametrize(
@@ -39,25 +40,17 @@ def test_limits_do_not_pickle(bound: object) -> None:
         pickle.dumps(bound)
 
 
-@pytest.mark.parametrize("bad", [0, -1])
-def test_limit_below_one_is_refused(bad: int) -> None:
-    with pytest.raises(ValueError, match=f"max_concurrency must be at least 1, got {bad}"):
+@pytest.mark.parametrize("bad", [0, -1, True, 1.5, "3", None])
+def test_limit_that_is_no_int_from_one_on_is_refused(bad: Any) -> None:
+    limiter = Limiter(1)
+    error, rule = (ValueError, f"at least 1, got {bad}") if type(bad) is int else (TypeError, "an int")
+    with pytest.raises(error, match=f"max_concurrency must be {rule}"):
         Limiter(bad)
 
-    limiter = Limiter(1)
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(error, match=f"max_concurrency must be {rule}"):
         limiter.max_concurrency = bad
 
     assert limiter.max_concurrency == 1
-
-
-@pytest.mark.parametrize("bad", [True, 1.5, "3", None])
-def test_limit_that_is_no_int_is_refused(bad: Any) -> None:
-    with pytest.raises(TypeError, match="max_concurrency must be an int"):
-        Limiter(bad)
-
-    with pytest.raises(TypeError, match="max_concurrency must be an int"):
-        Limiter(1).max_concurrency = bad
 
 
 def test_limiter_can_be_made_and_looked_at_outside_an_event_loop() -> None:
@@ -86,23 +79,14 @@ async def test_repr_says_what_all_wait_for() -> None:
 
 
 async def test_loops_that_share_a_limiter_share_the_limit() -> None:
-    limiter = Limiter(2)
-    running = peak = 0
-
-    async def agent() -> None:
-        nonlocal running, peak
-        running += 1
-        peak = max(peak, running)
-        await anyio.sleep(1)
-        running -= 1
-
+    limiter, agent = Limiter(2), FakeAgent(Reply(after_seconds=1))
     async with anyio.create_task_group() as group:
         for _ in range(3):
             loop = AgentLoop(limiter=limiter)
             group.start_soon(loop.run_all, [Invocation("a", agent)] * 5)
             group.start_soon(loop.run_single, "b", agent)
 
-    assert peak == 2
+    assert (agent.peak, len(agent.calls)) == (2, 18)
 
 
 async def test_cancelled_waiters_leave_the_line() -> None:
@@ -119,7 +103,7 @@ async def test_cancelled_waiters_leave_the_line() -> None:
     assert result.queue_ms == pytest.approx(9000)
 
 
-@pytest.mark.parametrize("anyio_backend", [virtual_clock("asyncio")], ids=["asyncio"])
+@on_asyncio
 async def test_native_cancellation_and_a_drain_in_one_moment_do_not_hold_up_those_who_wait() -> None:
     limiter = Limiter(1)
     loop, drained = AgentLoop(limiter=limiter), AgentLoop(limiter=limiter)
@@ -136,38 +120,29 @@ async def test_native_cancellation_and_a_drain_in_one_moment_do_not_hold_up_thos
 
 
 async def test_one_that_waits_in_line_comes_before_the_next_of_a_batch() -> None:
-    loop = AgentLoop(LoopConfig(max_concurrency=1))
-    started: list[str] = []
-
-    async def agent(name: str) -> None:
-        started.append(name)
-        await anyio.sleep(1)
-
+    loop, starts = watched(Limiter(1))
     async with anyio.create_task_group() as group:
         # Each is pulled when it is about to begin, so its worker could keep the slot of the one before.
-        group.start_soon(loop.run_all, (Invocation(name, agent, (name,)) for name in "abc"))
+        group.start_soon(loop.run_all, (Invocation(name, anyio.sleep, (1,)) for name in "abc"))
         await anyio.sleep(0.5)
-        await loop.run_single("x", agent, "x")
+        await loop.run_single("x", anyio.sleep, 1)
 
-    assert started == ["a", "x", "b", "c"]
+    assert starts.order == ["a", "x", "b", "c"]
 
 
 async def test_batch_begins_nothing_while_more_run_than_a_limit_that_its_agent_has_lowered() -> None:
     limiter = Limiter(2)
-    loop = AgentLoop(limiter=limiter)
-    begin = anyio.current_time()
-    started: list[float] = []
+    loop, starts = watched(limiter)
 
     async def agent() -> None:
         # It never waits, so no other worker of its batch is in line.
         limiter.max_concurrency = 1
-        started.append(anyio.current_time() - begin)
 
     async with anyio.create_task_group() as group:
         await launch(group, loop.run_single, "long", anyio.sleep, 10)
         await loop.run_all(Invocation("a", agent) for _ in range(3))
 
-    assert started == [0, 10, 10]
+    assert starts.by_name["a"] == [0, 10, 10]
 
 
 async def test_slot_granted_to_a_waiter_that_is_cancelled_in_the_same_moment_is_handed_on() -> None:
@@ -200,13 +175,9 @@ async def test_slot_granted_to_a_waiter_that_is_cancelled_in_the_same_moment_is_
 @backends
 def test_one_loop_serves_several_runs_on_either_backend(backend: str) -> None:
     loop = AgentLoop(LoopConfig(max_concurrency=2))
-
-    async def main() -> None:
-        results = await loop.run_all([Invocation("a", anyio.sleep, (1,))] * 5)
-        assert all(result.success for result in results)
-
     for name in (backend, "asyncio", "trio", backend):
-        run_scheduled(name, None, main)
+        results = run_scheduled(name, None, loop.run_all, [Invocation("a", anyio.sleep, (1,))] * 5)
+        assert all(result.success for result in results)
 
 
 @backends
@@ -231,41 +202,28 @@ def test_slots_that_a_run_was_torn_down_with_are_not_missed_in_the_next(backend:
 @backends
 def test_limiter_in_use_in_another_event_loop_is_refused(backend: str) -> None:
     loop = AgentLoop()
-
-    async def main() -> None:
-        with pytest.raises(RuntimeError, match="in use in another event loop, in thread 'other'"):
-            await loop.run_single("b", anyio.sleep, 0)
-
     with in_use_elsewhere(loop, backend):
-        anyio.run(main, backend=backend)
+        with pytest.raises(RuntimeError, match="in use in another event loop, in thread 'other'"):
+            run(backend, loop.run_single, "b", nothing)
+
         with pytest.raises(RuntimeError, match="only in the thread of its event loop"):
             loop.limiter.max_concurrency = 3
 
-    async def afterwards() -> None:
-        assert (await loop.run_single("b", anyio.sleep, 0)).success
-
-    anyio.run(afterwards, backend=backend)
+    assert run(backend, loop.run_single, "b", nothing).success
 
 
-@backends
-def test_agent_may_resize_and_nest_from_a_worker_thread(backend: str) -> None:
+async def test_agent_may_resize_and_nest_from_a_worker_thread() -> None:
     loop = AgentLoop(LoopConfig(max_concurrency=1))
 
-    async def agent() -> int:
-        def in_thread() -> int:
-            anyio.from_thread.run_sync(setattr, loop.limiter, "max_concurrency", 2)
-            return anyio.from_thread.run(loop.run_single, "child", child).unwrap()
-
-        return await anyio.to_thread.run_sync(in_thread)
+    def in_thread() -> int:
+        anyio.from_thread.run_sync(setattr, loop.limiter, "max_concurrency", 2)
+        return anyio.from_thread.run(loop.run_single, "child", child).unwrap()
 
     async def child() -> int:
         return loop.statistics().running
 
-    async def main() -> None:
-        assert (await loop.run_single("a", agent)).unwrap() == 1
-        assert loop.limiter.max_concurrency == 2
-
-    anyio.run(main, backend=backend)
+    assert (await loop.run_single("a", anyio.to_thread.run_sync, in_thread)).unwrap() == 1
+    assert loop.limiter.max_concurrency == 2
 
 
 async def test_view_shares_limiter_metrics_and_lifetime_and_checks_its_changes() -> None:
@@ -311,25 +269,18 @@ def test_deadlock_of_agents_names_the_lines_of_the_agents(backend: Any) -> None:
     async def stuck() -> None:
         await anyio.Event().wait()
 
-    async def main() -> None:
-        await AgentLoop(LoopConfig(timeout_seconds=None)).run_all([Invocation("a", stuck)])
-
-    name, options = virtual_clock(backend)
+    loop = AgentLoop(LoopConfig(timeout_seconds=None))
     with pytest.raises(VirtualClockDeadlock, match=r"test_limiter\.py:\d+ .*stuck"):
-        anyio.run(main, backend=name, backend_options=options)
+        run_scheduled(backend, None, loop.run_all, [Invocation("a", stuck)])
 
 
-@backends
-def test_agent_may_sleep_from_a_worker_thread_on_a_virtual_clock(backend: Any) -> None:
+async def test_agent_may_sleep_from_a_worker_thread_on_a_virtual_clock() -> None:
     async def agent() -> None:
         await anyio.to_thread.run_sync(lambda: anyio.from_thread.run(anyio.sleep, 3600))
 
-    async def main() -> None:
-        start = anyio.current_time()
-        assert (await AgentLoop(LoopConfig(timeout_seconds=None)).run_single("a", agent)).success
-        assert anyio.current_time() - start == pytest.approx(3600)
-
-    run_scheduled(backend, None, main)
+    start = anyio.current_time()
+    assert (await AgentLoop(LoopConfig(timeout_seconds=None)).run_single("a", agent)).success
+    assert passed(start) == 3600
 
 
 # -- threads, processes and event loops that are gone
@@ -337,6 +288,21 @@ def test_agent_may_sleep_from_a_worker_thread_on_a_virtual_clock(backend: Any) -
 
 def run(backend: str, main: Any, *args: Any) -> Any:
     return anyio.run(main, *args, backend=backend)
+
+
+def in_a_thread(fn: Callable[[], Any]) -> None:
+    thread = threading.Thread(target=fn)
+    thread.start()
+    thread.join()
+
+
+def end(event_loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any]) -> None:
+    """Cancel what was left of an event loop that was stopped, and close it."""
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        event_loop.run_until_complete(task)
+
+    event_loop.close()
 
 
 @backends
@@ -402,20 +368,17 @@ def test_limiter_that_is_in_use_in_another_thread_is_refused(use: str, backend: 
         yield 1
         await wait()
 
-    async def fail() -> None:
-        raise OSError
-
     async def main() -> None:
         if use == "pulls":
             await loop.run_all(inputs())
         elif use == "runs":
             await loop.run_single("a", wait)
         elif use == "streams":
-            async with loop.run_streaming("a", chunks) as stream:
-                [_ async for _ in stream]
+            await run_stream(loop, chunks)
         else:
             async with anyio.create_task_group() as group:
-                group.start_soon(loop.run_single, "a", fail if use == "rests" else anyio.sleep_forever)
+                agent = FakeAgent(OSError) if use == "rests" else anyio.sleep_forever
+                group.start_soon(loop.run_single, "a", agent)
                 if use == "waits":
                     group.start_soon(loop.run_single, "b", anyio.sleep_forever)
 
@@ -451,11 +414,7 @@ def test_event_loop_that_was_stopped_blocks_others_only_while_it_can_go_on(
 
     [task] = asyncio.all_tasks(stopped)
     if closed:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            stopped.run_until_complete(task)
-
-        stopped.close()
+        end(stopped, task)
 
     outcomes: list[Any] = []
 
@@ -467,48 +426,26 @@ def test_event_loop_that_was_stopped_blocks_others_only_while_it_can_go_on(
         except RuntimeError as exc:
             outcomes.append(str(exc))
 
-    if same_thread:
-        call()
-    else:
-        thread = threading.Thread(target=call)
-        thread.start()
-        thread.join()
-
+    call() if same_thread else in_a_thread(call)
     if closed or same_thread:
         assert outcomes == ["success"]
     else:
         assert "in use in another event loop" in outcomes[0]
 
     if not closed:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            stopped.run_until_complete(task)
-
-        stopped.close()
+        end(stopped, task)
 
 
 @backends
 def test_thread_that_has_ended_blocks_no_other(backend: str) -> None:
     loop = AgentLoop(LoopConfig(max_concurrency=1))
-    abandoned: list[Any] = []
-
-    def begin() -> None:
-        event_loop = asyncio.new_event_loop()
-        event_loop.call_later(0.01, event_loop.stop)
-        abandoned.append((event_loop, event_loop.create_task(loop.run_single("long", anyio.sleep, 60))))
-        event_loop.run_forever()
-
-    thread = threading.Thread(target=begin)
-    thread.start()
-    thread.join()
+    event_loop = asyncio.new_event_loop()
+    task = event_loop.create_task(loop.run_single("long", anyio.sleep, 60))
+    event_loop.call_later(0.01, event_loop.stop)
+    in_a_thread(event_loop.run_forever)
     assert loop.statistics().running == 1
     assert run(backend, loop.run_single, "a", anyio.sleep, 0).success
-    [(event_loop, task)] = abandoned
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        event_loop.run_until_complete(task)
-
-    event_loop.close()
+    end(event_loop, task)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork()")

@@ -7,30 +7,17 @@ from typing import Any
 
 import anyio
 import pytest
+from agents import nothing, run_stream
 from hypothesis import given
 from hypothesis import strategies as st
+from trouble import ONCE, fail, one_or_batch, overload, run_one
 
 from agentloop import AgentLoop, Backoff, Invocation, InvocationResult, Limiter, LoopConfig, RetryBudget
 from agentloop._limits.retry_budget import SLICES, RetryLedger
+from agentloop.testing import Chunks, FakeAgent, FakeHTTPError
 
 NOTE = "not retried: the retry budget of the limiter is used up, since too many attempts fail"
 AT_ONCE = Backoff(initial_seconds=0, jitter="none")
-
-
-class Overloaded(Exception):
-    status_code = 429
-
-
-async def nothing() -> None:
-    pass
-
-
-async def fail() -> None:
-    raise LookupError("down")
-
-
-async def overload() -> None:
-    raise Overloaded
 
 
 def notes(result: InvocationResult[Any]) -> list[str]:
@@ -114,40 +101,27 @@ async def test_without_a_budget_every_retry_is_made() -> None:
     assert [result.retries for result in results] == [20] * 20
 
 
-@pytest.mark.parametrize("verb", ["single", "batch"])
+@one_or_batch
 async def test_invocation_fails_with_its_own_error_and_a_note_when_the_budget_is_used_up(verb: str) -> None:
     limiter = Limiter(1, retry_budget=RetryBudget(ratio=0.5, min_per_second=0, window_seconds=60))
     loop = AgentLoop(LoopConfig(max_retries=3, backoff=AT_ONCE), limiter=limiter)
     assert all(result.success for result in await loop.run_all([Invocation("a", nothing)] * 4))
-    jobs = [Invocation("a", fail)] * 3
-    if verb == "single":
-        results = [await loop.run_single(job.agent_id, job.fn) for job in jobs]
-    else:
-        results = await loop.run_all(jobs)
-
+    results = [await run_one(verb, loop, "a", fail) for _ in range(3)]
     # Two for the four successes.
-    assert sum(result.retries for result in results) == 2
+    assert [result.retries for result in results] == [2, 0, 0]
     for result in results:
         assert isinstance(result.exception, LookupError)
-        assert result.error == "LookupError: down"
+        assert result.error == "LookupError"
         assert notes(result) == [NOTE]
         assert result.exception is result.failures[-1]
 
 
 async def test_stream_is_bound_by_the_budget_too() -> None:
-    async def write() -> Any:
-        raise LookupError("down")
-        yield
-
     limiter = Limiter(1, retry_budget=RetryBudget(ratio=0, min_per_second=0))
-    stream = AgentLoop(limiter=limiter).run_streaming("a", write)
-    with pytest.raises(LookupError, match="down") as caught:
-        async with stream:
-            async for _ in stream:
-                pass
-
-    assert caught.value.__notes__ == [NOTE]
-    assert stream.result.retries == 0
+    _, error, result = await run_stream(AgentLoop(limiter=limiter), FakeAgent(Chunks(then=LookupError)))
+    assert isinstance(error, LookupError)
+    assert error.__notes__ == [NOTE]
+    assert result.retries == 0
 
 
 async def test_retries_through_overload_do_not_draw_on_the_budget() -> None:
@@ -163,21 +137,12 @@ async def test_retry_that_is_not_made_for_another_reason_costs_nothing() -> None
     limiter = Limiter(1, retry_budget=RetryBudget(ratio=0, min_per_second=0.1, window_seconds=10))
     loop = AgentLoop(LoopConfig(max_retries=1, backoff=AT_ONCE), limiter=limiter)
     late = LoopConfig(total_timeout_seconds=5, backoff=Backoff(initial_seconds=9, jitter="none"))
-
-    class Refused(Exception):
-        status_code = 400
-
-    async def refuse() -> None:
-        raise Refused
-
-    for config, agent in ((LoopConfig(max_retries=0), fail), (late, fail), (LoopConfig(), refuse)):
-        other = AgentLoop(config, limiter=limiter)
-        result = await other.run_single("a", agent)
+    for config, agent in ((ONCE, fail), (late, fail), (LoopConfig(), FakeAgent(FakeHTTPError(400)))):
+        result = await AgentLoop(config, limiter=limiter).run_single("a", agent)
         assert (result.success, result.retries) == (False, 0)
         assert NOTE not in notes(result)
 
-    assert (await loop.run_single("a", fail)).retries == 1
-    assert (await loop.run_single("a", fail)).retries == 0
+    assert [(await loop.run_single("a", fail)).retries for _ in range(2)] == [1, 0]
 
 
 async def test_budget_is_one_for_all_loops_that_share_the_limiter_and_fills_again() -> None:
