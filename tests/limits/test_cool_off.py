@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+from typing import Any
 
 import anyio
 import pytest
-from agents import launch, nothing
+from agents import into, launch, nothing, run_stream
 from hypothesis import given
 from hypothesis import strategies as st
-from trouble import ONCE, Starts, fail, overload, watched
+from trouble import ONCE, Starts, fail, one_or_batch, overload, run_one, watched
 
 from agentloop import AgentLoop, Backoff, Invocation, Limiter, LoopConfig, Rate
 from agentloop._provider.cool_off import CoolOff
 from agentloop._provider.overload import AdaptiveLimit
 from agentloop._provider.provider import Provider
-from agentloop.testing import FakeAgent, FakeHTTPError, Reply
+from agentloop.testing import Chunks, Fail, FakeAgent, FakeHTTPError, Reply
 
 # -- the rule, without an event loop
 
@@ -90,7 +90,7 @@ def test_next_cool_off_has_probes_of_its_own() -> None:
     assert not cool_off.end("probe")
 
 
-def test_cool_off_that_is_lifted_holds_nothing_back() -> None:
+def test_cool_off_that_is_lifted_holds_nothing_back_but_makes_nobody_rush_once_it_is_over() -> None:
     cool_off = CoolOff()
     cool_off.hold(0.0, 40.0, 4)
     cool_off.start("probe", 2.0)
@@ -98,14 +98,10 @@ def test_cool_off_that_is_lifted_holds_nothing_back() -> None:
     assert cool_off.ready_at(3.0) == 3.0
     cool_off.start("next", 3.0)
     assert cool_off.ready_at(3.0) == 3.0
-
-
-def test_what_succeeds_once_the_time_is_over_makes_nobody_rush() -> None:
-    cool_off = CoolOff()
-    cool_off.hold(0.0, 40.0, 4)
-    cool_off.start("first", 40.0)
-    cool_off.lift(41.0)
-    assert cool_off.ready_at(41.0) == 42.5
+    cool_off.hold(100.0, 40.0, 4)
+    cool_off.start("first", 140.0)
+    cool_off.lift(141.0)
+    assert cool_off.ready_at(141.0) == 142.5
 
 
 def test_success_of_a_call_from_between_the_cut_and_the_cool_off_ends_nothing() -> None:
@@ -167,19 +163,11 @@ def test_there_is_never_more_than_one_probe_nor_an_earlier_one_than_the_rule_all
 async def test_retry_after_holds_back_every_caller_and_lets_one_at_a_time_try() -> None:
     limiter = Limiter(8)
     loop, starts = watched(limiter)
+    stream = FakeAgent(Chunks(then=LookupError))
 
     async def parent() -> None:
         await anyio.sleep(1)
         await loop.run_single("child", fail)
-
-    async def stream(*_: object) -> AsyncIterator[int]:
-        raise LookupError
-        yield
-
-    async def read() -> None:
-        async with loop.run_streaming("stream", stream) as chunks:
-            with pytest.raises(LookupError):
-                await anext(chunks)
 
     async def fan() -> None:
         async with loop.stream_all([Invocation("fan", stream)]) as events:
@@ -191,18 +179,14 @@ async def test_retry_after_holds_back_every_caller_and_lets_one_at_a_time_try() 
         assert limiter.statistics().paused_until == starts.began + 100
         assert repr(limiter) == "<Limiter 1 running, 0 waiting, limit 6 of 8, held>"
         assert starts.told[-1].held_until == starts.began + 100
-        for task in (
-            lambda: loop.run_single("single", fail),
-            lambda: loop.run_all([Invocation("batch", fail)] * 2),
-            read,
-            fan,
-        ):
-            await launch(group, task)
-
+        await launch(group, loop.run_single, "single", fail)
+        await launch(group, loop.run_all, [Invocation("batch", fail)] * 2)
+        await launch(group, run_stream, loop, stream)
+        await launch(group, fan)
         await anyio.sleep(101)
         assert limiter.statistics().paused_until is None
 
-    assert starts.order[2:] == ["single", "batch", "stream", "fan", "child", "batch"]
+    assert starts.order[2:] == ["single", "batch", "a", "fan", "child", "batch"]
     times = [at for times in starts.by_name.values() for at in times]
     # When the time is over, one by one in a quarter of it, for the six that there are slots for.
     assert sorted(times) == pytest.approx([0, 0, 5, 15, 35, 75, 100, 100 + 25 / 6])
@@ -252,16 +236,16 @@ async def test_what_will_not_be_waited_for_holds_nobody(longest: float, starts_a
     assert loop.limiter.statistics().cuts == 1, "it is an overload all the same"
 
 
+async def overload_after(seconds: float, retry_after: float) -> None:
+    await anyio.sleep(seconds)
+    await overload(retry_after)
+
+
 async def test_longer_cool_off_replaces_one_that_runs_and_a_shorter_one_does_not() -> None:
     loop, starts = watched(Limiter(4))
-
-    async def later(seconds: float, retry_after: float) -> None:
-        await anyio.sleep(seconds)
-        await overload(retry_after)
-
     async with anyio.create_task_group() as group:
-        group.start_soon(loop.run_single, "longer", later, 0.5, 20)
-        await launch(group, loop.run_single, "shorter", later, 0.7, 1)
+        group.start_soon(loop.run_single, "longer", overload_after, 0.5, 20)
+        await launch(group, loop.run_single, "shorter", overload_after, 0.7, 1)
         await loop.run_single("told", overload, 4)
         await launch(group, loop.run_single, "probe", anyio.sleep, 50)
         group.start_soon(loop.run_single, "a", nothing)
@@ -273,13 +257,9 @@ async def test_longer_cool_off_replaces_one_that_runs_and_a_shorter_one_does_not
 async def test_who_is_woken_at_the_end_of_a_cool_off_that_became_longer_waits_on() -> None:
     loop, starts = watched(Limiter(4))
 
-    async def later() -> None:
-        await anyio.sleep(2)
-        await overload(20)
-
     async def parent() -> None:
         # In its own slot, so that no slot gets free when it ends.
-        await loop.run_single("longer", later)
+        await loop.run_single("longer", overload_after, 2, 20)
         await anyio.sleep(50)
 
     async with anyio.create_task_group() as group:
@@ -291,19 +271,22 @@ async def test_who_is_woken_at_the_end_of_a_cool_off_that_became_longer_waits_on
     assert (starts.by_name["probe"], starts.by_name["a"]) == ([1], [22])
 
 
-async def test_cool_off_and_rates_hold_together() -> None:
-    loop, starts = watched(Limiter(4, rates=[Rate(2, per_seconds=9)]))
-    await loop.run_single("told", overload, 8)
-    await loop.run_all([Invocation("a", nothing)] * 4)
-    # The probe, and then what the rate allows.
-    assert starts.by_name["a"] == [1, 9, 10, 18]
-
-
-async def test_probe_waits_for_a_rate_as_any_other_does() -> None:
-    loop, starts = watched(Limiter(4, rates=[Rate(1, per_seconds=9)]))
-    await loop.run_single("told", overload, 40)
-    await loop.run_all([Invocation("a", fail)] * 2)
-    assert starts.by_name["a"] == [9, 18]
+@pytest.mark.parametrize(
+    ("limit", "seconds", "agent", "expected"),
+    [
+        # The probe, and then what the rate allows.
+        (2, 8, nothing, [1, 9, 10, 18]),
+        # Each is a probe, which waits for the rate as any other does.
+        (1, 40, fail, [9, 18]),
+    ],
+)
+async def test_cool_off_and_rates_hold_together(
+    limit: int, seconds: float, agent: Any, expected: list[float]
+) -> None:
+    loop, starts = watched(Limiter(4, rates=[Rate(limit, per_seconds=9)]))
+    await loop.run_single("told", overload, seconds)
+    await loop.run_all([Invocation("a", agent)] * len(expected))
+    assert starts.by_name["a"] == expected
 
 
 async def test_pause_holds_probes_too() -> None:
@@ -322,27 +305,23 @@ async def test_pause_holds_probes_too() -> None:
     assert starts.by_name["a"] == [20, 30]
 
 
-@pytest.mark.parametrize("verb", ["single", "batch"])
+@one_or_batch
 async def test_without_adaptation_an_overload_concerns_nobody_else(verb: str) -> None:
-    starts = Starts()
     limiter = Limiter(10, adaptive=False)
-    loop = AgentLoop(ONCE, limiter=limiter, on_event=starts)
+    loop, starts = watched(limiter)
     await loop.run_all([Invocation("told", overload, (10,))] * 20)
     now = limiter.statistics()
     assert (now.limit, now.cuts, now.paused_until, now.probing) == (10, 0, None, False)
-    if verb == "single":
-        await loop.run_single("a", nothing)
-    else:
-        await loop.run_all([Invocation("a", nothing)] * 3)
+    for _ in range(3):
+        await run_one(verb, loop, "a", nothing)
 
-    assert {*starts.by_name["a"]} == {0}
+    assert starts.by_name["a"] == [0, 0, 0]
     assert starts.limits == [10]
-    rated = AgentLoop(ONCE, limiter=Limiter(10, rates=[Rate(2)], adaptive=False), on_event=starts)
-    await rated.run_all([Invocation("rated", overload, (10,))] * 3)
-    assert starts.by_name["rated"] == [0, 0, 60]
-    starts.told[1:] = []
     limiter.max_concurrency = 3
     assert starts.limits == [10, 3]
+    rated, starts = watched(Limiter(10, rates=[Rate(2)], adaptive=False))
+    await rated.run_all([Invocation("rated", overload, (10,))] * 3)
+    assert starts.by_name["rated"] == [0, 0, 60]
 
 
 # -- through a limiter: what becomes of a probe
@@ -369,44 +348,26 @@ async def test_success_of_the_probe_lets_all_go() -> None:
 
 async def test_first_chunk_of_a_probe_ends_the_cool_off() -> None:
     loop, starts = watched(Limiter(10))
-
-    async def write() -> AsyncIterator[int]:
-        await anyio.sleep(1)
-        yield 1
-        await anyio.sleep(50)
-
-    async def read() -> None:
-        async with loop.run_streaming("stream", write) as stream:
-            assert [chunk async for chunk in stream] == [1]
-
+    stream = FakeAgent(Chunks([1, 2], after_seconds=1, gap_seconds=50))
     await loop.run_single("told", overload, 60)
     async with anyio.create_task_group() as group:
-        await launch(group, read)
-        group.start_soon(loop.run_single, "a", nothing)
+        await launch(group, run_stream, loop, stream)
+        group.start_soon(loop.run_single, "b", nothing)
 
-    assert starts.by_name == {"told": [0], "stream": [3], "a": [4]}
+    assert starts.by_name == {"told": [0], "a": [3], "b": [4]}
 
 
 async def test_success_of_a_call_that_began_before_ends_nothing() -> None:
     loop, starts = watched(Limiter(10))
-    chunks: list[int] = []
-
-    async def write() -> AsyncIterator[int]:
-        await anyio.sleep(5)
-        yield 1
-
-    async def read() -> None:
-        async with loop.run_streaming("stream", write) as stream:
-            chunks.extend([chunk async for chunk in stream])
-
+    stream, results = FakeAgent(Chunks([1], after_seconds=5)), []
     async with anyio.create_task_group() as group:
         group.start_soon(loop.run_single, "before", anyio.sleep, 4)
-        await launch(group, read)
+        await launch(group, into, results, run_stream, loop, stream)
         await loop.run_single("told", overload, 60)
-        await loop.run_all([Invocation("a", anyio.sleep, (10,))] * 2)
+        await loop.run_all([Invocation("b", anyio.sleep, (10,))] * 2)
 
-    assert chunks == [1]
-    assert starts.by_name["a"] == [3, 13]
+    assert results[0][0] == [1]
+    assert starts.by_name["b"] == [3, 13]
 
 
 async def test_rejected_probe_leaves_the_next_one_twice_the_gap() -> None:
@@ -451,22 +412,18 @@ async def test_those_who_are_cancelled_during_a_cool_off_leave_the_line_to_the_o
 @pytest.mark.parametrize("rates", [(), (Rate(1000),)])
 async def test_probes_with_slots_on_loan_go_one_at_a_time_too(rates: tuple[Rate, ...]) -> None:
     loop, starts = watched(Limiter(10, rates=rates))
+    fails_slowly = FakeAgent(Fail(LookupError, after_seconds=20))
 
     async def parent() -> None:
         await anyio.sleep(0.5)
-        await loop.run_single("child", fail_slowly)
+        await loop.run_single("child", fails_slowly)
         # So that no slot gets free as the probe ends.
         await anyio.sleep(100)
 
-    async def fail_slowly() -> None:
-        await anyio.sleep(20)
-        raise LookupError
-
     async with anyio.create_task_group() as group:
         for _ in range(3):
-            group.start_soon(loop.run_single, "parent", parent)
+            await launch(group, loop.run_single, "parent", parent)
 
-        await anyio.wait_all_tasks_blocked()
         await loop.run_single("told", overload, 100)
 
     # The second one could have begun at 15.

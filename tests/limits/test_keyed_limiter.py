@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable, Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import anyio
 import pytest
-from agents import backends, launch, nothing, run_scheduled
+from agents import backends, both_verbs, into, launch, nothing, run_scheduled, run_stream, run_until_stopped
 from anyio.abc import TaskGroup
 from elsewhere import in_use_elsewhere
-from trouble import ONCE, Starts, overload, refuse, watched
+from trouble import ONCE, Starts, fail, one_chunk, one_or_batch, overload, refuse, run_one, watched
 
 from agentloop import (
     AgentLoop,
@@ -26,11 +27,16 @@ from agentloop import (
     RetryBudget,
     Status,
 )
-from agentloop.testing import FakeHTTPError
+from agentloop.testing import Chunks, FakeAgent, FakeHTTPError
 
 
 async def overloaded() -> None:
     await overload(10)
+
+
+def make_keyed(limit: int, **settings: Any) -> AgentLoop:
+    config = LoopConfig(**{"max_retries": 0, **settings})
+    return AgentLoop(config, limiter=KeyedLimiter(by_id, lambda _: Limiter(limit)))
 
 
 def by_id(invocation: Invocation[Any]) -> str:
@@ -106,11 +112,7 @@ async def test_each_key_has_a_limit_of_its_own() -> None:
 async def test_single_invocations_and_streams_go_by_key_too() -> None:
     limiters = KeyedLimiter(by_id, lambda _: Limiter(1))
     loop, starts = watched(limiters)
-
-    async def write() -> AsyncIterator[int]:
-        for number in range(3):
-            await anyio.sleep(1)
-            yield number
+    write = FakeAgent(Chunks([0, 1, 2], after_seconds=1, gap_seconds=1))
 
     async def read(name: str) -> None:
         async with loop.run_streaming(name, write) as stream:
@@ -121,13 +123,9 @@ async def test_single_invocations_and_streams_go_by_key_too() -> None:
             assert len([event async for event in events]) == 8
 
     async with anyio.create_task_group() as group:
-        for task in (
-            lambda: loop.run_single("a/1", anyio.sleep, 3),
-            lambda: read("b/1"),
-            lambda: read("a/2"),
-        ):
-            await launch(group, task)
-
+        await launch(group, loop.run_single, "a/1", anyio.sleep, 3)
+        await launch(group, read, "b/1")
+        await launch(group, read, "a/2")
         assert (limiters["a"].statistics().running, limiters["a"].statistics().waiting) == (1, 1)
         now = limiters.statistics()
         assert (now.running, now.waiting, now.limit) == (2, 1, 2)
@@ -164,22 +162,16 @@ async def test_batch_reads_by_key_and_its_reader_may_leave_early() -> None:
 
 
 async def test_rates_and_budget_of_a_key_are_its_own() -> None:
-    def make(key: str) -> Limiter:
-        if key == "rate":
-            return Limiter(5, rates=[Rate(1, per_seconds=5)])
-
-        return Limiter(5, retry_budget=RetryBudget(0, 0) if key == "budget" else None)
-
-    limiters = KeyedLimiter(by_id, make)
-    starts = Starts()
+    settings: dict[str, Any] = {
+        "rate": {"rates": [Rate(1, per_seconds=5)]},
+        "budget": {"retry_budget": RetryBudget(0, 0)},
+        "free": {},
+    }
+    limiters = KeyedLimiter(by_id, lambda key: Limiter(5, **settings[key]))
     config = LoopConfig(max_retries=1, backoff=Backoff(initial_seconds=1, jitter="none"))
-    loop = AgentLoop(config, limiter=limiters, on_event=starts)
-
-    async def fail() -> None:
-        raise OSError
-
+    loop, starts = watched(limiters, config)
     async with anyio.create_task_group() as group:
-        for key in ("rate", "budget", "free"):
+        for key in settings:
             group.start_soon(loop.run_single, key, fail)
 
     assert starts.by_name == {"rate": [0, 5], "budget": [0], "free": [0, 1]}
@@ -212,14 +204,9 @@ async def test_what_key_and_make_raise_is_the_invocations_error() -> None:
     assert [result.retries for result in results] == [0] * 10
     snapshot = loop.metrics.snapshot()
     assert (snapshot.counts[Status.ERROR], snapshot.counts[Status.SUCCESS]) == (8, 2)
-
-    async def write() -> AsyncIterator[int]:
-        yield 1
-
     with pytest.raises(ZeroDivisionError):
-        async with loop.run_streaming("key", write) as stream:
-            async for _ in stream:
-                pass
+        async with loop.run_streaming("key", one_chunk) as stream:
+            await anext(stream)
 
 
 # -- how many
@@ -283,21 +270,13 @@ async def test_one_that_was_forgotten_is_heard_no_more() -> None:
     assert limiters.max_concurrency == 4
 
 
-@pytest.mark.parametrize("verb", ["single", "batch"])
+@one_or_batch
 async def test_limiter_of_an_invocation_that_waits_to_be_retried_is_in_use(verb: str) -> None:
     limiters = KeyedLimiter(by_id, lambda _: Limiter(1), max_limiters=1)
     config = LoopConfig(backoff=Backoff(initial_seconds=5, max_seconds=5, jitter="none"), max_retries=1)
     loop = AgentLoop(config, limiter=limiters)
-
-    async def fail() -> None:
-        raise OSError
-
     async with anyio.create_task_group() as group:
-        if verb == "single":
-            group.start_soon(loop.run_single, "a", fail)
-        else:
-            group.start_soon(loop.run_all, [Invocation("a", fail)])
-
+        group.start_soon(run_one, verb, loop, "a", fail)
         await anyio.sleep(1)
         assert limiters["a"].statistics().waiting == 1
         assert not (await loop.run_single("b", nothing)).success
@@ -411,21 +390,14 @@ async def test_slot_is_lent_under_its_own_key_only_and_through_others() -> None:
 
 @pytest.mark.parametrize("verb", ["single", "batch", "stream"])
 async def test_agents_that_come_to_wait_for_each_others_key_get_an_error_that_names_both(verb: str) -> None:
-    limiters = KeyedLimiter(by_id, lambda _: Limiter(1))
-    loop = AgentLoop(LoopConfig(timeout_seconds=None), limiter=limiters)
-
-    async def write() -> AsyncIterator[int]:
-        yield 1
+    loop = make_keyed(1, timeout_seconds=None)
 
     async def agent(other: str) -> None:
         await anyio.sleep(1)
-        if verb == "single":
-            (await loop.run_single(other, anyio.sleep, 1)).unwrap()
-        elif verb == "batch":
-            for result in await loop.run_all([Invocation(other, anyio.sleep, (1,))] * 2):
-                result.unwrap()
+        if verb != "stream":
+            (await run_one(verb, loop, other, anyio.sleep, 1)).unwrap()
         else:
-            async with loop.run_streaming(other, write) as stream:
+            async with loop.run_streaming(other, one_chunk) as stream:
                 assert [chunk async for chunk in stream] == [1]
 
     with anyio.fail_after(100):
@@ -455,8 +427,7 @@ async def test_agent_that_only_waits_for_a_key_in_a_circle_is_not_refused() -> N
 
 
 async def test_agents_of_two_keys_wait_for_each_other_as_long_as_anything_may_free_a_slot() -> None:
-    limiters = KeyedLimiter(by_id, lambda _: Limiter(2))
-    loop = AgentLoop(LoopConfig(timeout_seconds=None), limiter=limiters)
+    loop = make_keyed(2, timeout_seconds=None)
 
     async def agent(other: str) -> None:
         await anyio.sleep(1)
@@ -505,31 +476,24 @@ async def test_stream_gives_its_place_back_while_its_reader_runs_something_else(
 
 
 async def test_loop_that_is_left_lets_what_runs_under_a_key_run_others() -> None:
-    loop = AgentLoop(ONCE, limiter=KeyedLimiter(by_id, lambda _: Limiter(1)))
-    reached = False
-
-    async def write() -> AsyncIterator[int]:
-        yield 1
+    loop, results = make_keyed(1), []
 
     async def agent() -> None:
-        nonlocal reached
         await anyio.sleep(1)
         assert (await loop.run_single("a", nothing)).success
         assert (await loop.run_single("b", nothing)).success
         # Through a loop that has nothing to do with it, too.
         assert (await AgentLoop().run_single("other", loop.run_single, "a", nothing)).unwrap().success
-        async with loop.run_streaming("a", write) as stream:
-            assert [chunk async for chunk in stream] == [1]
-
-        reached = True
+        assert (await run_stream(loop, one_chunk))[0] == [1]
 
     async with anyio.create_task_group() as group:
         async with loop:
-            await launch(group, loop.run_single, "a", agent)
+            await launch(group, into, results, loop.run_single, "a", agent)
 
-        assert reached
         with pytest.raises(RuntimeError, match="takes no new work"):
             await loop.run_single("a", nothing)
+
+    assert results[0].success
 
 
 # -- one run after the other
@@ -553,19 +517,16 @@ def test_limiters_serve_one_run_after_the_other(backend: str) -> None:
         run_scheduled(name, None, main)
 
 
-@pytest.mark.parametrize("verb", ["single", "batch"])
+@one_or_batch
 async def test_limiter_whose_cost_raises_is_in_use_no_more(verb: str) -> None:
-    def fail(_: object) -> float:
+    def no_cost(_: object) -> float:
         raise KeyError("tokens")
 
     # That nothing is left in use is audited at the end of the test.
-    loop = AgentLoop(limiter=KeyedLimiter(lambda _: "key", lambda _: Limiter(2, rates=[Rate(5, cost=fail)])))
-    if verb == "single":
-        result = await loop.run_single("a", anyio.sleep, 1)
-    else:
-        (result,) = await loop.run_all([Invocation("a", anyio.sleep, (1,))])
-
-    assert result.error == "KeyError: 'tokens'"
+    loop = AgentLoop(
+        limiter=KeyedLimiter(lambda _: "key", lambda _: Limiter(2, rates=[Rate(5, cost=no_cost)]))
+    )
+    assert (await run_one(verb, loop, "a", anyio.sleep, 1)).error == "KeyError: 'tokens'"
 
 
 # -- no key holds up another
@@ -630,34 +591,28 @@ async def test_key_whose_input_waits_takes_room_of_others_only_beyond_eight_for_
     assert pulled == 100
 
 
-@pytest.mark.parametrize("verb", ["run_all", "as_completed"])
+@both_verbs
 async def test_fatal_verdict_stops_the_invocations_of_its_key_alone(verb: str) -> None:
-    limiters = KeyedLimiter(by_id, lambda _: Limiter(2))
-    config = LoopConfig(backoff=Backoff(initial_seconds=9, jitter="none"))
-    loop = AgentLoop(config, limiter=limiters)
+    loop = make_keyed(2, max_retries=3, backoff=Backoff(initial_seconds=9, jitter="none"))
+    outcomes: dict[str, Exception] = {
+        "a/0": LookupError(),
+        "a/2": FakeHTTPError(401),
+        "a/3": FakeHTTPError(401),
+    }
 
     async def agent(name: str) -> None:
         await anyio.sleep(1)
-        if name == "a/0":
-            raise LookupError
-
-        if name in ("a/2", "a/3"):
-            raise FakeHTTPError(401)
+        if name in outcomes:
+            raise outcomes[name]
 
     names = [f"{key}/{number}" for number in range(8) for key in "ab"]
-    jobs = [Invocation(name, agent, (name,)) for name in names]
-    results = []
-    if verb == "run_all":
-        results = await loop.run_all(jobs)
-    else:
-        with pytest.raises(BatchStopped, match=r"'a/[23]' failed with FakeHTTPError"):
-            async with loop.as_completed(jobs) as completed:
-                async for result in completed:
-                    results.append(result)
-
+    results, stopped = await run_until_stopped(
+        verb, loop, [Invocation(name, agent, (name,)) for name in names]
+    )
+    assert re.search(r"'a/[23]' failed with FakeHTTPError", str(stopped))
     by_name = {result.agent_id: result for result in results}
     assert all(by_name[name].success for name in names if name.startswith("b"))
-    assert isinstance(by_name["a/0"].exception, LookupError), "it waited to be retried"
+    assert by_name["a/0"].exception is outcomes["a/0"], "it waited to be retried"
     assert by_name["a/6"].status is by_name["a/7"].status is Status.SKIPPED
     assert by_name["a/6"].exception is by_name["a/7"].exception
 
@@ -680,10 +635,8 @@ async def test_budget_that_is_spent_stops_the_invocations_of_its_key_alone() -> 
 
 
 async def test_budget_of_which_nothing_was_spent_and_a_limiter_that_was_not_used_are_forgotten() -> None:
-    def make(_: str) -> Limiter:
-        return Limiter(1, rates=[Rate(3, per_seconds=None, cost=lambda _: 0)])
-
-    limiters = KeyedLimiter(by_id, make, max_limiters=1)
+    rate = Rate(3, per_seconds=None, cost=lambda _: 0)
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(1, rates=[rate]), max_limiters=1)
     limiters["unused"]
     for name in "ab":
         await AgentLoop(ONCE, limiter=limiters).run_single(name, nothing)

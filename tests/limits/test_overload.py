@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import anyio
 import attrs
 import pytest
-from agents import launch, nothing
+from agents import backends, launch, nothing, run_scheduled, stray_cancellation
 from hypothesis import given
 from hypothesis import strategies as st
 from trouble import ONCE, overload, refuse, watched
 
 from agentloop import AgentLoop, Backoff, Invocation, Limiter, LoopConfig, Status
 from agentloop._provider.overload import AdaptiveLimit
-from agentloop.testing import FakeAgent, FakeHTTPError, Reply
+from agentloop.testing import Fail, FakeAgent, FakeHTTPError, Reply
 
 # -- the rule, without an event loop
 
@@ -91,12 +90,9 @@ def test_cut_is_no_deep_one_once_a_call_that_began_since_the_last_has_succeeded(
     limit.answered(3)  # the first chunk of a stream
     limit.reject(3, 0, 0.0)
     assert limit.limit == 16, "a half, and then a fifth less again"
-
-
-def test_success_of_a_call_from_before_the_cut_does_not_make_the_next_a_shallow_one() -> None:
     limit = AdaptiveLimit(64)
     limit.reject(0, 1, 0.0)
-    limit.complete(0, 0)
+    limit.complete(0, 0)  # a call from before the cut
     limit.reject(1, 0, 0.0)
     assert limit.limit == 25
 
@@ -286,24 +282,13 @@ def test_limit_stays_between_one_and_the_ceiling_and_falls_only_by_a_cut(
 async def test_burst_of_rejections_is_one_cut_and_the_next_burst_another() -> None:
     limiter = Limiter(10)
     loop, starts = watched(limiter)
-
-    async def together(count: int) -> None:
-        release = anyio.Event()
-
-        async def agent() -> None:
-            await release.wait()
-            await overload()
-
-        async with anyio.create_task_group() as group:
-            await launch(group, loop.run_all, [Invocation("a", agent)] * count)
-            assert limiter.statistics().running == count
-            release.set()
-
-    await together(10)
+    agent = FakeAgent(Fail(FakeHTTPError(429), after_seconds=1))
+    await loop.run_all([Invocation("a", agent)] * 10)
     assert (limiter.statistics().limit, limiter.statistics().cuts) == (8, 1)
-    await together(8)
+    await loop.run_all([Invocation("a", agent)] * 8)
     now = limiter.statistics()
     assert (now.limit, now.cuts, now.max_concurrency, now.paused_until) == (4, 2, 10, None)
+    assert starts.by_name["a"] == [0] * 10 + [1] * 8
     assert starts.limits == [10, 8, 4]
     assert repr(limiter) == "<Limiter 0 running, 0 waiting, limit 4 of 10>"
 
@@ -319,20 +304,8 @@ async def make_overload_of_cancellation() -> None:
         await overload(30)
 
 
-async def bad_request() -> None:
-    raise FakeHTTPError(400, 30)
-
-
 async def stray() -> None:
-    with anyio.CancelScope() as scope:
-        scope.cancel()
-        try:
-            await anyio.sleep(1)
-        except anyio.get_cancelled_exc_class() as exc:
-            stored = exc
-            raise
-
-    raise stored
+    raise await stray_cancellation()
 
 
 @pytest.mark.parametrize(
@@ -341,7 +314,7 @@ async def stray() -> None:
         (time_out, Status.TIMEOUT),
         (make_overload_of_cancellation, Status.TIMEOUT),
         (refuse, Status.ERROR),
-        (bad_request, Status.ERROR),
+        (FakeAgent(FakeHTTPError(400, 30)), Status.ERROR),
         (stray, Status.CANCELLED),
         (nothing, Status.SUCCESS),
     ],
@@ -373,34 +346,28 @@ async def test_limit_grows_back_under_load_and_never_above_the_ceiling() -> None
     await loop.run_all([Invocation("a", anyio.sleep, (1,))] * 100)
     assert starts.limits == [20], "nothing to grow before the first overload"
     await loop.run_single("a", overload)
+    for _ in range(100):
+        await loop.run_single("a", nothing)
+
+    assert starts.limits == [20, 16], "it is not used"
     await loop.run_all([Invocation("a", anyio.sleep, (1,))] * 200)
     assert starts.limits == [20, 16, 17, 18, 19, 20]
 
 
-async def test_limit_that_is_not_used_does_not_grow() -> None:
-    loop, starts = watched(Limiter(20))
-    await loop.run_single("a", overload)
-    for _ in range(100):
-        await loop.run_single("a", nothing)
-
-    assert starts.limits == [20, 16]
-
-
-async def test_each_run_begins_anew() -> None:
+@backends
+def test_each_run_begins_anew(backend: str) -> None:
     limiter = Limiter(10)
     loop = AgentLoop(ONCE, limiter=limiter)
-    await loop.run_single("a", overload, 5)
-    assert limiter.statistics().limit == 8
-    outcome: list[Any] = []
+    outcomes: list[Any] = []
 
-    async def other_run() -> None:
-        await loop.run_single("a", nothing)
-        outcome.append(limiter.statistics())
+    async def first(agent: Callable[..., Any], *args: Any) -> None:
+        await loop.run_single("a", agent, *args)
+        now = limiter.statistics()
+        outcomes.append((now.limit, now.cuts, now.paused_until is None))
 
-    thread = threading.Thread(target=anyio.run, args=(other_run,))
-    thread.start()
-    thread.join()
-    assert (outcome[0].limit, outcome[0].cuts, outcome[0].paused_until) == (10, 0, None)
+    run_scheduled(backend, None, first, overload, 5)
+    run_scheduled(backend, None, first, nothing)
+    assert outcomes == [(8, 1, False), (10, 0, True)]
 
 
 async def test_calls_at_a_limit_of_one_try_ever_less_often() -> None:
@@ -441,9 +408,8 @@ async def test_ceiling_may_be_raised_and_lowered_while_the_limit_is_cut() -> Non
 
 
 async def test_limit_goes_on_growing_up_to_a_ceiling_that_was_raised() -> None:
-    limiter = Limiter(5)
-    loop, starts = watched(limiter)
+    loop, starts = watched(Limiter(5))
     await loop.run_single("told", overload)
-    limiter.max_concurrency = 7
+    loop.limiter.max_concurrency = 7
     await loop.run_all([Invocation("a", anyio.sleep, (1,))] * 100)
     assert starts.limits == [5, 4, 5, 6, 7]
