@@ -2,16 +2,18 @@
 
 import gc
 import re
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any
 
 import anyio
 import attrs
 import pytest
+from agents import raised_by
 
 from agentloop import AgentLoop, Invocation
 from agentloop._invocation import as_invocation
+from agentloop.testing import Chunks, FakeAgent
 
 
 async def double(x: int) -> int:
@@ -62,13 +64,8 @@ class Source:
 
 def test_arguments_are_none_where_none_are_given() -> None:
     invocation = Invocation("a", double)
-    assert attrs.asdict(invocation, recurse=False) == {
-        "agent_id": "a",
-        "fn": double,
-        "args": (),
-        "kwargs": {},
-        "key": None,
-    }
+    fields = {"agent_id": "a", "fn": double, "args": (), "kwargs": {}, "key": None}
+    assert attrs.asdict(invocation, recurse=False) == fields
     assert invocation.kwargs is not Invocation("b", double).kwargs
 
 
@@ -88,20 +85,56 @@ def test_invocation_is_frozen_and_compared_by_value() -> None:
     assert Invocation("a", double, (1,)) == Invocation("a", double, (1,)) != Invocation("a", double, (2,))
 
 
-@pytest.mark.parametrize("value", [None, 5, b"a", ("a",)], ids=named)
-def test_agent_id_that_is_no_str_is_refused(value: Any) -> None:
-    with pytest.raises(TypeError) as caught:
-        Invocation(value, double)
+REFUSED: dict[str, tuple[Callable[[Any], object], list[Any]]] = {
+    "agent_id must be a str": (lambda value: Invocation(value, double), [None, 5, b"a", ("a",)]),
+    "fn must be an async function": (
+        lambda value: Invocation("a", value),
+        [None, 5, "double", (double,)],
+    ),
+    "args must be a tuple of positional arguments": (
+        lambda value: Invocation("a", double, value),
+        ["ab", b"ab", 5, None, {1}, {"x": 1}, iter(())],
+    ),
+    "kwargs must be a mapping of argument names to values": (
+        lambda value: Invocation("a", double, (), value),
+        [None, 5, ("x", 1), {1: 2}, {"x": 1, b"y": 2}],
+    ),
+    "key must be a str, an int or None": (
+        lambda value: Invocation("a", double, key=value),
+        [1.5, True, b"a", ("a",)],
+    ),
+    "expected an Invocation or a tuple (agent_id, fn, args, kwargs) as an input": (
+        as_invocation,
+        [("a", double), ("a", double, ()), ["a", double, (), {}], "a", 5, None],
+    ),
+    "expected a sync or async iterable of invocations, such as [Invocation(agent_id, fn, args)] or "
+    "Invocation.map(fn, items)": (
+        lambda value: AgentLoop().as_completed(value),
+        [None, 5, "jobs", b"jobs", {"a": double}, double],
+    ),
+    "agent_id must be a str, a function of an item or None": (
+        lambda value: Invocation.map(double, [1], value),
+        [5, b"q", ("q",)],
+    ),
+    "items must be a sync or async iterable": (
+        lambda value: Invocation.map(double, value),
+        [5, None, double],
+    ),
+    "key must be callable": (lambda value: Invocation.map(double, [1], key=value), ["id"]),
+    "key must be a plain function, got an async one, ": (
+        lambda value: Invocation.map(double, [1], key=value),
+        [double],
+    ),
+}
 
-    assert str(caught.value) == f"agent_id must be a str, got {value!r}"
 
-
-@pytest.mark.parametrize("value", [None, 5, "double", (double,)], ids=named)
-def test_fn_that_cannot_be_called_is_refused(value: Any) -> None:
-    with pytest.raises(TypeError) as caught:
-        Invocation("a", value)
-
-    assert str(caught.value) == f"fn must be an async function, got {value!r}"
+@pytest.mark.parametrize(
+    ("rule", "value"), [(rule, value) for rule, (_, values) in REFUSED.items() for value in values], ids=named
+)
+def test_what_is_none_is_refused_with_what_was_expected(rule: str, value: Any) -> None:
+    text = f"{rule}{value!r}" if rule.endswith(", ") else f"{rule}, got {value!r}"
+    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
+        REFUSED[rule][0](value)
 
 
 REFUSED_COROUTINE = (
@@ -131,65 +164,13 @@ def test_coroutine_is_refused_with_a_hint_and_without_a_warning(
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("value", ["ab", b"ab", 5, None, {1}, {"x": 1}, iter(())], ids=named)
-def test_args_that_are_no_sequence_are_refused(value: Any) -> None:
-    with pytest.raises(TypeError) as caught:
-        Invocation("a", double, value)
-
-    assert str(caught.value) == f"args must be a tuple of positional arguments, got {value!r}"
-
-
-@pytest.mark.parametrize("value", [None, 5, ("x", 1), {1: 2}, {"x": 1, b"y": 2}], ids=named)
-def test_kwargs_that_are_no_mapping_of_names_are_refused(value: Any) -> None:
-    with pytest.raises(TypeError) as caught:
-        Invocation("a", double, (), value)
-
-    assert str(caught.value) == f"kwargs must be a mapping of argument names to values, got {value!r}"
-
-
-@pytest.mark.parametrize("value", [1.5, True, b"a", ("a",)], ids=named)
-def test_key_that_is_neither_text_nor_a_whole_number_is_refused(value: Any) -> None:
-    with pytest.raises(TypeError) as caught:
-        Invocation("a", double, key=value)
-
-    assert str(caught.value) == f"key must be a str, an int or None, got {value!r}"
-
-
 # --- what a batch accepts
 
 
-def test_invocation_as_an_input_is_itself() -> None:
-    invocation = Invocation("a", double, (1,))
+def test_input_is_an_invocation_or_a_tuple_of_its_four_fields() -> None:
+    invocation = Invocation("a", scaled, (2, 3), {"offset": 1})
     assert as_invocation(invocation) is invocation
-
-
-def test_plain_tuple_is_an_invocation_of_its_four_fields() -> None:
-    assert as_invocation(("a", scaled, [2, 3], {"offset": 1})) == Invocation(
-        "a", scaled, (2, 3), {"offset": 1}
-    )
-
-
-@pytest.mark.parametrize(
-    "value", [("a", double), ("a", double, ()), ["a", double, (), {}], "a", 5, None], ids=named
-)
-def test_other_input_is_refused_with_what_was_expected(value: Any) -> None:
-    with pytest.raises(TypeError) as caught:
-        as_invocation(value)
-
-    assert str(caught.value) == (
-        f"expected an Invocation or a tuple (agent_id, fn, args, kwargs) as an input, got {value!r}"
-    )
-
-
-@pytest.mark.parametrize("value", [None, 5, "jobs", b"jobs", {"a": double}, double], ids=named)
-def test_batch_of_what_is_no_iterable_of_invocations_is_refused(value: Any) -> None:
-    with pytest.raises(TypeError) as caught:
-        AgentLoop().as_completed(value)
-
-    assert str(caught.value) == (
-        "expected a sync or async iterable of invocations, such as [Invocation(agent_id, fn, args)] or "
-        f"Invocation.map(fn, items), got {value!r}"
-    )
+    assert as_invocation(("a", scaled, [2, 3], {"offset": 1})) == invocation
 
 
 async def test_batch_may_be_any_iterable_and_is_not_touched_before_it_is_entered() -> None:
@@ -212,6 +193,7 @@ async def test_batch_may_be_any_iterable_and_is_not_touched_before_it_is_entered
 
 
 def test_map_numbers_the_items_after_the_function() -> None:
+    assert list(Invocation.map(double, [])) == []
     assert list(Invocation.map(double, [7, 8])) == [
         Invocation("double-0", double, (7,)),
         Invocation("double-1", double, (8,)),
@@ -235,32 +217,18 @@ def test_map_finds_a_name_for_every_kind_of_function(fn: Any, name: str) -> None
     assert [invocation.agent_id for invocation in Invocation.map(fn, "xy")] == [f"{name}-0", f"{name}-1"]
 
 
-def test_map_takes_a_prefix() -> None:
-    assert [i.agent_id for i in Invocation.map(double, [7, 8], agent_id="q")] == ["q-0", "q-1"]
-    assert [i.agent_id for i in Invocation.map(double, [7], agent_id="")] == ["-0"]
-
-
-def test_map_takes_a_function_that_names_each_item() -> None:
-    assert [i.agent_id for i in Invocation.map(double, [7, 8], agent_id="item {}".format)] == [
-        "item 7",
-        "item 8",
-    ]
+@pytest.mark.parametrize(
+    ("agent_id", "names"),
+    [(None, "double-0 double-1"), ("q", "q-0 q-1"), ("", "-0 -1"), ("item{}".format, "item0 item1")],
+)
+async def test_map_takes_a_prefix_or_a_function_that_names_each_item(agent_id: Any, names: str) -> None:
+    found = [invocation.agent_id for invocation in Invocation.map(double, [0, 1], agent_id)]
+    asynchronous = Invocation.map(double, Source(2)(), agent_id)
+    assert found == [invocation.agent_id async for invocation in asynchronous] == names.split()
 
 
 def test_map_takes_a_function_that_gives_each_item_a_key() -> None:
-    invocations = list(Invocation.map(double, [7, 8], key=lambda x: x * 10))
-    assert invocations == [
-        Invocation("double-0", double, (7,), key=70),
-        Invocation("double-1", double, (8,), key=80),
-    ]
-
-
-def test_map_refuses_a_key_that_is_no_plain_function() -> None:
-    with pytest.raises(TypeError, match=r"^key must be callable, got 'id'$"):
-        Invocation.map(double, [1], key="id")  # type: ignore[arg-type]
-
-    with pytest.raises(TypeError, match=r"^key must be a plain function, got an async one"):
-        Invocation.map(double, [1], key=double)  # type: ignore[arg-type]
+    assert [one.key for one in Invocation.map(double, [7, 8], key=lambda x: x * 10)] == [70, 80]
 
 
 def test_map_refuses_an_item_whose_name_is_no_str() -> None:
@@ -269,25 +237,9 @@ def test_map_refuses_an_item_whose_name_is_no_str() -> None:
         next(invocations)
 
 
-@pytest.mark.parametrize("agent_id", [5, b"q", ("q",)], ids=named)
-def test_map_refuses_an_agent_id_that_names_nothing(agent_id: Any) -> None:
-    with pytest.raises(TypeError) as caught:
-        Invocation.map(double, [1], agent_id)
-
-    assert str(caught.value) == f"agent_id must be a str, a function of an item or None, got {agent_id!r}"
-
-
 def test_map_refuses_a_function_that_cannot_be_called() -> None:
     with pytest.raises(TypeError, match=r"^fn must be an async function, got None$"):
         Invocation.map(None, [1])
-
-
-@pytest.mark.parametrize("items", [5, None, double], ids=named)
-def test_map_refuses_items_that_cannot_be_iterated(items: Any) -> None:
-    with pytest.raises(TypeError) as caught:
-        Invocation.map(double, items)
-
-    assert str(caught.value) == f"items must be a sync or async iterable, got {items!r}"
 
 
 def test_map_over_an_iterable_is_lazy() -> None:
@@ -305,44 +257,30 @@ def test_map_over_an_iterable_is_lazy() -> None:
     assert pulled == [0, 1]
 
 
-def test_map_over_nothing_is_empty() -> None:
-    assert list(Invocation.map(double, [])) == []
+async def test_error_of_the_items_comes_through_as_it_is() -> None:
+    error = LookupError("no more")
 
-
-def test_error_of_the_items_comes_through_as_it_is() -> None:
     def source() -> Iterator[int]:
         yield 1
-        raise LookupError("no more")
+        raise error
 
     invocations = Invocation.map(double, source())
     next(invocations)
-    with pytest.raises(LookupError, match="no more"):
+    with pytest.raises(LookupError) as caught:
         next(invocations)
 
+    assert caught.value is error
+    slow = Invocation.map(double, FakeAgent(Chunks([1], then=error))())
+    await anext(slow)
+    assert await raised_by(anext, slow) is error
 
-async def test_map_over_an_async_iterable_is_lazy() -> None:
+
+async def test_map_over_an_async_iterable_is_lazy_and_closes_it() -> None:
     source = Source()
     invocations: Any = Invocation.map(double, source())
     assert source.pulled == 0
     assert await anext(invocations) == Invocation("double-0", double, (0,))
-    assert source.pulled == 1
-    await invocations.aclose()
-
-
-async def test_map_over_an_async_iterable_names_and_numbers_as_over_any_other() -> None:
-    async def ids(invocations: AsyncIterable[Invocation[int]]) -> list[str]:
-        return [invocation.agent_id async for invocation in invocations]
-
-    assert await ids(Invocation.map(double, Source(2)())) == ["double-0", "double-1"]
-    assert await ids(Invocation.map(double, Source(2)(), "q")) == ["q-0", "q-1"]
-    assert await ids(Invocation.map(double, Source(2)(), "item {}".format)) == ["item 0", "item 1"]
-
-
-async def test_closing_an_async_map_closes_its_source() -> None:
-    source = Source()
-    invocations: Any = Invocation.map(double, source())
-    await anext(invocations)
-    assert not source.closed
+    assert (source.pulled, source.closed) == (1, False)
     await invocations.aclose()
     assert source.closed
     with pytest.raises(StopAsyncIteration):
@@ -367,14 +305,3 @@ async def test_async_map_leaves_a_source_open_that_is_no_generator() -> None:
         await anext(invocations)
         await invocations.aclose()
         assert receive.receive_nowait() == 2
-
-
-async def test_error_of_an_async_source_comes_through_as_it_is() -> None:
-    async def source() -> AsyncIterator[int]:
-        yield 1
-        raise LookupError("no more")
-
-    invocations = Invocation.map(double, source())
-    await anext(invocations)
-    with pytest.raises(LookupError, match="no more"):
-        await anext(invocations)

@@ -7,6 +7,7 @@ import json
 import pickle
 import unicodedata
 import weakref
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import attrs
@@ -62,38 +63,32 @@ def failed(exception: BaseException, status: Status = Status.ERROR) -> Invocatio
 # --- results
 
 
-def test_result_has_the_defaults_of_a_plain_success() -> None:
+DEFAULTS = {
+    "agent_id": "agent",
+    "status": "success",
+    "output": 42,
+    "latency_ms": 0.0,
+    "queue_ms": 0.0,
+    "retries": 0,
+    "index": 0,
+    "chunks": 0,
+    "first_chunk_ms": None,
+    "replayed": False,
+}
+
+
+def test_result_has_the_defaults_of_a_plain_success_and_is_frozen() -> None:
     result = InvocationResult("agent", Status.SUCCESS, 42)
-    assert attrs.asdict(result) == {
-        "agent_id": "agent",
-        "status": "success",
-        "output": 42,
-        "exception": None,
-        "latency_ms": 0.0,
-        "queue_ms": 0.0,
-        "retries": 0,
-        "failures": (),
-        "index": 0,
-        "chunks": 0,
-        "first_chunk_ms": None,
-        "replayed": False,
-    }
+    assert attrs.asdict(result) == {**DEFAULTS, "exception": None, "failures": ()}
     assert result.success
     assert result.error is None
-
-
-def test_result_is_frozen() -> None:
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
-        InvocationResult("agent", Status.SUCCESS).output = 1
+        result.output = 1
 
 
-def test_status_is_its_word() -> None:
+def test_status_is_its_word_and_only_a_success_is_one() -> None:
     assert [str(status) for status in Status] == ["success", "error", "timeout", "cancelled", "skipped"]
-
-
-@pytest.mark.parametrize("status", [status for status in Status if status is not Status.SUCCESS])
-def test_only_a_success_is_a_success(status: Status) -> None:
-    assert not failed(Boom("boom"), status).success
+    assert [failed(Boom("boom"), status).success for status in Status] == [True, *[False] * 4]
 
 
 @pytest.mark.parametrize(
@@ -137,44 +132,32 @@ def test_time_out_says_its_seconds_without_noise(seconds: float, text: str) -> N
         ("half a pair \ud83d, private \ue000", "half a pair \ufffd, private \ufffd"),
         ("turned \u202earound, joined\u200d, \ufeffmarked", "turned around, joined, marked"),
         ("\u00fcber \u4f60\u597d \U0001f600", "\u00fcber \u4f60\u597d \U0001f600"),
+        *((text, "") for text in ("\n", " \t\r\n", "\u200b", "\x00")),
     ],
     ids=ascii,
 )
 def test_error_is_one_line_of_printable_characters(text: str, line: str) -> None:
-    assert failed(Boom(text)).error == f"Boom: {line}"
-    assert failed(Boom(text), Status.TIMEOUT).error == line
-
-
-@pytest.mark.parametrize("text", ["\n", " \t\r\n", "\u200b", "\x00"], ids=ascii)
-def test_error_without_a_printable_character_is_its_type(text: str) -> None:
-    assert failed(Boom(text)).error == failed(Boom(text), Status.TIMEOUT).error == "Boom"
+    assert failed(Boom(text)).error == (f"Boom: {line}" if line else "Boom")
+    assert failed(Boom(text), Status.TIMEOUT).error == (line or "Boom")
 
 
 @pytest.mark.parametrize("text", ["x" * 10**7, "x\n" * 10**7, "\n" * 10**7, "\ud83d" * 10**7], ids=range(4))
 @pytest.mark.parametrize("status", [Status.ERROR, Status.TIMEOUT])
-def test_error_of_any_length_is_cut_at_a_thousand_characters(text: str, status: Status) -> None:
+def test_error_of_any_length_is_cut_at_a_thousand_characters(
+    text: str, status: Status, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at: list[str] = []
+    category = unicodedata.category
+    monkeypatch.setattr(unicodedata, "category", lambda char: looked_at.append(char) or category(char))
     error = failed(Boom(text), status).error
     assert error is not None
     assert len(error) <= 1000
     assert error.isprintable()
     assert error.endswith("...")
-
-
-def test_error_that_just_fits_is_whole() -> None:
+    assert len(looked_at) <= 4000
+    # What just fits is whole.
     assert failed(Boom("x" * 994)).error == f"Boom: {'x' * 994}"
     assert failed(Boom("x" * 995)).error == f"Boom: {'x' * 991}..."
-
-
-def test_only_the_beginning_of_a_long_text_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked_at: list[str] = []
-
-    def category(character: str) -> str:
-        looked_at.append(character)
-        return "Cc"
-
-    monkeypatch.setattr(unicodedata, "category", category)
-    assert failed(Boom("\n" * 10**7)).error == "Boom: ..."
-    assert len(looked_at) <= 4000
 
 
 def test_error_whose_text_is_of_an_odd_class_is_described_all_the_same() -> None:
@@ -236,22 +219,11 @@ def test_interrupt_while_an_error_says_what_it_is_propagates(interrupt: type[Bas
         _ = failed(Slow()).error
 
 
-def test_dict_of_a_success_has_every_field_that_json_carries() -> None:
+def test_dict_of_a_success_has_every_field_that_json_carries_and_the_error_for_the_exception() -> None:
     result = InvocationResult("agent", Status.SUCCESS, {"a": [1]}, None, 12.5, 3.0, 0, (), 7, 2, 1.5)
-    assert result.to_dict() == {
-        "agent_id": "agent",
-        "status": "success",
-        "output": {"a": [1]},
-        "error": None,
-        "latency_ms": 12.5,
-        "queue_ms": 3.0,
-        "retries": 0,
-        "failures": [],
-        "index": 7,
-        "chunks": 2,
-        "first_chunk_ms": 1.5,
-        "replayed": False,
-    }
+    given = {"output": {"a": [1]}, "latency_ms": 12.5, "queue_ms": 3.0, "index": 7, "chunks": 2}
+    expected = {**DEFAULTS, **given, "first_chunk_ms": 1.5, "error": None, "failures": []}
+    assert result.to_dict() == expected
     assert result.to_dict()["output"] is result.output
     assert json.loads(json.dumps(result.to_dict())) == result.to_dict()
 
@@ -263,24 +235,16 @@ def test_dict_of_a_failure_has_its_errors_as_lines() -> None:
     assert carried == result.to_dict()
     assert type(result.to_dict()["status"]) is str
     assert carried["error"] == "Timeout after 0.5s"
-    assert carried["failures"] == [
-        "Boom: two lines \ufffd",
-        "Nameless",
-        "InvocationTimeout: Timeout after 0.5s",
-    ]
-    assert "exception" not in carried
-
-
-def test_dict_leaves_out_no_field_but_the_exception() -> None:
+    lines = ["Boom: two lines \ufffd", "Nameless", "InvocationTimeout: Timeout after 0.5s"]
+    assert carried["failures"] == lines
     fields = {field.name for field in attrs.fields(InvocationResult)}
-    assert InvocationResult("agent", Status.SUCCESS).to_dict().keys() == fields - {"exception"} | {"error"}
+    assert carried.keys() == fields - {"exception"} | {"error"}
 
 
 @pytest.mark.parametrize("output", [42, None, "", ValueError("returned, not raised")])
 def test_unwrapping_a_success_returns_its_output(output: object) -> None:
     result = InvocationResult("agent", Status.SUCCESS, output)
-    assert result.unwrap() is output
-    assert result.unwrap() is output
+    assert result.unwrap() is result.unwrap() is output
 
 
 @pytest.mark.parametrize("status", [status for status in Status if status is not Status.SUCCESS])
@@ -297,8 +261,7 @@ def test_unwrapping_a_failure_raises_the_very_object_each_time(
 
         assert caught.value is exception
 
-    assert exception.__context__ is None
-    assert exception.__cause__ is None
+    assert exception.__context__ is exception.__cause__ is None
 
 
 def test_unwrapping_keeps_the_traceback_of_the_agent() -> None:
@@ -355,23 +318,24 @@ def test_every_error_is_an_agentloop_error_and_public(error: Exception) -> None:
     assert type(error) in [getattr(module, name, None) for module in (agentloop, agentloop.journal, dask)]
 
 
+COPIES: list[Callable[[Any], Any]] = [
+    *(copy.copy, copy.deepcopy),
+    *(
+        lambda error, protocol=protocol: pickle.loads(pickle.dumps(error, protocol))
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1)
+    ),
+]
+
+
 @every_error
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_error_survives_pickling(error: Exception, protocol: int) -> None:
+@pytest.mark.parametrize("make", COPIES, ids=range(len(COPIES)))
+def test_error_survives_copying_and_pickling(error: Exception, make: Callable[[Any], Any]) -> None:
     error = copy.copy(error)
     error.add_note("a note")
-    copied = pickle.loads(pickle.dumps(error, protocol))
-    assert type(copied) is type(error)
-    assert str(copied) == str(error)
-    assert copied.args == error.args
+    copied = make(error)
+    assert copied is not error
+    assert (type(copied), str(copied), copied.args) == (type(error), str(error), error.args)
     assert vars(copied) == vars(error)
-
-
-@every_error
-def test_error_survives_copying(error: Exception) -> None:
-    for copied in (copy.copy(error), copy.deepcopy(error)):
-        assert copied is not error
-        assert (type(copied), str(copied), vars(copied)) == (type(error), str(error), vars(error))
 
 
 @pytest.mark.parametrize("error_class", [InvocationTimeout, FirstChunkTimeout, IdleTimeout])
@@ -380,12 +344,7 @@ def test_time_out_is_a_timeout_error_that_carries_its_seconds(error_class: type[
     assert isinstance(error, TimeoutError)
     assert isinstance(error, InvocationTimeout)
     assert (error.seconds, error.total) == (0.5, False)
-
-
-def test_seconds_of_a_time_out_are_no_operating_system_error() -> None:
-    error = InvocationTimeout(110, total=True)
-    assert error.errno is None
-    assert error.strerror is None
+    assert error.errno is error.strerror is None
 
 
 def test_closed_loop_is_a_runtime_error() -> None:
