@@ -13,23 +13,26 @@ from agentloop._signs import speaks_of_provider
 from agentloop.testing import FakeHTTPError
 
 
-class Wrapper(Exception):
-    """What a framework makes of an error."""
+class ResponseError(Exception):
+    """What a client or a framework makes of a failure."""
+
+    def __init__(self, *args: object, **attributes: object) -> None:
+        super().__init__(*args)
+        vars(self).update(attributes)
 
 
-class RpcError(Exception):
-    def __init__(self, name: str) -> None:
-        self.code = lambda: SimpleNamespace(name=name)
+def rpc_error(name: str) -> Exception:
+    return ResponseError(name, code=lambda: SimpleNamespace(name=name))
 
 
 def caused_by(cause: BaseException) -> Exception:
-    error = Wrapper()
+    error = ResponseError()
     error.__cause__ = cause
     return error
 
 
 def on_handling(context: BaseException) -> Exception:
-    error = Wrapper()
+    error = ResponseError()
     error.__context__ = context
     return error
 
@@ -42,19 +45,14 @@ def grouped(member: Exception) -> Exception:
     return ExceptionGroup("several", [ValueError(), ExceptionGroup("inner", [member])])
 
 
-class ResponseError(Exception):
-    def __init__(self, **attributes: object) -> None:
-        vars(self).update(attributes)
-
-
 @pytest.mark.parametrize(
     ("error", "status"),
     [
         (FakeHTTPError(429), 429),
         (ResponseError(status=HTTPStatus.NOT_FOUND), 404),
         (ResponseError(code="503"), 503),
-        (RpcError("UNAVAILABLE"), "UNAVAILABLE"),
-        (RpcError("OK"), None),
+        (rpc_error("UNAVAILABLE"), "UNAVAILABLE"),
+        (rpc_error("OK"), None),
         (ResponseError(response={"ResponseMetadata": {"HTTPStatusCode": 400}}), 400),
         (ResponseError(status_code=None, response=SimpleNamespace(status=500)), 500),
         (ResponseError(status_code=401, status=402, code=403), 401),
@@ -80,8 +78,8 @@ every_wrapping = pytest.mark.parametrize("wrap", [lambda exc: exc, caused_by, on
     "error",
     [
         *(FakeHTTPError(408), FakeHTTPError(500), FakeHTTPError(503), FakeHTTPError(529)),
-        *(RpcError("UNAVAILABLE"), RpcError("DEADLINE_EXCEEDED"), RpcError("INTERNAL")),
-        *(RpcError("UNKNOWN"), ConnectionRefusedError(), TimeoutError()),
+        *(rpc_error("UNAVAILABLE"), rpc_error("DEADLINE_EXCEEDED"), rpc_error("INTERNAL")),
+        *(rpc_error("UNKNOWN"), ConnectionRefusedError(), TimeoutError()),
         *(OSError(errno.ENETUNREACH, "no network"), OSError("no number"), ssl.SSLError()),
     ],
     ids=repr,
@@ -95,15 +93,10 @@ def test_bad_status_or_network_error_speaks_of_the_provider(wrap: Any, error: Ex
 @pytest.mark.parametrize(
     "error",
     [
-        *(ValueError(), FakeHTTPError(429), FakeHTTPError(404), RpcError("RESOURCE_EXHAUSTED")),
+        *(ValueError(), FakeHTTPError(429), FakeHTTPError(404), rpc_error("RESOURCE_EXHAUSTED")),
         *(FileExistsError(), FileNotFoundError(), IsADirectoryError(), NotADirectoryError()),
-        *(PermissionError(), OSError(errno.ENOSPC, "disk full"), OSError(errno.EDQUOT, "quota")),
-        OSError(errno.EROFS, "read-only"),
-        OSError(errno.EMFILE, "too many open files"),
-        InvocationTimeout(5),
-        IdleTimeout(5),
-        BatchStopped("spent"),
-        LoopClosed(),
+        *(PermissionError(), InvocationTimeout(5), IdleTimeout(5), BatchStopped("spent"), LoopClosed()),
+        *(OSError(number, "") for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE)),
     ],
     ids=repr,
 )
@@ -111,14 +104,11 @@ def test_any_other_error_does_not_speak_of_the_provider(wrap: Any, error: Except
     assert not speaks_of_provider(wrap(error))
 
 
-def test_what_caused_an_error_of_the_library_does_not_speak_of_the_provider() -> None:
+def test_cause_of_an_error_of_the_library_and_causes_without_an_end_speak_of_nobody() -> None:
     stopped = BatchStopped("too many failures")
     stopped.__cause__ = ConnectionError()
     assert not speaks_of_provider(stopped)
-
-
-def test_chain_of_causes_without_an_end_speaks_of_nobody() -> None:
-    error = Wrapper()
+    error = ResponseError()
     error.__cause__ = caused_by(error)
     assert not speaks_of_provider(error)
 

@@ -29,12 +29,18 @@ def result(
     return InvocationResult("agent", status, latency_ms=latency_ms, queue_ms=queue_ms, retries=retries)
 
 
-def latencies(values: list[float]) -> Distribution:
-    recorder = MetricsRecorder()
-    for value in values:
-        recorder.record(result(value))
+def recorder_of(found: list[InvocationResult[Any]], scale: int = 6) -> MetricsRecorder:
+    recorder = MetricsRecorder(scale)
+    for one in found:
+        recorder.record(one)
+        meters_of(recorder).add_attempt(one.latency_ms / 3)
+        meters_of(recorder).add_backoff(one.queue_ms, overload=one.retries == 1)
 
-    return recorder.snapshot().latency
+    return recorder
+
+
+def latencies(values: list[float], scale: int = 8) -> Distribution:
+    return recorder_of([result(value) for value in values], scale).snapshot().latency
 
 
 def nearest_rank(values: list[float], percent: int) -> float:
@@ -50,35 +56,19 @@ def assert_close(measured: float, true: float) -> None:
 # --- distributions
 
 
-@given(samples)
-def test_count_mean_minimum_and_maximum_are_exact(values: list[float]) -> None:
-    latency = latencies(values)
-    assert latency.count == len(values)
-    assert latency.mean_ms == pytest.approx(math.fsum(values) / len(values), rel=1e-12)
-    assert latency.min_ms == min(values)
-    assert latency.max_ms == max(values)
-
-
 @given(samples, st.integers(0, 100))
-def test_percentile_is_within_one_percent_of_the_nearest_rank(values: list[float], percent: int) -> None:
-    assert_close(latencies(values).percentile(percent), nearest_rank(values, percent))
-
-
-@given(samples)
-def test_percentiles_that_have_a_name_are_those_that_are_asked_for(values: list[float]) -> None:
+def test_percentile_is_within_one_percent_of_the_nearest_rank_and_all_else_is_exact(
+    values: list[float], percent: int
+) -> None:
     latency = latencies(values)
-    assert latency.p50_ms == latency.percentile(50)
-    assert latency.p95_ms == latency.percentile(95)
-    assert latency.p99_ms == latency.percentile(99)
-
-
-@given(samples)
-def test_percentiles_rise_from_the_minimum_to_the_maximum(values: list[float]) -> None:
-    latency = latencies(values)
+    assert_close(latency.percentile(percent), nearest_rank(values, percent))
+    assert (latency.count, latency.min_ms, latency.max_ms) == (len(values), min(values), max(values))
+    assert latency.mean_ms == pytest.approx(math.fsum(values) / len(values), rel=1e-12)
+    assert (latency.p50_ms, latency.p95_ms, latency.p99_ms) == tuple(map(latency.percentile, (50, 95, 99)))
     percentiles = [latency.percentile(q) for q in range(0, 101, 5)]
-    assert percentiles == sorted(percentiles)
-    assert latency.min_ms <= percentiles[0]
-    assert percentiles[-1] <= latency.max_ms
+    assert [latency.min_ms, *percentiles, latency.max_ms] == sorted(
+        [latency.min_ms, *percentiles, latency.max_ms]
+    )
 
 
 @given(samples, st.randoms(use_true_random=False))
@@ -147,74 +137,50 @@ def test_new_recorder_is_empty() -> None:
 
 
 def test_results_are_counted_by_status_and_retries_add_up() -> None:
-    recorder = MetricsRecorder()
-    for repeat, status in enumerate(Status, 1):
-        for _ in range(repeat):
-            recorder.record(result(1.0, status=status, retries=repeat))
-
-    snapshot = recorder.snapshot()
-    assert snapshot.counts == {
-        Status.SUCCESS: 1,
-        Status.ERROR: 2,
-        Status.TIMEOUT: 3,
-        Status.CANCELLED: 4,
-        Status.SKIPPED: 5,
-    }
+    snapshot = recorder_of(
+        [result(1.0, 0.0, status, n) for n, status in enumerate(Status, 1) for _ in range(n)]
+    ).snapshot()
+    assert snapshot.counts == dict(zip(Status, (1, 2, 3, 4, 5), strict=True))
     assert snapshot.retries == 1 + 4 + 9 + 16 + 25
 
 
-@pytest.mark.parametrize("status", [status for status in Status if status is not Status.SKIPPED])
-def test_everything_that_was_started_has_a_latency(status: Status) -> None:
+@pytest.mark.parametrize("status", Status)
+def test_everything_that_was_started_has_a_latency_and_what_was_skipped_is_counted_alone(
+    status: Status,
+) -> None:
     recorder = MetricsRecorder()
     recorder.record(result(20.0, 5.0, status))
     snapshot = recorder.snapshot()
-    assert (snapshot.latency.count, snapshot.latency.mean_ms) == (1, 20)
-    assert (snapshot.queue.count, snapshot.queue.mean_ms) == (1, 5)
+    assert snapshot.counts == {**dict.fromkeys(Status, 0), status: 1}
+    if status is Status.SKIPPED:
+        assert snapshot.latency == snapshot.queue == Distribution()
+    else:
+        assert (snapshot.latency.count, snapshot.latency.mean_ms) == (1, 20)
+        assert (snapshot.queue.count, snapshot.queue.mean_ms) == (1, 5)
 
 
-def test_skipped_result_is_counted_and_not_timed() -> None:
-    recorder = MetricsRecorder()
-    recorder.record(result(20.0, 5.0, Status.SKIPPED))
-    snapshot = recorder.snapshot()
-    assert snapshot.counts[Status.SKIPPED] == 1
-    assert snapshot.latency == snapshot.queue == Distribution()
-
-
-def test_snapshot_does_not_change_when_more_is_recorded() -> None:
-    recorder = MetricsRecorder()
-    recorder.record(result(1.0))
+def test_snapshot_is_frozen_and_does_not_change_when_more_is_recorded() -> None:
+    recorder = recorder_of([result(1.0)])
     before = recorder.snapshot()
     text = repr(before)
     recorder.record(result(100.0, retries=1))
     recorder.reset()
     assert repr(before) == text
     assert before.latency.percentile(100) == 1
+    for frozen, name in ((before, "retries"), (before.latency, "count")):
+        with pytest.raises(attrs.exceptions.FrozenInstanceError):
+            setattr(frozen, name, 1)
 
 
-def test_snapshot_is_frozen() -> None:
-    snapshot = MetricsRecorder().snapshot()
-    with pytest.raises(attrs.exceptions.FrozenInstanceError):
-        snapshot.retries = 1
-
-    with pytest.raises(attrs.exceptions.FrozenInstanceError):
-        snapshot.latency.count = 1
-
-
-def test_reset_forgets_everything() -> None:
-    recorder = MetricsRecorder()
-    recorder.record(result(5.0, 1.0, Status.ERROR, 2))
+def test_reset_forgets_everything_and_repr_says_what_was_recorded() -> None:
+    recorder = recorder_of([result(5.0, 1.0, Status.ERROR, 2)])
     recorder.reset()
     assert recorder.snapshot() == MetricsRecorder().snapshot()
-    recorder.record(result(7.0))
-    assert recorder.snapshot().latency.min_ms == 7
-
-
-def test_repr_says_what_was_recorded() -> None:
-    recorder = MetricsRecorder()
     assert repr(recorder) == "<MetricsRecorder empty>"
     for status in (Status.SUCCESS, Status.SUCCESS, Status.TIMEOUT):
-        recorder.record(result(status=status))
+        recorder.record(result(7.0, status=status))
 
+    assert recorder.snapshot().latency.min_ms == 7
     assert repr(recorder) == "<MetricsRecorder 2 success, 1 timeout>"
 
 
@@ -271,16 +237,6 @@ results = st.builds(
     first_chunk_ms=st.none() | durations,
 )
 recorders = st.tuples(st.lists(results, max_size=12), st.sampled_from([6, 7, 9]))
-
-
-def recorder_of(found: list[InvocationResult[Any]], scale: int = 6) -> MetricsRecorder:
-    recorder = MetricsRecorder(scale)
-    for one in found:
-        recorder.record(one)
-        meters_of(recorder).add_attempt(one.latency_ms / 3)
-        meters_of(recorder).add_backoff(one.queue_ms, overload=one.retries == 1)
-
-    return recorder
 
 
 @pytest.mark.long
@@ -370,9 +326,7 @@ def test_duration_that_cannot_be_is_refused_and_leaves_nothing(field: str, value
 
 @given(st.floats(NANOSECOND_MS * 2, 3e12), st.integers(6, 12))
 def test_bucket_is_that_of_the_exponential_histogram(value: float, scale: int) -> None:
-    recorder = MetricsRecorder(scale)
-    recorder.record(result(value))
-    latency = recorder.snapshot().latency
+    latency = latencies([value], scale)
     ((index, count),) = latency.buckets.items()
     assert (count, latency.scale, latency.zeros) == (1, scale, 0)
     lower, upper = 2 ** (index / 2**scale), 2 ** ((index + 1) / 2**scale)
@@ -394,11 +348,7 @@ def test_bucket_is_that_of_the_exponential_histogram(value: float, scale: int) -
 )
 @pytest.mark.parametrize("scale", [6, 8])
 def test_percentiles_of_any_shape_are_within_one_percent(values: list[float], scale: int) -> None:
-    recorder = MetricsRecorder(scale)
-    for value in values:
-        recorder.record(result(value))
-
-    latency = recorder.snapshot().latency
+    latency = latencies(values, scale)
     for percent in (0, 1, 5, 25, 50, 75, 90, 95, 99, 100):
         assert_close(latency.percentile(percent), nearest_rank(values, percent))
 
@@ -416,5 +366,4 @@ def test_snapshot_is_plain_values_for_json() -> None:
 
 
 def test_what_was_cancelled_or_skipped_is_no_failure() -> None:
-    recorder = recorder_of([result(status=status) for status in Status])
-    assert recorder.snapshot().failures == 2
+    assert recorder_of([result(status=status) for status in Status]).snapshot().failures == 2
