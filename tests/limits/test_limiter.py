@@ -18,9 +18,9 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 import pytest
-from agents import backends, launch, nothing, on_asyncio, run_scheduled, run_stream
+from agents import backends, launch, nothing, run_scheduled, run_stream
 from elsewhere import in_use_elsewhere
-from trouble import passed, watched
+from trouble import watched
 
 from agentloop import AgentLoop, Backoff, Invocation, KeyedLimiter, Limiter, LimiterStatistics, LoopConfig
 from agentloop._limits.limiter import pool_of
@@ -103,22 +103,6 @@ async def test_cancelled_waiters_leave_the_line() -> None:
     assert result.queue_ms == pytest.approx(9000)
 
 
-@on_asyncio
-async def test_native_cancellation_and_a_drain_in_one_moment_do_not_hold_up_those_who_wait() -> None:
-    limiter = Limiter(1)
-    loop, drained = AgentLoop(limiter=limiter), AgentLoop(limiter=limiter)
-    async with anyio.create_task_group() as group:
-        await launch(group, loop.run_single, "hog", anyio.sleep, 10)
-        task = asyncio.ensure_future(drained.run_single("drained", anyio.sleep, 1))
-        await anyio.wait_all_tasks_blocked()
-        drained.drain()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-        assert (await loop.run_single("patient", anyio.sleep, 1)).success
-
-
 async def test_one_that_waits_in_line_comes_before_the_next_of_a_batch() -> None:
     loop, starts = watched(Limiter(1))
     async with anyio.create_task_group() as group:
@@ -189,13 +173,9 @@ def test_slots_that_a_run_was_torn_down_with_are_not_missed_in_the_next(backend:
         pool = pool_of(loop.limiter)
         assert pool.acquire_nowait(Slot(pool, None))
 
-    async def main() -> None:
-        with anyio.fail_after(5):
-            await loop.run_single("b", anyio.sleep, 0)
-
-    anyio.run(torn_down, backend=backend)
+    run(backend, torn_down)
     assert loop.statistics().running == 1
-    anyio.run(main, backend=backend)
+    assert run(backend, loop.run_single, "b", nothing).success
     assert loop.statistics().running == 0
 
 
@@ -231,8 +211,7 @@ async def test_view_shares_limiter_metrics_and_lifetime_and_checks_its_changes()
     view = loop.with_config(timeout_seconds=1, max_retries=0)
     assert (view.config.timeout_seconds, view.config.max_retries) == (1, 0)
     assert loop.config.timeout_seconds == 5
-    assert view.limiter is loop.limiter
-    assert view.metrics is loop.metrics
+    assert (view.limiter, view.metrics) == (loop.limiter, loop.metrics)
     assert loop.with_config(max_concurrency=10).limiter is loop.limiter
     with pytest.raises(ValueError, match="max_concurrency cannot differ in a view"):
         loop.with_config(max_concurrency=3)
@@ -240,14 +219,11 @@ async def test_view_shares_limiter_metrics_and_lifetime_and_checks_its_changes()
     with pytest.raises(ValueError, match="timeout_seconds must be greater than 0, got 0"):
         loop.with_config(timeout_seconds=0)
 
-    with pytest.raises(TypeError, match="timeout"):
-        loop.with_config(timeout=3)
-
 
 @pytest.mark.parametrize("name", ["config", "limiter", "metrics"])
 def test_parameters_of_a_wrong_type_are_refused(name: str) -> None:
     with pytest.raises(TypeError, match=f"{name} must be of type"):
-        AgentLoop(**{name: 3} if name != "config" else {"config": 3})
+        AgentLoop(**{name: 3})
 
 
 async def test_latency_statistics_have_the_shape_of_the_original() -> None:
@@ -272,15 +248,6 @@ def test_deadlock_of_agents_names_the_lines_of_the_agents(backend: Any) -> None:
     loop = AgentLoop(LoopConfig(timeout_seconds=None))
     with pytest.raises(VirtualClockDeadlock, match=r"test_limiter\.py:\d+ .*stuck"):
         run_scheduled(backend, None, loop.run_all, [Invocation("a", stuck)])
-
-
-async def test_agent_may_sleep_from_a_worker_thread_on_a_virtual_clock() -> None:
-    async def agent() -> None:
-        await anyio.to_thread.run_sync(lambda: anyio.from_thread.run(anyio.sleep, 3600))
-
-    start = anyio.current_time()
-    assert (await AgentLoop(LoopConfig(timeout_seconds=None)).run_single("a", agent)).success
-    assert passed(start) == 3600
 
 
 # -- threads, processes and event loops that are gone

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+from typing import Any
 
 import anyio
 import pytest
-from agents import backends, launch, nothing
+from agents import backends, into, launch, nothing, run_stream
 from elsewhere import in_use_elsewhere
-from trouble import overload, passed, watched
+from trouble import one_chunk, overload, passed, watched
 
 from agentloop import AgentLoop, Backoff, Invocation, Limiter, LoopConfig, Rate, Status
+from agentloop.testing import Chunks, FakeAgent
 
 
 async def test_pause_lets_nothing_new_start_and_what_runs_go_on() -> None:
     limiter = Limiter(2)
     loop, starts = watched(limiter)
-
-    async def stream() -> AsyncIterator[int]:
-        yield 1
-
-    async def read() -> None:
-        async with loop.run_streaming("stream", stream) as chunks:
-            assert [chunk async for chunk in chunks] == [1]
-
+    streams: list[Any] = []
     async with anyio.create_task_group() as group:
-        await launch(group, loop.run_all, [Invocation("a", anyio.sleep, (2,))] * 4)
+        await launch(group, loop.run_all, [Invocation("c", anyio.sleep, (2,))] * 4)
         limiter.pause()
         limiter.pause()
         group.start_soon(loop.run_single, "b", nothing)
-        group.start_soon(read)
+        group.start_soon(into, streams, run_stream, loop, one_chunk)
         await anyio.sleep(5)
         now = limiter.statistics()
         assert (now.running, now.waiting, now.paused_until) == (0, 4, math.inf)
@@ -39,12 +33,16 @@ async def test_pause_lets_nothing_new_start_and_what_runs_go_on() -> None:
         limiter.resume()
         assert limiter.statistics().paused_until is None
 
-    assert starts.by_name == {"a": [0, 0, 5, 5], "b": [5], "stream": [5]}
+    assert starts.by_name == {"a": [5], "b": [5], "c": [0, 0, 5, 5]}
+    assert streams[0][0] == [1]
 
 
 @pytest.mark.parametrize("rates", [(), (Rate(100),)])
-async def test_pause_before_the_first_run_holds(rates: tuple[Rate, ...]) -> None:
+async def test_pause_before_the_first_run_holds_unless_it_is_undone(rates: tuple[Rate, ...]) -> None:
     limiter = Limiter(2, rates=rates)
+    limiter.pause()
+    limiter.resume()
+    assert limiter.statistics().paused_until is None
     limiter.pause()
     assert limiter.statistics().paused_until == math.inf
     assert repr(limiter) == "<Limiter 0 running, 0 waiting, limit 2, paused>"
@@ -56,13 +54,6 @@ async def test_pause_before_the_first_run_holds(rates: tuple[Rate, ...]) -> None
         limiter.resume()
 
     assert starts.by_name == {"a": [4, 4, 4]}
-
-
-async def test_resume_before_the_first_run_undoes_a_pause() -> None:
-    limiter = Limiter(2)
-    limiter.pause()
-    limiter.resume()
-    assert (await AgentLoop(limiter=limiter).run_single("a", nothing)).success
 
 
 @pytest.mark.parametrize("rates", [(), (Rate(1000, per_seconds=1),)])
@@ -167,12 +158,8 @@ async def test_stream_that_waits_for_its_reader_is_neither_charged_nor_held(
     limiter = Limiter(1, rates=rates)
     loop, starts = watched(limiter)
 
-    async def write() -> AsyncIterator[int]:
-        for number in range(100):
-            yield number
-
     async def parent() -> int:
-        async with loop.run_streaming("stream", write) as stream:
+        async with loop.run_streaming("stream", FakeAgent(Chunks(range(100)))) as stream:
             assert await anext(stream) == 0
             # The stream waits for its reader, who has the slot back meanwhile.
             if how == "pause":

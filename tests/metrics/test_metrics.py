@@ -39,7 +39,7 @@ def recorder_of(found: list[InvocationResult[Any]], scale: int = 6) -> MetricsRe
     return recorder
 
 
-def latencies(values: list[float], scale: int = 8) -> Distribution:
+def latencies(values: list[float], scale: int = 6) -> Distribution:
     return recorder_of([result(value) for value in values], scale).snapshot().latency
 
 
