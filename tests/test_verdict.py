@@ -878,7 +878,7 @@ def test_group_waits_as_long_as_the_most_patient_member_asks() -> None:
 
 def test_group_as_deep_as_memory_allows_counts_as_what_is_in_it() -> None:
     error: Exception = TypeError()
-    for _ in range(100_000):
+    for _ in range(20_000):
         error = ExceptionGroup("deeper", [error])
 
     assert classify(ExceptionGroup("outer", [TimeoutError(), error])) == Verdict(PERMANENT)

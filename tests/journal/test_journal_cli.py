@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from agents import make_loop
 from asking import Asker, execute, night
@@ -119,8 +120,8 @@ async def test_damage_that_stops_a_command_is_one_line(
     assert capsys.readouterr().err == f"{path}: no such table: runs\n"
 
 
-async def test_reader_that_has_seen_enough_gets_no_traceback(path: Path) -> None:
-    await night(path, Asker().inputs(["x" * 1000 + str(i) for i in range(500)]))
+def test_reader_that_has_seen_enough_gets_no_traceback(path: Path) -> None:
+    anyio.run(night, path, Asker().inputs(["x" * 1000 + str(i) for i in range(500)]))
     command = [sys.executable, "-m", "agentloop.journal", "export", path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         assert child.stdout is not None

@@ -360,23 +360,23 @@ def put_garbage_into(path: Path) -> None:
 async def test_garbage_in_the_middle_ends_the_batch_with_an_error_that_says_what_to_do(
     verb: str, path: Path
 ) -> None:
-    await fill(path, range(2000))
+    await fill(path, range(500), durable=False)
     put_garbage_into(path)
     asker = Asker()
     with pytest.raises(JournalError, match=r"python -m agentloop\.journal check .*\.recover"):
-        await night(path, asker.inputs(range(2000)), verb=verb)
+        await night(path, asker.inputs(range(500)), verb=verb)
 
     assert asker.calls == []
 
 
 @both_verbs
 async def test_damage_that_a_look_up_meets_ends_the_batch(verb: str, path: Path) -> None:
-    await fill(path, range(2000))
+    await fill(path, range(500), durable=False)
     asker = Asker()
     async with Journal(path) as journal:
         put_garbage_into(path)
         with pytest.raises(JournalError, match=r"database disk image is malformed"):
-            await run(verb, AgentLoop(), asker.inputs(range(2000)), journal)
+            await run(verb, AgentLoop(), asker.inputs(range(500)), journal)
 
         with pytest.raises(JournalError, match=r"database disk image is malformed"):
             assert [entry async for entry in journal.entries()] == []

@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 import attrs
+import pytest
 from agents import backends, run_scheduled
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -112,6 +113,7 @@ async def run(
     assert not account.working.total()
 
 
+@pytest.mark.long
 @backends
 @settings(max_examples=150)
 @given(

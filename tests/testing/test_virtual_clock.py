@@ -578,32 +578,30 @@ PLUGIN_TESTS = """
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("scope", "seed"), [("function", 3), ("module", None)])
-def test_deadlocked_test_of_the_pytest_plugin_fails_and_the_rest_goes_on(
-    scope: str, seed: int | None, tmp_path: Path
-) -> None:
-    file = tmp_path / "test_plugin.py"
-    file.write_text(textwrap.dedent(PLUGIN_TESTS.format(scope=scope, seed=seed)))
+def test_deadlocked_test_of_the_pytest_plugin_fails_and_the_rest_goes_on(tmp_path: Path) -> None:
+    for scope, seed in (("function", 3), ("module", None)):
+        text = textwrap.dedent(PLUGIN_TESTS.format(scope=scope, seed=seed))
+        (tmp_path / f"test_{scope}.py").write_text(text)
+
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "anyio_mode=auto"]
     result = subprocess.run(
-        [*command, "-rA", "--tb=short", "--rootdir", str(tmp_path), "-c", os.devnull, str(file)],
+        [*command, "-rA", "--tb=short", "--rootdir", str(tmp_path), "-c", os.devnull, str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=60,
         env={**os.environ, "COLUMNS": "300"},
     )
     outcomes = re.findall(
-        r"^(PASSED|FAILED|ERROR) \S*test_plugin.py::(\S+)(?: - ([\w.]+).*)?$", result.stdout, re.MULTILINE
+        r"^(PASSED|FAILED|ERROR) (?:\S*/)?(test_\S+)(?: - ([\w.]+).*)?$", result.stdout, re.MULTILINE
     )
     said = {name: (outcome, why) for outcome, name, why in outcomes}
-    deadlocked = ("FAILED", "agentloop.testing.VirtualClockDeadlock")
-    for backend in ("asyncio", "trio"):
-        assert said[f"test_deadlock[{backend}]"] == deadlocked
-        assert said[f"test_deadlock_in_a_child[{backend}]"][1].endswith("VirtualClockDeadlock")
+    # On asyncio the deadlocked test still occupies the task in which the fixture of the module lives on.
+    spoiled = {"test_module.py::test_after[asyncio]", "test_module.py::test_before[trio]"}
+    for scope in ("function", "module"):
+        for name in (f"test_{scope}.py::test_{{}}[{backend}]".format for backend in ("asyncio", "trio")):
+            assert said[name("deadlock")] == ("FAILED", "agentloop.testing.VirtualClockDeadlock")
+            assert said[name("deadlock_in_a_child")][1].endswith("VirtualClockDeadlock")
+            for test in {name("before"), name("after")} - spoiled:
+                assert said[test] == ("PASSED", "")
 
-    # on asyncio the deadlocked test still occupies the task in which the fixture of the module lives on
-    spoiled = {"test_after[asyncio]", "test_before[trio]"} if scope == "module" else set[str]()
-    for name in {f"test_{when}[{b}]" for when in ("before", "after") for b in ("asyncio", "trio")} - spoiled:
-        assert said[name] == ("PASSED", "")
-
-    assert result.stdout.count("unwound main\n") == 2
+    assert result.stdout.count("unwound main\n") == 4
