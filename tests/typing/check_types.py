@@ -110,7 +110,7 @@ async def run_single_gives_a_result_of_what_the_agent_returns() -> None:
     assert_type(await loop.run_single("a", in_thread(blocking), "text"), InvocationResult[int])
 
 
-async def run_single_checks_the_arguments_of_the_agent() -> None:
+async def run_single_wants_an_async_callable_and_its_arguments() -> None:
     await loop.run_single("a", count, 5)  # type: ignore[arg-type]  # has to be refused
     await loop.run_single("a", count)  # type: ignore[call-arg]  # has to be refused
     await loop.run_single("a", count, "text", 5)  # type: ignore[call-arg]  # has to be refused
@@ -119,6 +119,11 @@ async def run_single_checks_the_arguments_of_the_agent() -> None:
     await loop.run_single("a", in_thread(blocking), 5)  # type: ignore[arg-type]  # has to be refused
     await loop.run_single("a", in_thread(blocking))  # type: ignore[call-arg]  # has to be refused
     await loop.run_single(5, count, "text")  # type: ignore[arg-type]  # has to be refused
+    await loop.run_single("a", blocking, "text")  # type: ignore[arg-type]  # has to be refused
+    await loop.run_single("a", streaming, "text")  # type: ignore[arg-type]  # has to be refused
+    await loop.run_single("a", 5)  # type: ignore[arg-type]  # has to be refused
+    coroutine = count("text")
+    await loop.run_single("a", coroutine)  # type: ignore[arg-type]  # has to be refused
 
 
 async def journal_is_for_batches_of_any_output() -> None:
@@ -140,14 +145,6 @@ async def journal_is_for_batches_of_any_output() -> None:
     await loop.run_single("a", count, "text", journal=journal)  # type: ignore[call-arg]  # has to be refused
     Journal("night.db", changed="ignore")  # type: ignore[arg-type]  # has to be refused
     Journal("night.db", encode=str)  # refused at run time, without decode=
-
-
-async def run_single_wants_an_async_callable() -> None:
-    await loop.run_single("a", blocking, "text")  # type: ignore[arg-type]  # has to be refused
-    await loop.run_single("a", streaming, "text")  # type: ignore[arg-type]  # has to be refused
-    await loop.run_single("a", 5)  # type: ignore[arg-type]  # has to be refused
-    coroutine = count("text")
-    await loop.run_single("a", coroutine)  # type: ignore[arg-type]  # has to be refused
 
 
 async def blocking_function_in_a_thread_is_an_async_function() -> None:
@@ -172,7 +169,7 @@ def attempt_is_a_value() -> None:
 # --- invocations
 
 
-def invocation_carries_what_its_agent_returns() -> None:
+def invocation_carries_what_its_async_callable_returns(invocation: Invocation[int]) -> None:
     assert_type(Invocation("a", count), Invocation[int])
     assert_type(Invocation("a", count, ("text",), {"upto": 3}), Invocation[int])
     assert_type(Invocation("a", agent, ("text",)), Invocation[int])
@@ -181,16 +178,10 @@ def invocation_carries_what_its_agent_returns() -> None:
     assert_type(Invocation("a", count).fn, Callable[..., Awaitable[int] | AsyncIterable[int]])
     assert_type(Invocation("a", count).args, tuple[Any, ...])
     assert_type(Invocation("a", count, key=7).key, str | int | None)
-
-
-def invocation_wants_an_async_callable() -> None:
     Invocation("a", blocking)  # type: ignore[arg-type]  # has to be refused
     Invocation(5, count)  # type: ignore[arg-type]  # has to be refused
     Invocation("a", count, 5)  # type: ignore[arg-type]  # has to be refused
     Invocation("a", count, key=1.5)  # type: ignore[arg-type]  # has to be refused
-
-
-def invocation_cannot_be_changed(invocation: Invocation[int]) -> None:
     invocation.agent_id = "b"  # type: ignore[misc]  # has to be refused
 
 
@@ -210,7 +201,7 @@ async def slow_numbers() -> AsyncGenerator[int]:
     yield 1
 
 
-def map_is_as_sync_as_its_items() -> None:
+def map_is_as_sync_as_its_items_which_the_agent_takes() -> None:
     assert_type(Invocation.map(spell, [1, 2]), Iterator[Invocation[str]])
     assert_type(Invocation.map(spell, numbers()), Iterator[Invocation[str]])
     assert_type(Invocation.map(count, "abc"), Iterator[Invocation[int]])
@@ -221,9 +212,6 @@ def map_is_as_sync_as_its_items() -> None:
     assert_type(Invocation.map(spell, slow_numbers(), key=str), AsyncIterator[Invocation[str]])
     assert_type(Invocation.map(spell, slow_numbers()), AsyncIterator[Invocation[str]])
     assert_type(Invocation.map(spell, slow_numbers(), "q"), AsyncIterator[Invocation[str]])
-
-
-def map_checks_the_items_against_the_agent() -> None:
     Invocation.map(spell, ["a"])  # type: ignore[arg-type]  # has to be refused
     Invocation.map(blocking, ["a"])  # type: ignore[arg-type]  # has to be refused
     Invocation.map(spell, 5)  # type: ignore[call-overload]  # has to be refused
@@ -233,7 +221,7 @@ def map_checks_the_items_against_the_agent() -> None:
 # --- batches
 
 
-async def run_all_gives_a_list_of_results() -> None:
+async def run_all_gives_a_list_of_results_of_invocations_and_plain_tuples() -> None:
     jobs = [Invocation("a", count, ("text",))]
     assert_type(await loop.run_all(jobs), list[InvocationResult[int]])
     assert_type(await loop.run_all(tuple(jobs)), list[InvocationResult[int]])
@@ -241,11 +229,12 @@ async def run_all_gives_a_list_of_results() -> None:
     assert_type(await loop.run_all(job for job in jobs), list[InvocationResult[int]])
     assert_type(await loop.run_all(Invocation.map(spell, [1])), list[InvocationResult[str]])
     assert_type(await loop.run_all(Invocation.map(spell, slow_numbers())), list[InvocationResult[str]])
-
-
-async def run_all_takes_plain_tuples() -> None:
     assert_type(await loop.run_all([("a", count, ("text",), {"upto": 3})]), list[InvocationResult[int]])
     assert_type(await loop.run_all([("a", count, ["text"], {})]), list[InvocationResult[int]])
+    await loop.run_all(5)  # type: ignore[arg-type]  # has to be refused
+    await loop.run_all(Invocation("a", count))  # type: ignore[arg-type]  # has to be refused
+    await loop.run_all([count("text")])  # type: ignore[arg-type]  # has to be refused
+    await loop.run_all([("a", count)])  # type: ignore[arg-type]  # has to be refused
 
 
 async def run_all_of_different_agents_gives_results_of_either(
@@ -257,14 +246,7 @@ async def run_all_of_different_agents_gives_results_of_either(
     assert_type(results[0].unwrap(), int | str)
 
 
-async def run_all_wants_an_iterable_of_invocations() -> None:
-    await loop.run_all(5)  # type: ignore[arg-type]  # has to be refused
-    await loop.run_all(Invocation("a", count))  # type: ignore[arg-type]  # has to be refused
-    await loop.run_all([count("text")])  # type: ignore[arg-type]  # has to be refused
-    await loop.run_all([("a", count)])  # type: ignore[arg-type]  # has to be refused
-
-
-async def as_completed_gives_results_one_by_one() -> None:
+async def as_completed_gives_results_one_by_one_in_async_with() -> None:
     jobs = [Invocation("a", count, ("text",))]
     async with loop.as_completed(jobs) as results:
         assert_type(results, AsyncIterator[InvocationResult[int]])
@@ -277,9 +259,6 @@ async def as_completed_gives_results_one_by_one() -> None:
 
     async with loop.as_completed([("a", count, ("text",), {})]) as counted:
         assert_type(await anext(counted), InvocationResult[int])
-
-
-async def as_completed_needs_async_with() -> None:
     async for _ in loop.as_completed([Invocation("a", count)]):  # type: ignore[attr-defined]  # has to be refused
         pass
 
@@ -325,15 +304,12 @@ async def run_streaming_gives_what_the_agent_yields() -> None:
     assert_type(stream.result.first_chunk_ms, float | None)
 
 
-async def run_streaming_checks_the_arguments_of_the_agent() -> None:
+async def run_streaming_wants_an_async_generator_function_and_its_arguments() -> None:
     loop.run_streaming("a", streaming, 5)  # type: ignore[arg-type]  # has to be refused
     loop.run_streaming("a", streaming)  # type: ignore[call-arg]  # has to be refused
     loop.run_streaming("a", streaming, "text", 5)  # type: ignore[call-arg]  # has to be refused
     loop.run_streaming("a", returns_stream, 1, up=5)  # type: ignore[call-arg]  # has to be refused
     loop.run_streaming(5, streaming, "text")  # type: ignore[arg-type]  # has to be refused
-
-
-async def run_streaming_wants_an_async_generator_function() -> None:
     loop.run_streaming("a", count, "text")  # type: ignore[arg-type]  # has to be refused
     loop.run_streaming("a", numbers)  # type: ignore[arg-type]  # has to be refused
     loop.run_streaming("a", blocking, "text")  # type: ignore[arg-type]  # has to be refused
@@ -436,15 +412,12 @@ async def result_of_a_subclass_serves_as_one_of_its_base() -> InvocationResult[A
 # --- chunks
 
 
-def chunk_has_typed_parts(chunk: StreamChunk) -> None:
+def chunk_has_typed_parts_that_are_checked(chunk: StreamChunk) -> None:
     assert_type(chunk.event, StreamEvent)
     assert_type(chunk.data, Any)
     assert_type(chunk.timestamp, float)
     assert_type(chunk.is_terminal, bool)
     assert_type(chunk.to_sse(), str)
-
-
-def chunk_is_checked(chunk: StreamChunk) -> None:
     StreamChunk(StreamEvent.TEXT, "a", timestamp=5)
     StreamChunk("text")  # type: ignore[arg-type]  # has to be refused
     StreamChunk(StreamEvent.TEXT, "a", "now")  # type: ignore[arg-type]  # has to be refused
@@ -532,15 +505,14 @@ async def edit_gives_a_draft(store: ContextStore) -> int:
         return len(draft)
 
 
-async def wait_for_gives_what_the_predicate_returns(store: ContextStore) -> None:
+async def wait_for_gives_what_the_predicate_returns_and_watch_values_or_snapshots(
+    store: ContextStore,
+) -> None:
     def length(now: Mapping[str, Any]) -> int:
         return len(now)
 
     assert_type(await store.wait_for(length), int)
     assert_type(await store.wait_for(lambda now: "a" in now), bool)
-
-
-async def watch_gives_values_or_snapshots(store: ContextStore) -> None:
     async with store.watch("a") as values, store.watch("a", "gone") as others:
         assert_type(values, AsyncIterator[Any])
         assert_type(others, AsyncIterator[Any])
@@ -550,7 +522,7 @@ async def watch_gives_values_or_snapshots(store: ContextStore) -> None:
             assert_type(state, dict[str, Any])
 
 
-async def store_checks_its_arguments(store: ContextStore) -> None:
+async def store_checks_its_arguments_and_needs_async_with(store: ContextStore) -> None:
     await store.get(5)  # type: ignore[arg-type]  # has to be refused
     await store.set(5, 1)  # type: ignore[arg-type]  # has to be refused
     await store.update([("a", 1)])  # type: ignore[arg-type]  # has to be refused
@@ -560,9 +532,6 @@ async def store_checks_its_arguments(store: ContextStore) -> None:
     store.edit(timeout_seconds="5")  # type: ignore[arg-type]  # has to be refused
     store.watch(5)  # type: ignore[call-overload]  # has to be refused
     ContextStore([1])  # type: ignore[arg-type]  # has to be refused
-
-
-async def edit_and_watch_need_async_with(store: ContextStore) -> None:
     await store.edit()  # type: ignore[misc]  # has to be refused
     async for _ in store.watch("a"):  # type: ignore[attr-defined]  # has to be refused
         pass
