@@ -137,17 +137,16 @@ KIND_OF_STATUS = {
     **dict.fromkeys([300, 302, 304, 400, 403, 404, 410, 413, 422, 451, 501, 505], PERMANENT),
     **dict.fromkeys([100, 200, 204, 299], TRANSIENT),
 }
+GRPC_TRANSIENT = "UNAVAILABLE DEADLINE_EXCEEDED ABORTED INTERNAL UNKNOWN CANCELLED"
+GRPC_PERMANENT = (
+    "INVALID_ARGUMENT NOT_FOUND ALREADY_EXISTS PERMISSION_DENIED FAILED_PRECONDITION OUT_OF_RANGE "
+    "UNIMPLEMENTED DATA_LOSS"
+)
 KIND_OF_GRPC_STATUS = {
     "RESOURCE_EXHAUSTED": OVERLOAD,
     "UNAUTHENTICATED": FATAL,
-    **dict.fromkeys(
-        ["UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "INTERNAL", "UNKNOWN", "CANCELLED"], TRANSIENT
-    ),
-    **dict.fromkeys(
-        ["INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED", "FAILED_PRECONDITION"],
-        PERMANENT,
-    ),
-    **dict.fromkeys(["OUT_OF_RANGE", "UNIMPLEMENTED", "DATA_LOSS"], PERMANENT),
+    **dict.fromkeys(GRPC_TRANSIENT.split(), TRANSIENT),
+    **dict.fromkeys(GRPC_PERMANENT.split(), PERMANENT),
 }
 
 
@@ -223,14 +222,9 @@ OVERLOAD_NAMES = ["ThrottlingException", "TooManyRequestsException", "RESOURCE_E
 NAMES_WITHOUT_STATUS = {
     **dict.fromkeys(["overloaded_error", "rate_limit_error", "rate_limit_exceeded"], OVERLOAD),
     **dict.fromkeys(["429", "503", "529", 429, 503, 529], OVERLOAD),
-    "invalid_request_error": PERMANENT,
-    "context_length_exceeded": PERMANENT,
-    "not_found_error": PERMANENT,
-    "permission_error": PERMANENT,
-    "request_too_large": PERMANENT,
-    "api_error": TRANSIENT,
-    "unheard_of": TRANSIENT,
-    500: TRANSIENT,
+    **dict.fromkeys(["invalid_request_error", "context_length_exceeded", "not_found_error"], PERMANENT),
+    **dict.fromkeys(["permission_error", "request_too_large"], PERMANENT),
+    **dict.fromkeys(["api_error", "unheard_of", 500], TRANSIENT),
 }
 
 
@@ -327,6 +321,10 @@ def caused_by(cause: BaseException | None, *, error: Exception | None = None, st
     return cause
 
 
+def group_of(*members: Exception) -> Exception:
+    return ExceptionGroup("several", members)
+
+
 def endless(error: Exception) -> Exception:
     """Make an error the cause of its cause."""
     return carrying(error, __cause__=caused_by(error))
@@ -349,64 +347,49 @@ def test_error_without_a_status_is_judged_by_its_causes(cause: Exception) -> Non
     assert classify(caused_by(cause, steps=6)) == Verdict(TRANSIENT)
 
 
-UNAUTHORIZED = HTTPError(status=401)
+UNAUTHORIZED, BUSY = HTTPError(status=401), HTTPError(status=429)
+IN_AZURE = HTTPError(inner_exception=UNAUTHORIZED)
 NO_RETRY = {"x-should-retry": "false"}
+NO_QUOTA = {"code": "insufficient_quota"}
 SEVERAL_NAMES = {"type": "invalid_request_error", "code": "rate_limit_exceeded"}
-OTHERS: list[tuple[str, Exception, Verdict]] = [
-    ("status comes before the type", carrying(TypeError(), status_code=429), Verdict(OVERLOAD)),
-    ("good status leaves the type", carrying(TypeError(), status_code=200), Verdict(PERMANENT)),
-    ("name comes before the type", carrying(TypeError(), body={"type": "api_error"}), Verdict(TRANSIENT)),
-    ("graver name of two", HTTPError(body=SEVERAL_NAMES), Verdict(OVERLOAD)),
-    ("gravest name of three", HTTPError(body={**SEVERAL_NAMES, "status": "invalid_api_key"}), Verdict(FATAL)),
-    (
-        "graver name within",
-        HTTPError(body={"type": "ThrottlingException", "error": {"code": "insufficient_quota"}}),
-        Verdict(FATAL),
-    ),
-    ("no retry", HTTPError(headers=NO_RETRY, body={"type": "overloaded_error"}), Verdict(PERMANENT)),
-    ("no retry, fatal", HTTPError(headers=NO_RETRY, body={"type": "insufficient_quota"}), Verdict(FATAL)),
-    ("wait of a cause", caused_by(with_headers({"Retry-After": "5"})), Verdict(OVERLOAD, 5)),
-    ("own status first", caused_by(UNAUTHORIZED, error=HTTPError(status=500)), Verdict(TRANSIENT)),
-    ("permanent type first", caused_by(HTTPError(status=500), error=TypeError()), Verdict(PERMANENT)),
-    ("cause of a permanent type", caused_by(TypeError()), Verdict(TRANSIENT)),
-    ("cause of any type", caused_by(ValueError()), Verdict(TRANSIENT)),
-    ("cause that is an interrupt", caused_by(KeyboardInterrupt()), Verdict(TRANSIENT)),
-    ("raised while another was handled", carrying(HTTPError(), __context__=UNAUTHORIZED), Verdict(TRANSIENT)),
-    ("causes without an end", endless(HTTPError()), Verdict(TRANSIENT)),
-    (
-        "group that is a cause",
-        caused_by(ExceptionGroup("", [DOWN, ExceptionGroup("", [UNAUTHORIZED]), TypeError()])),
-        Verdict(FATAL),
-    ),
-    (
-        "member with a cause",
-        ExceptionGroup("", [TypeError(), caused_by(HTTPError(status=401))]),
-        Verdict(FATAL),
-    ),
-    ("cause of azure-core", HTTPError(inner_exception=UNAUTHORIZED), Verdict(FATAL)),
-    ("no cause of azure-core", HTTPError(inner_exception="401"), Verdict(TRANSIENT)),
-    (
-        "cause before that of azure-core",
-        caused_by(HTTPError(status=429), error=HTTPError(inner_exception=UNAUTHORIZED)),
-        Verdict(OVERLOAD),
-    ),
-    ("last attempt of tenacity", attempt(), Verdict(FATAL)),
-    ("cause with a last attempt", caused_by(attempt(raised=HTTPError(status=429))), Verdict(OVERLOAD)),
-    ("attempt that runs", attempt(done=False), Verdict(TRANSIENT)),
-    ("attempt that runs in its way", attempt(done=1), Verdict(TRANSIENT)),
-    ("attempt that raised a text", attempt(raised="401"), Verdict(TRANSIENT)),
-    ("attempt that raised nothing", attempt(raised=None), Verdict(TRANSIENT)),
-    ("no attempt", HTTPError(last_attempt=5), Verdict(TRANSIENT)),
-    ("broken attempt", HTTPError(last_attempt=Broken()), Verdict(TRANSIENT)),
-    ("cause before a last attempt", caused_by(ValueError(), error=attempt()), Verdict(TRANSIENT)),
+OTHERS: list[tuple[str, Exception, VerdictKind]] = [
+    ("status comes before the type", carrying(TypeError(), status_code=429), OVERLOAD),
+    ("good status leaves the type", carrying(TypeError(), status_code=200), PERMANENT),
+    ("name comes before the type", carrying(TypeError(), body={"type": "api_error"}), TRANSIENT),
+    ("graver name of two", HTTPError(body=SEVERAL_NAMES), OVERLOAD),
+    ("gravest name of three", HTTPError(body={**SEVERAL_NAMES, "status": "invalid_api_key"}), FATAL),
+    ("graver name within", HTTPError(body={"type": "ThrottlingException", "error": NO_QUOTA}), FATAL),
+    ("no retry", HTTPError(headers=NO_RETRY, body={"type": "overloaded_error"}), PERMANENT),
+    ("no retry, fatal", HTTPError(headers=NO_RETRY, body={"type": "insufficient_quota"}), FATAL),
+    ("own status first", caused_by(UNAUTHORIZED, error=HTTPError(status=500)), TRANSIENT),
+    ("permanent type first", caused_by(HTTPError(status=500), error=TypeError()), PERMANENT),
+    ("cause of a permanent type", caused_by(TypeError()), TRANSIENT),
+    ("cause of any type", caused_by(ValueError()), TRANSIENT),
+    ("cause that is an interrupt", caused_by(KeyboardInterrupt()), TRANSIENT),
+    ("raised while another was handled", carrying(HTTPError(), __context__=UNAUTHORIZED), TRANSIENT),
+    ("causes without an end", endless(HTTPError()), TRANSIENT),
+    ("group that is a cause", caused_by(group_of(DOWN, group_of(UNAUTHORIZED), TypeError())), FATAL),
+    ("member with a cause", group_of(TypeError(), caused_by(UNAUTHORIZED)), FATAL),
+    ("cause of azure-core", HTTPError(inner_exception=UNAUTHORIZED), FATAL),
+    ("no cause of azure-core", HTTPError(inner_exception="401"), TRANSIENT),
+    ("cause before that of azure-core", caused_by(BUSY, error=IN_AZURE), OVERLOAD),
+    ("last attempt of tenacity", attempt(), FATAL),
+    ("cause with a last attempt", caused_by(attempt(raised=HTTPError(status=429))), OVERLOAD),
+    ("attempt that runs", attempt(done=False), TRANSIENT),
+    ("attempt that runs in its way", attempt(done=1), TRANSIENT),
+    ("attempt that raised a text", attempt(raised="401"), TRANSIENT),
+    ("attempt that raised nothing", attempt(raised=None), TRANSIENT),
+    ("no attempt", HTTPError(last_attempt=5), TRANSIENT),
+    ("broken attempt", HTTPError(last_attempt=Broken()), TRANSIENT),
+    ("cause before a last attempt", caused_by(ValueError(), error=attempt()), TRANSIENT),
 ]
 
 
 @pytest.mark.parametrize(
-    ("error", "verdict"), [row[1:] for row in OTHERS], ids=[row[0].replace(" ", "_") for row in OTHERS]
+    ("error", "kind"), [row[1:] for row in OTHERS], ids=[row[0].replace(" ", "_") for row in OTHERS]
 )
-def test_what_is_said_first_and_gravest_decides(error: Exception, verdict: Verdict) -> None:
-    assert classify(error) == verdict
+def test_what_is_said_first_and_gravest_decides(error: Exception, kind: VerdictKind) -> None:
+    assert classify(error) == Verdict(kind)
 
 
 # --- the errors of the library
@@ -437,6 +420,7 @@ def stopped(cause: BaseException | None) -> Exception:
         (JournaledError("ConnectionError: gone"), Verdict(PERMANENT)),
         (LeftOpenError("agent"), Verdict(PERMANENT)),
         (caused_by(LoopClosed()), Verdict(PERMANENT)),
+        (caused_by(with_headers({"Retry-After": "5"})), Verdict(OVERLOAD, 5)),
         (Queued(), Verdict(TRANSIENT, 7.5)),
         (Queued(None), Verdict(TRANSIENT)),
         (Queued(-1), Verdict(TRANSIENT)),
@@ -450,15 +434,15 @@ def stopped(cause: BaseException | None) -> Exception:
         (stopped(TypeError()), Verdict(PERMANENT)),
         (stopped(stopped(with_headers({"Retry-After": "5"}))), Verdict(OVERLOAD, 5)),
         (stopped(stopped(None)), Verdict(PERMANENT)),
-        (stopped(ExceptionGroup("", [ValueError(), HTTPError(status=401)])), Verdict(FATAL)),
+        (stopped(group_of(ValueError(), HTTPError(status=401))), Verdict(FATAL)),
         (caused_by(stopped(HTTPError(status=401))), Verdict(FATAL)),
-        (ExceptionGroup("", [stopped(DOWN), stopped(DOWN)]), Verdict(TRANSIENT)),
+        (group_of(stopped(DOWN), stopped(DOWN)), Verdict(TRANSIENT)),
         (not_async("give an async function"), Verdict(FATAL)),
         (endless(BatchStopped("why")), Verdict(TRANSIENT)),
     ],
-    ids=range(27),
+    ids=range(28),
 )
-def test_own_error_says_what_it_means(error: Exception, verdict: Verdict) -> None:
+def test_own_error_says_what_it_means_and_so_does_its_cause(error: Exception, verdict: Verdict) -> None:
     assert classify(error) == verdict
 
 
@@ -545,7 +529,7 @@ def test_attribute_that_raises_whatever_it_likes_is_not_there(name: str, raised:
     assert classify(hostile()) == Verdict(TRANSIENT)
     assert classify(with_status()) == Verdict(TRANSIENT if name == "status" else OVERLOAD)
     assert classify(HTTPError(status=429, response=hostile())) == Verdict(OVERLOAD)
-    assert classify(ExceptionGroup("", [hostile(), HTTPError(status=404)])) == Verdict(PERMANENT)
+    assert classify(group_of(hostile(), HTTPError(status=404))) == Verdict(PERMANENT)
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
@@ -865,23 +849,17 @@ def test_group_is_judged_by_its_gravest_member() -> None:
 
 
 def test_group_waits_as_long_as_the_most_patient_member_asks() -> None:
-    group = ExceptionGroup(
-        "several",
-        [
-            with_headers({"Retry-After": "3"}),
-            ExceptionGroup("inner", [with_headers({"Retry-After": "9"}, 503), TimeoutError()]),
-            HTTPError(status=429),
-        ],
-    )
+    inner = group_of(with_headers({"Retry-After": "9"}, 503), TimeoutError())
+    group = group_of(with_headers({"Retry-After": "3"}), inner, HTTPError(status=429))
     assert classify(group) == Verdict(OVERLOAD, 9)
 
 
 def test_group_as_deep_as_memory_allows_counts_as_what_is_in_it() -> None:
     error: Exception = TypeError()
     for _ in range(20_000):
-        error = ExceptionGroup("deeper", [error])
+        error = group_of(error)
 
-    assert classify(ExceptionGroup("outer", [TimeoutError(), error])) == Verdict(PERMANENT)
+    assert classify(group_of(TimeoutError(), error)) == Verdict(PERMANENT)
 
 
 class Counted(Exception):
@@ -900,7 +878,7 @@ def test_error_that_is_in_many_groups_is_judged_once() -> None:
     asked: list[int] = []
     error: Exception = Counted(404, asked)
     for _ in range(100):
-        error = ExceptionGroup("twice", [error, error])
+        error = group_of(error, error)
 
     assert classify(error) == Verdict(PERMANENT)
     assert len(asked) == 1
@@ -917,8 +895,8 @@ def test_group_that_pretends_to_have_no_end_is_judged_by_what_it_was_made_of() -
 
 def test_group_without_an_end_in_sight_is_judged_by_ten_thousand_of_its_members() -> None:
     members = [ValueError() for _ in range(10_001)]
-    assert classify(ExceptionGroup("many", [TypeError(), *members])) == Verdict(TRANSIENT)
-    assert classify(ExceptionGroup("many", [*members, TypeError()])) == Verdict(PERMANENT)
+    assert classify(group_of(TypeError(), *members)) == Verdict(TRANSIENT)
+    assert classify(group_of(*members, TypeError())) == Verdict(PERMANENT)
 
 
 # --- hostile objects
@@ -981,20 +959,14 @@ plain_answers = st.sampled_from(
         *(asyncio.CancelledError(), {}, []),
     ]
 )
-hostile_objects = st.recursive(
-    plain_answers,
-    lambda inner: st.builds(
-        lambda kind, answers: kind(answers),
-        st.sampled_from([Hostile, HostileMapping]),
-        st.lists(inner, min_size=1, max_size=3),
-    ),
-    max_leaves=6,
-)
-hostile_errors = st.builds(
-    lambda kind, answers: kind(answers),
-    st.sampled_from([Hostile, HostileMapping]),
-    st.lists(hostile_objects, min_size=1, max_size=3),
-)
+
+
+def hostile_of(answers: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    kinds = st.sampled_from([Hostile, HostileMapping])
+    return st.builds(lambda kind, given: kind(given), kinds, st.lists(answers, min_size=1, max_size=3))
+
+
+hostile_errors = hostile_of(st.recursive(plain_answers, hostile_of, max_leaves=6))
 # Three sources of headers and eight of bodies, at most 1,000 items of each; details are in all bodies.
 MOST_ASKED = 20_000
 
@@ -1011,16 +983,16 @@ def test_hostile_error_or_cause_is_asked_a_bounded_number_of_times(error: Except
 
 def test_causes_that_members_of_a_group_share_are_judged_once() -> None:
     asked: list[int] = []
-    cause = ExceptionGroup("", [Counted(None, asked) for _ in range(100)])
-    assert classify(ExceptionGroup("", [caused_by(cause) for _ in range(100)])) == Verdict(TRANSIENT)
-    assert classify(ExceptionGroup("", [stopped(cause) for _ in range(100)])) == Verdict(TRANSIENT)
+    cause = group_of(*(Counted(None, asked) for _ in range(100)))
+    assert classify(group_of(*(caused_by(cause) for _ in range(100)))) == Verdict(TRANSIENT)
+    assert classify(group_of(*(stopped(cause) for _ in range(100)))) == Verdict(TRANSIENT)
     assert len(asked) == 200
 
 
 def test_number_of_errors_that_are_looked_at_includes_causes() -> None:
     several = [caused_by(ValueError()) for _ in range(5_000)]
-    assert classify(ExceptionGroup("", [HTTPError(status=401), *several])) == Verdict(TRANSIENT)
-    assert classify(ExceptionGroup("", [HTTPError(status=401), *several[1:]])) == Verdict(FATAL)
+    assert classify(group_of(HTTPError(status=401), *several)) == Verdict(TRANSIENT)
+    assert classify(group_of(HTTPError(status=401), *several[1:])) == Verdict(FATAL)
 
 
 def test_judging_adds_nothing_to_a_mapping_that_makes_its_items() -> None:
