@@ -111,44 +111,29 @@ def expected_ways(agent: str, backend: str, installed: set[str]) -> list[str]:
 @pytest.mark.parametrize(
     ("script", "backend", "arguments", "names"),
     [
-        (
-            "limiter",
-            "trio",
-            ["--calls", "50", "--rounds", "1"],
-            ["anyio.CapacityLimiter", "Limiter with room"],
-        ),
-        (
-            "scale",
-            "asyncio",
-            ["--inputs", "1000", "--waiting", "50"],
-            ["1000", "run_all", "gather, semaphore, timeout"],
-        ),
-        (
-            "streaming",
-            "trio",
-            ["--chunks", "50", "--rounds", "1"],
-            ["direct", "agentloop", "stream_all of 10"],
-        ),
-        ("store", "asyncio", ["--repeats", "1"], ["20", "2000", "20000"]),
+        ("limiter", "trio", "--calls 50 --rounds 1", ["anyio.CapacityLimiter", "Limiter with room"]),
+        ("scale", "asyncio", "--inputs 1000 --waiting 50", ["1000", "run_all", "gather, semaphore, timeout"]),
+        ("streaming", "trio", "--chunks 50 --rounds 1", ["direct", "agentloop", "stream_all of 10"]),
+        ("store", "asyncio", "--repeats 1", ["20", "2000", "20000"]),
         (
             "journal",
             "trio",
-            ["--rate", "500", "--seconds", "0.1", "--rounds", "1", "--entries", "200"],
+            "--rate 500 --seconds 0.1 --rounds 1 --entries 200",
             ["with a journal", "without", "written", "replayed", "file"],
         ),
         (
             "workers",
             "trio",
-            ["--calls", "50", "--kills", "1", "--rounds", "1"],
+            "--calls 50 --kills 1 --rounds 1",
             ["computing, one process", "computing, 2 processes", "waiting, 1 kills", "started and ended"],
         ),
-        ("observability", "trio", ["--inputs", "50", "--rounds", "1"], ["metrics off", "... and a timeline"]),
+        ("observability", "trio", "--inputs 50 --rounds 1", ["metrics off", "... and a timeline"]),
     ],
 )
 def test_each_benchmark_prints_its_figures(
-    script: str, backend: str, arguments: list[str], names: list[str]
+    script: str, backend: str, arguments: str, names: list[str]
 ) -> None:
-    out = output(str(BENCHMARKS / f"{script}.py"), "--backend", backend, *arguments)
+    out = output(str(BENCHMARKS / f"{script}.py"), "--backend", backend, *arguments.split())
     for name in names:
         rows = re.findall(rf"^ *{re.escape(name)}  +(\d.*)$", out, re.MULTILINE)
         assert rows, name

@@ -202,16 +202,13 @@ def test_name_of_the_contract_is_public(name: str) -> None:
 
 
 @every_public_name
-def test_public_name_says_that_it_lives_in_the_package(name: str) -> None:
+def test_public_name_says_that_it_lives_in_the_package_and_what_it_is(name: str) -> None:
     public = getattr(agentloop, name)
     assert public.__module__ == "agentloop"
     assert public.__name__ == public.__qualname__ == name
-
-
-@every_public_name
-def test_public_name_has_a_docstring(name: str) -> None:
-    public = getattr(agentloop, name)
     assert vars(public).get("__doc__") or (not inspect.isclass(public) and public.__doc__)
+    # Its annotations can be read at run time.
+    typing.get_type_hints(public)
 
 
 def public_members() -> Iterator[tuple[str, Any]]:
@@ -227,8 +224,3 @@ def public_members() -> Iterator[tuple[str, Any]]:
 @pytest.mark.parametrize(("name", "member"), [pytest.param(*pair, id=pair[0]) for pair in public_members()])
 def test_public_method_has_a_docstring(name: str, member: Any) -> None:
     assert member.__doc__
-
-
-@every_public_name
-def test_annotations_of_a_public_name_can_be_read_at_run_time(name: str) -> None:
-    typing.get_type_hints(getattr(agentloop, name))

@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import attrs
 import pytest
-from agents import nothing, run_stream
+from agents import agent_for, into, nothing, run_stream
 from trouble import ONCE, Starts, fail, overload, passed, refuse, watched
 
 from agentloop import (
@@ -301,6 +301,11 @@ async def test_final_failures_stay_final_in_an_outage_and_those_not_worth_a_retr
 # -- patience
 
 
+def patient(limit: int, **changes: Any) -> AgentLoop:
+    """Make a loop with patience whose agents may take as long as they like."""
+    return AgentLoop(attrs.evolve(PATIENT, timeout_seconds=None, **changes), limiter=Limiter(limit))
+
+
 def notes(result: InvocationResult[Any]) -> str:
     return " ".join(getattr(result.exception, "__notes__", ()))
 
@@ -393,28 +398,23 @@ async def test_success_ends_it(how: str) -> None:
 
 
 async def test_two_batches_are_each_as_patient_as_their_configuration() -> None:
-    limiter = Limiter(8)
-    took: dict[float, float] = {}
-
-    async def run(patience: float) -> None:
-        loop = AgentLoop(LoopConfig(overload_timeout_seconds=patience), limiter=limiter)
-        took[patience], results = await run_batch(loop, refuse)
-        assert isinstance(results[-1].exception, BatchStopped)
-
+    limiter, outcomes = Limiter(8), list[Any]()
     async with anyio.create_task_group() as group:
-        for patience in (100.0, 1000.0):
-            group.start_soon(run, patience)
+        for patience in (100, 1000):
+            loop = AgentLoop(LoopConfig(overload_timeout_seconds=patience), limiter=limiter)
+            group.start_soon(into, outcomes, run_batch, loop, refuse)
 
-    assert 100 <= took[100.0] <= 200
-    assert 1000 <= took[1000.0] <= 2000
+    for patience, (seconds, results) in zip((100, 1000), outcomes, strict=True):
+        assert patience <= seconds <= 2 * patience
+        assert isinstance(results[-1].exception, BatchStopped)
 
 
 async def test_patience_without_end_waits_for_ever() -> None:
     async def comes_back() -> None:
-        if anyio.current_time() < back_at:
+        if passed(begin) < 3e4:
             await refuse()
 
-    back_at = anyio.current_time() + 3e4
+    begin = anyio.current_time()
     loop = AgentLoop(LoopConfig(overload_timeout_seconds=None), limiter=Limiter(8))
     seconds, results = await run_batch(loop, comes_back)
     assert all(result.success for result in results)
@@ -466,44 +466,25 @@ async def test_patience_begins_anew_after_a_break_of_a_minute_and_not_after_a_sh
 
 
 async def test_twenty_agents_that_take_longer_than_the_patience_are_not_stopped_by_one_rejection() -> None:
-    calls = 0
-
-    async def agent() -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            await overload()
-
-        await anyio.sleep(9 * PATIENCE)
-
-    loop = AgentLoop(attrs.evolve(PATIENT, timeout_seconds=None), limiter=Limiter(20))
-    seconds, results = await run_batch(loop, agent, 20)
+    slow = Reply(after_seconds=9 * PATIENCE)
+    seconds, results = await run_batch(patient(20), FakeAgent(*[slow] * 4, FakeHTTPError(429), slow), 20)
     assert all(result.success for result in results)
     assert seconds <= 2 * 9 * PATIENCE
 
 
-@pytest.mark.parametrize("ends_by", ["success", "failure"])
-async def test_call_that_may_still_succeed_puts_the_stop_off(ends_by: str) -> None:
-    async def slow() -> None:
-        await anyio.sleep(5 * PATIENCE)
-        if ends_by == "failure":
-            raise LookupError
-
-    loop = AgentLoop(attrs.evolve(PATIENT, timeout_seconds=None, max_retries=1), limiter=Limiter(8))
-    begin = anyio.current_time()
-
-    def is_over() -> bool:
-        return anyio.current_time() - begin > 5.5 * PATIENCE
+@pytest.mark.parametrize("slow", [Reply(after_seconds=500), Fail(LookupError, after_seconds=500)])
+async def test_call_that_may_still_succeed_puts_the_stop_off(slow: Reply | Fail) -> None:
+    loop, begin = patient(8, max_retries=1), anyio.current_time()
 
     async def comes_back() -> None:
-        if not is_over():
+        if passed(begin) <= 5.5 * PATIENCE:
             await overload()
 
-    jobs = [Invocation("slow", slow), *[Invocation("a", comes_back)] * 300]
+    jobs = [Invocation("slow", FakeAgent(slow)), *[Invocation("a", comes_back)] * 300]
     results = await loop.run_all(jobs)
     skipped = [result.status for result in results].count(Status.SKIPPED)
-    assert (skipped == 0) == (ends_by == "success")
-    if ends_by == "failure":
+    assert (skipped == 0) == isinstance(slow, Reply)
+    if skipped:
         assert 5 * PATIENCE <= passed(begin) <= 6 * PATIENCE
 
 
@@ -520,13 +501,9 @@ async def call_all(loop: AgentLoop, agent: Callable[..., Any]) -> None:
 
 
 async def call_stream(loop: AgentLoop, agent: Callable[..., Any]) -> None:
-    async def write() -> AsyncIterator[int]:
-        await agent()
-        yield 1
-
-    async with loop.run_streaming("inner", write) as stream:
-        async for _ in stream:
-            pass
+    _, error, _ = await run_stream(loop, agent_for("run_streaming", agent))
+    if error is not None:
+        raise error
 
 
 async def call_and_hide(loop: AgentLoop, agent: Callable[..., Any]) -> None:
@@ -540,7 +517,7 @@ async def call_and_hide(loop: AgentLoop, agent: Callable[..., Any]) -> None:
 async def test_outer_agents_that_wait_for_a_dead_provider_do_not_put_the_stop_off(
     call: Callable[..., Any], limit: int
 ) -> None:
-    loop = AgentLoop(attrs.evolve(PATIENT, timeout_seconds=None), limiter=Limiter(limit))
+    loop = patient(limit)
     seconds, results = await run_batch(loop, call, 30, loop, refuse)
     assert PATIENCE <= seconds <= 2 * PATIENCE
     assert isinstance(results[-1].exception, BatchStopped)
@@ -551,7 +528,7 @@ async def test_outer_agents_that_wait_for_a_dead_provider_do_not_put_the_stop_of
 async def test_outer_agents_of_another_limiter_stop_once_that_has_lost_patience_too(
     call: Callable[..., Any], limit: int
 ) -> None:
-    outer = AgentLoop(attrs.evolve(PATIENT, timeout_seconds=None), limiter=Limiter(limit))
+    outer = patient(limit)
     inner = AgentLoop(PATIENT, limiter=Limiter(limit))
     seconds, results = await run_batch(outer, call, 100, inner, refuse)
     # From when the inner one has none, each call is one attempt, half a minute after the one before.
@@ -575,7 +552,7 @@ async def test_background_calls_of_agents_that_have_ended_do_not_put_the_stop_of
 
 @pytest.mark.parametrize("shared", [True, False], ids=["same limiter", "another limiter"])
 async def test_nested_work_that_may_still_succeed_puts_the_stop_off(shared: bool) -> None:
-    loop = AgentLoop(attrs.evolve(PATIENT, timeout_seconds=None), limiter=Limiter(20))
+    loop = patient(20)
     inner = loop if shared else AgentLoop(loop.config, limiter=Limiter(20))
     slow = FakeAgent(Reply(after_seconds=5 * PATIENCE))
     jobs = [
@@ -590,7 +567,7 @@ async def test_nested_work_that_may_still_succeed_puts_the_stop_off(shared: bool
 
 @pytest.mark.parametrize("before", ["nested work", "background calls"])
 async def test_agent_at_work_puts_the_stop_off_whatever_was_nested_before(before: str) -> None:
-    loop = AgentLoop(attrs.evolve(PATIENT, timeout_seconds=None), limiter=Limiter(20))
+    loop = patient(20)
     seldom = Backoff(initial_seconds=3 * PATIENCE, max_seconds=3 * PATIENCE, jitter="none")
     background = AgentLoop(LoopConfig(backoff=seldom, overload_timeout_seconds=None), limiter=loop.limiter)
 
