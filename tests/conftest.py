@@ -1,7 +1,5 @@
 """Both backends on virtual clocks, and nothing left behind after any test."""
 
-from __future__ import annotations
-
 import gc
 import inspect
 from collections.abc import AsyncIterator, Iterator

@@ -1,7 +1,5 @@
 """A limiter that is in use in the event loop of another thread."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The benchmarks: that each of them runs, on both backends, and that none is won by leaving work undone."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """The chunks of an agent server: what they hold, and what a client reads out of their server-sent events."""
 
-from __future__ import annotations
-
 import json
 import math
 import pickle

@@ -1,7 +1,5 @@
 """Mistakes that are easy to make, and the errors that say what to write instead."""
 
-from __future__ import annotations
-
 import inspect
 import random
 import re

@@ -1,7 +1,5 @@
 """How large the parts of the package may be, who writes what, and how many of them an invocation passes."""
 
-from __future__ import annotations
-
 import ast
 import functools
 from collections.abc import Iterable, Iterator

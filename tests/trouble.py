@@ -1,7 +1,5 @@
 """Providers in trouble: how their calls fail, and what a limiter makes of that."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What real clients raise over real sockets, and what is made of it. Missing clients are skipped."""
 
-from __future__ import annotations
-
 import json
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence

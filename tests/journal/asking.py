@@ -1,7 +1,5 @@
 """An agent that knows how often it was called, and batches of it."""
 
-from __future__ import annotations
-
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """``python -m agentloop.journal``."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The file of a journal: who may use it, and what happens when it is damaged, full or of another version."""
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import os

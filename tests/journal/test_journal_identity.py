@@ -1,7 +1,5 @@
 """What a journal knows an input by, and how outputs are written."""
 
-from __future__ import annotations
-
 import asyncio
 import enum
 import json

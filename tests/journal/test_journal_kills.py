@@ -4,8 +4,6 @@ A batch that is killed at random moments, again and again, until it comes to its
 ``AGENTLOOP_KILLS`` says how many kills there are in all, at least.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import signal

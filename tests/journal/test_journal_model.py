@@ -4,8 +4,6 @@ Random histories of a journal beside a model of it: a multiset of what is done.
 ``AGENTLOOP_HISTORIES`` says how many.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

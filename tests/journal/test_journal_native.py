@@ -1,7 +1,5 @@
 """A journal on asyncio whose tasks are cancelled natively, by ``Task.cancel()``, while the disk is slow."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import sqlite3

@@ -1,7 +1,5 @@
 """Batches with a journal: what is replayed, what runs, and when a result is delivered."""
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import gc

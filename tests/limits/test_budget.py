@@ -1,7 +1,5 @@
 """Budgets: what may be spent once, who waits for what may come back, and what happens when it is spent."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 import pickle

@@ -1,7 +1,5 @@
 """Random programs on one budget, see ``budgets``."""
 
-from __future__ import annotations
-
 from random import Random
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """The cool-off: a Retry-After holds back all calls of a limiter but one at a time, which tries the server."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

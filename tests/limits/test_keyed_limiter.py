@@ -1,7 +1,5 @@
 """KeyedLimiter: a limiter for each key, made when it is needed and forgotten when it is not."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterator

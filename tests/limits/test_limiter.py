@@ -1,7 +1,5 @@
 """Limiter: one limit for everything that shares it, in one event loop after the other."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

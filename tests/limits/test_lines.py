@@ -1,7 +1,5 @@
 """Bounded lines: how many may wait for a slot, and for how long."""
 
-from __future__ import annotations
-
 import asyncio
 import pickle
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable

@@ -1,7 +1,5 @@
 """Outages: failures in a row that speak of the provider are an overload, and patience with it has an end."""
 
-from __future__ import annotations
-
 import math
 import socket
 from collections.abc import AsyncIterator, Callable

@@ -1,7 +1,5 @@
 """Overload control: one cut for a burst, deeper cuts while nothing is taken, and growth to be earned."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable

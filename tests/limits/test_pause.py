@@ -1,7 +1,5 @@
 """A limiter that is paused: nothing new starts, and what runs goes on."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a limiter learns of a provider, against an account of its own: random calls, without an event loop."""
 
-from __future__ import annotations
-
 import math
 import random
 

@@ -1,7 +1,5 @@
 """Whole batches on simulated providers in trouble: what they lose, how long they take, what they cost."""
 
-from __future__ import annotations
-
 import math
 import random
 import socket

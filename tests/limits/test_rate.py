@@ -1,7 +1,5 @@
 """Rates: what may start in a time, to the moment, first come, first served."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import math

@@ -1,7 +1,5 @@
 """The retry budget: how many retries there may be for each success."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

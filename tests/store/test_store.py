@@ -1,7 +1,5 @@
 """ContextStore: each operation happens whole or not at all, and nobody can change what another one sees."""
 
-from __future__ import annotations
-
 import asyncio
 import contextvars
 import copy

@@ -1,7 +1,5 @@
 """ContextStore against a plain dict, against every interleaving we can afford, and cancelled everywhere."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Awaitable, Callable

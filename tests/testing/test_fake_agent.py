@@ -1,7 +1,5 @@
 """The agent for tests: it plays its script, records its calls, and leaves nothing behind."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import os
