@@ -128,9 +128,7 @@ def expected_ways(agent: str, backend: str, installed: set[str]) -> list[str]:
         ("observability", "trio", "--inputs 50 --rounds 1", ["metrics off", "... and a timeline"]),
     ],
 )
-def test_each_benchmark_prints_its_figures(
-    script: str, backend: str, arguments: str, names: list[str]
-) -> None:
+def test_each_benchmark_prints_figures(script: str, backend: str, arguments: str, names: list[str]) -> None:
     out = output(str(BENCHMARKS / f"{script}.py"), "--backend", backend, *arguments.split())
     for name in names:
         rows = re.findall(rf"^ *{re.escape(name)}  +(\d.*)$", out, re.MULTILINE)

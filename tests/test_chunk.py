@@ -213,9 +213,7 @@ def abyss() -> list[Any]:
     ],
     ids=["bytes", "set", "key", "exception", "nan", "inf", "circle", "abyss"],
 )
-def test_data_that_is_no_json_is_refused_with_the_name_of_the_event(
-    data: Any, kind: str, reason: str
-) -> None:
+def test_data_that_is_no_json_is_refused_and_its_event_named(data: Any, kind: str, reason: str) -> None:
     chunk = StreamChunk(StreamEvent.TOOL_RESULT, data)
     expected = (
         f"^data of a tool_result chunk must be a str or JSON data .*, got a {kind} .*{reason}.*: make it text"

@@ -92,9 +92,7 @@ REFUSED: list[tuple[list[str], list[Any], type[Exception], str]] = [
         for value in values
     ],
 )
-def test_bad_value_is_refused_with_the_rule(
-    field: str, value: Any, error: type[Exception], rule: str
-) -> None:
+def test_bad_value_is_refused_with_a_rule(field: str, value: Any, error: type[Exception], rule: str) -> None:
     with pytest.raises(error, match=f"^{field} must be {re.escape(rule.format(value))}$") as caught:
         LoopConfig(**{field: value})
 

@@ -251,9 +251,7 @@ def test_unwrapping_a_success_returns_its_output(output: object) -> None:
 @pytest.mark.parametrize(
     "exception", [Boom("boom"), asyncio.CancelledError(), InvocationTimeout(1)], ids=repr
 )
-def test_unwrapping_a_failure_raises_the_very_object_each_time(
-    status: Status, exception: BaseException
-) -> None:
+def test_unwrapping_a_failure_raises_the_very_object(status: Status, exception: BaseException) -> None:
     result = failed(exception, status)
     for _ in range(3):
         with pytest.raises(type(exception)) as caught:

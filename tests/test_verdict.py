@@ -605,9 +605,7 @@ def test_headers_that_make_no_sense_are_no_headers(headers: Any) -> None:
     [({"Retry-After": "5"}, 5), (None, 7), ({}, 7), ({"Date": "today"}, 7), (Broken(), 7), (5, 7)],
     ids=named,
 )
-def test_headers_of_the_error_are_read_where_the_response_has_no_retry_after(
-    headers: Any, seconds: int
-) -> None:
+def test_headers_of_the_error_are_read_after_those_of_the_response(headers: Any, seconds: int) -> None:
     response = SimpleNamespace(headers=headers)
     error = HTTPError(status=429, headers={"Retry-After": "7"}, response=response)
     assert classify(error).retry_after == seconds
@@ -776,7 +774,7 @@ def test_reset_of_a_limit_that_is_not_used_up_is_not_waited_for(remaining: str) 
     ("first", "seconds"),
     [({}, 5), *(({"retry-after": text}, number) for text, number in [("7", 7), ("0", None), ("soon", None)])],
 )
-def test_longest_reset_is_waited_for_if_there_is_no_retry_after(
+def test_longest_reset_is_waited_for_without_a_retry_after(
     first: dict[str, str], seconds: float | None
 ) -> None:
     resets = {"x-ratelimit-reset-a": "1s", "X-RateLimit-Reset-B": "5s", "x-ratelimit-reset-c": "3s"}

@@ -22,7 +22,7 @@ async def fill(path: Path, **settings: Any) -> None:
     await night(path, inputs, make_loop(), **settings)
 
 
-async def test_show_prints_runs_counts_latencies_and_the_last_errors(
+async def test_show_prints_runs_counts_latencies_and_errors(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     await fill(path, version={"model": "x"})
@@ -52,7 +52,7 @@ async def test_show_of_an_empty_journal_says_so(path: Path, capsys: pytest.Captu
     assert (runs, results) == ("1 runs", "0 results")
 
 
-async def test_export_writes_a_line_of_json_for_each_result(
+async def test_export_writes_a_line_of_json_each(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     await fill(path)
@@ -93,7 +93,7 @@ async def test_check_finds_damage(path: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("command", ["show", "export", "check"])
-def test_missing_or_foreign_file_is_one_clear_line(
+def test_missing_or_foreign_file_is_one_line(
     command: str, path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def line() -> str:
@@ -109,9 +109,7 @@ def test_missing_or_foreign_file_is_one_clear_line(
     assert sorted(name.name for name in path.parent.iterdir()) == ["night.db"]
 
 
-async def test_damage_that_stops_a_command_is_one_line(
-    path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_damage_that_ends_a_command_is_one_line(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     await fill(path)
     execute(path, "DROP TABLE runs")
     assert main(["show", str(path)]) == 1

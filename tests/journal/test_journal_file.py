@@ -192,9 +192,7 @@ def test_journal_is_refused_after_a_fork(path: Path) -> None:
     assert done.stdout == "this journal was opened by another process: open one after the fork\n1\n"
 
 
-async def test_journal_that_was_opened_by_another_process_is_refused(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_journal_of_another_process_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with Journal(path) as journal:
         monkeypatch.setattr(os, "getpid", lambda: 1)
         with pytest.raises(RuntimeError, match=r"^this journal was opened by another process"):
@@ -223,9 +221,7 @@ async def test_journal_that_was_opened_by_another_process_is_refused(
         ({"versoin": 1}, TypeError, "did you mean version?"),
     ],
 )
-def test_bad_setting_is_refused_with_the_rule(
-    settings: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_bad_setting_is_refused(settings: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error) as caught:
         Journal("night.db", **settings)
 
@@ -355,9 +351,7 @@ def put_garbage_into(path: Path) -> None:
 
 
 @both_verbs
-async def test_garbage_in_the_middle_ends_the_batch_with_an_error_that_says_what_to_do(
-    verb: str, path: Path
-) -> None:
+async def test_garbage_in_the_middle_ends_the_batch_and_says_what_to_do(verb: str, path: Path) -> None:
     await fill(path, range(500), durable=False)
     put_garbage_into(path)
     asker = Asker()
@@ -422,9 +416,7 @@ async def test_missing_directory_and_a_lock_that_is_no_file_are_errors(path: Pat
         await fill(path, "a")
 
 
-async def test_lock_that_fails_is_not_taken_for_one_in_use(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_lock_that_fails_is_not_one_in_use(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(sqlite3.Connection):
         def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
             if sql == "BEGIN EXCLUSIVE":
@@ -610,9 +602,7 @@ async def test_commit_that_fails_writes_none_of_its_rows(path: Path) -> None:
         assert len(rows(path)) == 2
 
 
-async def test_file_that_others_keep_locked_ends_the_batch(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_file_that_others_lock_ends_the_batch(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def connect(path: str, mode: str = "ro", timeout: float = 0) -> sqlite3.Connection:
         address = f"{Path(path).as_uri()}?mode={mode}"
         settings: Any = {"uri": True, "isolation_level": None, "check_same_thread": False}

@@ -225,9 +225,7 @@ async def test_two_functions_of_one_name_are_refused_without_keys(path: Path) ->
             await loop.run_all(Invocation.map(lambda x: tell(x), [1]), journal=journal)
 
 
-async def test_agent_that_may_have_been_renamed_is_warned_of_once(
-    path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_agent_that_may_be_renamed_is_warned_of(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     loop = AgentLoop()
 
     async def run(*agents: Any) -> list[str]:
@@ -365,9 +363,7 @@ async def test_later_output_that_cannot_be_written_is_an_error_of_its_input(path
 
 
 @pytest.mark.parametrize("raised", [ValueError("boom"), asyncio.CancelledError()], ids=["error", "cancelled"])
-async def test_decoder_that_does_not_fit_is_found_at_the_first_output(
-    raised: BaseException, path: Path
-) -> None:
+async def test_decoder_that_does_not_fit_is_found_at_once(raised: BaseException, path: Path) -> None:
     def fail(data: Any) -> Any:
         raise raised
 

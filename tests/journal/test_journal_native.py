@@ -99,9 +99,7 @@ async def test_slow_disk_stops_new_starts(verb: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 2500], ids=["few", "more than fit into a commit"])
-async def test_batch_that_is_cancelled_twice_leaves_its_results_to_the_end_of_the_block(
-    count: int, path: Path
-) -> None:
+async def test_batch_cancelled_twice_leaves_its_results_to_the_journal(count: int, path: Path) -> None:
     asker, loop = Asker(), make_loop(max_concurrency=3000)
     async with Journal(path) as journal:
         async with slow_disk(path):
@@ -118,7 +116,7 @@ async def test_batch_that_is_cancelled_twice_leaves_its_results_to_the_end_of_th
     assert len(rows(path)) == count
 
 
-async def test_end_of_the_block_that_is_cancelled_delivers_what_it_writes(
+async def test_cancelled_end_of_the_block_delivers_its_results(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The task has ended before it could write."""

@@ -83,9 +83,7 @@ async def test_thousands_of_equal_inputs_take_linear_time(path: Path) -> None:
     assert len(rows(path)) == len(asker.calls) == 3000
 
 
-async def test_many_kinds_of_equal_inputs_are_told_apart_without_remembering_all(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_many_kinds_of_equal_inputs_are_told_apart(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agentloop.journal._claims.REMEMBERED", 2)
     asker = Asker()
     for expected in (0, 40):
@@ -351,9 +349,7 @@ async def test_async_input_that_waits_for_results_goes_on(path: Path) -> None:
 
 
 @both_verbs
-async def test_what_had_ended_when_a_batch_is_cancelled_is_written_and_not_run_again(
-    verb: str, path: Path
-) -> None:
+async def test_what_had_ended_when_a_batch_is_cancelled_is_not_run_again(verb: str, path: Path) -> None:
     asker, loop = Asker(1), make_loop(max_concurrency=2)
     async with Journal(path) as journal:
         with anyio.move_on_after(3.01):
@@ -370,9 +366,7 @@ async def test_what_had_ended_when_a_batch_is_cancelled_is_written_and_not_run_a
 
 
 @pytest.mark.parametrize("items", ["abcd", "aaaa"], ids=["different", "equal"])
-async def test_results_that_a_cancelled_batch_has_not_returned_are_replayed_to_the_next_one(
-    items: str, path: Path
-) -> None:
+async def test_results_of_a_cancelled_batch_are_replayed_to_the_next_one(items: str, path: Path) -> None:
     asker, loop = Asker(1), make_loop(max_concurrency=2)
     async with Journal(path) as journal:
         if items == "aaaa":

@@ -331,9 +331,7 @@ async def test_keyed_limiter_has_a_budget_for_each_key() -> None:
 
 @pytest.mark.parametrize("settled", [True, False])
 @pytest.mark.parametrize("slots", [1, 3])
-async def test_nested_invocation_is_refused_rather_than_waits_for_the_one_around_it(
-    settled: bool, slots: int
-) -> None:
+async def test_nested_invocation_is_refused_rather_than_a_deadlock(settled: bool, slots: int) -> None:
     loop = AgentLoop(limiter=budget(10, slots, settled))
 
     async def outer(_: float) -> float:
@@ -554,9 +552,7 @@ def test_budget_outlives_its_event_loops(backend: str) -> None:
 
 
 @backends
-def test_event_loop_that_was_stopped_keeps_no_reservation_and_what_it_paid_is_settled_late(
-    backend: str,
-) -> None:
+def test_event_loop_that_was_stopped_reserves_nothing_and_settles_late(backend: str) -> None:
     limiter = budget(10, max_concurrency=1, settled=True)
     loop, stopped = AgentLoop(limiter=limiter), asyncio.new_event_loop()
 

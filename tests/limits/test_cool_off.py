@@ -114,9 +114,7 @@ def test_success_of_a_call_from_between_the_cut_and_the_cool_off_ends_nothing() 
 @given(
     st.lists(st.tuples(st.sampled_from(["hold", "start", "end", "lift"]), st.integers(0, 60)), max_size=60)
 )
-def test_there_is_never_more_than_one_probe_nor_an_earlier_one_than_the_rule_allows(
-    steps: list[tuple[str, int]],
-) -> None:
+def test_probes_go_one_at_a_time_and_never_earlier_than_the_rule_allows(steps: list[tuple[str, int]]) -> None:
     cool_off, now = CoolOff(), 0.0
     until = next_at = -math.inf
     gap, probe = 0.0, None

@@ -333,9 +333,7 @@ def test_pause_from_another_thread_is_refused_and_changes_nothing(backend: str) 
 
 
 @pytest.mark.parametrize("as_input", [list, iter])
-async def test_limit_of_one_that_is_raised_lets_a_running_batch_use_it(
-    as_input: Callable[[Any], Any],
-) -> None:
+async def test_running_batch_uses_the_raised_limit_of_a_key(as_input: Callable[[Any], Any]) -> None:
     limiters = keyed(1)
     loop, starts = watched(limiters)
     async with anyio.create_task_group() as group:

@@ -368,9 +368,7 @@ def test_limiter_that_is_in_use_in_another_thread_is_refused(use: str, backend: 
 
 @pytest.mark.parametrize("closed", [False, True])
 @pytest.mark.parametrize("same_thread", [False, True])
-def test_event_loop_that_was_stopped_blocks_others_only_while_it_can_go_on(
-    same_thread: bool, closed: bool
-) -> None:
+def test_stopped_event_loop_blocks_others_while_it_can_go_on(same_thread: bool, closed: bool) -> None:
     loop = AgentLoop(LoopConfig(max_concurrency=1))
     stopped = asyncio.new_event_loop()
     stopped.call_later(0.01, stopped.stop)

@@ -509,7 +509,7 @@ async def take(steps: list[tuple[str, int]], max_waiting: int) -> None:
 
 @backends
 @given(steps=steps, max_waiting=st.integers(0, 3))
-def test_calls_are_refused_as_an_independent_account_says(
+def test_calls_are_refused_as_an_account_says(
     backend: str, steps: list[tuple[str, int]], max_waiting: int
 ) -> None:
     run_scheduled(backend, None, take, steps, max_waiting)

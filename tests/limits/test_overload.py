@@ -250,7 +250,7 @@ def test_ceiling_that_is_changed_moves_the_limit_unless_that_was_cut() -> None:
         max_size=60,
     ),
 )
-def test_limit_stays_between_one_and_the_ceiling_and_falls_only_by_a_cut(
+def test_limit_stays_up_to_its_ceiling_and_falls_by_cuts(
     ceiling: int, steps: list[tuple[str, int, int]]
 ) -> None:
     limit = AdaptiveLimit(ceiling)

@@ -150,9 +150,7 @@ def test_limiter_in_use_is_paused_and_resumed_only_in_its_own_thread(backend: st
 
 @pytest.mark.parametrize("rates", [(), (Rate(4, per_seconds=1000),)])
 @pytest.mark.parametrize("how", ["cool-off", "pause"])
-async def test_stream_that_waits_for_its_reader_is_neither_charged_nor_held(
-    how: str, rates: tuple[Rate, ...]
-) -> None:
+async def test_stream_that_waits_is_neither_charged_nor_held(how: str, rates: tuple[Rate, ...]) -> None:
     limiter = Limiter(1, rates=rates)
     loop, starts = watched(limiter)
 

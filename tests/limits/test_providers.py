@@ -118,9 +118,7 @@ async def test_outage_loses_nothing_and_little_time(
 
 
 @pytest.mark.parametrize("kind", ["flaky", "bad input"])
-async def test_failures_that_are_no_trouble_of_the_provider_cost_what_they_cost_without_adaptation(
-    kind: str,
-) -> None:
+async def test_other_failures_cost_what_they_cost_without_adaptation(kind: str) -> None:
     async def calls(adaptive: bool) -> tuple[int, Counter[int]]:
         tried: Counter[int] = Counter()
 
@@ -158,7 +156,7 @@ async def test_failures_that_are_no_trouble_of_the_provider_cost_what_they_cost_
     ids=["429", "429 for 200 s", "429 for a day", "429 for 0 s", "refused", "502", "hangs"],
 )
 @pytest.mark.parametrize("patience", [60, 600])
-async def test_dead_provider_costs_no_more_than_twice_the_patience(
+async def test_dead_provider_costs_at_most_twice_the_patience(
     fail: Callable[[], Awaitable[None]], patience: float
 ) -> None:
     provider = Gone(fail=fail, seconds=math.inf)
@@ -191,7 +189,7 @@ class Busy(Provider):
     ("retry_after", "limit", "share"),
     [(5, 20, 0.60), (20, 50, 0.58), (60, 20, 0.52), (60, 50, 0.52), (89, 50, 0.44)],
 )
-async def test_server_that_names_a_longer_time_than_it_needs_is_used_all_the_same(
+async def test_server_that_names_too_long_a_time_is_used(
     retry_after: float, limit: int, share: float
 ) -> None:
     provider = Busy(capacity=lambda _: 10, retry_after=retry_after)
@@ -203,9 +201,7 @@ async def test_server_that_names_a_longer_time_than_it_needs_is_used_all_the_sam
 @pytest.mark.parametrize(
     ("limit", "calls", "ideal", "rejections"), [(64, 3500, 182, 0.05), (200, 4500, 222, 0.12)]
 )
-async def test_brown_out_loses_nothing_and_little_time(
-    limit: int, calls: int, ideal: float, rejections: float
-) -> None:
+async def test_brown_out_loses_little_time(limit: int, calls: int, ideal: float, rejections: float) -> None:
     provider = Busy(capacity=lambda now: 15 if 60 <= now < 120 else 50)
     took, results = await run(provider, calls, limit, timeout_seconds=None)
     assert all(result.success for result in results)
@@ -245,9 +241,7 @@ class Window(Provider):
 
 @pytest.mark.parametrize("seconds", [0.05, 2])
 @pytest.mark.parametrize(("says_when", "most"), [(True, 35), (False, 60)])
-async def test_window_that_is_used_up_costs_few_rejections(
-    says_when: bool, most: float, seconds: float
-) -> None:
+async def test_used_up_window_costs_few_rejections(says_when: bool, most: float, seconds: float) -> None:
     provider = Window(says_when=says_when, seconds=seconds)
     took, results = await run(provider, 600, 20, timeout_seconds=None)
     assert all(result.success for result in results)

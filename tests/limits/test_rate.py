@@ -163,9 +163,7 @@ async def test_nested_invocations_pay_although_they_are_lent_their_slot() -> Non
 
 
 @pytest.mark.parametrize("seconds", [1, 4])
-async def test_cancelled_waiter_has_taken_nothing_and_those_behind_it_start_in_that_moment(
-    seconds: float,
-) -> None:
+async def test_cancelled_waiter_has_taken_nothing_and_the_next_one_starts_then(seconds: float) -> None:
     loop, starts = watched(Limiter(5, rates=[Rate(3, per_seconds=10, cost=weight)]))
     await loop.run_single("a", nothing, 2)
     async with anyio.create_task_group() as group:
@@ -263,7 +261,7 @@ async def test_those_who_wait_start_as_soon_as_enough_is_given_back() -> None:
     assert await starts([rate], [Invocation("a", anyio.sleep, (2,))] * 3) == [0, 2, 4]
 
 
-async def test_settling_is_told_of_failures_too_and_what_it_raises_is_logged_once(
+async def test_settle_is_told_of_failures_and_its_error_is_logged_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     seen: list[Status] = []
@@ -582,9 +580,7 @@ async def nested(loop: AgentLoop, agent: Any) -> None:
 
 @pytest.mark.parametrize("way", [singles, batches, streams, nested])
 @pytest.mark.parametrize("rate", [Rate(10, per_seconds=0.05), Rate(20, per_seconds=0.05, burst=2)], ids=repr)
-async def test_rate_holds_where_agents_are_called_although_the_event_loop_is_busy(
-    rate: Rate, way: Any
-) -> None:
+async def test_rate_holds_where_agents_are_called_in_a_busy_event_loop(rate: Rate, way: Any) -> None:
     starts: list[float] = []
 
     async def agent() -> None:

@@ -1134,9 +1134,7 @@ async def test_json_brings_back_what_it_was_made_of() -> None:
         ([-math.inf], ValueError, r"cannot encode plan\.steps\[0\] as JSON, which has no -inf"),
     ],
 )
-async def test_what_json_does_not_have_is_named_with_its_path(
-    value: Any, error: type[Exception], message: str
-) -> None:
+async def test_what_json_does_not_have_is_named(value: Any, error: type[Exception], message: str) -> None:
     store = ContextStore({"n": 1, "plan": {"steps": value}})
     with pytest.raises(error, match=message):
         await store.to_json()

@@ -284,9 +284,7 @@ OPERATIONS: dict[str, tuple[Callable[[ContextStore], Awaitable[Any]], Any]] = {
 @backends
 @pytest.mark.parametrize("contended", [False, True], ids=["alone", "contended"])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operation_cancelled_at_any_suspension_point_was_never_there(
-    backend: str, name: str, contended: bool
-) -> None:
+def test_operation_cancelled_anywhere_was_never_there(backend: str, name: str, contended: bool) -> None:
     operation, effect = OPERATIONS[name]
 
     async def main(step: int) -> bool:

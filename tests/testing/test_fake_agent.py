@@ -358,7 +358,7 @@ def test_real_clocks_will_do(backend: str) -> None:
     ],
     ids=repr,
 )
-def test_http_error_is_judged_as_a_real_one(
+def test_http_error_is_judged_as_such(
     error: FakeHTTPError, kind: VerdictKind, retry_after: float | None
 ) -> None:
     verdict = classify(error)
@@ -382,9 +382,7 @@ def test_header_is_what_a_server_sends(retry_after: Any, headers: dict[str, str]
 @pytest.mark.parametrize(
     "duplicate", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))]
 )
-def test_http_error_survives_copying_and_pickling(
-    duplicate: Callable[[FakeHTTPError], FakeHTTPError],
-) -> None:
+def test_http_error_can_be_copied_and_pickled(duplicate: Callable[[FakeHTTPError], FakeHTTPError]) -> None:
     error = duplicate(FakeHTTPError(429, retry_after=2))
     assert repr(error) == "FakeHTTPError(status_code=429, retry_after=2)"
     error.add_note("and takes notes")
@@ -423,9 +421,7 @@ BOTH = "script must not have both Reply and Chunks: an agent either returns or y
         (lambda: FakeHTTPError(429, -1), ValueError, "retry_after must be at least 0, got -1"),
     ],
 )
-def test_what_makes_no_sense_is_refused_by_name(
-    make: Callable[[], object], kind: type[Exception], message: str
-) -> None:
+def test_nonsense_is_refused_by_name(make: Callable[[], object], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=re.escape(message)):
         make()
 

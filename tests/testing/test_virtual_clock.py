@@ -441,7 +441,7 @@ print([trace(*each) for each in TRACES])
 @pytest.mark.long
 @backends
 @pytest.mark.parametrize("shuffled_by_trio", [False, True])
-def test_different_seeds_give_different_runs(
+def test_seeds_give_different_runs(
     backend: Any, shuffled_by_trio: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING", shuffled_by_trio)

@@ -505,9 +505,7 @@ async def edit_gives_a_draft(store: ContextStore) -> int:
         return len(draft)
 
 
-async def wait_for_gives_what_the_predicate_returns_and_watch_values_or_snapshots(
-    store: ContextStore,
-) -> None:
+async def wait_for_gives_what_its_predicate_does_and_watch_values(store: ContextStore) -> None:
     def length(now: Mapping[str, Any]) -> int:
         return len(now)
 
