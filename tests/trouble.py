@@ -13,7 +13,6 @@ from agentloop import (
     Event,
     Invocation,
     InvocationResult,
-    KeyedLimiter,
     Limiter,
     LimitEvent,
     LoopConfig,
@@ -72,7 +71,7 @@ class Starts:
             self.told.append(event)
 
 
-def watched(limiter: Limiter | KeyedLimiter[Any], config: LoopConfig = ONCE) -> tuple[AgentLoop, Starts]:
+def watched(limiter: Limiter, config: LoopConfig = ONCE) -> tuple[AgentLoop, Starts]:
     starts = Starts()
     return AgentLoop(config, limiter=limiter, on_event=starts), starts
 

@@ -32,7 +32,7 @@ async def overloaded() -> None:
     await overload(10)
 
 
-def keyed(limit: int, **settings: Any) -> KeyedLimiter[str]:
+def keyed(limit: int, **settings: Any) -> KeyedLimiter:
     return KeyedLimiter(by_id, lambda _: Limiter(limit), **settings)
 
 

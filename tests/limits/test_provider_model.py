@@ -30,6 +30,8 @@ class Account:
 
     row: int = 0
     is_outage: bool = False
+    # The calls that have begun since the first failure of the row.
+    young: set[Call] = attrs.field(factory=set[Call])
     fruitless_since: float | None = None
     only_timeouts: bool = True
     # The cool-off: until when, the probes, and the calls that have begun since it did.
@@ -43,6 +45,7 @@ class Account:
 
     def begin(self, call: Call, now: float) -> None:
         self.begun.add(call)
+        self.young.add(call)
         if now < self.until:
             assert self.probe is None, "one at a time"
             assert now >= self.probe_at
@@ -51,7 +54,10 @@ class Account:
 
     def take(self, call: Call, now: float) -> None:
         """The provider has taken a call."""
-        self.row, self.is_outage, self.fruitless_since = 0, False, None
+        self.fruitless_since = None
+        if call in self.young:
+            self.row, self.is_outage = 0, False
+
         self.rejected_at = -math.inf
         if call in self.begun and now < self.until:
             self.until, self.lifted = -math.inf, True
@@ -63,6 +69,9 @@ class Account:
     def judge(self, verdict: Verdict, speaks: bool, timed_out: bool, limit: int, now: float) -> VerdictKind:
         kind = verdict.kind
         if kind is VerdictKind.TRANSIENT and speaks:
+            if not self.row:
+                self.young.clear()
+
             self.row += 1
             self.is_outage = self.is_outage or self.row >= max(8, limit)
             kind = VerdictKind.OVERLOAD if self.is_outage else kind
