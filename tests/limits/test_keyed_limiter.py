@@ -284,8 +284,11 @@ async def test_all_are_paused_and_resumed_and_those_to_come_too() -> None:
         await anyio.sleep(3)
         limiters.resume()
 
-    await loop.run_single("d", nothing)
-    assert starts.by_name == {"a": [3], "b": [6], "c": [6], "d": [6]}
+    limiters.pause()
+    assert limiters["a"].statistics().paused_until == math.inf
+    limiters.resume()
+    await loop.run_single("a", nothing)
+    assert starts.by_name == {"a": [3, 6], "b": [6], "c": [6]}
 
 
 async def test_statistics_say_when_the_first_of_them_goes_on() -> None:
