@@ -1,7 +1,7 @@
 """A limiter that is in use in the event loop of another thread."""
 
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import anyio
@@ -30,3 +30,14 @@ def in_use_elsewhere(loop: AgentLoop, backend: str) -> Generator[None]:
     finally:
         release.set()
         thread.join(5)
+
+
+def in_threads(*functions: Callable[[], object]) -> None:
+    """Call functions at once, each in a thread of its own, and wait until they have ended."""
+    threads = [threading.Thread(target=function) for function in functions]
+    for thread in threads:
+        thread.start()
+
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()

@@ -439,9 +439,7 @@ async def test_drive_without_shared_memory_is_an_error(path: Path, monkeypatch: 
             return super().execute(sql.replace("journal_mode = WAL", "journal_mode = DELETE"), *parameters)
 
     monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Remote))
-    with pytest.raises(
-        JournalError, match=r"night\.db needs a local disk: SQLite cannot use WAL mode there$"
-    ):
+    with pytest.raises(JournalError, match=r"night\.db needs a local disk: SQLite cannot use WAL mode "):
         await fill(path, "a")
 
 

@@ -97,9 +97,7 @@ def test_agent_of_the_standard_library_has_its_module() -> None:
 
 @pytest.mark.parametrize("fn", [Model(), Model().ask, partial(Model().ask, 1), in_thread([].append)])
 def test_agent_that_is_bound_to_an_object_needs_a_key_and_is_named_after_its_class(fn: Any) -> None:
-    with pytest.raises(
-        TypeError, match=r"give this invocation a key, Invocation\('a', fn, args, key=\.\.\.\)$"
-    ):
+    with pytest.raises(TypeError, match=r"give this invocation a key, Invocation\('a', fn, args, key=\.\.\."):
         of(fn, 1)
 
     assert of(fn, 1, key="k")[1] == "k"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
@@ -17,7 +17,7 @@ import anyio.from_thread
 import anyio.to_thread
 import pytest
 from agents import backends, launch, nothing, run_scheduled, run_stream
-from elsewhere import in_use_elsewhere
+from elsewhere import in_threads, in_use_elsewhere
 from trouble import watched
 
 from agentloop import AgentLoop, Backoff, Invocation, KeyedLimiter, Limiter, LimiterStatistics, LoopConfig
@@ -255,12 +255,6 @@ def run(backend: str, main: Any, *args: Any) -> Any:
     return anyio.run(main, *args, backend=backend)
 
 
-def in_a_thread(fn: Callable[[], Any]) -> None:
-    thread = threading.Thread(target=fn)
-    thread.start()
-    thread.join()
-
-
 def end(event_loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any]) -> None:
     """Cancel what was left of an event loop that was stopped, and close it."""
     task.cancel()
@@ -300,13 +294,7 @@ def test_threads_that_race_for_a_limiter_never_use_it_at_once(backend: str) -> N
             except RuntimeError as exc:
                 outcomes[str(exc).partition(", in thread")[0]] += 1
 
-    threads = [threading.Thread(target=call) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-
-    for thread in threads:
-        thread.join()
-
+    in_threads(*[call] * 4)
     assert peak <= 3
     assert outcomes["ran"]
     assert set(outcomes) <= {"ran", "this limiter is in use in another event loop"}
@@ -389,7 +377,7 @@ def test_stopped_event_loop_blocks_others_while_it_can_go_on(same_thread: bool, 
         except RuntimeError as exc:
             outcomes.append(str(exc))
 
-    call() if same_thread else in_a_thread(call)
+    call() if same_thread else in_threads(call)
     if closed or same_thread:
         assert outcomes == ["success"]
     else:
@@ -405,7 +393,7 @@ def test_thread_that_has_ended_blocks_no_other(backend: str) -> None:
     event_loop = asyncio.new_event_loop()
     task = event_loop.create_task(loop.run_single("long", anyio.sleep, 60))
     event_loop.call_later(0.01, event_loop.stop)
-    in_a_thread(event_loop.run_forever)
+    in_threads(event_loop.run_forever)
     assert loop.statistics().running == 1
     assert run(backend, loop.run_single, "a", anyio.sleep, 0).success
     end(event_loop, task)

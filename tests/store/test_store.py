@@ -10,7 +10,6 @@ import json
 import math
 import pickle
 import re
-import threading
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -1048,16 +1047,12 @@ def test_use_in_two_event_loops_at_once_is_refused(backend: str, other: str) -> 
         await store.get("a")
 
         def elsewhere() -> None:
+            text = "in use in another event loop, in thread 'MainThread': use one store per"
             for use in USES.values():
-                with pytest.raises(
-                    RuntimeError,
-                    match="in use in another event loop, in thread 'MainThread': use one store per",
-                ):
+                with pytest.raises(RuntimeError, match=text):
                     anyio.run(use, store, backend=other)
 
-        thread = threading.Thread(target=elsewhere)
-        thread.start()
-        await anyio.to_thread.run_sync(thread.join)
+        await anyio.to_thread.run_sync(elsewhere)
         # From another thread, this is the way.
         assert await anyio.to_thread.run_sync(anyio.from_thread.run, store.get, "a") == 1
 
