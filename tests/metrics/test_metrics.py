@@ -63,7 +63,6 @@ def test_percentile_is_within_one_percent_and_all_else_exact(values: list[float]
     assert_close(latency.percentile(percent), nearest_rank(values, percent))
     assert (latency.count, latency.min_ms, latency.max_ms) == (len(values), min(values), max(values))
     assert latency.mean_ms == pytest.approx(math.fsum(values) / len(values), rel=1e-12)
-    assert (latency.p50_ms, latency.p95_ms, latency.p99_ms) == tuple(map(latency.percentile, (50, 95, 99)))
     percentiles = [latency.percentile(q) for q in range(0, 101, 5)]
     assert [latency.min_ms, *percentiles, latency.max_ms] == sorted(
         [latency.min_ms, *percentiles, latency.max_ms]
@@ -86,6 +85,12 @@ def test_one_value_however_often_is_every_percentile(value: float, times: int) -
 def test_zero_is_reported_as_zero() -> None:
     latency = latencies([0.0, 0.0, 0.0, 10.0])
     assert latency.percentile(75) == latency.p50_ms == 0
+
+
+def test_percentiles_that_have_a_name_are_those_that_are_asked_for() -> None:
+    latency = latencies([1.02**rank for rank in range(1000)])
+    assert (latency.p50_ms, latency.p95_ms, latency.p99_ms) == tuple(map(latency.percentile, (50, 95, 99)))
+    assert len({latency.percentile(q) for q in (49, 50, 51, 94, 95, 96, 98, 99, 100)}) == 9
 
 
 def test_percentile_with_a_fraction_finds_its_rank() -> None:
