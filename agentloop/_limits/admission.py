@@ -192,9 +192,10 @@ class Admission:
 
         return None
 
-    def end_probe(self, attempt: object) -> bool:
-        """Note that an attempt gives up its slot, and return whether it was the probe of a cool-off."""
-        return self.provider is not None and self.provider.cool_off.end(attempt)
+    def end_probe(self, attempt: object) -> None:
+        """Note that an attempt, which may be the probe of a cool-off, gives up its slot."""
+        if self.provider is not None:
+            self.provider.cool_off.end(attempt)
 
     def open_gate(self, now: float) -> None:
         """Note that no attempt waits for a time: once nothing holds them back, a slot is all they need."""

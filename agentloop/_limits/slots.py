@@ -305,7 +305,7 @@ class Slot:
 
     def _pass_on(self) -> None:
         pool = self.pool
-        probe_ends = pool.admission.end_probe(self)
+        pool.admission.end_probe(self)
         waiters, self.waiters = self.waiters, None
         if waiters:
             lender = pool.lender(self.outer)
@@ -331,10 +331,6 @@ class Slot:
             lender._take_back()
 
         pool.serve()
-
-        if probe_ends:
-            # The next one may begin with a slot on loan, for which nothing but this was missing.
-            pool.serve()
 
     def _take_back(self) -> None:
         """Lend the slot to the next one that waits for it."""

@@ -440,7 +440,7 @@ async def test_stream_gives_its_place_back_while_its_reader_runs_something_else(
     limiters = KeyedLimiter(by_id, lambda _: Limiter(1), max_concurrency=1)
     loop = AgentLoop(LoopConfig(timeout_seconds=None), limiter=limiters)
 
-    async def write() -> AsyncIterator[int]:
+    async def write() -> Any:
         for number in range(50):
             yield number
 

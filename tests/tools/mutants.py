@@ -89,8 +89,8 @@ a loan is never returned
 
 the loan of an invocation that has ended is given back under its borrower
 @ Slot._pass_on, asyncio 29, trio 0
-- borrower is not None and borrower.pool is pool
-+ borrower is not None and borrower.pool is pool and lender is not None
+- borrower is None and lender is None
++ lender is None
 
 a slot is lent to any number at once
 @ SlotPool._acquire, asyncio 17, trio 99
@@ -209,7 +209,7 @@ a success does not end the row of failures
 
 patience does not wait for calls at work
 @ PoolState.is_hopeless, test_outage.py
-- self.work.count(self.running, len(self.lines.borrowing)) <= 0
+- self.work.count(live, len(self.lines.borrowing)) <= 0
 + True
 
 a break is not noticed
@@ -440,9 +440,29 @@ a stream is retried after a chunk
 - self.failures is None or self.failures.progress is not None
 + self.failures is None
 
+an agent that waits for a store keeps its slot
+@ Slot.step_aside_if_waiting, test_away.py
+- self in absent.waits or self.pool.waits_for_calls(self)
++ False
+
+an agent goes on without the slot that it has given back
+@ _limits/away.py::_take, test_away.py
+- slot in pool.loop.absent.away
++ False
+
+those around an agent that waits for a store keep their slots
+@ Slot.step_aside_if_waiting, test_away.py
+- around is not None
++ False
+
+the place of an attempt that has ended is not given back
+@ Keys.give_back, test_keyed_limiter.py
+- self.running -= lender is None
++ self.running -= 0
+
 a stream that waits for its reader keeps the slot that it was lent
 @ _StreamAttempt._wait_for_room, trio 859
-- slot.lender is None
+- not slot.is_on_loan
 + True
 
 a stream that waits for its reader only says that it has given its slot up
