@@ -92,8 +92,9 @@ class Batch(Bookkeeping[T]):
     async def _run_tasks(self) -> None:
         """Run tasks until the batch is done, or they are cancelled."""
         self.retries.open(self.changed, self._expire)
+        tasks = Tasks()
         try:
-            async with Tasks() as tasks:
+            async with tasks:
                 self.tasks = tasks
                 self.crew.open(tasks, lambda: Worker(self, tasks).work(), self.has_work)
                 if self.by_key is not None:
@@ -107,6 +108,12 @@ class Batch(Bookkeeping[T]):
 
                 self._start_rule()
                 self._resized()
+            # A task group on asyncio may end without an exception although its tasks were cancelled.
+            await checkpoint_if_cancelled()
+        except anyio.get_cancelled_exc_class():
+            # What an agent or the input has raised goes before: whoever cancels drops the cancellation.
+            if tasks.failure is None:
+                raise
         finally:
             self.tasks = None
             self.crew.close()
@@ -114,8 +121,6 @@ class Batch(Bookkeeping[T]):
             if self.by_key is not None:
                 self.by_key.close()
 
-        # A task group on asyncio may end without an exception although its tasks were cancelled.
-        await checkpoint_if_cancelled()
         if tasks.failure is not None:
             raise tasks.failure
 

@@ -733,6 +733,26 @@ async def test_bad_input_is_a_failing_input(verb: str) -> None:
         await run(verb, AgentLoop(), [("b", 3, (), {})])
 
 
+@pytest.mark.parametrize("limit", [1, 2, 10])
+async def test_interrupt_from_the_input_is_not_lost_with_a_reader_that_leaves_meanwhile(limit: int) -> None:
+    was_raised = False
+
+    def inputs() -> Iterator[Invocation[int]]:
+        nonlocal was_raised
+        yield Invocation("a", double, (1,))
+        was_raised = True
+        raise KeyboardInterrupt
+
+    try:
+        async with make_loop(max_concurrency=limit).as_completed(inputs()) as results:
+            async for _ in results:
+                break
+    except KeyboardInterrupt:
+        assert was_raised
+    else:
+        assert not was_raised
+
+
 @both_verbs
 @pytest.mark.parametrize("asynchronous", [False, True])
 async def test_interrupt_from_the_input_propagates_at_once(verb: str, asynchronous: bool) -> None:
