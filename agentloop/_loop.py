@@ -1,4 +1,4 @@
-"""The loop itself."""
+"""The public class that runs agents."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
 
     A loop can be made anywhere, inside an event loop or not, and serve several runs in turn, on either
     backend. ``async with loop:`` is optional. It gives the loop a lifetime, as a task group has one:
-    leaving the block waits for what runs, leaving it by an exception cancels what runs, and afterwards the
-    loop refuses new work.
+    leaving the block waits for running invocations, leaving it by an exception cancels them, and afterwards
+    the loop refuses new work.
 
     :param config: the settings; the defaults of :class:`LoopConfig` if absent
     :param limiter: the limiter to share with other loops; one of ``config.max_concurrency`` if absent
     :param metrics: the recorder to share with other loops; a new one if absent
     :param on_event: a plain function that is given each :data:`Event`, at once and in the task where it
-        happened, so it should be quick; or several, which are called in turn. What one raises harms neither
-        a run nor the others; its first error is logged
+        happened, so it should be quick; or several, which are called in turn. An error of one harms neither a
+        run nor the others; the first error of each is logged
     :raises TypeError: if a parameter is of the wrong type
     :raises ValueError: if ``config.max_concurrency`` would be ignored: it is neither the default nor the
         limiter's
@@ -118,7 +118,8 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
                 "set loop.limiter.max_concurrency, or make another AgentLoop"
             )
 
-        # Not made anew: the limiter may have been resized since, and that is no mistake of a view.
+        # Copied, not constructed: the limiter may have been resized since, and the check of __init__ would
+        # fail.
         view = AgentLoop.__new__(AgentLoop)
         vars(view).update(vars(self))
         view._config = config
@@ -144,7 +145,7 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
         return {name: getattr(latency, name) for name in ("p50_ms", "p95_ms", "p99_ms", "mean_ms", "count")}
 
     def reset_metrics(self) -> None:
-        """Forget all that was measured."""
+        """Forget all measurements."""
         self._metrics.reset()
 
     async def run_single(
@@ -154,13 +155,13 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
         Run one invocation: wait for a slot, call ``fn``, time it out, retry it.
 
         The agent runs in the caller's task, in a context of its own. Cancelling the caller, natively too
-        (asyncio's ``Task.cancel()``), cancels the agent and propagates, whatever the agent makes of it.
+        (asyncio's ``Task.cancel()``), cancels the agent and propagates, even if the agent suppresses it.
 
         :param agent_id: a name for it, which the result carries
         :param fn: an async function, or any callable that returns an awaitable
         :param args: its positional arguments
         :param kwargs: its keyword arguments
-        :return: what became of it; a failure is data
+        :return: the result; a failure is data
         :raises TypeError: if ``fn`` cannot be called
         :raises LeftOpenError: if the agent has left a cancel scope or a task group open in the caller's task
         :raises LoopClosed: if the loop's ``async with`` block has been left
@@ -175,7 +176,7 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
             with lifetime.call(single):
                 return await single.run_cancellable()
 
-        lifetime.outside[single] = None  # as call() does; a call for every invocation shows
+        lifetime.outside[single] = None  # as call() does; inlined for speed
         try:
             return await single.run()
         finally:
@@ -188,17 +189,17 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
         Run every invocation and return the results in input order.
 
         After a fatal verdict nothing new is started and nothing is retried: running invocations finish, and
-        the rest of the results are ``SKIPPED``. When the input itself raises, running invocations finish, and
+        all other results are ``SKIPPED``. When the input itself raises, running invocations finish, and
         then the input's exception is raised. Cancelling the caller cancels everything and propagates.
 
-        :param invocations: what to run: a sync or async iterable of invocations or
-            ``(agent_id, fn, args, kwargs)`` tuples, pulled as slots get free
-        :param journal: an open ``agentloop.journal.Journal``, which has what was done before
+        :param invocations: a sync or async iterable of invocations or ``(agent_id, fn, args, kwargs)``
+            tuples, pulled as slots get free
+        :param journal: an open ``agentloop.journal.Journal``; results that it holds are not computed again
         :return: exactly one result per input
         :raises TypeError: if ``invocations`` is no iterable, or an input is neither an :class:`Invocation`
             nor a 4-tuple
         :raises BatchStopped: if the batch was stopped before an async input was read to its end; its
-            ``results`` are those that there are
+            ``results`` are those of the inputs that were pulled
         :raises JournalError: if the journal cannot be read or written, after running invocations have ended
         :raises LoopClosed: if the loop's ``async with`` block has been left
         """
@@ -227,15 +228,14 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
         The input is pulled lazily: no more than ``max_concurrency`` invocations run, wait for a slot or have
         a result that was not read, so a reader that stops reading stops new starts. (Invocations that wait
         to be retried do not count; there are at most eight times as many of them.) Leaving the block cancels
-        what is left and waits for it. Being cancelled while waiting for a result loses none.
+        running invocations and waits for them. Being cancelled while waiting for a result loses none.
 
         After a fatal verdict nothing new is started and no more input is pulled. When the results of all
         invocations that were pulled have been read, :exc:`BatchStopped` is raised if some of them were
         skipped, or if there was more input. When the input itself raises, its exception is raised after the
         last result.
 
-        :param invocations: what to run: a sync or async iterable of invocations or
-            ``(agent_id, fn, args, kwargs)`` tuples
+        :param invocations: a sync or async iterable of invocations or ``(agent_id, fn, args, kwargs)`` tuples
         :param journal: as in :meth:`run_all`; results that are being written do not count as live
         :return: an async context manager that gives an async iterable of results in completion order
         :raises TypeError: if ``invocations`` is no iterable; while iterating, if an input is neither an
@@ -258,7 +258,7 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
         self, agent_id: str, stream_fn: Callable[P, AsyncIterable[T]], /, *args: P.args, **kwargs: P.kwargs
     ) -> AgentStream[T]:
         """
-        Run one invocation and give what it yields, while it runs::
+        Run one invocation and give its chunks while it runs::
 
             async with loop.run_streaming("writer", write, "a haiku") as stream:
                 async for chunk in stream:
@@ -305,10 +305,10 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
 
         The chunks of each invocation come in order, and after the last of them its result, whether it failed
         or not. The input is pulled lazily, as in :meth:`as_completed`, and all streams together are at most a
-        small buffer ahead of the reader. Leaving the block cancels what is left and waits for it. Being
+        small buffer ahead of the reader. Leaving the block cancels running streams and waits for them. Being
         cancelled while waiting for an event loses none.
 
-        :param invocations: what to run: a sync or async iterable of invocations of async generator functions,
+        :param invocations: a sync or async iterable of invocations of async generator functions,
             or ``(agent_id, stream_fn, args, kwargs)`` tuples
         :return: an async context manager that gives an async iterable of events
         :raises TypeError: as :meth:`as_completed`
@@ -325,15 +325,15 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
     def drain(self, reason: str = "drained", *, grace_seconds: float | None = None) -> None:
         """
         Start nothing new and retry nothing any more, for good: in all calls of this loop and of its views,
-        those made later too. Other loops on its limiter go on. What runs may finish, with all the work that
-        it gives to this loop, and open streams are read to their end. Invocations that wait are ``SKIPPED``,
-        or end with their last failure and a note that says so.
+        those made later too. Other loops on its limiter go on. Running invocations may finish, with all the
+        work that they give to this loop, and open streams are read to their end. Invocations that wait are
+        ``SKIPPED``, or end with their last failure and a note that says so.
 
-        Batches end as :exc:`BatchStopped` has it; a stream entered later raises that. Drained twice, the
+        Batches end as :exc:`BatchStopped` describes; a stream entered later raises that. Drained twice, the
         first reason holds, and the shorter grace. Any task of the event loop may call this.
 
         :param reason: why, for results and events
-        :param grace_seconds: in how many seconds what still runs is cancelled; ``None`` for never
+        :param grace_seconds: after how many seconds running invocations are cancelled; ``None`` for never
         :raises TypeError: if a value is of the wrong type
         :raises ValueError: if ``grace_seconds`` is negative or not finite
         :raises RuntimeError: if the loop is in use in the event loop of another thread

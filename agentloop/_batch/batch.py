@@ -21,13 +21,13 @@ T = TypeVar("T")
 
 
 class Batch(Bookkeeping[T]):
-    """Runs a batch: a task for each worker, one for an async input, one for the alarm of retries."""
+    """Runs a batch: a task for each worker, one for an async input, one for the times of retries."""
 
     async def run(self) -> None:
         """
-        Run the batch to its end. When it returns or raises, nothing of it is left.
+        Run the batch to its end. When this returns or raises, no task, slot or stream of the batch is left.
 
-        :raises BaseException: the caller's cancellation, and what an agent raised that is no ``Exception``
+        :raises BaseException: the caller's cancellation, or an agent's error that is no ``Exception``
         """
         self._deadline = anyio.current_effective_deadline()
         self._began = self.pool.loop.now()
@@ -39,7 +39,8 @@ class Batch(Bookkeeping[T]):
             while not self.done:
                 await self._run_tasks()
                 if not self.done:
-                    # Natively, and before it could begin, so that AnyIO has cancelled the others too.
+                    # A task was cancelled natively before its first step. AnyIO has then cancelled the others
+                    # too.
                     self.stop(LOST, InvocationCancelled(LOST))
 
             self.ending.complete()
@@ -56,35 +57,35 @@ class Batch(Bookkeeping[T]):
 
     @property
     def outer(self) -> Slot | None:
-        """The slot of the invocation that runs the batch, if one does."""
+        """The slot of the invocation that runs the batch; ``None`` outside of an agent."""
         return self.source.outer
 
     @property
     def holds_caller(self) -> bool:
-        """Whether the caller goes on only when it has ended."""
-        return self.keep_rest
+        """Whether the caller waits for the end of the batch."""
+        return self.skips_remaining
 
     def wind_down(self, stopped: BatchStopped, until: float | None) -> None:
         """
         Start and retry nothing any more.
 
-        :param stopped: says why
-        :param until: when to cancel what still runs
+        :param stopped: the reason
+        :param until: when to cancel running invocations
         """
         self.stop(stopped.reason, stopped.__cause__)
         if until is not None:
             self.start_timer(until, lambda: self.cancel(stopped.reason, None))
 
     def drain(self) -> None:
-        """Do nothing: a caller waits for the whole of a batch."""
+        """Do nothing: a caller waits for the whole batch, so none of its work is new."""
 
     def may_go_on(self, keys: Any) -> bool:
-        """Return whether there is something that it waits for besides slots of the pools of some keys."""
+        """Return whether the batch waits for anything besides slots of the pools of some keys."""
         source, retries = self.source, self.retries
         if self.pool.keys is not keys or self.done or retries.count or self.has_work():
             return True
 
-        # Results that its reader has not taken yet, and input that is still to come.
+        # It may wait for a reader that has not taken all results, and for an async input.
         attempts = source.pulled - self._ended - len(retries.in_line)
         in_room = 0 if retries.room is None else retries.room.in_room
         return source.live > attempts + in_room or (source.feeder is not None and not source.exhausted)

@@ -1,4 +1,4 @@
-"""What becomes of the jobs of a batch."""
+"""The state of a batch, and the transitions of its jobs."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ T = TypeVar("T")
 
 class Bookkeeping(Generic[T]):
     """
-    The state of a batch: its parts, and what becomes of each job.
+    The state of a batch: its parts, and how each job goes on after an attempt.
 
-    All of it is synchronous: between two awaits nothing can tear it. Subclasses decide what to do with each
-    result.
+    All methods are synchronous, so that cancellation cannot tear a transition. Subclasses decide what to do
+    with each result (``_deliver``).
 
-    :param inputs: what to run
-    :param limiter: says how many run at once
-    :param options: holds for every invocation
+    :param inputs: the invocations to run
+    :param limiter: bounds how many run at once
+    :param options: the settings of all invocations
     """
 
-    keep_rest: ClassVar[bool]
-    """Whether a batch that was stopped still pulls the rest of a sync input, and skips it."""
+    skips_remaining: ClassVar[bool]
+    """Whether a batch that was stopped still pulls the remaining sync input, and skips it."""
     kept: list[InvocationResult[T]] | None = None
-    """Where the results go, if they are only kept."""
+    """The list to which results are appended, if they need no other delivery."""
 
     def __init__(self, inputs: Inputs[T], limiter: Limiter, options: RunOptions) -> None:
         self.options = options
@@ -60,7 +60,7 @@ class Bookkeeping(Generic[T]):
             options.observer,
             self.retries,
             limiter.batch_size,
-            self.keep_rest,
+            self.skips_remaining,
         )
         self.crew = Crew(limiter.batch_size)
         self.deadlines = self.pool.loop.batch_deadlines()
@@ -73,25 +73,25 @@ class Bookkeeping(Generic[T]):
         self.tasks: Tasks | None = None
         self.done = False
         self._limiter = limiter
-        # When the caller's own time is up, and when the batch was called.
+        # The caller's own deadline, and the time of the call.
         self._deadline = math.inf
         self._began = 0.0
-        # How many jobs have their result.
+        # How many jobs have a result.
         self._ended = 0
 
     @property
     def input_error(self) -> Exception | None:
-        """What the input has raised."""
+        """The exception that the input raised."""
         return self.source.error
 
     @property
     def cut_short(self) -> bool:
-        """Whether there was input left when it was decided to pull no more."""
+        """Whether pulling stopped before the input was exhausted."""
         return self.source.cut_short
 
     @property
     def stopped(self) -> BatchStopped | None:
-        """What to raise once the batch has ended, if inputs were skipped or not pulled."""
+        """The exception to raise once the batch has ended, if inputs were skipped or not pulled."""
         return self.ending.error(self.cut_short)
 
     def _deliver(self, job: Job[T], result: InvocationResult[T], now: float) -> None:
@@ -107,7 +107,7 @@ class Bookkeeping(Generic[T]):
         self.changed()
 
     def changed(self) -> None:
-        """Call a worker, and the feeder, if there is something for them to do and nobody else does it."""
+        """Call a worker, and wake the feeder, if there is work for them and no other task does it."""
         if not self.done and self.tasks is not None:
             if self.source.feeder is not None:
                 self.source.feeder.wake(self.source)
@@ -124,7 +124,7 @@ class Bookkeeping(Generic[T]):
 
     @property
     def next_job(self) -> Callable[[], Job[T] | None]:
-        """What returns the next job to be done."""
+        """The function that returns the next job to run."""
         return self.source.next_job
 
     # -- its end
@@ -139,26 +139,27 @@ class Bookkeeping(Generic[T]):
         """
         Start nothing new and retry nothing; let running invocations finish.
 
-        :param reason: what stops the batch, in words
-        :param cause: the same, as an exception, if there is one
-        :param hint: what to do to have it go on
-        :param grace_seconds: how long they may take for that before they are cancelled; ``None`` for no limit
+        :param reason: the reason, in words
+        :param cause: the reason as an exception, if there is one
+        :param hint: how the user lets such a batch go on
+        :param grace_seconds: how long running invocations may take before they are cancelled; ``None`` for no
+            limit
         """
         stopped = None if self.done else self.ending.stop(reason, cause, hint)
         if stopped is None:
             return
 
-        if self.source.feeder is not None or not self.keep_rest:
+        if self.source.feeder is not None or not self.skips_remaining:
             self.source.cut()
 
         now = self.pool.loop.now()
         self.options.observer.stopped(stopped.reason, now)
         for job in self._pop_retries():
-            self.ending.close(job)
+            self.ending.end_job(job)
             self.finish(job, now)
 
         for job, waiter in tuple(self.retries.in_line.items()):
-            # One that has been granted a slot meanwhile finds out by itself.
+            # The task of a granted waiter checks for the stop itself.
             if not waiter.granted:
                 job.pool.withdraw(waiter)
 
@@ -169,7 +170,7 @@ class Bookkeeping(Generic[T]):
             self.start_timer(now + grace_seconds, lambda: self.cancel(stopped.reason, cause))
 
     def start_timer(self, at: float, action: Callable[[], object]) -> None:
-        """Call a function at a time, unless the batch is done before."""
+        """Call a function at a given time, unless the batch is done before."""
         if not self.done and self.tasks is not None:
             timer = Timer(at, action)
             self.timers.append(timer)
@@ -177,14 +178,14 @@ class Bookkeeping(Generic[T]):
 
     def cancel(self, reason: str, cause: BaseException | None) -> None:
         """
-        Stop, and cancel what runs. Each invocation still has its result, except those of an async input that
-        were not pulled: there is no saying how long that would take.
+        Stop, and cancel running invocations. Each invocation still has its result, except those of an async
+        input that were not pulled: pulling them could take any time.
         """
         self.stop(reason, cause)
         self.crew.cancel(reason)
 
     def _abandon(self) -> None:
-        """End what a cancelled batch has not started again, so that every invocation is accounted for."""
+        """End the jobs that a cancelled batch will not start again, so that every invocation has a result."""
         now = self.pool.loop.now()
         if self.by_key is not None:
             self.by_key.abandon()
@@ -218,15 +219,15 @@ class Bookkeeping(Generic[T]):
     # -- the jobs
 
     def lose(self, job: Job[T], scope: AttemptScope) -> None:
-        """End a job whose attempt was cancelled with the batch, or has ended the batch."""
+        """End a job whose attempt was cancelled with the batch, or whose error ended the batch."""
         job.cancel(self.ending.reason, scope.cause)
         if scope.is_spoilt:
             self.crew.replace()
 
         self.finish(job, self.pool.loop.now())
 
-    def settle(self, job: Job[T], slot: Slot, scope: AttemptScope, now: float) -> None:
-        """Retry a job that failed later, or make its outcome final."""
+    def retry_or_finish(self, job: Job[T], slot: Slot, scope: AttemptScope, now: float) -> None:
+        """Schedule a retry of a job that failed, or make its outcome final."""
         failed = job.failed
         verdict = None if failed is None else failed.verdict
         if failed is None:
@@ -242,12 +243,12 @@ class Bookkeeping(Generic[T]):
             if verdict.kind is VerdictKind.FATAL:
                 self._stop_for(job, blame(job, failed), failed.error, FATAL_HINT)
             else:
-                # Whatever the error is: the agent may have made it of what nested work has met.
+                # Checked for every error: the agent may have raised its own for an overload of nested work.
                 self._lose_patience(job, failed)
 
             if self.ending.stopped_for(job) is not None:
                 if verdict.kind not in (VerdictKind.PERMANENT, VerdictKind.FATAL):
-                    self.ending.close(job)
+                    self.ending.end_job(job)
             elif job.next_start(now, self._deadline, self.options) is not None:
                 self._retry(job, now)
                 return
@@ -269,7 +270,7 @@ class Bookkeeping(Generic[T]):
             self._stop_for(job, reason, failed.error, hint)
 
     def _stop_for(self, job: Job[T], reason: str, cause: BaseException, hint: str) -> None:
-        """Stop all that goes through the same limiter as a job: the batch, or the jobs of its key."""
+        """Stop all jobs that use the same limiter as a job: the batch, or the jobs of its key."""
         if self.by_key is None:
             self.stop(reason, cause, hint)
             return
@@ -281,11 +282,11 @@ class Bookkeeping(Generic[T]):
         now = self.pool.loop.now()
         self.options.observer.stopped(stopped.reason, now)
         for other in self.by_key.stop(job.pool):
-            self.ending.close(other)
+            self.ending.end_job(other)
             self.finish(other, now)
 
     def spend(self, job: Job[T], spent: BudgetSpent) -> None:
-        """Stop, since the next attempt of a job cannot be paid any more."""
+        """Stop, since no budget is left to pay the next attempt of a job."""
         self._stop_for(job, f"{job.invocation.agent_id!r} was refused: {spent}", spent, BUDGET_HINT)
 
     def _retry(self, job: Job[T], now: float) -> None:
@@ -293,9 +294,9 @@ class Bookkeeping(Generic[T]):
         self.source.set_aside(job)
         if self.retries.push(job, wake_at):
             assert self.tasks is not None
-            self.tasks.start_soon(self.retries.watch, "agentloop alarm")
+            self.tasks.start_soon(self.retries.watch, "agentloop retries")
 
-        # There is room for one more input.
+        # A waiting job makes room for one more input.
         self.changed()
 
     def _expire(self, job: Job[T], now: float) -> None:
@@ -323,7 +324,7 @@ class Bookkeeping(Generic[T]):
         if results is None:
             self._deliver(job, result, now)
         else:
-            # The same as _deliver() and _taken() would do; a call for every invocation shows.
+            # As _deliver() and _taken() do; inlined for speed.
             results.append(result)
             source.live -= 1
             if not self.crew.seeking or source.feeder is not None:

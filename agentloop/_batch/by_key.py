@@ -26,10 +26,10 @@ class ByKey(Generic[T]):
     Jobs in the lines of their keys, each without a worker, so that no key holds up another.
 
     A worker that takes a job whose key has no slot leaves it in that key's line, and takes the next one. When
-    the wait is over, the job is given out again. One task serves the pools in which the first in line waits
-    for a time.
+    the wait is over, the job is given out again. One task serves the pools in which the head of the line
+    waits for a time.
 
-    :param source: where jobs come from, and are given out again
+    :param source: gives out jobs, and takes back those whose wait has ended
     :param retries: knows which jobs are in line
     :param ending: knows which keys were stopped
     :param now: returns the time
@@ -43,7 +43,7 @@ class ByKey(Generic[T]):
         self._retries = retries
         self._ending = ending
         self._jobs: dict[Waiter, Job[T]] = {}
-        # When each pool is to be served.
+        # The time at which each pool has to be served.
         self._alarms: dict[Pool, float] = {}
         self._changed: anyio.Event | None = None
         self._call: Callable[[], object] | None = None
@@ -54,7 +54,7 @@ class ByKey(Generic[T]):
         """
         Return a slot for the next attempt of a job.
 
-        :return: ``None`` if there is to be none, or if the job is in line for it
+        :return: ``None`` if the job gets no further attempt, or waits in line
         """
         waiter = self._retries.in_line.get(job)
         if waiter is None:
@@ -86,8 +86,8 @@ class ByKey(Generic[T]):
         return None
 
     def _ask(self, job: Job[T]) -> Slot | Waiter | None:
-        """Return a slot, or a place in line for it; ``None`` if there is to be no attempt."""
-        # Only then it is known which key the job has.
+        """Return a slot, or a place in line for it; ``None`` if the job gets no further attempt."""
+        # resolve() finds the key, so it comes before the check of that key.
         if self._ending.stopped is not None or not job.resolve() or self._ending.stopped_for(job) is not None:
             return None
 
@@ -104,7 +104,7 @@ class ByKey(Generic[T]):
 
     def stop(self, pool: Pool) -> list[Job[T]]:
         """
-        Take out what waits under a key, whose jobs are to begin and to be retried no more.
+        Take out the waiting jobs of a key, which is neither to start nor to retry any more.
 
         :return: those that waited to be retried; those that were in line are given out again
         """
@@ -126,9 +126,9 @@ class ByKey(Generic[T]):
         start: Callable[[Callable[[], Coroutine[Any, Any, None]], str], object],
     ) -> None:
         """
-        Let tasks be started from now on.
+        Start the task when it is needed, from now on.
 
-        :param call: calls a worker, if there is something to do
+        :param call: calls a worker, if there is work
         :param spend: stops a key whose budget is spent
         """
         self._call = call
@@ -138,14 +138,14 @@ class ByKey(Generic[T]):
         self._watch_if_needed()
 
     def close(self) -> None:
-        """Let the task end."""
-        # These refer to the batch, which refers to this.
+        """End the task."""
+        # These refer to the batch, which refers to this object.
         self._call = self._spend = self._start = None
         if self._changed is not None:
             self._changed.set()
 
     def abandon(self) -> None:
-        """Leave all lines, and give back all slots that were not used. Nothing is given out any more."""
+        """Leave all lines, and give back all unused slots. No job is given out any more."""
         self._call = None
         for waiter in tuple(self._jobs):
             waiter.slot.pool.withdraw(waiter)

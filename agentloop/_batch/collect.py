@@ -1,4 +1,4 @@
-"""A batch whose results are wanted all at once."""
+"""A batch that returns its results all at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 class CollectingBatch(Batch[T]):
     """A batch that keeps its results, one for each input, in order."""
 
-    keep_rest = True
+    skips_remaining = True
 
     def __init__(self, inputs: Inputs[T], limiter: Limiter, options: RunOptions) -> None:
         super().__init__(inputs, limiter, options)
@@ -29,13 +29,13 @@ class CollectingBatch(Batch[T]):
         """
         Return the results of a batch that has run, and forget them.
 
-        :raises Exception: what the input has raised
+        :raises Exception: the exception that the input raised
         :raises BatchStopped: if an async input was not read to its end
         """
         if self.input_error is not None:
             raise self.input_error
 
-        # The frames of workers can stay alive with an error that a result holds; they refer to the batch.
+        # An error in a result keeps the frames of workers alive, and these refer to the batch.
         results, self.kept = self.kept or [], []
         results.sort(key=attrgetter("index"))
         stopped = self.stopped

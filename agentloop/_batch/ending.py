@@ -1,4 +1,4 @@
-"""How a batch ends, and why."""
+"""Why a batch stops, and what it raises then."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .._runtime.job import Job
 from .._runtime.outcome import Outcome
 from .._stop_rule import StopRule
 
-# What to do about a batch that one failure has stopped.
+# Hints for users whose batch was stopped by one failure.
 FATAL_HINT = (
     "a classify= that does not judge the error FATAL lets a batch go on, "
     "and a KeyedLimiter what has another key"
@@ -24,7 +24,7 @@ PATIENCE_HINT = "LoopConfig(overload_timeout_seconds=...) says how long to wait 
 
 
 def blame(job: Job[Any], failed: Outcome) -> str:
-    """Return which invocation has failed, and how, as the reason of a stop."""
+    """Return the reason of a stop: the invocation that failed, and its error."""
     return f"{job.invocation.agent_id!r} failed with {describe(failed.error)}"
 
 
@@ -32,13 +32,13 @@ class Judge:
     """
     Applies a rule to the results of one batch, in the order in which they end.
 
-    :param rule: what to stop for
+    :param rule: the rule
     """
 
     def __init__(self, rule: StopRule) -> None:
         self.rule = rule
         self.error: BaseException | None = None
-        """Of the last invocation that failed."""
+        """The error of the last invocation that failed."""
         self._ended = 0
         self._failed = 0
         self._row = 0
@@ -78,19 +78,19 @@ def _stopped(reason: str, cause: BaseException | None, hint: str) -> BatchStoppe
 
 class Ending:
     """
-    The one place that knows whether a batch was stopped, by what, and what that leaves to raise.
+    Knows whether a batch was stopped, why, and which exception the batch raises for that.
 
     A batch can be stopped for any number of reasons; the first one wins. From then on no job is started and
     none is retried. The same holds for the jobs of one key, where each key has a limiter of its own.
 
-    :param rule: what to stop for
+    :param rule: the rule
     """
 
     def __init__(self, rule: StopRule | None) -> None:
         self.judge = None if rule is None else Judge(rule)
-        """Says of each result whether it stops the batch."""
+        """Decides for each result whether it stops the batch."""
         self.stopped: BatchStopped | None = None
-        """Why nothing is started any more, if so."""
+        """Why no job is started any more; ``None`` while jobs may start."""
         self._of_keys: dict[Pool, BatchStopped] = {}
         self._cancelled_by = "the batch was cancelled"
         self._has_skipped = False
@@ -98,17 +98,17 @@ class Ending:
 
     @property
     def reason(self) -> str:
-        """Why what still runs is cancelled, if it is."""
+        """The reason that cancelled invocations give."""
         return self._cancelled_by if self.stopped is None else self.stopped.reason
 
     def stop(self, reason: str, cause: BaseException | None, hint: str = "") -> BatchStopped | None:
         """
         Stop the batch.
 
-        :param reason: what stops it, in words
-        :param cause: the same, as an exception, if there is one
-        :param hint: what to do to have it go on
-        :return: the exception that says so; ``None`` if it was stopped before
+        :param reason: the reason, in words
+        :param cause: the reason as an exception, if there is one
+        :param hint: how the user lets such a batch go on
+        :return: the exception of this stop; ``None`` if the batch was stopped before
         """
         if self.stopped is None:
             self.stopped = _stopped(reason, cause, hint)
@@ -127,30 +127,30 @@ class Ending:
         return None
 
     def stopped_for(self, job: Job[Any]) -> BatchStopped | None:
-        """Return why a job is not started any more, if so."""
+        """Return why a job is not started any more; ``None`` if it may start."""
         return self.stopped or (self._of_keys.get(job.pool) if self._of_keys else None)
 
     def cancel(self, reason: str) -> None:
-        """Say why the batch is cancelled, in case nothing has stopped it before."""
+        """Note why the batch is cancelled, for a batch that was not stopped before."""
         self._cancelled_by = reason
 
     def complete(self) -> None:
-        """Note that every input that was pulled has its result."""
+        """Note that every pulled input has its result."""
         self._complete = True
 
     def forget_judge(self) -> None:
-        """Let go of the rule's last error, whose frames may refer to the batch."""
+        """Drop the rule's last error, whose frames may refer to the batch."""
         self.judge = None
 
-    def close(self, job: Job[Any]) -> None:
-        """Make final what a stopped batch does not start or retry, unless it has ended by itself."""
+    def end_job(self, job: Job[Any]) -> None:
+        """Make a job final that a stopped batch does not start or retry, unless it has ended already."""
         stopped = self.stopped_for(job)
         if stopped is not None and job.close(stopped):
             self._has_skipped = True
 
     def error(self, cut_short: bool) -> BatchStopped | None:
         """
-        Return what to raise once the batch has ended, if inputs were skipped or not pulled.
+        Return the exception to raise once the batch has ended, if inputs were skipped or not pulled.
 
         :param cut_short: whether inputs were not pulled
         """

@@ -23,7 +23,7 @@ CANCELLED = "the input was cancelled from within"
 
 
 class Fed(Protocol[T_contra]):
-    """What is fed: an :class:`InputSource`."""
+    """The receiver of the items: an :class:`InputSource`."""
 
     @property
     def has_fed(self) -> bool: ...
@@ -35,7 +35,7 @@ class Fed(Protocol[T_contra]):
 class Feeder(Generic[T]):
     """
     Pulls an async input in one task, since a generator may hold scopes open that belong to the task that
-    advances it. It pulls when nothing that it has pulled waits for a worker, and there is room for more.
+    advances it. It pulls when no item that it pulled waits for a worker, and there is room for more.
 
     :param stream: the input
     :param loop: the event loop
@@ -52,7 +52,7 @@ class Feeder(Generic[T]):
         self._scope.cancel()
 
     def wake(self, source: Fed[T]) -> None:
-        """Pull, if this waits for room and there is some."""
+        """Let the feeder check again whether there is room."""
         if self._room is not None and source.may_pull():
             self._room.set()
             self._room = None
@@ -79,7 +79,7 @@ class Feeder(Generic[T]):
                 error, ended = exc, True
             except anyio.get_cancelled_exc_class() as exc:
                 await checkpoint_if_cancelled()
-                # It ends the input like a StopAsyncIteration would, but truncated is not complete.
+                # A stray cancellation ends the input, but the input was truncated, so it counts as an error.
                 error, ended = as_exception(exc, CANCELLED), True
             finally:
                 # Cancelled by cancel(), or with all tasks of the batch.
@@ -92,13 +92,13 @@ class Feeder(Generic[T]):
         on_item()
 
     async def _wait_for_room(self, source: Fed[T]) -> None:
-        # Once the input counts as exhausted, there is no room any more, and this is about to be cancelled.
+        # Once the input counts as exhausted, there is no room, and this task is about to be cancelled.
         while source.has_fed or not source.may_pull():
             self._room = anyio.Event()
             try:
                 await self._room.wait()
             except anyio.get_cancelled_exc_class():
-                # It is not the input's fault if this task is cancelled natively.
+                # A native cancellation of this task is no error of the input.
                 await checkpoint_if_cancelled()
                 await self._loop.forget_cancellations()
 

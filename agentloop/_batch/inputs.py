@@ -1,4 +1,4 @@
-"""Where the invocations of a batch come from: pulled from a sync input, or fed from an async one."""
+"""The source of a batch's invocations: pulled from a sync input, or fed from an async one."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ ASLEEP_PER_SLOT = 8
 
 class InputSource(Generic[T]):
     """
-    Makes jobs of inputs, as long as there is room, and gives out what there is to do.
+    Makes jobs of inputs, as long as there is room, and gives jobs out to workers.
 
-    Workers pull a sync input, in one context whichever of them does it; a :class:`Feeder` pulls an async one.
+    Workers pull a sync input, all in the same context; a :class:`Feeder` pulls an async one.
 
     :param inputs: the inputs
-    :param pool: where jobs get their slots from
-    :param outer: the slot of the invocation that runs the batch, if one does
-    :param observer: is told of each job
-    :param retries: those that wait to be retried
+    :param pool: the slots that jobs get
+    :param outer: the slot of the invocation that runs the batch; ``None`` outside of an agent
+    :param observer: reports each job
+    :param retries: the jobs that wait to be retried
     :param limit: how many jobs may be live
-    :param wait_from_start: whether the inputs of a sequence wait from the start
+    :param wait_from_start: whether the inputs of a sequence count as waiting from the start
     """
 
     def __init__(
@@ -54,19 +54,19 @@ class InputSource(Generic[T]):
     ) -> None:
         self.limit = limit
         self.live = 0
-        """How many jobs hold a slot, wait for one, or have a result that was not taken."""
+        """How many jobs hold a slot, wait for one, or have a result that no reader has taken."""
         self.pulled = 0
         self.exhausted = False
         self.is_fresh = False
-        """Whether the job that was given out last was pulled in the same moment."""
+        """Whether the job that was given out last was pulled for that."""
         self.cut_short = False
-        """Whether there was input left when it was decided to pull no more."""
+        """Whether pulling stopped before the input was exhausted."""
         self.error: Exception | None = None
-        """What the input has raised."""
+        """The exception that the input raised."""
         self.outer = outer
-        """The slot of the invocation that runs the batch, if one does."""
+        """The slot of the invocation that runs the batch; ``None`` outside of an agent."""
         self.new_job: Callable[[Invocation[T], int, float, Pool, Slot | None], Job[T]] = Job
-        """Makes the job of an invocation. What it raises is an error of the input."""
+        """Makes the job of an invocation. An exception that it raises counts as the input's."""
         self._pool = pool
         self._observer = observer
         self._retries = retries
@@ -80,30 +80,30 @@ class InputSource(Generic[T]):
         else:
             self._iterator = iter(inputs)
 
-        # What may know whether there is more input.
+        # An object that may have a length hint, for whether there is more input.
         self._sized: object = inputs if isinstance(inputs, Mapped) else self._iterator
-        # Where all inputs are there from the start, they wait from the start.
+        # The inputs of a sequence all exist at the call, so their wait begins then.
         self._began = pool.loop.now() if wait_from_start and isinstance(inputs, Sequence) else None
         self._to_come = 0 if self._began is None else len(cast("Sequence[Any]", inputs))
         if pool.route is not None:
             retries.room = KeyRoom(bounded=self._began is None)
 
-        # Whether anybody is told of a job that is pulled.
+        # Whether pulling a job has to be reported.
         self._reports = self._to_come > 0 or not observer.is_plain
-        # What workers pull, as long as there is more.
+        # The iterator that workers pull; None once it is exhausted.
         self._to_pull = self._iterator
         # Jobs that were pulled and wait for a worker, not for a retry.
         self._fed: deque[Job[T]] = deque()
 
     def count_to_come(self, sign: int) -> None:
-        """Count what is still to be pulled as waiting in the limiter, or no more."""
+        """Count the inputs that are still to be pulled as waiting in the limiter, or take them out again."""
         self._pool.pending += sign * self._to_come
 
     # -- what there is to do
 
     @property
     def selective(self) -> bool:
-        """Whether a job is to be resolved before it gets a slot."""
+        """Whether a job must be resolved before it gets a slot."""
         return self._pool.selective or self.new_job is not Job
 
     def has_work(self) -> bool:
@@ -118,7 +118,7 @@ class InputSource(Generic[T]):
 
     @property
     def has_fed(self) -> bool:
-        """Whether a job that was pulled waits for a worker."""
+        """Whether a pulled job waits for a worker."""
         return bool(self._fed)
 
     def may_pull(self) -> bool:
@@ -130,7 +130,7 @@ class InputSource(Generic[T]):
         return self._retries.room is not None or self._retries.count < ASLEEP_PER_SLOT * limit
 
     def next_job(self) -> Job[T] | None:
-        """Return the next job to be done, if there is one: one that was fed, is due again, or is pulled."""
+        """Return the next job, if there is one: from the feeder, from the retry queue, or pulled now."""
         iterator = self._to_pull
         if iterator is None or self._fed or self._retries.count or self.live >= self.limit:
             job = self._next_job()
@@ -167,7 +167,7 @@ class InputSource(Generic[T]):
         return job
 
     def _next_job(self) -> Job[T] | None:
-        """Return a job that need not be pulled."""
+        """Return a job that was pulled before."""
         self.is_fresh = False
         if self._fed:
             return self._fed.popleft()
@@ -180,17 +180,17 @@ class InputSource(Generic[T]):
         return None
 
     def set_aside(self, job: Job[T]) -> None:
-        """Make room for one more input, while a job waits that needs no worker for that."""
+        """Make room for one more input, while a job waits without a worker."""
         if self._retries.room is None or self._retries.room.set_aside(job.pool):
             self.live -= 1
 
     def take_back(self, job: Job[T]) -> None:
-        """Count a job as live again that has waited."""
+        """Count a job as live again after its wait."""
         if self._retries.room is None or self._retries.room.take_back(job.pool):
             self.live += 1
 
     def give_out(self, job: Job[T]) -> None:
-        """Give a job out before those that are to be pulled."""
+        """Give a job out before the next input is pulled."""
         self._fed.append(job)
 
     def put_back(self, job: Job[T]) -> None:
@@ -198,7 +198,7 @@ class InputSource(Generic[T]):
         self._fed.appendleft(job)
 
     def pop_all(self) -> list[Job[T]]:
-        """Take the jobs that were pulled and wait for a worker."""
+        """Remove and return the pulled jobs that wait for a worker."""
         jobs = [*self._fed]
         self._fed.clear()
         return jobs
@@ -213,10 +213,10 @@ class InputSource(Generic[T]):
 
     def exhaust(self, error: Exception | None = None, cut_short: bool = False) -> None:
         """
-        Note that nothing is pulled any more.
+        Note that the input is over.
 
-        :param error: what the input has raised
-        :param cut_short: whether there may be input left
+        :param error: the exception that the input raised
+        :param cut_short: whether inputs may be left
         """
         self.exhausted = True
         self._to_pull = None
@@ -234,21 +234,21 @@ class InputSource(Generic[T]):
     def cut(self) -> None:
         """Pull no more."""
         if not self.exhausted:
-            # An iterator may know that there is no more, even if it has not been asked for it.
+            # A length hint of 0 says that the input was exhausted, although StopIteration was not seen.
             self.exhaust(cut_short=self._iterator is None or length_hint(self._sized, 1) > 0)
             self.stop_feeding()
 
     def stop_feeding(self) -> None:
-        """Let the feeder end, once the batch is done."""
+        """End the feeder, once the batch is done."""
         if self.feeder is not None:
             self.feeder.cancel()
 
     def forget_error(self) -> None:
-        """Forget what the input has raised, once that was raised to the caller."""
+        """Drop the input's exception, once the caller has received it."""
         self.error = None
 
     def close(self) -> None:
-        """Close a generator that was given as input, as the feeder does with an async one."""
+        """Close an input that is a generator. The feeder closes an async one."""
         iterator: Any = self._iterator
         if isinstance(iterator, Generator):
             try:

@@ -1,16 +1,16 @@
 """
 A batch with a journal.
 
-**An input claims an entry** when it is pulled. If that holds a result that is kept, the job has ended before
-it began, and its result is delivered at once. Otherwise it runs.
+**An input claims an entry** when it is pulled. If the entry holds a kept result, the job ends without an
+attempt, and that result is delivered at once. Otherwise the job runs.
 
 **Delivered means committed.** A job that has ended gives its slot back, and its result goes to the journal.
-Only when the journal has committed it is it delivered. Meanwhile it does not count as live, so that short
-agents do not wait for the disk; but there are at most as many such results as the limit, and from then on a
-slow disk is backpressure.
+The result is delivered when the journal has committed it. Meanwhile the job does not count as live, so that
+short agents do not wait for the disk. At most as many such results as the limit may wait; beyond that, a slow
+disk is backpressure.
 
-**When the journal fails**, nothing new is started and what runs finishes. Then the journal tries once more,
-and the batch ends with a ``JournalError``.
+**When the journal fails**, nothing new is started and running invocations finish. Then the journal tries once
+more, and the batch ends with a ``JournalError``.
 """
 
 from __future__ import annotations
@@ -40,34 +40,34 @@ from .ending import Judge
 
 T = TypeVar("T")
 
-# How long a cancelled batch waits until what had ended is written, in seconds.
+# How long a cancelled batch waits for the results of ended jobs to be written, in seconds.
 CLOSE_SECONDS = 5.0
 _NOT_RECORDED = (Status.CANCELLED, Status.SKIPPED)
 
 
 class Session(Protocol):
-    """What a batch does with a journal."""
+    """A journal's side of one batch."""
 
     def claim(self, invocation: Invocation[Any]) -> Claim:
         """
         Return the entry for an input.
 
         :raises TypeError: if it needs a key and has none
-        :raises ValueError: if its key was there before
+        :raises ValueError: if another input has its key
         :raises JournalError: if the journal cannot be read
         """
         ...
 
     def write(self, claim: Claim, result: InvocationResult[Any], on_done: Callable[[bool], object]) -> None:
         """
-        Write a result soon.
+        Queue a result to be written.
 
-        :param on_done: is told whether it was committed; if not, the journal gives it up
+        :param on_done: called with whether it was committed; if not, the journal will not try again
         """
         ...
 
     def hurry(self) -> None:
-        """Write at once, since the batch waits for nothing else; what failed before, for the last time."""
+        """Write all queued results at once; retry a failed write once, for the last time."""
 
     def release(self, row: int) -> None:
         """Leave an entry to another input."""
@@ -81,24 +81,24 @@ class AnyJournal(ABC):
         """
         Begin to serve a batch.
 
-        :param on_failure: is told the first time that results of the batch could not be written
+        :param on_failure: called the first time that results of the batch could not be written
         :raises RuntimeError: if the journal is not open in this event loop
         """
 
 
 def check_journal(value: object) -> None:
-    """Refuse what is no journal."""
+    """Raise ``TypeError`` if a value is no journal."""
     if value is not None and not isinstance(value, AnyJournal):
         raise TypeError(f"journal must be an agentloop.journal.Journal, got {value!r}")
 
 
 class Recording(Generic[T]):
     """
-    The results of a batch on their way into a journal.
+    Writes the results of a batch into a journal before they are delivered.
 
-    :param batch: whose results they are
-    :param journal: where they go
-    :param deliver: takes a result, and the entry that has it, once that was committed
+    :param batch: the batch
+    :param journal: the journal
+    :param deliver: takes a result and the row of its entry, once the entry was committed
     :param on_replay: is called for each result of an earlier run
     """
 
@@ -125,7 +125,7 @@ class Recording(Generic[T]):
     def make_job(
         self, invocation: Invocation[T], index: int, now: float, pool: Pool, outer: Slot | None
     ) -> Job[T]:
-        """Make the job of an input, which may have ended in an earlier run."""
+        """Make the job of an input. It has ended already if the journal holds its result."""
         claim = self.session.claim(invocation)
         try:
             result = claim.replay(index)
@@ -139,7 +139,7 @@ class Recording(Generic[T]):
         return ReplayedJob(invocation, index, now, pool, outer, claim, result)
 
     def take(self, job: Job[T], result: InvocationResult[T]) -> None:
-        """Take the result of a job that has ended: to be delivered, once the journal has it."""
+        """Take the result of a job that has ended, and deliver it once the journal has committed it."""
         if isinstance(job, ReplayedJob):
             self._on_replay()
             self._deliver(result, job.claim.row)
@@ -158,7 +158,7 @@ class Recording(Generic[T]):
         source = self._batch.source
         counted = self._uncounted >= source.limit
         if counted and self.error is None:
-            # Nothing more is started before some of them are written.
+            # No more jobs start before some results are written.
             self.session.hurry()
 
         if not counted:
@@ -191,7 +191,7 @@ class Recording(Generic[T]):
         self._batch.check_done()
 
     def _give_up(self, claim: Claim, result: InvocationResult[T]) -> None:
-        """Keep a result that cannot be written for the error, and stop the batch if nothing has before."""
+        """Add a result that cannot be written to the error that stops the batch."""
         cause = claim.error
         if cause is not None and self.error is None:
             error = JournalError(str(cause))
@@ -204,21 +204,21 @@ class Recording(Generic[T]):
         self._batch.source.live -= 1
 
     def fail(self, error: JournalError) -> None:
-        """Start nothing new, and raise an error in the end."""
+        """Stop the batch, and let it raise an error when it has ended."""
         if self.error is None:
             self.error = error
             self._batch.source.cut()
             self._batch.stop(str(error), error)
 
-        # It may wait for nothing but the second try.
+        # The batch may be waiting for the second try alone.
         self._batch.check_done()
 
     def forget_error(self) -> None:
-        """Forget what is raised in the end, once it was."""
+        """Drop the error, once the caller has received it."""
         self.error = None
 
     async def close(self) -> None:
-        """Deliver nothing any more, and wait until what has ended is written."""
+        """Deliver no more results, and wait until those of ended jobs are written."""
         if self.pending:
             self._written = anyio.Event()
             self.session.hurry()
@@ -230,10 +230,10 @@ class Journaled(Batch[T]):
     """
     A batch with a journal. Subclasses decide what to do with each result (``_hand_over``).
 
-    :param inputs: what to run
-    :param limiter: says how many run at once
-    :param options: holds for every invocation
-    :param journal: where results come from and go
+    :param inputs: the invocations to run
+    :param limiter: bounds how many run at once
+    :param options: the settings of all invocations
+    :param journal: the journal
     :param on_replay: is called for each result of an earlier run
     """
 
@@ -284,7 +284,7 @@ class Journaled(Batch[T]):
 
 
 class JournaledCollecting(Journaled[T], CollectingBatch[T]):
-    """A batch with a journal whose results are wanted all at once."""
+    """A batch with a journal that returns its results all at once."""
 
     def __init__(
         self,
@@ -318,7 +318,7 @@ class JournaledCollecting(Journaled[T], CollectingBatch[T]):
         self._taken()
 
     def _release(self) -> None:
-        """Leave the entries to a later batch, since this one's caller gets no result."""
+        """Leave the entries to a later batch, since the caller of this one gets no result."""
         for row in self._rows:
             self.recording.session.release(row)
 
@@ -330,7 +330,7 @@ def collecting(
     journal: AnyJournal | None,
     on_replay: Callable[[], object],
 ) -> CollectingBatch[T]:
-    """Return a batch whose results are wanted all at once, with a journal if there is one."""
+    """Return a batch that returns its results all at once, with a journal if there is one."""
     if journal is None:
         return CollectingBatch(inputs, limiter, options)
 

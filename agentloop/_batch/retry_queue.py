@@ -1,4 +1,4 @@
-"""The invocations of a batch that wait to be retried, and those whose total time passes while they wait."""
+"""The invocations of a batch that wait to be retried, or whose total time may pass while they wait."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .room import KeyRoom
 
 class RetryQueue:
     """
-    Jobs that wait for a time, and one alarm task for all of them: they need neither a slot nor a worker.
+    Jobs that wait for a time, and one timer task for all of them. They need neither a slot nor a worker.
 
-    A job lies in the heap until its next attempt may begin, and is due then, until a worker takes it. The
-    heap also says when the total time of a job is up that is due, or in line for a slot.
+    The heap holds a job until its next attempt may begin. Then the job is due, until a worker takes it. For a
+    job that is due or in line for a slot, the heap holds the time at which its total time is up.
 
     :param now: returns the time
     """
@@ -32,19 +32,19 @@ class RetryQueue:
         self.count = 0
         """How many jobs wait to be retried."""
         self.due: dict[Job[Any], None] = {}
-        """Those whose next attempt may begin."""
+        """The jobs whose next attempt may begin."""
         self.in_line: dict[Job[Any], Waiter] = {}
-        """Those that wait for a slot, each with its place."""
+        """The jobs that wait for a slot, each with its waiter."""
         self.room: KeyRoom | None = None
-        """How many jobs of each key wait, and how many of these take room of other input."""
+        """Counts the waiting jobs of each key, if each key has a limiter of its own."""
         self._now = now
         self._on_due: Callable[[], object] | None = None
         self._on_late: Callable[[Job[Any], float], object] | None = None
         self._heap: list[tuple[float, int, Job[Any]]] = []
         self._sequence = itertools.count()
-        # How many entries of the heap are about jobs that have left their queue.
+        # How many entries of the heap belong to jobs that have left it.
         self._stale = 0
-        self._alarm: anyio.Event | None = None
+        self._wake: anyio.Event | None = None
         self._closed = False
 
     def push(self, job: Job[Any], wake_at: float) -> bool:
@@ -55,27 +55,27 @@ class RetryQueue:
         """
         self.count += 1
         heapq.heappush(self._heap, (wake_at, next(self._sequence), job))
-        if self._alarm is None:
-            self._alarm = anyio.Event()
+        if self._wake is None:
+            self._wake = anyio.Event()
             return True
 
         if self._heap[0][0] == wake_at:
-            self._alarm.set()
+            self._wake.set()
 
         return False
 
     def pop(self) -> Job[Any]:
-        """Take the first job that is due."""
+        """Remove and return the first job that is due."""
         job = next(iter(self.due))
         if job.deadline < math.inf:
-            # While it is still due: it may have to wait in line, until its total time is up.
+            # Called while the job is due, so that its total time stays in the heap while it waits in line.
             self._drop_stale()
 
         self._take(job)
         return job
 
     def pop_all(self) -> list[Job[Any]]:
-        """Take all jobs, due or not."""
+        """Remove and return all jobs, due or not."""
         jobs = [*self.due, *(job for at, _, job in self._heap if at == job.wake_at)]
         for job in jobs:
             self._take(job)
@@ -84,7 +84,7 @@ class RetryQueue:
         return jobs
 
     def pop_of(self, pool: Pool) -> list[Job[Any]]:
-        """Take all jobs of a pool, due or not."""
+        """Remove and return all jobs of a pool, due or not."""
         jobs = [job for job in self.due if job.pool is pool]
         jobs += [job for at, _, job in self._heap if at == job.wake_at and job.pool is pool]
         for job in jobs:
@@ -95,7 +95,7 @@ class RetryQueue:
         return jobs
 
     def join_line(self, job: Job[Any], waiter: Waiter) -> None:
-        """Note that a job waits for a slot, and its place in line."""
+        """Note that a job waits in line for a slot."""
         self.in_line[job] = waiter
 
     def leave_line(self, job: Job[Any]) -> None:
@@ -103,7 +103,7 @@ class RetryQueue:
         del self.in_line[job]
 
     def _drop_stale(self) -> None:
-        """Keep the heap no larger than a multiple of what it is about, once a job has left its queue."""
+        """Bound the heap to a multiple of its live entries, once a job has left it."""
         self._stale += 1
         if self._stale * 2 > len(self._heap) + 16:
             self._heap = [
@@ -116,42 +116,42 @@ class RetryQueue:
 
     def open(self, on_due: Callable[[], object], on_late: Callable[[Job[Any], float], object]) -> None:
         """
-        Begin, or begin again, with no alarm task.
+        Begin, or begin again, without a timer task.
 
         :param on_due: called when jobs have become due
         :param on_late: called for each job whose total time is up
         """
-        self._alarm = None
+        self._wake = None
         self._closed = False
         self._on_due = on_due
         self._on_late = on_late
 
     def close(self) -> None:
-        """Let :meth:`watch` end."""
+        """End :meth:`watch`."""
         self._closed = True
-        # These refer to the batch, which refers to this.
+        # These refer to the batch, which refers to this object.
         self._on_due = self._on_late = None
-        if self._alarm is not None:
-            self._alarm.set()
+        if self._wake is not None:
+            self._wake.set()
 
     async def watch(self) -> None:
-        """Be the alarm, until no job is left that it is needed for."""
+        """Wait for the time of each entry, until the heap is empty."""
         while self._heap and not self._closed:
-            self._alarm = anyio.Event()
+            self._wake = anyio.Event()
             with anyio.CancelScope(deadline=self._heap[0][0]):
-                await self._alarm.wait()
+                await self._wake.wait()
 
             if not self._closed:
-                self._ring(self._now())
+                self._move_due(self._now())
 
-        self._alarm = None
+        self._wake = None
 
     def _take(self, job: Job[Any]) -> None:
         self.due.pop(job, None)
         self.count -= 1
         job.wake()
 
-    def _ring(self, now: float) -> None:
+    def _move_due(self, now: float) -> None:
         on_due, on_late = self._on_due, self._on_late
         assert on_due is not None
         assert on_late is not None

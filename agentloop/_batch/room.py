@@ -1,4 +1,4 @@
-"""How much input a batch may have at once, where each key has a limiter of its own."""
+"""How many inputs of each key a batch may hold, where each key has a limiter of its own."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ __all__ = ["KeyRoom"]
 
 from .._limits.slots import Pool
 
-# How many invocations of a key may wait, per slot of it, before they take room of other input.
+# How many invocations of a key may wait, per slot of it, before they take the room of other inputs.
 WAITING_PER_SLOT = 8
 
 
 class KeyRoom:
     """
-    Counts the invocations of each key that wait, in line or to be retried, and how many of these take room.
+    Counts the waiting invocations of each key, in line or to be retried, and how many of these take room.
 
-    :param bounded: whether any of them do
+    :param bounded: whether any of them take room
     """
 
     def __init__(self, bounded: bool) -> None:
@@ -24,12 +24,12 @@ class KeyRoom:
 
     @property
     def in_room(self) -> int:
-        """How many of all keys take room."""
+        """How many invocations take room, over all keys."""
         return sum(self._in_room.values())
 
     def set_aside(self, pool: Pool) -> bool:
         """
-        Count one more that waits.
+        Count one more waiting invocation.
 
         :return: whether it takes no room
         """
@@ -42,9 +42,9 @@ class KeyRoom:
 
     def take_back(self, pool: Pool) -> bool:
         """
-        Count one fewer that waits.
+        Count one waiting invocation fewer.
 
-        :return: whether it took no room, or another one takes none from now on
+        :return: whether none took room; if one did, its room goes to the invocation that waits no more
         """
         self._waiting[pool] -= 1
         if not self._waiting[pool]:

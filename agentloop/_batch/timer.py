@@ -1,4 +1,4 @@
-"""What a batch does at a time."""
+"""A function call at a given time, within a batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import anyio
 
 class Timer:
     """
-    Calls a function at a time, in a task of the batch.
+    Calls a function at a given time, in a task of the batch.
 
     :param at: when, by the event loop's clock
     :param action: the function
@@ -23,8 +23,8 @@ class Timer:
         self._scope = anyio.CancelScope()
 
     async def run(self) -> None:
-        """Wait until it is time, unless this is stopped."""
-        # Entered anew each time, since a task goes on that is cancelled natively.
+        """Wait until the time has come or the timer is stopped."""
+        # A new scope each time: a task that was cancelled natively runs this again.
         with anyio.CancelScope() as self._scope:
             if self._action is not None:
                 await anyio.sleep_until(self._at)
@@ -34,6 +34,6 @@ class Timer:
             action()
 
     def stop(self) -> None:
-        """Call nothing any more, and let :meth:`run` end."""
+        """Drop the function, and end :meth:`run`."""
         self._action = None
         self._scope.cancel()

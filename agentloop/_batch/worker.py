@@ -24,12 +24,12 @@ class Worker(Generic[T]):
     """
     Takes a job, waits for a slot, runs one attempt, and goes on with the next. ``workers`` has the theory.
 
-    Two things are carried from one job to the next, since each costs as much as all else about a short
-    attempt: the scope that times attempts out, and the slot, if nothing waits for one. Both are let go before
-    anything but an agent is awaited.
+    A worker keeps two things from one job to the next, since making each costs as much as all other work of a
+    short attempt: the scope that times attempts out, and the slot, if no waiter needs one. It leaves the
+    scope and releases the slot before it awaits anything but an agent.
 
-    :param batch: whose jobs it takes
-    :param tasks: those of the batch
+    :param batch: the batch that gives out jobs
+    :param tasks: the tasks of the batch
     """
 
     __slots__ = ("_batch", "_has_slot", "_scope", "_tasks")
@@ -38,7 +38,7 @@ class Worker(Generic[T]):
         self._batch = batch
         self._tasks = tasks
         self._scope = batch.pool.loop.attempt_scope(batch.deadlines)
-        # Whether the slot of the job before is still in use.
+        # Whether the worker keeps the slot of its last job.
         self._has_slot = False
 
     async def work(self) -> None:
@@ -54,14 +54,14 @@ class Worker(Generic[T]):
                 slot: Slot | None = None
                 try:
                     if scope.scope is None and not scope.begin(math.inf):
-                        # Cancelled before it has anything, so that it holds nothing meanwhile.
+                        # The batch is cancelled. The worker waits here, where it holds neither job nor slot.
                         await wait_for_cancellation()
 
                     job = next_job()
                     if job is None:
                         batch.check_done()
                         if pool.keys is not None:
-                            # Now that there is no more input, it may wait for nothing but its keys.
+                            # Without more input, the batch may wait for its keys alone.
                             pool.refuse_deadlocked()
                             if batch.has_work():
                                 continue
@@ -78,7 +78,7 @@ class Worker(Generic[T]):
                         slot = job
                         self._has_slot = False
 
-                    # A job that was just pulled has not been queued, unless it stood in line.
+                    # A job that was just pulled began to wait in this step, unless it waited in line.
                     now = job.queued_at if fresh and not job.waited else now_at()
                     if slot is not None:
                         crew.seeking -= 1
@@ -91,7 +91,7 @@ class Worker(Generic[T]):
 
                         crew.seeking += 1
                         if job.failures is not None:
-                            batch.settle(job, slot, scope, now)
+                            batch.retry_or_finish(job, slot, scope, now)
                             if scope.is_spoilt:
                                 break
                         elif slot.is_plain and slot.pool is pool and admission.is_open and not pool.in_line:
@@ -101,12 +101,12 @@ class Worker(Generic[T]):
                             slot.release(None, True)
                             batch.finish(job, now)
                     elif job not in batch.retries.in_line:
-                        ending.close(job)
+                        ending.end_job(job)
                         batch.finish(job, now)
 
-                    # One that is left in the line of its key has let nobody run.
+                    # A job that was left in the line of its key has let no other task run.
                     waited = job.waited and slot is not None
-                    # Not kept while parked: the arguments of a finished invocation are the caller's alone.
+                    # A parked worker must not keep the arguments of a finished invocation alive.
                     job = slot = None
                     if cancellations():
                         self.let_go()
@@ -116,7 +116,7 @@ class Worker(Generic[T]):
                         self.let_go()
                         await pace.rest()
                 except anyio.get_cancelled_exc_class():
-                    # By a cancellation that an agent asked for long ago, from a callback: no reason to end.
+                    # A late cancellation that an agent requested from a callback does not end the worker.
                     self.let_go()
                     await self._tasks.go_on()
 
@@ -130,7 +130,7 @@ class Worker(Generic[T]):
         self.let_go()
         self._batch.crew.leave(self)
         if exc is not None and self._batch.by_key is not None:
-            # An agent that is cancelled too may need what nobody will use before it ends.
+            # A cancelled agent may need one of the unused slots before it can end.
             self._batch.by_key.abandon()
 
         return await self._tasks.leave_by(exc)
@@ -139,7 +139,7 @@ class Worker(Generic[T]):
         """
         Return a slot for the next attempt of a job.
 
-        :return: ``None`` if there is to be none, or if the job waits for it under its key
+        :return: ``None`` if the job gets no further attempt, or waits in the line of its key
         """
         if self._batch.by_key is not None:
             return self._batch.by_key.acquire(job)
@@ -160,16 +160,16 @@ class Worker(Generic[T]):
             self._batch.pool.give_back()
 
     def cancel(self, reason: str) -> None:
-        """Cancel the attempt that runs, if one does."""
+        """Cancel the running attempt, if there is one."""
         self._scope.cancel(reason)
 
     def let_go(self) -> None:
-        """Leave the scope and give the slot back, before anything but an agent is awaited."""
+        """Leave the scope and give the slot back, before awaiting anything but an agent."""
         self._scope.leave()
         self._give_back()
 
     async def _wait_in_line(self, job: Job[T], slot: Slot) -> Slot | None:
-        """Return the slot, once it was granted; ``None`` if it was not, or the batch has been stopped."""
+        """Wait for the slot and return it; ``None`` if it was not granted, or the batch was stopped."""
         batch = self._batch
         waiter = job.join_line(slot)
         batch.retries.join_line(job, waiter)
@@ -179,7 +179,7 @@ class Worker(Generic[T]):
                 batch.spend(job, waiter.error)
                 job.pool.withdraw(waiter)
         except BaseException:
-            # Whether the batch goes on or not, nothing has happened to this job yet.
+            # The job was not started, so it is given out again if the batch goes on.
             batch.source.put_back(job)
             raise
         finally:

@@ -1,24 +1,23 @@
 """
-The workers of a batch: who calls, parks and wakes them.
+The workers of a batch, and when each is hired, parked and woken.
 
 **A worker** is a task that takes an invocation, waits for a slot, runs one attempt, and goes on with the
 next. There are at most as many as the limiter has slots.
 
-**Called on demand.** A worker that has begun an attempt runs alone until its agent waits. Only then another
-one is called (``call()``), if there is something left to do: a parked one, else a new one. So agents that
-never wait need a single worker, and a batch of ten needs ten at most.
+**Called on demand.** A worker that has begun an attempt runs alone until its agent waits. Only then it calls
+another one (``call()``), if there is work left: a parked one, else a new one. So agents that never wait need
+a single worker, and a batch of ten needs ten at most.
 
-**Seeking.** A worker between two attempts is *seeking*: it is about to look for something to do. While one
-does, no other is called, since that one takes what there is, and its agent then calls the next. Each change
-of ``seeking`` is made in the same step as what it is about, so that it never counts a worker twice: a worker
-that begins an attempt seeks no more, one that ends it seeks again, and a worker that is called seeks from
-that moment on, before its task runs.
+**Seeking.** A worker between two attempts is *seeking*: it is about to look for a job. While one is seeking,
+no other is called, since that one takes the next job, and its agent then calls the next worker. ``seeking``
+changes in the same step as the worker, so that no worker counts twice: a worker that begins an attempt stops
+seeking, one that ends it seeks again, and a called worker seeks from the call on, before its task runs.
 
-**Parked.** A worker that finds nothing to do waits on an event of its own. Whoever sets that counts the
+**Parked.** A worker that finds no job waits on an event of its own. The caller that sets the event counts the
 worker as seeking. ``close()`` wakes all of them, and they end.
 
-**Spoilt.** A worker in whose task an agent has left a scope open cannot go on: that scope could cancel
-whatever runs in it. Another one takes over what it counts for.
+**Spoilt.** A worker in whose task an agent has left a scope open cannot go on: that scope could cancel the
+next agent. Another worker takes its place in all counts.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from .._eventloop.tasks import Tasks
 
 
 class Member(Protocol):
-    """A worker, as far as its crew knows it."""
+    """The part of a worker that its crew uses."""
 
     def cancel(self, reason: str) -> None: ...
 
@@ -43,17 +42,17 @@ class Crew:
     """
     The workers of a batch.
 
-    :param size: how many there are at most
+    :param size: the largest number of workers
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.seeking = 0
-        """How many are between two attempts."""
+        """How many workers are between two attempts."""
         self.can_call = False
-        """Whether one is parked or can be hired."""
+        """Whether a worker is parked or can be hired."""
         self.spoilt = 0
-        """In how many an agent has left a scope open."""
+        """In how many workers an agent has left a scope open."""
         self._tasks: Tasks | None = None
         self._work: Callable[[], Coroutine[Any, Any, None]] | None = None
         self._has_work: Callable[[], bool] | None = None
@@ -65,10 +64,10 @@ class Crew:
         self, tasks: Tasks, work: Callable[[], Coroutine[Any, Any, None]], has_work: Callable[[], bool]
     ) -> None:
         """
-        Hire from now on, into a task group.
+        Start workers on demand from now on, in a task group.
 
-        :param work: what a worker does
-        :param has_work: returns whether there is something to do
+        :param work: the async function that a worker runs
+        :param has_work: returns whether there is a job
         """
         self._tasks = tasks
         self._work = work
@@ -78,8 +77,8 @@ class Crew:
         self._count()
 
     def close(self) -> None:
-        """Hire no more, and let those that are parked end."""
-        # These refer to the batch, which refers to this.
+        """Hire no more, and wake the parked workers to end."""
+        # These refer to the batch, which refers to this object.
         self._tasks = self._work = self._has_work = None
         self.seeking += len(self._parked)
         while self._parked:
@@ -88,12 +87,12 @@ class Crew:
         self._count()
 
     def resize(self, size: int) -> None:
-        """Change how many there are at most."""
+        """Change the largest number of workers."""
         self.size = size
         self._count()
 
     def call(self) -> None:
-        """Let a worker look for something to do, if there is something and none looks already."""
+        """Wake or hire a worker, if there is work and no worker is seeking."""
         if self.seeking or not self.can_call or self._has_work is None or not self._has_work():
             return
 
@@ -118,7 +117,7 @@ class Crew:
         try:
             await event.wait()
         except BaseException:
-            # Whoever wakes a worker has counted it as seeking.
+            # A worker whose event was set already counts as seeking.
             self.seeking += event in self._parked
             self._parked.pop(event, None)
             self._count()
@@ -138,11 +137,11 @@ class Crew:
             worker.cancel(reason)
 
     def replace(self) -> None:
-        """Let another worker go on in place of the current one, whose task was spoilt."""
+        """Start another worker in place of the current one, whose task was spoilt."""
         assert self._tasks is not None
         self.spoilt += 1
         self._tasks.spoil()
-        # It takes over what this one counts for.
+        # It takes the place of this one in all counts.
         self._hire()
 
     def _hire(self) -> None:

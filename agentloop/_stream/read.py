@@ -32,7 +32,7 @@ ItemT = TypeVar("ItemT")
 class ReadBatch(Batch[T], Generic[T, ItemT]):
     """A batch that hands items to a reader as they come."""
 
-    keep_rest = False
+    skips_remaining = False
 
     def __init__(self, inputs: Inputs[T], limiter: Limiter, options: RunOptions) -> None:
         super().__init__(inputs, limiter, options)

@@ -358,7 +358,7 @@ retries are guessed
 + len(errors)
 
 a fatal verdict stops nothing
-@ Bookkeeping.settle, asyncio 84, trio 84
+@ Bookkeeping.retry_or_finish, asyncio 84, trio 84
 - verdict.kind is VerdictKind.FATAL
 + False
 
@@ -545,7 +545,7 @@ a task that a scope was left open in does not wait for the others if it is cance
 + cancelled
 
 agents may leave scopes open for ever
-@ Bookkeeping.settle, asyncio 70, trio 252
+@ Bookkeeping.retry_or_finish, asyncio 70, trio 252
 - self.crew.spoilt >= self.crew.size
 + False
 
