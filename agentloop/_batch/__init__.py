@@ -1,1 +1,1 @@
-"""Many invocations at once: where they come from, who runs them, and how a batch ends."""
+"""Batches: the source of their invocations, the workers that run them, and how a batch ends."""

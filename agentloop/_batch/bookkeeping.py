@@ -290,7 +290,7 @@ class Bookkeeping(Generic[T]):
         self._stop_for(job, f"{job.invocation.agent_id!r} was refused: {spent}", spent, BUDGET_HINT)
 
     def _retry(self, job: Job[T], now: float) -> None:
-        wake_at = job.rest(self.options.observer, now)
+        wake_at = job.schedule_retry(self.options.observer, now)
         self.source.set_aside(job)
         if self.retries.push(job, wake_at):
             assert self.tasks is not None

@@ -16,7 +16,7 @@ from .._stop_rule import StopRule
 # Hints for users whose batch was stopped by one failure.
 FATAL_HINT = (
     "a classify= that does not judge the error FATAL lets a batch go on, "
-    "and a KeyedLimiter what has another key"
+    "and a KeyedLimiter the invocations of other keys"
 )
 RULE_HINT = "as LoopConfig(stop=...) has it"
 BUDGET_HINT = "a budget holds for as long as its limiter"
@@ -145,7 +145,7 @@ class Ending:
     def end_job(self, job: Job[Any]) -> None:
         """Make a job final that a stopped batch does not start or retry, unless it has ended already."""
         stopped = self.stopped_for(job)
-        if stopped is not None and job.close(stopped):
+        if stopped is not None and job.end_stopped(stopped):
             self._has_skipped = True
 
     def error(self, cut_short: bool) -> BatchStopped | None:

@@ -99,7 +99,7 @@ class InputSource(Generic[T]):
         """Count the inputs that are still to be pulled as waiting in the limiter, or take them out again."""
         self._pool.pending += sign * self._to_come
 
-    # -- what there is to do
+    # -- the next job
 
     @property
     def selective(self) -> bool:

@@ -114,7 +114,7 @@ class Worker(Generic[T]):
 
                     if not waited and pace.used_up(now):
                         self.let_go()
-                        await pace.rest()
+                        await pace.yield_to_others()
                 except anyio.get_cancelled_exc_class():
                     # A late cancellation that an agent requested from a callback does not end the worker.
                     self.let_go()

@@ -22,30 +22,30 @@ class TimeSlice:
     each of a hundred workers would be half a second for everybody else.
     """
 
-    __slots__ = ("_calls", "_end", "_now", "_resting")
+    __slots__ = ("_calls", "_end", "_now", "_yielding")
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._end = now() + SLICE_SECONDS
         self._calls = 0
-        self._resting = False
+        self._yielding = False
 
     def used_up(self, now: float) -> bool:
-        """Count a piece of work that did not wait; return whether it is time for :meth:`rest`."""
+        """Count a piece of work that did not wait; return whether it is time for :meth:`yield_to_others`."""
         self._calls += 1
         return now >= self._end or self._calls >= SLICE_CALLS
 
-    async def rest(self) -> None:
+    async def yield_to_others(self) -> None:
         """Let every other task that is ready run once. Cancellation passes through."""
-        if self._resting:
+        if self._yielding:
             # Another worker already measures this round, and begins the next slice when it is over.
             await checkpoint()
             return
 
-        self._resting = True
+        self._yielding = True
         try:
             await checkpoint()
         finally:
-            self._resting = False
+            self._yielding = False
             self._calls = 0
             self._end = self._now() + SLICE_SECONDS

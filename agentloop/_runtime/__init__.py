@@ -1,1 +1,1 @@
-"""One invocation: its attempts, what becomes of it, and who is told."""
+"""One invocation: its attempts, its outcome, and the reports of both."""

@@ -1,4 +1,4 @@
-"""One attempt after the other at an invocation: called, timed, and told apart from what surrounds it."""
+"""Runs the attempts at one invocation, one after the other, and finds out how each has ended."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Attempts(AttemptSlot, Generic[T]):
     """
     The attempts at one invocation, one after the other, and the slot of the first of them.
 
-    It is its own first slot because most invocations need no other, and one object for each is faster than
-    two. Only its own methods write it.
+    The object is its own first slot because most invocations need no other, and one object for each is faster
+    than two. Only its own methods write it.
     """
 
     __slots__ = (
@@ -60,19 +60,19 @@ class Attempts(AttemptSlot, Generic[T]):
     attempts: int
     started_at: float | None
     scope: AttemptScope | None
-    """What times the last of them out; ``None`` for a stream, which moves its deadlines itself."""
+    """The scope that times the last attempt out; ``None`` for a stream, which moves its deadlines itself."""
     total: TimeLimit | None
-    """How long all of them may take."""
+    """The time limit of all attempts together."""
     output: T | None
     failures: Failures | None
     waited: bool
-    """Whether other tasks were let run."""
+    """Whether it has waited, in line or in its agent, so that other tasks could run."""
     id: int
-    """What events call the invocation."""
+    """The number of the invocation in events."""
 
     @property
     def deadline(self) -> float:
-        """When all of them have to be over."""
+        """When all attempts must have ended."""
         if self.total is None or self.started_at is None:
             return math.inf
 
@@ -80,11 +80,11 @@ class Attempts(AttemptSlot, Generic[T]):
 
     @property
     def failed(self) -> Outcome | None:
-        """What became of it, unless that was a success."""
+        """The outcome of the last attempt; ``None`` after a success."""
         return None if self.failures is None else self.failures.last
 
     def make_progress(self, now: float) -> Progress:
-        """Return what counts the chunks of a stream, which hands over its first one now."""
+        """Return the counter of a stream's chunks, when the stream hands over its first one."""
         if self.failures is None:
             self.failures = Failures(self.started_at)
 
@@ -106,12 +106,12 @@ class Attempts(AttemptSlot, Generic[T]):
         """
         Run one attempt, with every step of the agent inside a context of its own.
 
-        :param slot: is given back if the attempt fails; if it succeeds, that is left to the caller
-        :param scope: times it out; stays open, if the agent returned, until it is left
+        :param slot: its slot; given back if the attempt fails, left to the caller if it succeeds
+        :param scope: times the attempt out; stays open if the agent returned
         :param crew: calls another worker when the agent waits
-        :param caller: notices native cancellations of this task, if it is a caller's
-        :return: when it ended; how it has failed, if it has, is in ``failures.last``
-        :raises BaseException: cancellation of the caller, and what the agent raises that is no ``Exception``
+        :param caller: notices native cancellations, if this task is the caller's
+        :return: when it ended; ``failures.last`` holds the outcome of a failure
+        :raises BaseException: cancellation of the caller, or an agent's error that is no ``Exception``
         """
         context = self._begin(slot, options, scope, new_context, now)
         if self.state is not RUNNING:
@@ -128,7 +128,7 @@ class Attempts(AttemptSlot, Generic[T]):
             if type(coroutine) is not _PLAIN:
                 coroutine = as_coroutine(fn, coroutine)
 
-            # Bound methods are not kept: the collector would look at them as long as the agent waits.
+            # No bound methods in local names: the collector would visit them as long as the agent waits.
             step = context.run(_send, coroutine, None)
             self.waited = True
             if crew is not None and not crew.seeking and crew.can_call:
@@ -142,7 +142,7 @@ class Attempts(AttemptSlot, Generic[T]):
                     context.run(coroutine.close)
                     raise
                 except BaseException as exc:
-                    # Thrown in below: in here, it would become the context of what the agent raises later on.
+                    # Thrown below: in here, the agent's later exceptions would have it as their context.
                     thrown = exc
 
                 try:
@@ -165,7 +165,7 @@ class Attempts(AttemptSlot, Generic[T]):
 
         if ended_at is None:
             ended_at = scope.now()
-            # It may have been cancelled before the agent returned; and a stream moves the deadline.
+            # The scope may have been cancelled before the agent returned; and a stream moves the deadline.
             if (ended_at >= scope.until or act is not None) and not scope.children:
                 scope.leave()
 
@@ -221,11 +221,11 @@ class Attempts(AttemptSlot, Generic[T]):
         return context
 
     def _begin_bounded(self, deadline: float, now: float, scope: AttemptScope, total: TimeLimit) -> bool:
-        """Begin an attempt that the time for all attempts bounds too."""
+        """Begin an attempt that the total time limit bounds too."""
         self.total = total
         end = self.deadline if self.attempts else now + total.seconds
         may_start = scope.begin(min(deadline, end))
-        # Remembered, since a timer may fire a moment before its time.
+        # Noted now: later, the clock cannot tell which limit fired, since timers may fire early.
         scope.set_limit(total if end <= deadline else None)
         return may_start
 
@@ -240,7 +240,7 @@ class Attempts(AttemptSlot, Generic[T]):
         """
         Find out how an attempt has failed, and give its slot back.
 
-        :param raised: what came out of the agent; ``None`` if it returned and left a scope open
+        :param raised: the exception of the agent; ``None`` if the agent returned and left a scope open
         :return: the time
         :raises BaseException: as :meth:`run`
         """
@@ -262,11 +262,11 @@ class Attempts(AttemptSlot, Generic[T]):
                 scope.note(error)
 
             if left_open:
-                # A scope that is still open may be cancelled too, which is the agent's doing.
+                # A scope that the agent left open may be cancelled too. That is no cancellation of ours.
                 cancelled = not scope.begin(math.inf)
                 scope.abandon(caller is None)
                 if cancelled:
-                    # It may also be shielded. Then the cancellation never reaches the task.
+                    # That scope may also be shielded. Then a cancellation never reaches the task.
                     await checkpoint_if_cancelled()
             elif raised is not None:
                 # An error made out of the caller's cancellation is that cancellation.
@@ -276,7 +276,7 @@ class Attempts(AttemptSlot, Generic[T]):
                 if raised is not None and issubclass(type(raised), anyio.get_cancelled_exc_class()):
                     raise raised
 
-                # It may still be on its way.
+                # A native cancellation may not have been delivered yet.
                 await checkpoint()
                 raise anyio.get_cancelled_exc_class()
 
@@ -297,10 +297,10 @@ class Attempts(AttemptSlot, Generic[T]):
                 ),
                 options,
             )
-            # It has to do with this attempt alone, and the wait for the next one may be cancelled.
+            # The noted cause belongs to this attempt, not to a cancellation of the wait for the next one.
             scope.note(None)
         finally:
-            # Their tracebacks refer to this frame; the frame must not refer back.
+            # The tracebacks refer to this frame; the frame must not refer back.
             raised = error = None
             slot.release(verdict, False, options.longest_hold)
 

@@ -1,4 +1,4 @@
-"""What an agent can find out about the attempt that it is."""
+"""The current attempt, as its agent can read it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Attempt:
 
     :param agent_id: the name of the agent, as in ``Invocation.agent_id``
     :param number: which attempt it is, from 1
-    :param failures: what the attempts before it raised, in order
+    :param failures: the exceptions of the attempts before it, in order
     :param idempotency_key: 32 hexadecimal digits, the same for all attempts of one invocation and different
         for every other invocation, in other processes too
     """
@@ -51,10 +51,10 @@ attempt_elsewhere: ContextVar[Attempt | None] = ContextVar("agentloop.attempt_el
 
 def current_attempt() -> Attempt:
     """
-    Return the attempt that the current code runs in: the innermost one, where agents run agents.
+    Return the attempt that the current code runs in: the innermost one where agents are nested.
 
-    It can be called in the agent itself, in tasks and in worker threads that the agent starts. A task that is
-    left over from an attempt goes on to see that one::
+    The agent can call it, and so can tasks and worker threads that the agent starts. A task that outlives its
+    attempt still gets that attempt::
 
         async def pay(order: Order) -> Receipt:
             return await bank.pay(order, idempotency_key=current_attempt().idempotency_key)
@@ -76,13 +76,13 @@ def current_attempt() -> Attempt:
 
 
 class Timing(NamedTuple):
-    """What times an attempt out."""
+    """The deadline and the total time limit of an attempt."""
 
     scope: AttemptScope
     deadline: float
-    """When all attempts have to be over."""
+    """When all attempts must have ended."""
     total: TimeLimit | None
-    """What that is for."""
+    """The time limit of all attempts, if there is one."""
 
 
 class AttemptSlot(Slot):
@@ -92,11 +92,11 @@ class AttemptSlot(Slot):
 
     @abstractmethod
     def attempt(self) -> Attempt:
-        """Return what the agent may know of the attempt."""
+        """Return the attempt, as its agent can read it."""
 
     @abstractmethod
     def timing(self) -> Timing | None:
-        """Return what times the attempt out; ``None`` for a stream, which moves its deadlines itself."""
+        """Return the deadline of the attempt; ``None`` for a stream, which moves its deadlines itself."""
 
     def cancel_scope(self) -> anyio.CancelScope | None:
         timing = self.timing()
@@ -107,10 +107,9 @@ class LaterSlot(AttemptSlot):
     """
     The slot of an attempt after the first one.
 
-    It does not refer to the job, which would keep the job alive, and all that the job refers to, as long as a
-    task is left over from the attempt.
+    It does not refer to the job. Otherwise a task that outlives the attempt would keep the job alive.
 
-    :param known: what the agent may know of the attempt
+    :param known: the attempt, as its agent can read it
     """
 
     __slots__ = ("_known", "_timing")
@@ -121,7 +120,7 @@ class LaterSlot(AttemptSlot):
         self._timing: Timing | None = None
 
     def enter(self, timing: Timing) -> None:
-        """Note what times the attempt out, which begins now."""
+        """Note the deadline of the attempt, which begins now."""
         self._timing = timing
 
     def attempt(self) -> Attempt:
@@ -135,13 +134,13 @@ def idempotency_key(number: int) -> str:
     """
     Return the key of an invocation.
 
-    :param number: what events call the invocation, which is unique in this process
+    :param number: the number of the invocation in events, unique in this process
     """
     return f"{(_first_key(os.getpid()) + number) % 2**128:032x}"
 
 
 @functools.cache
 def _first_key(process: int) -> int:
-    # A forked process has another number, and so draws another key.
+    # A forked process has another id, and so draws another key.
     del process
     return uuid.uuid4().int

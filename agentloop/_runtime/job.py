@@ -1,4 +1,4 @@
-"""An invocation on its way: what happened to it so far, and what comes next."""
+"""One invocation, from the line for a slot to its result."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from .tracebacks import drop_frames
 
 T = TypeVar("T")
 
-# Held while an invocation without an id is given one: threads of one agent may ask at the same time.
+# Held while an invocation gets its id: threads of one agent may ask for it at the same time.
 _identifying = threading.Lock()
 
 
 class Job(Attempts[T]):
     """
-    One invocation on its way: from the line for a slot to its result.
+    The state of one invocation, from the line for a slot to its result.
 
-    :param invocation: what is run
+    :param invocation: the invocation
     :param index: its place in the input
-    :param now: the time at which it began to wait for a slot
-    :param pool: where it gets its slots from
-    :param outer: the slot of the invocation that runs it, if one does
+    :param now: when it began to wait for a slot
+    :param pool: the pool that grants its slots
+    :param outer: the slot of the invocation that runs it; ``None`` outside of an agent
     """
 
     __slots__ = ("index", "queued_at")
@@ -45,7 +45,7 @@ class Job(Attempts[T]):
     def __init__(
         self, invocation: Invocation[T], index: int, now: float, pool: Pool, outer: Slot | None
     ) -> None:
-        # As Slot does it; a call for every invocation shows.
+        # As Slot.__init__() does; inlined for speed.
         self.pool = pool
         self.outer = outer
         self.is_plain = outer is None
@@ -62,7 +62,7 @@ class Job(Attempts[T]):
 
     @property
     def wake_at(self) -> float:
-        """When its next attempt begins, if it waits for that."""
+        """When its next attempt begins, if it waits to be retried."""
         return -math.inf if self.failures is None else self.failures.wake_at
 
     @property
@@ -71,9 +71,9 @@ class Job(Attempts[T]):
 
     def settle(self, result: InvocationResult[T], first: Pool) -> None:
         """
-        Correct what the last attempt has paid, and leave the pool that the invocation was led to.
+        Correct the payment of the last attempt, and leave the pool to which the invocation was routed.
 
-        :param first: the pool that led there, which its call keeps in use
+        :param first: the pool that routed it, which its call keeps in use
         """
         if self.pool is not first:
             self.pool.users -= 1
@@ -82,23 +82,23 @@ class Job(Attempts[T]):
             self.pool.settle(self.bill, result)
 
     def queue(self, observer: Observer) -> None:
-        """Report that it waits for its first slot."""
+        """Report that the invocation waits for its first slot."""
         self.id = observer.queued(self.invocation, self.queued_at)
 
     def resolve(self) -> bool:
         """
-        Find out where the invocation gets its slots from, and what it costs, before its first attempt.
+        Find the pool and the cost of the invocation, before its first attempt.
 
         QUEUED -> QUEUED, or ENDED if that fails.
 
-        :return: whether it can be run at all
+        :return: whether it can be run
         """
         if self.bill is not None:
             return True
 
         try:
             if self.pool.route is not None:
-                # In use from now on, as the one that led here is.
+                # A routed pool counts as in use from now on.
                 self.pool = self.pool.route(self.invocation)
                 self.epoch = self.pool.admission.epoch
 
@@ -115,7 +115,7 @@ class Job(Attempts[T]):
         return True
 
     def next_slot(self) -> Slot:
-        """Return the slot of a retry, which is to be acquired. The job is that of its first attempt."""
+        """Return a new slot for a retry, to be acquired. The job is the slot of its first attempt."""
         if self.bill is not None:
             self.bill = self.bill.again()
 
@@ -126,23 +126,23 @@ class Job(Attempts[T]):
 
     def join_line(self, slot: Slot, owner: Owner | None = None) -> Waiter:
         """
-        Stand in line for a slot.
+        Join the line for a slot.
 
-        :param owner: is told when the wait is over, if no task waits
+        :param owner: called when the wait is over, if no task waits
         """
         self.waited = True
         waiter: Waiter = self.pool.enqueue(slot, owner=owner)
         return waiter
 
     def refuse(self, error: Exception) -> None:
-        """End since it never gets a slot, or make its last failure final. QUEUED -> ENDED."""
+        """End without a slot; if an attempt failed before, that failure is final. QUEUED -> ENDED."""
         is_mistake = isinstance(error, DeadlockError)
         if self.attempts and not is_mistake:
             self.give_up(str(error))
         else:
             self._end(Outcome(Status.ERROR if is_mistake else Status.SKIPPED, error))
 
-    # -- what its agent may ask
+    # -- for its agent
 
     def attempt(self) -> Attempt:
         return Attempt(self.invocation.agent_id, 1, (), self.idempotency_key())
@@ -151,23 +151,23 @@ class Job(Attempts[T]):
         return None if self.scope is None else Timing(self.scope, self.deadline, self.total)
 
     def idempotency_key(self) -> str:
-        """Return the key that all attempts have. Worker threads may call this too."""
+        """Return the key that all attempts share. Worker threads may call this too."""
         with _identifying:
             self.id = self.id or new_id()
 
         return idempotency_key(self.id)
 
-    # -- what comes after it
+    # -- after an attempt
 
     def next_start(self, now: float, deadline: float, options: RunOptions) -> float | None:
         """
         Decide about a retry.
 
         :param now: when the attempt failed
-        :param deadline: when the caller's own time is up
+        :param deadline: the caller's own deadline
         :return: when the next attempt begins; ``None`` if this failure is final
         """
-        # What was handed over once cannot be taken back.
+        # Chunks that were handed over cannot be taken back.
         if self.failures is None or self.failures.progress is not None:
             return None
 
@@ -177,7 +177,7 @@ class Job(Attempts[T]):
             self.attempts, now, self.deadline, deadline, config, pool.admission, hopeless
         )
 
-    def rest(self, observer: Observer, now: float) -> float:
+    def schedule_retry(self, observer: Observer, now: float) -> float:
         """
         Begin to wait for the next attempt. RUNNING -> RETRYING.
 
@@ -191,32 +191,32 @@ class Job(Attempts[T]):
         if self.bill is not None:
             self.pool.conclude(self.bill)
 
-        failures.rest(now)
+        failures.begin_wait(now)
         observer.retrying(self.invocation, self.attempts, failures.last, failures.wake_at - now, self.id, now)
         return failures.wake_at
 
     def wake(self) -> None:
-        """Wait for the next attempt no more. RETRYING -> QUEUED."""
+        """Stop waiting for the next attempt. RETRYING -> QUEUED."""
         self.state = QUEUED
         self.pool.pending -= 1
         self.pool.used()
 
     def give_up(self, reason: str) -> None:
-        """Make the last failure final although it would have been retried, and let the error say why."""
+        """Make the last failure final although it would have been retried, and add a note with the reason."""
         assert self.failures is not None
         self.failures.give_up(reason)
 
     def expire(self, limit: TimeLimit) -> None:
-        """End because a time limit was up while it waited. QUEUED, RETRYING -> ENDED."""
+        """End because a time limit passed during a wait. QUEUED, RETRYING -> ENDED."""
         error, failed = limit.error(), self.failed
         error.__cause__ = None if failed is None else failed.error
         self._end(Outcome(Status.TIMEOUT, error))
 
-    def close(self, stopped: BatchStopped) -> bool:
+    def end_stopped(self, stopped: BatchStopped) -> bool:
         """
-        Make final what is not started or retried any more, unless it has ended by itself.
+        End because nothing is started or retried any more, unless the job has ended already.
 
-        :param stopped: says why
+        :param stopped: the reason
         :return: whether it is skipped
         """
         if self.state is ENDED:
@@ -230,14 +230,14 @@ class Job(Attempts[T]):
         return True
 
     def finish(self, observer: Observer, now: float) -> InvocationResult[T]:
-        """Return the result, once everybody was told of it. Any -> ENDED."""
+        """Report the result and return it. Any -> ENDED."""
         self.state = ENDED
-        # A worker may keep the slot, which is no longer this job's to lend.
+        # A worker may keep the slot for its next job, so this job must not lend it.
         self.hold = RELEASED
         if self.failures is not None or not observer.is_plain:
             return self._finish(observer, now)
 
-        # Most invocations succeed at once, and there is nothing else to know about them.
+        # The common case: a success at the first attempt.
         started_at: Any = self.started_at
         latency, queue = (now - started_at) * 1000.0, (started_at - self.queued_at) * 1000.0
         if latency < 0.0:
@@ -254,7 +254,7 @@ class Job(Attempts[T]):
         if self.outer is not None:
             self._count_nested(observer, SUCCESS)
 
-        # Made without a call, and without checking what cannot be wrong: both show.
+        # Without __init__ and its checks, for speed: the values are known to be valid.
         draft: Any = Draft()
         draft.agent_id = self.invocation.agent_id
         draft.status = SUCCESS
@@ -277,11 +277,10 @@ class Job(Attempts[T]):
         """
         Return the result of any invocation.
 
-        A frame of ours can stay alive with an error that was raised below it, and so with this job: it must
-        not refer back to the error.
+        An error keeps our frames alive, and with them this job, so the job must not refer to the error.
         """
         failures, failed = self.failures, self.failed
-        # A clock that goes back makes no duration negative, which no figure could hold.
+        # The clock may go back, but a duration must not be negative.
         started_at = now if self.started_at is None else self.started_at
         progress = None if failures is None else failures.progress
         first_at = None if progress is None else progress.first_at

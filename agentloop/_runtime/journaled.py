@@ -1,4 +1,4 @@
-"""Jobs whose results a journal holds, or is to hold."""
+"""Jobs of a batch with a journal."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ T = TypeVar("T")
 
 
 class Claim(Protocol):
-    """The entry of a journal that an input has taken: one of an earlier run, or a new one."""
+    """The journal's entry for an input: one of an earlier run, or a new one."""
 
     @property
     def error(self) -> Exception | None:
-        """Why the output cannot be written, if that stops the batch."""
+        """The error that stops the batch, if the output cannot be written."""
         ...
 
     @property
     def row(self) -> int:
-        """Which entry it is, once there is one."""
+        """The row of the entry, once it was written."""
         ...
 
     def replay(self, index: int) -> InvocationResult[Any] | None:
-        """Return the result that the entry holds, if it is one that is kept."""
+        """Return the result of the entry, if its status is one that the journal keeps."""
         ...
 
     def idempotency_key(self) -> str:
-        """Return the key of the call that the entry waits for. Worker threads may call this too."""
+        """Return the idempotency key of the invocation. Worker threads may call this too."""
         ...
 
     def encode(self, output: Any) -> Exception | None:
         """
-        Encode what the agent has returned, which may change later on.
+        Encode the output now, since the caller may change it later.
 
-        :return: why it cannot be encoded, if that is an error of this input alone
+        :return: the error of an output that cannot be encoded, if it concerns this input alone
         """
         ...
 
@@ -52,7 +52,7 @@ class Claim(Protocol):
 
 class JournaledJob(Job[T]):
     """
-    A job whose result is to be written into a journal.
+    A job whose result will be written into a journal.
 
     :param claim: the entry
     """
@@ -87,10 +87,10 @@ class JournaledJob(Job[T]):
 
 class ReplayedJob(Job[T]):
     """
-    A job that ended in an earlier run: it needs no slot, and nobody but an event sink is told of it.
+    A job that ended in an earlier run: it needs no slot, and is reported only as a :class:`ResultEvent`.
 
     :param claim: the entry
-    :param result: what that holds
+    :param result: the result in the entry
     """
 
     __slots__ = ("claim",)

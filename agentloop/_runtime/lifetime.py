@@ -20,30 +20,30 @@ from .._result import Status
 
 
 class Call(Protocol):
-    """Something in progress that a loop waits for, or ends, when it is left."""
+    """A call in progress. A loop waits for it, or ends it, when the loop's block is left."""
 
     @property
     def outer(self) -> Slot | None:
-        """The slot of the invocation that has made the call, if one has."""
+        """The slot of the invocation that made the call; ``None`` outside of an agent."""
         ...
 
     def drain(self) -> None:
-        """Begin nothing new that nobody waits for; go on with what runs."""
+        """Start no invocation that no caller waits for; let running ones finish."""
 
     def wind_down(self, stopped: BatchStopped, until: float | None) -> None:
-        """Start and retry nothing any more, and cancel at a time what still runs."""
+        """Start and retry nothing any more, and cancel running invocations at a given time."""
 
     def cancel(self, reason: str, cause: BaseException) -> None:
-        """Cancel what runs."""
+        """Cancel running invocations."""
 
 
 class Lifetime:
     """
-    Keeps account of the calls in progress, and owns the tasks whose readers may live elsewhere.
+    Tracks the calls in progress, and owns the tasks of streams whose readers may be other tasks.
 
-    A loop that was never entered waits for none of its calls, and refuses none. But it can be drained.
+    A loop that was never entered does not wait for calls and does not refuse any. It can be drained.
 
-    :param limiter: the limiter whose running invocations may still make calls while the loop is being left
+    :param limiter: the loop's limiter; its running invocations may make calls while the block is being left
     """
 
     def __init__(self, limiter: Limiter) -> None:
@@ -57,14 +57,14 @@ class Lifetime:
         self.outside: dict[Call, None] = {}
         """The calls in progress that were made outside of the block."""
         self.drained: BatchStopped | None = None
-        """Why the loop has been drained, if it has."""
+        """Why the loop was drained; ``None`` if it was not."""
         self.replayed = 0
         """How many results came out of a journal."""
         self.nested: Counter[Status] = Counter()
         """How many invocations that others run here have ended, by status."""
         self._idle: anyio.Event | None = None
         self.failure: BaseException | None = None
-        """What ended a batch, such as an agent's ``KeyboardInterrupt``, until its reader has raised it."""
+        """An exception that ended a batch, such as ``KeyboardInterrupt``, until its reader has raised it."""
 
     def count_replayed(self) -> None:
         """Count a result that came out of a journal."""
@@ -72,15 +72,14 @@ class Lifetime:
 
     @property
     def refuses(self) -> bool:
-        """Whether new work is refused, unless it is that of an invocation which is still running."""
+        """Whether new work is refused, except from running invocations."""
         return self.is_left or self.drained is not None
 
     def check(self) -> BatchStopped | None:
         """
-        Refuse new work once the block has been left or the loop was drained, unless it is that of an
-        invocation which is still running.
+        Refuse new work once the block has been left or the loop was drained, except from running invocations.
 
-        :return: why all of the work is to be skipped, if it is
+        :return: the reason if all of the work has to be skipped, else ``None``
         :raises LoopClosed: if the block has been left
         """
         if not self.refuses or pool_of(self._limiter).encloses(current_slot.get()):
@@ -98,7 +97,7 @@ class Lifetime:
         """
         Let all calls start and retry nothing any more, now and later.
 
-        :param grace_seconds: how long what runs may go on before it is cancelled
+        :param grace_seconds: after how many seconds running invocations are cancelled; ``None`` for never
         :raises TypeError: if a value is of the wrong type
         :raises ValueError: if ``grace_seconds`` is negative or not finite
         :raises RuntimeError: if the calls are made in the event loop of another thread
@@ -112,7 +111,7 @@ class Lifetime:
         for call in (*self._calls, *self.outside):
             assert pool is not None
             until = None if grace_seconds is None else pool.loop.now() + grace_seconds
-            # The work of an invocation that still runs is needed for it to finish.
+            # A running invocation needs its nested work to finish.
             if not pool.encloses(call.outer):
                 call.wind_down(self.drained, until)
 
@@ -141,9 +140,7 @@ class Lifetime:
 
     async def enter(self) -> None:
         """
-        Begin.
-
-        :raises RuntimeError: if it has begun already
+        Open the lifetime. :raises RuntimeError: if it is open already
         """
         if self.tasks is not None:
             raise RuntimeError("this loop has been entered already: one `async with` at a time")
@@ -156,10 +153,10 @@ class Lifetime:
 
     async def leave(self, exc: BaseException | None) -> None:
         """
-        Wait for what runs; cancel it if the block was left by an exception, or is cancelled meanwhile.
+        Wait for the calls in progress; cancel them if an exception left the block, or the wait is cancelled.
 
-        :raises RuntimeError: if another task entered
-        :raises InvocationCancelled: if the block was cancelled because a task of the loop was, natively
+        :raises RuntimeError: if another task entered the block
+        :raises InvocationCancelled: if the block was cancelled by a native cancellation of one of its tasks
         """
         tasks = self.tasks
         assert tasks is not None

@@ -1,4 +1,4 @@
-"""Who is told what happens: the recorder, and a sink for events."""
+"""Reports of what happens to invocations: to the recorder, and to a sink for events."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from .outcome import Failures, Outcome
 _logger = logging.getLogger("agentloop")
 new_id = itertools.count(1).__next__
 
-# Many results are counted faster at once than one by one.
+# Counting many results at once is faster than one by one.
 COUNTED_AT_ONCE = 1000
 
 
 class Sink:
     """
-    Calls functions for each event, one after the other. What they raise harms neither a run nor the next
+    Calls functions for each event, one after the other. An error of one harms neither a run nor the next
     function; the first error of each is logged.
     """
 
     def __init__(self, functions: Iterable[Callable[[Event], object]]) -> None:
         self._functions = tuple(functions)
-        # The places of those that have failed.
+        # The indices of the functions that have failed.
         self._failed: set[int] = set()
 
     def __call__(self, event: Event) -> None:
@@ -52,7 +52,7 @@ class Sink:
 
                 if place not in self._failed:
                     self._failed.add(place)
-                    # The error has to be printed for that, which can fail as well.
+                    # Logging formats the error, and that may fail too.
                     with foreign_code:
                         _logger.exception("on_event=%r failed; its further errors are not logged", function)
 
@@ -88,24 +88,24 @@ class Observer:
         self.nested: Counter[Status] = Counter() if nested is None else nested
         self._classify_failed = False
         self.count_result = itertools.count(1).__next__
-        """Returns how many results there are with the one that has come now."""
-        # Whether at most a recorder is told, and of most invocations no more than that they are in flight,
-        # how long they took and how long they were queued.
+        """Counts one more result and returns the count."""
+        # Whether there is no sink, and no recorder of a subclass. The recorder then needs only three figures
+        # of most invocations: how many are in flight, their latency, and their time in the queue.
         self.is_plain = sink is None and (metrics is None or type(metrics) is MetricsRecorder)
         self.tell_in_flight: Callable[[int], object] = id if meters is None else meters.tell_in_flight
         self.tell_latency: Callable[[float], object] = id if meters is None else meters.tell_latency
         self.tell_queue: Callable[[float], object] = id if meters is None else meters.tell_queue
 
     def count(self) -> None:
-        """Count what the recorder was told."""
+        """Let the recorder count the results that it was given so far."""
         if self._meters is not None:
             self._meters.count()
 
     def queued(self, invocation: Invocation[Any], now: float) -> int:
         """
-        An invocation waits for its first slot.
+        Report that an invocation waits for its first slot.
 
-        :return: what events call it from now on
+        :return: its number in events
         """
         if self._sink is None:
             return 0
@@ -124,11 +124,11 @@ class Observer:
         attempt_ms: float,
     ) -> None:
         """
-        An attempt is about to begin, in a context.
+        Report that an attempt is about to begin, in a context.
 
-        :param attempt: which one, from 1
-        :param number: the invocation's
-        :param attempt_ms: how long the attempt before took
+        :param attempt: its number, from 1
+        :param number: the number of the invocation in events
+        :param attempt_ms: how long the attempt before it took
         """
         if self._meters is not None:
             if attempt == 1:
@@ -141,9 +141,9 @@ class Observer:
 
     def first_chunk(self, invocation: Invocation[Any], number: int, now: float) -> Histogram | None:
         """
-        A stream has yielded its first chunk.
+        Report that a stream has yielded its first chunk.
 
-        :return: what to count the time between its chunks in, if anything
+        :return: the histogram for the times between its chunks, if there is a recorder
         """
         if self._sink is not None:
             self._sink(FirstChunkEvent(invocation, number, now))
@@ -151,7 +151,7 @@ class Observer:
         return None if self._meters is None else self._meters.new_histogram()
 
     def streamed(self, gaps: Histogram) -> None:
-        """A stream has ended."""
+        """Report that a stream has ended."""
         assert self._meters is not None
         self._meters.add_chunk_gaps(gaps)
 
@@ -164,7 +164,7 @@ class Observer:
         number: int,
         now: float,
     ) -> None:
-        """An attempt has failed, and there will be another one after a delay."""
+        """Report that an attempt has failed and will be retried after a delay."""
         assert outcome.verdict is not None
         if self._meters is not None:
             self._meters.add_backoff(delay * 1000, outcome.verdict.kind is VerdictKind.OVERLOAD)
@@ -181,7 +181,7 @@ class Observer:
         number: int,
         now: float,
     ) -> None:
-        """An invocation has ended, after so many attempts."""
+        """Report that an invocation has ended, after so many attempts."""
         meters = self._meters
         if meters is not None:
             if attempts:
@@ -190,7 +190,7 @@ class Observer:
             if failures is not None:
                 began = failures.attempt_at
                 if attempts > 1:
-                    # One that waits to be retried has ended its last attempt before.
+                    # An invocation that ended in the wait for a retry has no attempt that ends now.
                     meters.add_attempt(failures.attempt_ms if began is None else max(0.0, now - began) * 1000)
 
                 verdict = None if failures.last is None else failures.last.verdict
@@ -203,17 +203,17 @@ class Observer:
             self._sink(ResultEvent(invocation, result, number, now))
 
     def replayed(self, invocation: Invocation[Any], result: InvocationResult[Any], now: float) -> None:
-        """A journal has the result of an invocation, which is not run."""
+        """Report that the result of an invocation comes from a journal."""
         if self._sink is not None:
             self._sink(ResultEvent(invocation, result, new_id(), now))
 
     def stopped(self, reason: str, now: float) -> None:
-        """A batch starts nothing new any more."""
+        """Report that a batch starts nothing new any more."""
         if self._sink is not None:
             self._sink(StopEvent(reason, now))
 
     def log_classify(self, classify: object) -> None:
-        """Log the exception that ``classify`` has raised, the first time."""
+        """Log an exception of ``classify``, the first time."""
         if not self._classify_failed:
             self._classify_failed = True
             with foreign_code:

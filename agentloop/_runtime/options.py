@@ -1,4 +1,4 @@
-"""What holds for every invocation of a call."""
+"""The options of all invocations of a call."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .observer import Observer
 
 Act: TypeAlias = Callable[..., Coroutine[Any, Any, Any]]
 """
-What an attempt consists of: given the job, its slot, the options and the scope that times it out, in the
-agent's context.
+The async function that runs an attempt, in the agent's context, given the job, its slot, the options and the
+scope that times it out.
 """
 
 
 class RunOptions:
     """
-    What holds for every invocation of a call.
+    The options of all invocations of a call.
 
     :param config: the settings
-    :param observer: is told what happens
-    :param act: what is done with the agent; if absent, it is called, and what it returns awaited
+    :param observer: reports what happens
+    :param act: runs an attempt; if absent, the agent is called, and its awaitable awaited
     """
 
     __slots__ = ("act", "config", "limit", "longest_hold", "observer", "queue", "timeout", "total")

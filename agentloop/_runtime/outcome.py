@@ -1,4 +1,4 @@
-"""How an attempt has failed, as a value."""
+"""The outcome of a failed attempt, as a value."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _PERMANENT = Verdict(VerdictKind.PERMANENT)
 
 class Outcome:
     """
-    What became of an attempt, or of an invocation that was given none, if that was no success.
+    The outcome of an attempt, or of an invocation without one, that is no success.
 
     :param status: ``ERROR``, ``TIMEOUT``, ``CANCELLED`` or ``SKIPPED``
-    :param error: says why
-    :param verdict: what it means; absent where that is of no interest
+    :param error: the reason
+    :param verdict: the judgement of the error; absent where none is needed
     """
 
     __slots__ = ("error", "status", "verdict")
@@ -53,12 +53,12 @@ def outcome_of(
     is_retried: bool,
 ) -> Outcome:
     """
-    Return how an attempt has failed. It is judged already where that needs no ``classify``.
+    Return the outcome of a failed attempt. It has a verdict already if that needs no ``classify``.
 
-    :param raised: what was raised out of it; ``None`` if that was our own cancellation
-    :param error: the errors in that, without cancellations
+    :param raised: the exception of the attempt; ``None`` for our own cancellation
+    :param error: the errors in the exception, without cancellations
     :param limit: the time limit that has passed, if one has
-    :param left_open_by: the agent's id, if the agent has left a scope open
+    :param left_open_by: the agent's id, if the agent left a scope open
     :param is_retried: whether a time-out of a single attempt is retried
     """
     if left_open_by is not None:
@@ -85,14 +85,14 @@ def leave(scope: AttemptScope, raised: BaseException | None) -> BaseException | 
     """
     Leave the scope of an attempt that has failed.
 
-    :param raised: what the attempt raised
-    :return: what is raised out of the scope; ``None`` if that was its own cancellation
+    :param raised: the exception of the attempt
+    :return: the exception that leaves the scope; ``None`` for the scope's own cancellation
     """
     assert scope.scope is not None
     if scope.scope.cancel_called and issubclass(type(raised), anyio.get_cancelled_exc_class()):
         assert raised is not None
-        # The scope is about to drop it, but trio holds on to it in a cycle: without this, the frames and
-        # arguments of the agent would live until the next collection.
+        # The scope is about to drop the exception, but trio keeps it in a cycle: its traceback would keep the
+        # frames and arguments of the agent alive until the next collection.
         raised.__traceback__ = None
 
     try:
@@ -104,7 +104,7 @@ def leave(scope: AttemptScope, raised: BaseException | None) -> BaseException | 
     try:
         return raised
     finally:
-        # Its traceback refers to this frame; the frame must not refer back.
+        # The traceback refers to this frame; the frame must not refer back.
         del raised
 
 
@@ -117,7 +117,7 @@ def without_cancellation(exc: BaseException) -> Exception | None:
     if isinstance(exc, Exception):
         return exc
 
-    # Only the type is asked, here and elsewhere: `__class__` may be a property that raises.
+    # type() rather than isinstance(), here and elsewhere: `__class__` may be a property that raises.
     if issubclass(type(exc), anyio.get_cancelled_exc_class()):
         return None
 
@@ -131,15 +131,15 @@ def without_cancellation(exc: BaseException) -> Exception | None:
 
 class Failures:
     """
-    What went wrong with an invocation so far, and when it is tried again.
+    The failures of an invocation so far, and the time of its next attempt.
 
     :param began: when its first attempt began
-    :ivar errors: what each failed attempt raised
-    :ivar last: what became of the last attempt; ``None`` if it succeeded
+    :ivar errors: the exception of each failed attempt
+    :ivar last: the outcome of the last attempt; ``None`` if it succeeded
     :ivar wake_at: when the next attempt begins
-    :ivar attempt_at: when the attempt that runs began; ``None`` during a wait
+    :ivar attempt_at: when the running attempt began; ``None`` during a wait
     :ivar attempt_ms: how long the attempt before a wait took
-    :ivar progress: how far the last attempt came, if that is of a stream and has handed over a chunk
+    :ivar progress: the chunks of the last attempt, if it is of a stream and has handed over one
     """
 
     __slots__ = (
@@ -156,7 +156,7 @@ class Failures:
     def __init__(self, began: float | None) -> None:
         self.errors: list[Exception] = []
         self.last: Outcome | None = None
-        # Retries, without those after an overload; and when the first overload was met.
+        # The number of retries, without those after an overload; and the time of the first overload.
         self._counted = 0
         self._overloaded_at: float | None = None
         self.wake_at = -math.inf
@@ -175,14 +175,14 @@ class Failures:
         self.errors.append(outcome.error)
 
     def end(self, outcome: Outcome) -> None:
-        """Note what became of an invocation without another attempt."""
+        """Note the outcome of an invocation that gets no further attempt."""
         self.last = outcome
 
     def judge(self, config: LoopConfig, log: Callable[[object], object]) -> Verdict | None:
         """
-        Return what the failure of the last attempt means, if anything.
+        Return the verdict on the failure of the last attempt, if it is judged.
 
-        :param log: given ``config.classify`` if that raises, while the exception is handled
+        :param log: called with ``config.classify`` if that raises, while the exception is handled
         """
         last = self.last
         assert last is not None
@@ -221,10 +221,10 @@ class Failures:
         """
         Decide about a retry.
 
-        :param attempts: how many there were
+        :param attempts: how many attempts there were
         :param now: when the last one failed
-        :param total_deadline: when the time for all of them is up
-        :param deadline: when the caller's own time is up; a wait beyond it would only lose the error
+        :param total_deadline: when the time for all attempts is up
+        :param deadline: the caller's own deadline; a wait beyond it would only lose the error
         :param hopeless: whether nothing has succeeded for longer than an overload is retried
         :return: when the next attempt begins; ``None`` if this failure is final
         """
@@ -265,13 +265,13 @@ class Failures:
 
         return None
 
-    def rest(self, now: float) -> None:
+    def begin_wait(self, now: float) -> None:
         """Note that the wait for the next attempt begins."""
         began, self.attempt_at = self.attempt_at, None
         self.attempt_ms = 0.0 if began is None else max(0.0, now - began) * 1000
 
     def give_up(self, reason: str) -> None:
-        """Make the last failure final although it would have been retried, and let the error say why."""
+        """Make the last failure final although it would have been retried, and add a note with the reason."""
         assert self.last is not None
         add_note(self.last.error, f"not retried: {reason}")
 
@@ -282,8 +282,8 @@ class Failures:
 
 def as_exception(exc: BaseException, text: str) -> Exception:
     """
-    Return an error of a user's plain function as an exception, which a cancellation is not.
+    Return an error of a user's plain function as an ``Exception``; a cancellation is wrapped in one.
 
-    :param text: what to say of a cancellation
+    :param text: the message for a cancellation
     """
     return exc if isinstance(exc, Exception) else _caused(InvocationCancelled(text), exc)

@@ -1,4 +1,4 @@
-"""One invocation, in its caller's task."""
+"""A single invocation, in its caller's task."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ from .states import QUEUED
 
 T = TypeVar("T")
 
-# How many scopes of attempts are kept for other invocations of an event loop.
+# How many scopes are kept for later invocations of an event loop.
 SPARE_SCOPES = 100
 
 
 class Single(Generic[T]):
     """
-    Runs one invocation in one task: slot, attempt, wait, and again.
+    Runs one invocation in one task: wait for a slot, run an attempt, wait to retry, and again.
 
-    :param own_task: whether the task is ours and not the caller's
+    :param own_task: whether the task is the library's and not the caller's
     """
 
     reason = "the caller was cancelled"
-    """Why it is cancelled, if it is."""
+    """The reason that a cancelled invocation gives."""
     ended: InvocationResult[T] | None = None
-    """The result, if it was cancelled or the task is ours."""
+    """The result, if it was cancelled or runs in a task of its own."""
     left_open = False
     """Whether the agent has left a cancel scope or a task group open in the task."""
     _scope: anyio.CancelScope | None = None
-    # Why nothing is started or retried any more, if so.
+    # Why nothing is started or retried any more; None while attempts may start.
     _stopped: BatchStopped | None = None
     _attempt: AttemptScope | None = None
-    # The slot of the invocation that runs this one, if one does.
+    # The slot of the invocation that runs this one; None outside of an agent.
     _caller: Slot | None = None
-    _resting: anyio.CancelScope | None = None
-    # Its place in line, while it waits for a slot.
+    _retry_wait: anyio.CancelScope | None = None
+    # Its waiter, while it waits for a slot.
     _waiter: Waiter | None = None
 
     def __init__(
@@ -63,9 +63,9 @@ class Single(Generic[T]):
 
     def enter(self) -> None:
         """
-        Stand in line before :meth:`run` does, or be refused, if the task is ours.
+        Join the line, or be refused, before :meth:`run` in a task of its own.
 
-        :raises BaseException: what a user's function raised that is no error; then there is nothing to run
+        :raises BaseException: an exception of a user's function that is no ``Exception``; then nothing is run
         """
         self._pool.claim()
         try:
@@ -81,13 +81,13 @@ class Single(Generic[T]):
         """
         Run to the end.
 
-        :raises BaseException: the caller's cancellation, and what the agent raised that is no ``Exception``
+        :raises BaseException: the caller's cancellation, or an agent's error that is no ``Exception``
         :raises LeftOpenError: if the agent has left a scope open in the caller's task
         """
         job, options, pool, own_task = self._job, self._options, self._pool, self._own_task
         loop = pool.loop
         if not own_task:  # else enter() has done this
-            # From here on it has to come to its end, by _end().
+            # From here on, _end() must run.
             pool.claim()
             if not (job.is_plain and pool.admission.is_open and options.observer.is_plain):
                 self._begin()
@@ -99,7 +99,7 @@ class Single(Generic[T]):
                 ready = self._waiter is not None
             elif pool.selective:
                 ready = job.resolve()
-                # Whoever said what it costs may have taken his time.
+                # The user's cost function may have taken some time.
                 now = loop.now()
 
             while ready and (self._stopped is None or self._waiter is not None):
@@ -123,11 +123,11 @@ class Single(Generic[T]):
                 if not self._is_retried(now):
                     break
 
-                await self._rest(now)
+                await self._wait_to_retry(now)
                 now = loop.now()
 
             if self._stopped is not None and job.state is QUEUED:
-                job.close(self._stopped)
+                job.end_stopped(self._stopped)
 
             if not job.waited and not own_task:
                 await cancel_shielded_checkpoint()
@@ -138,15 +138,15 @@ class Single(Generic[T]):
             raise
 
         if scope.is_spoilt and not own_task:
-            # What the caller does next would go wrong in ways that do not show why.
+            # An open scope would break the caller's next steps without a visible reason.
             self._end(scope, now)
             raise LeftOpenError(job.invocation.agent_id)
 
-        # No local name for the result: the traceback of an error in it refers to this frame.
+        # No local name for the result: an error in it refers to this frame by its traceback.
         if own_task or not job.is_plain or job.pool is not pool:
             return await self._end_nested(scope, now)
 
-        # The same as _end() does; a call for every invocation shows.
+        # As _end() does; inlined for speed.
         self._attempt = None
         if len(loop.spare) < SPARE_SCOPES:
             loop.spare.append(scope)
@@ -164,75 +164,75 @@ class Single(Generic[T]):
             await self._return()
 
     async def _return(self) -> None:
-        """Let the caller have its slot again, if it has stepped aside."""
+        """Wait for a slot for the invocation around this one, if it has stepped aside."""
         if self._caller is not None and not self._own_task:
             await come_back(self._caller)
 
     def _begin(self) -> None:
-        # Kept, since the job forgets it once that invocation has ended.
+        # Kept here, since the job drops it once that invocation has ended.
         self._caller = self._job.outer
         self._pool.begin_call(self, self._caller)
         if not self._options.observer.is_plain:
             self._job.queue(self._options.observer)
 
     async def run_cancellable(self) -> InvocationResult[T]:
-        """Run to the end, or to a call of :meth:`cancel`, which makes a result as well."""
+        """Run to the end, or until :meth:`cancel`, which makes a result as well."""
         try:
             with anyio.CancelScope() as self._scope:
                 return await self.run()
         except RuntimeError as exc:
-            # A scope around one that was left open cannot be left either, and says so.
+            # Leaving this scope fails too, because a scope inside it was left open.
             raise (LeftOpenError(self._job.invocation.agent_id) if self.left_open else exc) from None
 
         assert self.ended is not None
         return self.ended
 
     async def refuse(self, stopped: BatchStopped) -> InvocationResult[T]:
-        """Return the result of an invocation that is not to begin."""
+        """Return the result of an invocation that must not begin."""
         await checkpoint()
         self._pool.claim()
         self._begin()
-        self._job.close(stopped)
+        self._job.end_stopped(stopped)
         return self._end(None, self._pool.loop.now())
 
     @property
     def outer(self) -> Slot | None:
-        """The slot of the invocation that runs this one, if one does."""
+        """The slot of the invocation that runs this one; ``None`` outside of an agent."""
         return self._job.outer
 
     @property
     def holds_caller(self) -> bool:
-        """Whether the caller goes on only when it has ended."""
+        """Whether the caller waits for the end of the invocation."""
         return not self._own_task
 
     def wind_down(self, stopped: BatchStopped, until: float | None) -> None:
         """
         Start and retry nothing any more.
 
-        :param stopped: says why
-        :param until: when to cancel an attempt that still runs
+        :param stopped: the reason
+        :param until: when to cancel a running attempt
         """
         job = self._job
         if self._stopped is None:
             self._stopped = stopped
             if self._waiter is not None and not self._waiter.granted:
-                # One that has been granted a slot meanwhile finds out by itself.
-                job.close(stopped)
+                # The task of a granted waiter checks for the stop itself.
+                job.end_stopped(stopped)
                 job.pool.withdraw(self._waiter)
-            elif self._resting is not None:
-                self._resting.cancel(stopped.reason)
+            elif self._retry_wait is not None:
+                self._retry_wait.cancel(stopped.reason)
 
         if until is not None and self._attempt is not None:
             self._attempt.end_by(until, stopped.reason)
 
     def may_go_on(self, keys: Any) -> bool:
-        """Return whether it waits for something besides slots of the pools of some keys."""
+        """Return whether the invocation waits for anything besides slots of the pools of some keys."""
         job, waiter = self._job, self._waiter
-        moves = self._resting is not None or (waiter is not None and waiter.is_over)
+        moves = self._retry_wait is not None or (waiter is not None and waiter.is_over)
         return moves or job.pool.keys is not keys
 
     def drain(self) -> None:
-        """Begin nothing new; what waits to be retried here is not new."""
+        """Do nothing: a retry of this invocation is no new work."""
 
     def cancel(self, reason: str, cause: BaseException) -> None:
         """Cancel the invocation."""
@@ -248,12 +248,12 @@ class Single(Generic[T]):
 
         verdict = None if failed is None else failed.verdict
         if verdict is not None and verdict.kind in (VerdictKind.TRANSIENT, VerdictKind.OVERLOAD):
-            job.close(self._stopped)
+            job.end_stopped(self._stopped)
 
         return False
 
     def _end(self, scope: AttemptScope | None, now: float) -> InvocationResult[T]:
-        # No wind_down() is to find the scope of another invocation.
+        # Cleared, so that a wind_down() does not find a scope that another invocation uses by then.
         self._attempt = None
         if scope is not None:
             self.left_open = scope.is_spoilt
@@ -275,25 +275,25 @@ class Single(Generic[T]):
 
         return result
 
-    async def _rest(self, now: float) -> None:
-        """Wait until it is time for the next attempt."""
-        wake_at = self._job.rest(self._options.observer, now)
+    async def _wait_to_retry(self, now: float) -> None:
+        """Wait until the next attempt may begin."""
+        wake_at = self._job.schedule_retry(self._options.observer, now)
         loop = self._pool.loop
         try:
             if self._own_task and loop.count_cancellations()():
                 await loop.forget_cancellations()
 
-            with anyio.CancelScope() as self._resting:
+            with anyio.CancelScope() as self._retry_wait:
                 await anyio.sleep_until(wake_at)
         finally:
-            self._resting = None
+            self._retry_wait = None
             self._job.wake()
 
     async def _wait_in_line(self, slot: Slot) -> bool:
         """
-        Wait for a slot, in line already if the task is ours and this is the first one.
+        Wait for a slot; in a task of its own, the first waiter is in line already.
 
-        :return: whether it was granted; it is not if there are too many waiting, if it takes too long, or if
+        :return: whether the slot was granted; it is not if too many wait, if the wait takes too long, or if
             nothing is started any more
         """
         job = self._job
@@ -307,7 +307,7 @@ class Single(Generic[T]):
                         job.refuse(waiter.error)
                         job.pool.withdraw(waiter)
 
-                    # Else it was refused, or nothing is started any more.
+                    # In other states it was refused, or nothing is started any more.
                     limit = self._options.queue if job.state is QUEUED and not job.attempts else None
         finally:
             self._waiter = None
@@ -322,7 +322,7 @@ class Single(Generic[T]):
         return granted
 
     def _join_line(self, slot: Slot) -> Waiter:
-        """Stand in line for a slot: in a bounded one, if it is the first slot and there is none to borrow."""
+        """Join the line for a slot: a bounded one for a first slot that cannot be borrowed."""
         job = self._job
         self._waiter = waiter = job.join_line(slot)
         if not (job.attempts or waiter.granted or waiter.lender is not None):

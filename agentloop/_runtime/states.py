@@ -1,4 +1,4 @@
-"""Where a job is, and what an attempt knows of those around it."""
+"""The states of a job, and what an attempt uses of a stream and of a batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 
 class Progress:
     """
-    How far a stream has come.
+    The chunks that a stream has handed over.
 
     :param first_at: when it handed over the first chunk
     :ivar chunks: how many it has handed over
@@ -27,16 +27,16 @@ class Helpers(Protocol):
     """Calls another worker of a batch when an agent waits."""
 
     seeking: int
-    """How many look for something to do already."""
+    """How many workers look for a job already."""
     can_call: bool
-    """Whether there is another one to call."""
+    """Whether there is another worker to call."""
 
     def call(self) -> None:
-        """Call one, if there is something to do."""
+        """Call a worker, if there is work."""
 
 
 class State(enum.Enum):
-    """Where a job is. Each method of :class:`Job` that moves it says from where to where."""
+    """The state of a job. The docstring of each method of :class:`Job` names its transition."""
 
     QUEUED = enum.auto()
     RUNNING = enum.auto()

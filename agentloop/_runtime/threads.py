@@ -2,17 +2,18 @@
 Blocking functions as agents, in worker threads.
 
 **A thread cannot be interrupted.** When an attempt is cancelled or timed out, its thread is *abandoned*: the
-thread goes on to its end, and what it returns is dropped. A function that hangs could fill the process with
-threads, retry by retry. So each limiter has as many *places* for threads as it has slots, in each event
-loop. A thread keeps its place until it ends, abandoned or not. AnyIO's own limiter does not bound abandoned
+thread goes on to its end, and its return value is dropped. A function that hangs could fill the process with
+threads, retry by retry. So each limiter has as many *places* for threads as it has slots, in each event loop.
+A thread keeps its place until it ends, abandoned or not. AnyIO's own limiter does not bound abandoned
 threads: on asyncio their tokens are given back at once.
 
 **A call has a slot, so it waits for a place only if abandoned threads have taken it**, or if the agent makes
-several calls at once. The attempt is not timed out meanwhile: when the call has its place, the deadline of
-the attempt has moved by the time of the wait.
+several calls at once. The attempt is not timed out during that wait: its deadline moves by the time of the
+wait.
 
-**A thread that runs agents waits for them** (``anyio.from_thread.run(loop.run_single, ...)``). So their
-threads take no places of their own: else they could wait for the place of the thread that waits for them.
+**A thread that runs agents waits for them** (``anyio.from_thread.run(loop.run_single, ...)``). So the threads
+of these agents take no places of their own. Otherwise they could wait for the place of the thread that waits
+for them.
 
 **The thread gives its place back**, by a callback in the event loop that comes before AnyIO's with the
 result. When a call is cancelled before its thread has begun, the function is called only if the thread
@@ -48,19 +49,19 @@ T = TypeVar("T")
 
 def in_thread(fn: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
     """
-    Make an agent of a blocking function, which is called in a worker thread::
+    Make an agent of a blocking function. The function is called in a worker thread::
 
         await loop.run_all(Invocation.map(in_thread(parse), documents))
 
     The function sees the agent's context variables. When the agent is cancelled or timed out, its thread is
-    abandoned: the thread goes on in the background, and what the function returns or raises is dropped. A
-    function that runs for long can call ``anyio.from_thread.check_cancelled()``, which raises then.
+    abandoned: the thread goes on in the background, and its return value or exception is dropped. A function
+    that runs for long can call ``anyio.from_thread.check_cancelled()``, which then raises.
 
-    There are at most ``max_concurrency`` such threads at once, of the limiter that the agent runs under, also
-    when that number is changed. An abandoned thread counts until it ends. A call that waits for one to end is
-    not timed out for that: the deadline of its attempt moves by the time of the wait, but the total time-out
-    does not, nor do those of a stream that calls it. Outside of an agent, AnyIO's default limiter applies
-    instead.
+    There are at most as many such threads at once as ``max_concurrency`` of the limiter that the agent runs
+    under, also when that number is changed. An abandoned thread counts until it ends. While a call waits for
+    that, its attempt is not timed out: the deadline of the attempt moves by the time of the wait. The total
+    time-out does not move, nor do the time-outs of a stream. Outside of an agent, AnyIO's default limiter
+    applies instead.
 
     :param fn: a plain function; neither an async nor a generator function
     :return: an async function of the same name and parameters
@@ -69,13 +70,14 @@ def in_thread(fn: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
     must.check_plain_function("fn", fn)
     if must.is_generator(fn):
         raise TypeError(
-            f"fn must be a plain function, got a generator function, {fn!r}: what blocks cannot be streamed; "
-            "return a list, or write an async generator function that awaits in_thread(...) for each item"
+            f"fn must be a plain function, got a generator function, {fn!r}: "
+            "a blocking function cannot be streamed; return a list, or write an async generator function that "
+            "awaits in_thread(...) for each item"
         )
 
     @functools.wraps(fn)
     async def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        # All else is a function of this module, by whose name it pickles.
+        # The wrapper pickles by its name, so all other code is in functions of this module.
         return await _run(partial(_call, partial(fn, *args, **kwargs)))
 
     call.__name__ = name_of(fn)
@@ -84,7 +86,7 @@ def in_thread(fn: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
 
 async def _run(bound: Callable[[], T]) -> T:
     slot = current_slot.get()
-    # A thread of an agent may run an event loop of its own.
+    # An agent's thread may run another event loop, in which this pool must not be used.
     if isinstance(slot, AttemptSlot) and slot.pool.is_current():
         return await _places_of(slot.pool).run(slot, bound)
 
@@ -95,7 +97,7 @@ def _call(fn: partial[T]) -> T:
     try:
         returned = fn()
     except StopIteration as exc:
-        # A coroutine cannot raise it; the interpreter would make a RuntimeError of it that names no function.
+        # A coroutine cannot raise StopIteration; the interpreter's own RuntimeError would name no function.
         raise RuntimeError(f"{fn.func!r} raised StopIteration, which an agent cannot raise") from exc
 
     if must.close_coroutine(returned):
@@ -110,25 +112,25 @@ class _Place:
     """
     The right to run one thread.
 
-    :param places: where it comes from
-    :param pool: the limiter's, in the same event loop
-    :param borrower: on whose behalf it was taken; ``None`` if the thread around counts for this one too
+    :param places: the places of the limiter
+    :param pool: the pool of the limiter, in the same event loop
+    :param borrower: the token's borrower; ``None`` if the place of the thread around is used
     """
 
     def __init__(self, places: _Places, pool: Pool, borrower: object) -> None:
         self.places = places
         self.is_held = True
-        """Whether its thread has not ended."""
+        """Whether the place is taken: until its thread ends, or it is cancelled before."""
         self._loop = pool.loop
         self._borrower = borrower
         self._claimed = threading.Lock()
 
     def run(self, fn: Callable[[], T]) -> T | None:
-        """Call a function in its thread and give the place back; do neither if that was cancelled before."""
+        """Call a function in the thread and give the place back; do neither after :meth:`cancel`."""
         if not self._claimed.acquire(blocking=False):
             return None
 
-        # In the context of the thread, and so of all that it starts.
+        # Set in the context of the thread, which agents that it starts inherit.
         _current_place.set(self)
         try:
             return fn()
@@ -137,10 +139,10 @@ class _Place:
             try:
                 self._loop.call_from_thread(self._loop.token.native_token, self.free)
             except RuntimeError:
-                pass  # the event loop has ended, and nobody waits there
+                pass  # the event loop has ended, so no task waits there
 
     def cancel(self) -> bool:
-        """Return whether the thread has not begun. Then it never will, and the place has to be freed."""
+        """Return whether the thread has not begun. Then it never will, and the caller must free the place."""
         return self._claimed.acquire(blocking=False)
 
     def free(self) -> None:
@@ -150,15 +152,15 @@ class _Place:
 
 
 _current_place: ContextVar[_Place | None] = ContextVar("agentloop.current_place", default=None)
-"""The place of the thread that the current code runs in, or was called from."""
+"""The place of the thread in which the current code runs, or from which it was called."""
 
 
 class _Wait:
     """
-    A time in which an attempt is not timed out, since it waits for a place.
+    A wait for a place, during which an attempt is not timed out.
 
-    :param timing: the attempt's
-    :param now: when it began
+    :param timing: the deadline of the attempt
+    :param now: when the wait began
     """
 
     def __init__(self, timing: Timing, now: float) -> None:
@@ -171,7 +173,7 @@ class _Wait:
         timing.scope.move(timing.deadline, timing.total)
 
     def end(self, now: float) -> None:
-        """Let the attempt be timed out, by so much later."""
+        """Move the deadline of the attempt by the time of the wait."""
         scope, last, total = self._timing
         deadline = self._deadline + now - self._began
         scope.move(min(deadline, last), total if last <= deadline else None)
@@ -181,23 +183,23 @@ class _Places:
     """
     The places for threads of a limiter in one event loop.
 
-    It does not refer to the limiter's pool, which it is found by.
+    It does not refer to the limiter's pool, since it is a value of a dictionary with weak keys, the pools.
     """
 
     def __init__(self) -> None:
         self._taken = anyio.CapacityLimiter(1)
-        # What AnyIO is given instead of its default: places are all that bounds the threads.
+        # Given to AnyIO instead of its default limiter, since places bound the threads.
         self._unbounded = anyio.CapacityLimiter(math.inf)
         self._waits: dict[AttemptSlot, _Wait] = {}
 
     async def run(self, slot: AttemptSlot, fn: Callable[[], T]) -> T:
-        """Call a function in a thread, for the attempt that has a slot."""
+        """Call a function in a thread, for the attempt that holds a slot."""
         place = await self._take(slot)
         try:
             returned = await anyio.to_thread.run_sync(
                 place.run, fn, abandon_on_cancel=True, limiter=self._unbounded
             )
-            # None of the place's own is returned only where nobody gets it.
+            # _Place.run() returns None of its own only after a cancellation, and then no caller gets it.
             return cast("T", returned)
         finally:
             if place.cancel():
@@ -209,7 +211,7 @@ class _Places:
         if around is not None and around.places is self and around.is_held:
             return _Place(self, pool, None)
 
-        # Borrowers that are equal collide.
+        # A new object each time, since AnyIO refuses equal borrowers.
         borrower = object()
         self._resize(pool)
         try:
@@ -221,7 +223,7 @@ class _Places:
         return _Place(self, pool, borrower)
 
     def give_back(self, borrower: object) -> None:
-        """Take back what a place has borrowed."""
+        """Return the token that a place has borrowed."""
         self._taken.release_on_behalf_of(borrower)
 
     def _resize(self, pool: Pool) -> None:
@@ -229,7 +231,7 @@ class _Places:
 
     @contextmanager
     def _following(self, pool: Pool) -> Generator[None]:
-        """Let there be more or fewer places when the limit is changed."""
+        """Change the number of places when the limit changes, during the block."""
         follow = partial(self._resize, pool)
         pool.on_raise.add(follow)
         try:
@@ -239,7 +241,7 @@ class _Places:
 
     @contextmanager
     def _untimed(self, slot: AttemptSlot) -> Generator[None]:
-        """Time an attempt out later, by as long as one of its calls or more are in the block."""
+        """Move the deadline of an attempt by the time during which any of its calls is in the block."""
         timing, now = slot.timing(), slot.pool.loop.now
         if timing is None or slot.is_released:
             yield

@@ -1,4 +1,4 @@
-"""What is done to the exceptions of agents: shorter tracebacks, and notes."""
+"""Changes to the exceptions of agents: shorter tracebacks, and notes."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from .._foreign import foreign_code
 
 FnT = TypeVar("FnT", bound=Callable[..., Any])
 
-# How many exceptions are looked at that an exception was caused by, or has as members.
+# How many exceptions of a chain of causes and group members are looked at.
 CHAIN = 100
 
 _PLUMBING: set[CodeType] = {await_it.__code__}
 
 
 def plumbing(fn: FnT) -> FnT:
-    """Mark a function as one that stands between the loop and an agent, and that tracebacks leave out."""
+    """Mark a function that calls agents, so that tracebacks leave it out."""
     _PLUMBING.add(fn.__code__)
     return fn
 
 
 def trim(exc: BaseException) -> None:
-    """Let the traceback begin in the agent: shorter to read, and no reference back to our own frames."""
-    # Of an exception that does not let it be set, a frozen dataclass, say, the traceback keeps our frames.
+    """Let the traceback begin in the agent: it is shorter, and does not refer to our own frames."""
+    # Some exceptions, such as frozen dataclasses, refuse a new traceback; these keep our frames.
     with foreign_code:
         traceback = exc.__traceback__
         while traceback is not None and traceback.tb_frame.f_code in _PLUMBING:
@@ -37,7 +37,7 @@ def trim(exc: BaseException) -> None:
 
 
 def drop_frames(exc: BaseException) -> None:
-    """Forget the tracebacks of an exception, and with them what the frames hold."""
+    """Drop the tracebacks of an exception, so that it keeps no frames alive."""
     seen: dict[int, BaseException] = {}
     todo: list[BaseException | None] = [exc]
     while todo and len(seen) < CHAIN:
@@ -46,7 +46,7 @@ def drop_frames(exc: BaseException) -> None:
             continue
 
         seen[id(one)] = one
-        # It may not let its attributes be set, or read.
+        # An exception may refuse to have its attributes set, or read.
         with foreign_code:
             one.__traceback__ = None
             todo += [one.__cause__, one.__context__]
@@ -56,8 +56,8 @@ def drop_frames(exc: BaseException) -> None:
 
 def add_note(exc: BaseException, text: str) -> None:
     """Add a note to an exception, once."""
-    # An exception that takes no notes is data all the same.
+    # An exception that refuses notes is still a result.
     with foreign_code:
-        # One object may be raised by many attempts; say a thing once.
+        # Many attempts may raise the same object; each text is added once.
         if text not in getattr(exc, "__notes__", ()):
             exc.add_note(text)

@@ -78,7 +78,7 @@ class Channel(Generic[T]):
         self._admits = False
         # Whether the producers that had room were too few for the reader.
         self._starved = False
-        self._rest: deque[T] = deque()
+        self._unread: deque[T] = deque()
         self._ended = False
         self._taken = 0
         self.abandoned = False
@@ -247,7 +247,7 @@ class Channel(Generic[T]):
         if self._line and self._size <= LOW:
             self._let_in()
 
-        item = self._rest.popleft() if self._rest else self._receive.receive_nowait()
+        item = self._unread.popleft() if self._unread else self._receive.receive_nowait()
         if self._on_taken is not None:
             self._on_taken(item)
 
@@ -256,8 +256,8 @@ class Channel(Generic[T]):
     def close(self) -> None:
         """Say that no item will come any more. What is there can still be taken."""
         # The reader may never come back, and a stream that is left open would be reported.
-        while len(self._rest) < self._size:
-            self._rest.append(self._receive.receive_nowait())
+        while len(self._unread) < self._size:
+            self._unread.append(self._receive.receive_nowait())
 
         self._send.close()
         self._receive.close()
@@ -270,7 +270,7 @@ class Channel(Generic[T]):
 
     def drop(self) -> list[T]:
         """Drop what nobody will take any more, once it has ended, and return it."""
-        dropped = [*self._rest]
-        self._rest.clear()
+        dropped = [*self._unread]
+        self._unread.clear()
         self._size = 0
         return dropped

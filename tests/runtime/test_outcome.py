@@ -390,12 +390,12 @@ def test_patience_with_overload_counts_from_the_first_one() -> None:
 
 def test_time_of_the_attempt_before_a_wait_is_kept() -> None:
     known = failures()
-    known.rest(2)
+    known.begin_wait(2)
     assert (known.attempt_at, known.attempt_ms) == (None, 2000)
     known.begin(5)
     assert (known.last, known.attempt_at) == (None, 5)
     # The clock went back.
-    known.rest(4)
+    known.begin_wait(4)
     assert known.attempt_ms == 0
 
 

@@ -195,7 +195,7 @@ def test_async_function_is_refused(fn: Any) -> None:
 @pytest.mark.parametrize("fn", [letters, partial(letters), Letters()])
 def test_generator_function_is_refused(fn: Any) -> None:
     with pytest.raises(
-        TypeError, match=r"got a generator function, .*: what blocks cannot be streamed; return a"
+        TypeError, match=r"got a generator function, .*: a blocking function cannot be streamed; return a"
     ):
         in_thread(fn)
 

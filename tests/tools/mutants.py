@@ -262,7 +262,7 @@ a budget is paid out of what others have reserved
 + self._left + self._rounding
 
 an attempt that waits to be retried is waited for
-@ Job.rest, budgets.py
+@ Job.schedule_retry, budgets.py
 - if self.bill is not None:
 -     ...
 
@@ -336,7 +336,7 @@ the marks that an agent left on its task are not removed
 -     ...
 
 a slot is held while its invocation waits to be retried
-@ Single._rest, asyncio 20, trio 1
+@ Single._wait_to_retry, asyncio 20, trio 1
 + held = Slot(self._job.pool, self._job.outer)
 + is_held = self._job.pool.acquire_nowait(held)
   await anyio.sleep_until(wake_at)
@@ -375,7 +375,7 @@ a result is delivered to the wrong input
 
 a reader that is cancelled loses a result
 @ Channel.receive, asyncio 29, trio 17
-  item = self._rest.popleft() if self._rest else self._receive.receive_nowait()
+  item = self._unread.popleft() if self._unread else self._receive.receive_nowait()
 + await self._backend.checkpoint()
 
 the end of the input ends nothing
@@ -431,7 +431,7 @@ a moved deadline is not seen to any more
 
 chunks that were not read when a stream ended are lost
 @ Channel.close, asyncio 29, trio 29
-- self._rest.append(self._receive.receive_nowait())
+- self._unread.append(self._receive.receive_nowait())
 + self._receive.receive_nowait()
 + self._size -= 1
 
@@ -513,7 +513,7 @@ chunks of one stream pass for another's
 the result of a stream overtakes its chunks
 @ StreamBatch._deliver, asyncio 17, trio 17
 - self.channel.send(ResultEvent(job.invocation, result, job.id or new_id(), now))
-+ self.channel._rest.append(ResultEvent(job.invocation, result, job.id or new_id(), now))
++ self.channel._unread.append(ResultEvent(job.invocation, result, job.id or new_id(), now))
 + self.channel._size += 1
 
 an agent that cancelled its own task loses what it returned
