@@ -1,1 +1,1 @@
-"""What differs between asyncio and trio, and how the library runs code on either."""
+"""The differences between asyncio and trio, behind one interface."""

@@ -1,4 +1,4 @@
-"""What an attempt needs besides a slot: rates that it can pay, and a provider that is ready for it."""
+"""The conditions for an attempt besides a slot: rates that it can pay, and a provider that takes it."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from .retry_budget import RetryLedger
 
 _logger = logging.getLogger("agentloop")
 
-# Of how many attempts the mean duration is, roughly: those that have ended last count most.
+# Weight of the moving mean of durations: roughly the number of the latest attempts that it covers.
 _LATELY = 20
 
 
 @attrs.define(eq=False)
 class Bill:
     """
-    What one attempt pays to each rate.
+    The payments of one attempt to each rate.
 
-    :param costs: how much
-    :param charges: what is reserved or paid; empty before that, and once it was given back
-    :param is_paid: whether it is paid
+    :param costs: the cost for each rate
+    :param charges: the reserved or paid amounts; empty before that, and once they were given back
+    :param is_paid: whether the bill is paid
     """
 
     costs: tuple[float, ...]
@@ -50,7 +50,7 @@ class Bill:
 
 class QueueBound:
     """
-    How many invocations may wait for a slot, and how long attempts take.
+    Bounds how many invocations wait for a slot, and knows how long attempts take.
 
     :param max_waiting: how many may wait
     """
@@ -58,9 +58,9 @@ class QueueBound:
     def __init__(self, max_waiting: int) -> None:
         self.max_waiting = max_waiting
         self.waiting = 0
-        """How many wait, of those that are counted."""
+        """How many of the counted invocations wait."""
         self.mean: float | None = None
-        """How many seconds an attempt has taken lately; ``None`` before one has ended."""
+        """The mean duration of the latest attempts, in seconds; ``None`` before one has ended."""
         self._ended = 0
 
     def ended(self, seconds: float) -> None:
@@ -75,15 +75,14 @@ class Admission:
     The rates, the provider and the retry budget of a limiter in one event loop.
 
     An attempt reserves the costs of all rates at once when it gets its slot, and pays them when its agent is
-    called: in between, the event loop may be busy with other tasks for longer than the time that a rate is
-    about.
+    called. In between, the event loop may be busy with other tasks for longer than the period of a rate.
 
-    It never reads a clock: the caller tells the time.
+    It never reads a clock: the caller passes the time.
 
-    :param meters: how much may start in a time
-    :param provider: learns what the provider bears, and holds attempts back for it
+    :param meters: count the rates
+    :param provider: adapts the limit to the provider, and holds attempts back for it
     :param ledger: bounds retries
-    :param bound: bounds how many wait
+    :param bound: bounds how many invocations wait
     """
 
     def __init__(
@@ -96,22 +95,22 @@ class Admission:
         self.meters = tuple(meters)
         self.budgets = tuple(meter for meter in self.meters if isinstance(meter, Budget))
         self.unsettled: dict[Bill, Any] = {}
-        """The attempts for which a budget is reserved or paid, and which have not ended, by their bills."""
+        """The attempts that reserved or paid from a budget and have not ended, by their bills."""
         self.provider = provider
         self.ledger = ledger
         self.bound = bound
         self.gated = bool(self.meters)
-        """Whether an attempt may need more than a slot; in a cool-off, say, even where there are no rates."""
+        """Whether an attempt may need more than a slot: because of rates, a pause or a cool-off."""
         self.paused = False
-        """Whether no attempt begins but those on loan."""
+        """Whether only attempts on a borrowed slot may begin."""
         self.epoch = 0
         """How often the limit was cut. An attempt remembers the epoch in which it began."""
         self.recovers = False
         """Whether the limit was cut and may grow again."""
         self.listens = self._always_listens = ledger is not None or bound is not None
-        """Whether successes count for anything."""
+        """Whether successes have to be counted."""
         self.is_open = not (self.gated or self.listens)
-        """Whether a free slot is all that an attempt needs, and nothing is learnt from its success."""
+        """Whether an attempt needs only a free slot, and its success need not be counted."""
         self._settle_failed = False
         self._shared = False
 
@@ -119,12 +118,12 @@ class Admission:
         self.is_open = not (self.gated or self.paused or self.listens or self._shared)
 
     def share(self) -> None:
-        """Note that an attempt needs a place that it shares with those of other limiters."""
+        """Note that an attempt also needs a place, which limiters of other keys share."""
         self._shared = True
         self._look()
 
     def pause(self, paused: bool) -> None:
-        """Let no attempt begin but those on loan, or all again."""
+        """Let only attempts on a borrowed slot begin, or all again."""
         self.paused = paused
         self._look()
 
@@ -132,7 +131,7 @@ class Admission:
 
     def price(self, invocation: Invocation[Any]) -> Bill | None:
         """
-        Return what an attempt of an invocation pays, if there are rates.
+        Return the bill of an invocation's attempts, if there are rates.
 
         :raises Exception: if a rate's ``cost`` raises, or the cost can never be paid
         """
@@ -161,7 +160,7 @@ class Admission:
 
         :param ahead: how many stand in line before it
         :param limit: how many may run at once
-        :return: ``None`` if nobody knows: while paused, or if no attempt has ended yet
+        :return: ``None`` if there is no estimate: while paused, or before any attempt has ended
         """
         if self.paused or self.bound is None or self.bound.mean is None:
             return None
@@ -171,7 +170,7 @@ class Admission:
         return at - now if at < math.inf else None
 
     def reserve(self, attempt: object, bill: Bill | None, now: float) -> None:
-        """Reserve the bill of an attempt for which it is time."""
+        """Reserve the bill of an attempt that :meth:`ready_at` lets begin now."""
         if self.provider is not None:
             self.provider.cool_off.start(attempt, now)
 
@@ -193,12 +192,12 @@ class Admission:
         return None
 
     def end_probe(self, attempt: object) -> None:
-        """Note that an attempt, which may be the probe of a cool-off, gives up its slot."""
+        """Note that an attempt, which may be the probe of a cool-off, gives its slot back."""
         if self.provider is not None:
             self.provider.cool_off.end(attempt)
 
     def open_gate(self, now: float) -> None:
-        """Note that no attempt waits for a time: once nothing holds them back, a slot is all they need."""
+        """Note that no attempt waits for a time. Without rates or a hold, attempts then need only a slot."""
         if not self.meters and self.provider is not None:
             self.gated = self.provider.holds(now)
             self._look()
@@ -211,13 +210,13 @@ class Admission:
         self.provider.limit.begin(running)
 
     def pay(self, bill: Bill, now: float) -> None:
-        """Pay what was reserved."""
+        """Pay a reserved bill."""
         bill.is_paid = True
         for meter, charge in zip(self.meters, bill.charges, strict=True):
             meter.pay(charge, now)
 
     def refund(self, bill: Bill) -> None:
-        """Give back what was reserved and not paid."""
+        """Give back a reservation that was not paid."""
         for meter, charge in zip(self.meters, bill.charges, strict=True):
             meter.release(charge)
 
@@ -226,20 +225,20 @@ class Admission:
 
     def conclude(self, bill: Bill) -> bool:
         """
-        Note that an attempt has ended and will be followed by another one.
+        Note that an attempt has ended and will be retried.
 
-        :return: whether others may have waited for what it costs
+        :return: whether waiters may have waited for its budget
         """
         return self.unsettled.pop(bill, None) is not None
 
     def forgive(self, bill: Bill) -> None:
-        """Give back what an attempt that met an overload has paid to budgets."""
+        """Give back the budget payments of an attempt that met an overload."""
         for meter, charge in zip(self.meters, bill.charges, strict=True):
             if isinstance(meter, Budget):
                 meter.forgive(charge)
 
     def settle(self, bill: Bill, result: InvocationResult[Any], now: float) -> None:
-        """Correct what the last attempt of an invocation has paid, now that it has ended."""
+        """Correct the payment of an invocation's last attempt, now that the invocation has ended."""
         try:
             self._settle(bill, result, now)
         finally:
@@ -253,7 +252,7 @@ class Admission:
 
             try:
                 cost = settle(result)
-                must.check_number("what settle returns", cost, minimum=0, finite=True)
+                must.check_number("the return value of settle", cost, minimum=0, finite=True)
             except BaseException as exc:
                 if not is_error(exc):
                     raise
@@ -286,16 +285,16 @@ class Admission:
 
         :param epoch: the epoch in which it began
         :param running: how many attempts run, with this one
-        :param longest_hold: for how many seconds others are held back at most because of it
+        :param longest_hold: for how many seconds at most it may hold back other attempts
         """
         if self.provider is not None and verdict.kind is VerdictKind.OVERLOAD:
             asked = verdict.retry_after
-            # What nobody will wait for is not held for.
+            # A Retry-After that no invocation will wait for holds nothing back.
             hold_seconds = None if asked is None or asked > longest_hold else asked
             self.provider.reject(epoch, running - 1, hold_seconds, now)
 
     def follow(self, now: float) -> None:
-        """Take over what the provider has shown."""
+        """Update the flags from the provider's state."""
         provider = self.provider
         assert provider is not None
         self.epoch = provider.limit.epoch

@@ -1,18 +1,18 @@
 """
-Agents that wait for a change which others make, and their slots meanwhile.
+The slots of agents that wait for a change by other agents.
 
 An agent that waits for a store holds a slot. The invocation that will make the change may need it: with one
-slot, both would wait for ever. So the agent *steps aside*: its attempt is suspended, as a stream is that
-waits for its reader, and the pool has the slot back, or the lender if it was on loan. When none of its tasks
-waits any more, it *comes back*: before it goes on, it waits for a slot, in the line of those that go on,
-which are first and pay nothing. As with invocations that it runs, one task that waits is enough.
+slot, both would wait for ever. So the agent *steps aside*: its attempt is suspended, like that of a stream
+that waits for its reader, and the slot goes back to the pool, or to the lender if it was on loan. When none
+of its tasks waits any more, the agent *comes back*: before it goes on, it waits for a slot, in the line of
+returning attempts, which go first and pay nothing. One waiting task of an agent is enough to step aside.
 
 An invocation whose calls end only when such an agent has ended has no use for its slot either. So it steps
 aside as well, and comes back when its last call ends. An agent that reads results or chunks while its call
 goes on keeps the slot, since it may go on at any time.
 
-A batch runs one invocation more for each that has stepped aside, so that the one is begun that makes the
-change, even where it comes last.
+A batch runs one more invocation for each agent that has stepped aside. So the invocation that makes the
+change is begun, even if it comes last.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ async def lend_while(wait: Callable[[], Awaitable[object]]) -> None:
     """
     Wait for something. An agent that waits lends its slot meanwhile, and has one again before it goes on.
 
-    The agent's time-outs go on. If its attempt is cancelled, this does not wait for a slot. If a scope of the
-    agent's own is, or its task natively, it does, shielded from cancellation, since the agent may go on.
+    The agent's time-outs go on. After a cancellation of its attempt, this does not wait for a slot. After a
+    cancellation of the agent's own scope, or a native one, it does, shielded, since the agent may go on.
 
-    :param wait: waits, and raises nothing but cancellation
+    :param wait: an async function that waits, and raises only cancellation
     """
     slot = current_slot.get()
     if slot is None or slot.hold is RELEASED or not slot.pool.is_current():
@@ -58,9 +58,9 @@ async def lend_while(wait: Callable[[], Awaitable[object]]) -> None:
 
 async def come_back(slot: Slot) -> None:
     """
-    Wait for a slot for an agent that has stepped aside, if none of its tasks waits for others any more.
+    Wait for a slot for an agent that has stepped aside, if none of its tasks waits for a change any more.
 
-    It does not wait where the agent will not go on: if its attempt is cancelled, or the program ends.
+    It does not wait if the agent will not go on: if its attempt is cancelled, or the program ends.
     """
     away, pool = slot.pool.loop.absent.away, slot.pool
     if slot not in away or slot in pool.loop.absent.waits or pool.waits_for_calls(slot):
@@ -95,7 +95,7 @@ async def _take(slot: Slot) -> None:
 
 
 def _is_ending(slot: Slot) -> bool:
-    """Return whether the attempt of a slot is cancelled, and not just something in it."""
+    """Return whether the attempt of a slot is cancelled, rather than a scope within it."""
     scope = slot.cancel_scope()
     if anyio.current_effective_deadline() != -math.inf:
         return False
@@ -103,7 +103,7 @@ def _is_ending(slot: Slot) -> bool:
     if scope is None or scope.cancel_called:
         return True
 
-    # Now the scopes around it do not count.
+    # With the shield, scopes around the attempt do not count.
     shield, scope.shield = scope.shield, True
     is_cancelled_within = anyio.current_effective_deadline() == -math.inf
     scope.shield = shield

@@ -1,4 +1,4 @@
-"""How much may be spent at all: what keeps count of a rate without a time."""
+"""Budgets: rates without a period, whose limit may be spent once."""
 
 __all__ = ["Budget", "Purse"]
 
@@ -6,13 +6,13 @@ import math
 
 from .rates import Charge, Meter, Rate
 
-# Up to such a part of a budget, sums of fractions are equal.
+# Sums of fractions count as equal up to this part of a budget.
 ROUNDING = 1e-9
 
 
 class Purse:
     """
-    What is left of one budget of a limiter, over all event loops that use it in turn.
+    The remainder of one budget of a limiter, over all event loops that use it in turn.
 
     :param limit: how much may be spent
     """
@@ -23,25 +23,25 @@ class Purse:
         self._left = limit
 
     def spend(self, cost: float) -> None:
-        """Take something out, or put it back if it is negative."""
+        """Take a cost out, or put a negative one back."""
         self._left -= cost
 
     def left(self, reserved: float = 0) -> float:
-        """Return what is left besides what is reserved; negative if more was spent than there was."""
+        """Return the remainder without reservations; negative if the budget was overdrawn."""
         left = self._left - reserved
         return 0.0 if abs(left) <= self._rounding else left
 
     def can_pay(self, cost: float, reserved: float) -> bool:
-        """Return whether a cost can be paid. What costs nothing always can."""
+        """Return whether a cost can be paid. A cost of 0 always can."""
         return not cost or cost <= self._left - reserved + self._rounding
 
 
 class Budget(Meter):
     """
-    Keeps count of a budget in one event loop.
+    Counts a budget in one event loop.
 
-    What was paid is the purse's, so that it remains when the event loop ends, even by force. What was only
-    reserved then has not been spent.
+    Payments are kept in the purse, so that they remain when the event loop ends, even by force. Reservations
+    end with the event loop.
     """
 
     def __init__(self, rate: Rate, purse: Purse) -> None:
@@ -50,11 +50,11 @@ class Budget(Meter):
 
     @property
     def remaining(self) -> float:
-        """What is left for attempts to come."""
+        """The remainder for later attempts."""
         return self._purse.left(self._reserved)
 
     def binds(self, now: float) -> bool:
-        del now  # for good
+        del now  # a budget does not flow back
         return self.remaining < self._purse.limit
 
     def ready_at(self, cost: float, now: float) -> float:
@@ -72,7 +72,7 @@ class Budget(Meter):
         return self.rate.settle is None or not corrected
 
     def forgive(self, charge: Charge) -> None:
-        """Give back what was paid, for good."""
+        """Give a payment back, for good."""
         self._purse.spend(-charge.cost)
         charge.at = -math.inf  # past correction
 

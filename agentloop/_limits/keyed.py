@@ -24,27 +24,26 @@ _MAX_CONCURRENCY = LoopConfig().max_concurrency
 @name_parameters()
 class KeyedLimiter(Limiter):
     """
-    A limiter for each provider or model, made when the first invocation for it comes::
+    A limiter for each provider or model, made for the first invocation of each::
 
         limiters = KeyedLimiter(lambda invocation: invocation.kwargs["model"], lambda model: Limiter(20))
         loop = AgentLoop(limiter=limiters)
 
-    It is given to loops like a single one. Keys do not hold each other up, whether one is slow, paused, held
-    back or in an outage: inputs of a batch that wait for their own key leave the way free for others, at most
-    8 for each slot of their key (of a sequence that is given to :meth:`AgentLoop.run_all`, any number). What
-    stops a batch because of a provider or a budget, such as a fatal verdict, stops the invocations of that
-    key alone.
+    Loops take it like a single limiter. Keys do not hold each other up, whether one is slow, paused, held
+    back or in an outage: inputs of a batch that wait for their own key do not block others, at most 8 for
+    each slot of their key (of a sequence that is given to :meth:`AgentLoop.run_all`, any number). A stop
+    because of a provider or a budget, such as a fatal verdict, stops the invocations of that key alone.
 
     An invocation lends its slot only to those that it runs under its own key. So agents of two keys can come
     to wait for each other's slots for ever: the last of them gets an error that names both keys.
 
-    :param by: which limiter an invocation belongs to; what it raises is the invocation's error
-    :param make: makes the limiter for a key; what it raises is the invocation's error
+    :param by: returns the key of an invocation; its exception is the invocation's error
+    :param make: makes the limiter for a key; its exception is the invocation's error
     :param max_concurrency: how many attempts may run at once over all keys; absent, as many as the limiters
         of all keys allow. A free place goes to the waiting key with the fewest attempts running
-    :param max_limiters: how many limiters there may be. When there are more, the one that was used least
-        recently is forgotten, with what it has learned, unless it is in use, or something still binds it: a
-        rate, a cool-off or a pause after an overload
+    :param max_limiters: how many limiters there may be. When there are more, the least recently used one is
+        forgotten, with its learned limit, unless it is in use, or still bound by a rate, a cool-off or a
+        pause after an overload
     :raises TypeError: if a parameter is of the wrong type
     :raises ValueError: if ``max_concurrency`` or ``max_limiters`` is less than 1
     """
@@ -70,7 +69,7 @@ class KeyedLimiter(Limiter):
         self._make = make
         self._max_limiters = max_limiters
         self._limiters: OrderedDict[Hashable, Limiter] = OrderedDict()
-        # Kept alive by this attribute, since those who are told do not keep them.
+        # Attributes keep these alive, since the limiters refer to them weakly.
         self._on_resize = self._recount
         self._on_event = self._pass_on
 
@@ -113,8 +112,8 @@ class KeyedLimiter(Limiter):
     @property
     def max_concurrency(self) -> int:
         """
-        How many attempts may run at once over all keys: what was given, or the sum of all limiters that there
-        are.
+        How many attempts may run at once over all keys: the number that was given, or the sum over all
+        limiters.
 
         It can be set at any time if it was given.
         """
@@ -138,7 +137,7 @@ class KeyedLimiter(Limiter):
 
     @property
     def batch_size(self) -> int:
-        """One more than can run, which looks ahead for other keys while all that are known are busy."""
+        """One more than can run, to look ahead for other keys while all known keys are busy."""
         return min(self.max_concurrency, self._max_concurrency) + 1
 
     def pause(self) -> None:
@@ -190,12 +189,12 @@ class KeyedLimiter(Limiter):
         )
 
     def _check_thread(self, what: str) -> None:
-        """Refuse to change some of them and then fail at the next."""
+        """Check all limiters before any is changed, so that a change is made to all or to none."""
         for limiter in (self, *self._limiters.values()):
             limiter._own_pool(what)
 
     def _forget_some(self) -> None:
-        """Forget limiters until there is room for one more, as far as that can be."""
+        """Forget unused limiters until there is room for one more."""
         in_use = 0
         for key, limiter in tuple(self._limiters.items()):
             if len(self._limiters) < self._max_limiters:
@@ -247,7 +246,7 @@ class KeyedLimiter(Limiter):
                 callback()
 
     def _pass_on(self, event: Event) -> None:
-        # Not what one of them says: the number of running attempts compares with the sum.
+        # The events of single keys are replaced by one about the sum, since running counts are sums too.
         if isinstance(event, LimitEvent) and self._pools.state is not None:
             self._tell_limit(self._pools.state)
 
@@ -264,7 +263,7 @@ def check_concurrency(value: int, limiter: Limiter) -> None:
     :param value: ``LoopConfig.max_concurrency`` of a loop that is given the limiter
     """
     if value == _MAX_CONCURRENCY:
-        return  # the default was not asked for
+        return  # the default is no request
 
     if isinstance(limiter, KeyedLimiter) and limiter._total is None:  # pyright: ignore[reportPrivateUsage]
         raise ValueError(

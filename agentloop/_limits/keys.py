@@ -1,14 +1,14 @@
 """
 The pools of all keys of a ``KeyedLimiter`` in one event loop.
 
-**A place is the right to be at work.** An attempt under a key needs a slot of that key's pool, and a place,
-of which there are as many as all keys together may use. A free place goes to the waiting key with the fewest
-attempts running; within a key it is first come, first served.
+**A place is the right to be at work.** An attempt under a key needs a slot of that key's pool, and a place.
+There are as many places as ``max_concurrency`` of the ``KeyedLimiter``. A free place goes to the waiting key
+with the fewest attempts running, and within a key to the first in line.
 
 **Places are lent as slots are, but apart from them**: an attempt that runs others, and waits for them, lends
-them its place, one at a time, whatever their key. So nested use never waits for a place in vain. Its slot it
-lends only under its own key (``slots`` has the theory), so that two agents can come to wait for each other's
-key for ever. The one that is about to do so gets an error (:meth:`Keys.deadlocked`).
+them its place, one at a time, whatever their key. So nested use never waits for a place for ever. But an
+attempt lends its slot only under its own key (``slots`` has the theory), so two agents can come to wait for
+each other's key for ever. The last of them gets an error (:meth:`Keys.deadlocked`).
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from .slots import HELD, Slot
 
 
 class Call(Protocol):
-    """A call in progress, as far as keys know it."""
+    """The part of a call in progress that keys use."""
 
     def may_go_on(self, keys: Any) -> bool:
-        """Return whether there is something that it waits for besides slots of these keys."""
+        """Return whether the call waits for anything besides slots of these keys."""
         ...
 
 
 class Keys:
     """
-    Knows what runs and waits under each key.
+    Tracks the running and waiting attempts of each key.
 
     :param home: the pool of the keyed limiter itself
     :param limit: how many places there are
@@ -45,18 +45,18 @@ class Keys:
         self.limit: float = limit
         self.running = 0
         """How many places are taken."""
-        # Who has the place of each attempt that has lent it, and whose place each borrower has.
+        # The borrower of each lender's place, and the lender of each borrower.
         self._lent: dict[Slot, Slot] = {}
         self._lenders: dict[Slot, Slot] = {}
         self.pools: dict[Any, Hashable] = {}
         """The pools, each with its key."""
         self.nested = 0
-        """How many attempts wait for a slot which an invocation runs."""
+        """How many nested attempts wait for a slot."""
         self.held: dict[Slot, None] = {}
-        """The slots of nested attempts that have been granted one and have not ended."""
+        """The slots that were granted to nested attempts which have not ended."""
 
     def join(self, pool: Any, key: Hashable) -> None:
-        """Let a pool take part, with what runs there already."""
+        """Add a pool, with the attempts that already run there."""
         if pool.keys is not self:
             pool.keys = self
             self.pools[pool] = key
@@ -65,7 +65,7 @@ class Keys:
                 self.running += pool.running
 
     def leave(self, pool: Any) -> None:
-        """Forget a pool that is not in use."""
+        """Remove a pool that is not in use."""
         del self.pools[pool]
         pool.keys = None
 
@@ -77,15 +77,15 @@ class Keys:
     # -- places
 
     def has_place(self, slot: Slot) -> bool:
-        """Return whether there is a place for a slot: a free one, or that of the invocation around it."""
+        """Return whether a slot can get a place: a free one, or that of the invocation around it."""
         return self.running < self.limit or self._lender(slot) is not None
 
     def take(self, slot: Slot) -> None:
-        """Take a place for a slot, that of the invocation around it if it can be had."""
+        """Take a place for a slot: that of the invocation around it if it is not lent, else a free one."""
         if self.limit == math.inf:
             return
 
-        # Of keys with as many running, the one that was served last comes last.
+        # Among keys with equally many running, the most recently served comes last.
         self.pools[slot.pool] = self.pools.pop(slot.pool)
         lender = self._lender(slot)
         if lender is None:
@@ -94,7 +94,7 @@ class Keys:
             self._lend(lender, slot)
 
     def give_back(self, slot: Slot) -> None:
-        """Take back the place of a slot, or leave it to the one that it is lent to."""
+        """Take back the place of a slot, or leave it to the borrower."""
         if self.limit == math.inf:
             return
 
@@ -115,7 +115,7 @@ class Keys:
         return slot in self._lenders
 
     def move(self, granted: Slot, slot: Slot) -> None:
-        """Let a slot have the place that another one was granted."""
+        """Give the place of one slot to another one."""
         lender = self._lenders.pop(granted, None)
         if lender is not None:
             self._lend(lender, slot)
@@ -125,7 +125,7 @@ class Keys:
         self._lenders[borrower] = lender
 
     def serve(self) -> None:
-        """Give the free places to those that wait, one by one, each to the key with the fewest running."""
+        """Give the free places to waiters, one by one, each to the key with the fewest running."""
         served = True
         while served:
             waiting = sorted((pool for pool in self.pools if pool.lines), key=_running)
@@ -143,16 +143,16 @@ class Keys:
 
         return outer
 
-    # -- those that wait for each other
+    # -- deadlocks
 
     def deadlocked(self) -> tuple[Waiter, Hashable, Hashable] | None:
         """
         Return an attempt that waits for a slot which never becomes free, if there is one, the keys of the
         agent that runs it and of the slot.
 
-        A slot never becomes free if its agent waits for attempts alone that are in line for such slots. What
-        cannot be told, such as a call through another limiter, counts as going on. Attempts that come back
-        are not refused.
+        A slot never becomes free if its agent waits only for attempts that are in line for such slots. Where
+        this cannot be known, as for a call through another limiter, the call counts as going on. Attempts
+        that come back are not refused.
         """
         waiters = {
             waiter: outer
@@ -176,7 +176,7 @@ class Keys:
         return None
 
     def _stuck(self, waiters: dict[Waiter, Slot]) -> set[Slot]:
-        """Return the attempts that never end: all, but those that go on, and what depends on these."""
+        """Return the attempts that never end: all except those that go on, and those that wait for these."""
         calls: dict[Slot, list[Call]] = {}
         for pool in self.pools:
             for call, slot in pool.work.calls.items():
@@ -188,7 +188,7 @@ class Keys:
             slot
             for slot in calls
             if slot.hold is HELD
-            # Each call has somebody in line, or running; what has neither is about to go on.
+            # A call without a waiter or a running attempt is about to go on.
             and len(calls[slot]) <= nested[slot]
             and not any(call.may_go_on(self) for call in calls[slot])
         }
@@ -215,7 +215,7 @@ class Keys:
 
 
 def _circle(waiters: dict[Waiter, Slot]) -> dict[Waiter, Slot]:
-    """Leave out those for whose keys none of the others waits: they wait for others that wait in a circle."""
+    """Leave out waiters for whose keys no other waits: they are outside of the circle."""
     before = -1
     while len(waiters) != before:
         before = len(waiters)

@@ -1,4 +1,4 @@
-"""How many attempts may run at once, how many may start in a time, and what happens when that is too much."""
+"""Limits: how many attempts run at once, how many start in a time, and how overload changes that."""
 
 from __future__ import annotations
 
@@ -33,18 +33,17 @@ class LimiterStatistics:
     :param waiting: how many invocations wait for a slot or for their next retry, as in
         :class:`LoopStatistics`
     :param max_concurrency: how many slots there are at most
-    :param limit: how many there are now, as far as the provider bears them
-    :param cuts: how often overload has lowered that
-    :param paused_until: until when nothing new starts but probes, in seconds of the event loop's clock,
-        because a server has asked for that; infinite after :meth:`Limiter.pause`; ``None`` if there is no
-        such time
+    :param limit: how many slots there are now, after cuts by overload
+    :param cuts: how often overload has lowered the limit
+    :param paused_until: until when only probes start, because of a Retry-After, in seconds of the event
+        loop's clock; infinite after :meth:`Limiter.pause`; ``None`` without either
     :param outage_since: since when all attempts have failed in ways that speak of the provider (time-outs,
         HTTP 5xx, network errors), in seconds of the event loop's clock; ``None`` if there is no outage
-    :param probing: whether a probe is under way: the one attempt that finds out whether the server meant the
-        time that it has named
-    :param remaining: what is left of each budget (a :class:`Rate` with ``per_seconds=None``), in the order of
-        :attr:`Limiter.rates`; what attempts that run may cost is taken off. Negative if they cost more than
-        there was. Empty for a :class:`KeyedLimiter`
+    :param probing: whether a probe is under way: the one attempt that tests whether the server takes requests
+        before the time that it has named
+    :param remaining: the remainder of each budget (a :class:`Rate` with ``per_seconds=None``), in the order
+        of :attr:`Limiter.rates`, less the reservations of running attempts. Negative if a budget was
+        overdrawn. Empty for a :class:`KeyedLimiter`
     """
 
     running: int
@@ -63,15 +62,15 @@ class LoopStatistics:
     """
     A loop at this moment. Loops that share a limiter share the figures.
 
-    :param running: how many slots are in use; an invocation that waits for others which it runs on the same
-        loop has lent them its slot and counts once with them
-    :param waiting: how many invocations wait for a slot or for their next retry, with the rest of a sequence
-        that was given to :meth:`AgentLoop.run_all`; other input does not count until it is pulled
+    :param running: how many slots are in use; an invocation that waits for nested ones on the same loop has
+        lent them its slot, and all of them count once
+    :param waiting: how many invocations wait for a slot or for their next retry, with the inputs that are
+        left of a sequence given to :meth:`AgentLoop.run_all`; other input does not count until it is pulled
     :param max_concurrency: how many slots there are
-    :param drained: whether the loop was drained: nothing new is started, and what runs finishes
-    :param replayed: how many results came out of a journal so far; these are no part of its metrics
-    :param nested: how many invocations that other invocations run on the same limiter have ended so far, by
-        status; its metrics count them too
+    :param drained: whether the loop was drained: nothing new is started, and running invocations finish
+    :param replayed: how many results came out of a journal so far; the loop's metrics do not count these
+    :param nested: how many nested invocations on the same limiter have ended so far, by status; the loop's
+        metrics count them too
     """
 
     running: int
@@ -87,13 +86,13 @@ class Limiter(OfOneProcess, since="it limits one process, and a copy would allow
     """
     One limit for everything that shares it: loops, views of loops, batches and single invocations.
 
-    An attempt starts when there is a slot for it and every rate lets it, first come, first served: what is
-    heavy is not overtaken by what is light. It starts at that very time, and until then has taken nothing.
+    An attempt starts when there is a slot for it and every rate lets it, first come, first served: a cheap
+    attempt never overtakes an expensive one. It starts at that very time, and takes nothing before.
 
-    With ``adaptive`` the limit follows what the provider bears. ``max_concurrency`` is its ceiling; an
+    With ``adaptive`` the limit follows the provider. ``max_concurrency`` is its ceiling; an
     overload (HTTP 429 or 529, say, see :func:`classify`) cuts it to four fifths, once for all attempts that
     were under way at the last cut, to a half and then to 1 while the provider takes nothing, and clean
-    completions raise it again. What runs is never interrupted, and cancelled attempts never count.
+    completions raise it again. Running attempts are never interrupted, and cancelled ones never count.
 
     When a server has asked to wait (Retry-After), new attempts are held back for as long, but for *probes*:
     one at a time, the first after a twentieth of the time and at least a second, each next one after twice
@@ -105,28 +104,29 @@ class Limiter(OfOneProcess, since="it limits one process, and a copy would allow
     ``OSError`` that is not about files among its causes. When as many attempts in a row as the limit, and at
     least 8, have failed so with a transient verdict, and none that began meanwhile has succeeded, that is an
     *outage*: such failures are overload until the first success. When nothing has succeeded for
-    ``LoopConfig.overload_timeout_seconds`` since the first overload, and all that ran has ended, batches
-    stop, and single invocations have one attempt, until one succeeds. After a minute in which nothing ran or
-    waited, that time begins anew.
+    ``LoopConfig.overload_timeout_seconds`` since the first overload, and all attempts of that time have
+    ended, batches stop, and single invocations have one attempt, until one succeeds. After a minute in which
+    nothing ran or waited, that time begins anew.
 
-    With ``max_waiting`` it refuses what comes too fast. A :exc:`QueueFull` estimates in how many seconds the
-    refused invocation would have begun: the mean duration of the attempts that have ended lately, times the
-    number of those in line and one, divided by the working limit; at least until a cool-off ends, and until
-    its rates let it start. There is no estimate while the limiter is paused or before an attempt has ended.
+    With ``max_waiting`` it refuses invocations that come too fast. A :exc:`QueueFull` estimates in how many
+    seconds the refused invocation would have begun: the mean duration of the attempts that have ended lately,
+    times one more than the number of those in line, divided by the working limit; at least until a cool-off
+    ends, and until its rates let it start. There is no estimate while the limiter is paused or before an
+    attempt has ended.
 
     A limiter can be made anywhere, inside an event loop or not, and serve several runs in turn, but not two
-    event loops at once. In each run its rates, its working limit and its retry budget begin anew; what was
-    spent of a :class:`Rate` with ``per_seconds=None`` remains spent.
+    event loops at once. In each run its rates, its working limit and its retry budget begin anew; payments to
+    a :class:`Rate` with ``per_seconds=None`` remain.
 
     :param max_concurrency: how many attempts may run at once
-    :param rates: how much may start in a time
+    :param rates: the rates and budgets that bound starts
     :param adaptive: whether to slow down when the provider has too much to do; if not, the limit is
         ``max_concurrency``, and a Retry-After concerns only the invocation that got it
     :param retry_budget: how many retries there may be for each success; absent, there is no such bound
     :param max_waiting: how many single invocations and streams may wait for their first slot; a stream stands
         in line as soon as its block is entered. One more is refused at once: it is ``SKIPPED``, with a
-        :exc:`QueueFull`. Neither retries and batches are counted or refused, nor nested invocations that can
-        use the slot of the one that runs them
+        :exc:`QueueFull`. Retries, batches, and nested invocations that can borrow a slot are neither counted
+        nor refused
     :raises TypeError: if a parameter is of the wrong type
     :raises ValueError: if ``max_concurrency`` is less than 1, or ``max_waiting`` less than 0
     """
@@ -186,9 +186,9 @@ class Limiter(OfOneProcess, since="it limits one process, and a copy would allow
         """
         How many attempts may run at once.
 
-        It can be set at any time. Raised, it lets those who wait start at once (but a limit that overload has
-        cut goes on growing from where it is); lowered, it interrupts nothing, and nothing new starts until
-        enough has ended.
+        It can be set at any time. Raised, it lets waiting invocations start at once (but a limit that
+        overload has cut goes on growing from its current value). Lowered, it interrupts nothing, and nothing
+        new starts until enough attempts have ended.
         """
         return self._max_concurrency
 
@@ -205,12 +205,12 @@ class Limiter(OfOneProcess, since="it limits one process, and a copy would allow
 
     @property
     def rates(self) -> tuple[Rate, ...]:
-        """How much may start in a time."""
+        """The rates and budgets that bound starts."""
         return self._rates
 
     def pause(self) -> None:
         """
-        Let nothing new start until :meth:`resume`. What runs goes on, and may run others in its own slot.
+        Let nothing new start until :meth:`resume`. Running invocations go on, and may lend their slots.
 
         :raises RuntimeError: if the limiter is in use in the event loop of another thread
         """
@@ -221,7 +221,7 @@ class Limiter(OfOneProcess, since="it limits one process, and a copy would allow
 
     def resume(self) -> None:
         """
-        Let those who wait start again. Without a :meth:`pause` before, this does nothing.
+        Let waiting invocations start again. Without a :meth:`pause` before, this does nothing.
 
         :raises RuntimeError: if the limiter is in use in the event loop of another thread
         """
@@ -232,9 +232,9 @@ class Limiter(OfOneProcess, since="it limits one process, and a copy would allow
 
     def tell(self, sink: Callable[[Event], None]) -> None:
         """
-        Give a sink an event when a run begins to use the limiter, and whenever the limit changes meanwhile.
+        Send an event to a sink when a run begins to use the limiter, and at each change of the limit.
 
-        :param sink: must not raise; it is told as long as somebody else keeps it alive
+        :param sink: must not raise; it is referred to weakly
         """
         self._sinks.add(sink)
 
@@ -266,7 +266,7 @@ class Limiter(OfOneProcess, since="it limits one process, and a copy would allow
         return self.max_concurrency
 
     def _binds(self) -> bool:
-        """Return whether something that was learned or spent still holds attempts back."""
+        """Return whether a rate, a cool-off or a cut still holds attempts back."""
         if any(purse is not None and purse.left() < purse.limit for purse in self._purses):
             return True
 
@@ -319,7 +319,7 @@ def pool_of(limiter: Limiter) -> SlotPool:
 
     :raises RuntimeError: if it is in use in another event loop
     """
-    # As Handover.current() has it; a call for every invocation shows.
+    # As Handover.current() does; inlined for speed.
     pool = limiter._pools.state  # pyright: ignore[reportPrivateUsage]  # not for users
     if pool is not None and pool.is_current():
         return pool
@@ -331,7 +331,7 @@ def own_pool(limiter: Limiter, what: str) -> SlotPool | None:
     """
     Return the state of a limiter in the event loop of this thread, if there is one.
 
-    :param what: what is to be done with it, for the message of the error
+    :param what: the operation, for the message of the error
     :raises RuntimeError: if it is in use in the event loop of another thread
     """
     return limiter._own_pool(what)  # pyright: ignore[reportPrivateUsage]  # not for users

@@ -15,23 +15,23 @@ from .slots import Slot
 
 
 class Owner(Protocol):
-    """Waits in line without a task."""
+    """Waits in line without a task of its own."""
 
     def wait_ended(self, waiter: Waiter) -> None:
-        """A wait is over. Nothing may be asked of the pool here."""
+        """Take note that a wait is over. This must not call the pool."""
 
     def wake_at(self, waiter: Waiter, at: float) -> None:
-        """Serve the pool at a time, which may be infinite, instead of at that which was told before."""
+        """Serve the pool at a time, which may be infinite; this replaces the time of earlier calls."""
 
 
 class Waiter:
     """
     A place in line for a slot.
 
-    :param slot: what is waited for
-    :param number: how many came before it
+    :param slot: the slot to be granted
+    :param number: its number in the order of arrival
     :param line: the pool's line that it stands in
-    :param owner: is told when the wait is over, and when to wake it; if absent, a task waits
+    :param owner: called when the wait is over, and with the time to serve the pool; if absent, a task waits
     """
 
     __slots__ = (
@@ -61,28 +61,28 @@ class Waiter:
         self.slot = slot
         self.number = number
         self.line = line
-        # Whose slot it would take on loan.
+        # The slot that it would take on loan.
         self.lender: Slot | None = None
-        # Whether it has a slot on loan, which it may use when it is time.
+        # Whether it has a slot on loan, and waits only for a time.
         self.has_loan = False
         self.granted = False
-        # Why it is never granted a slot, if so. It keeps its place until it is withdrawn, so that no other
+        # Why it will never be granted a slot. It keeps its place until it is withdrawn, so that no other
         # attempt of the same batch overtakes it.
         self.error: Exception | None = None
-        # Who is told when the wait is over, or the task that is woken.
+        # Either an owner is called when the wait is over, or an event wakes a task.
         self._owner = owner
         self._woken = anyio.Event() if owner is None else None
-        # Whether it waits no more.
+        # Whether the wait is over.
         self.is_over = False
-        # When it has to look whether it is time; only the first in line does.
+        # When its task has to serve the pool; finite only for the head of the line.
         self.wake_at = math.inf
         self.scope: anyio.CancelScope | None = None
-        # When it gives up, and what counts it meanwhile.
+        # When it gives up, and the bound that counts it meanwhile.
         self.until = math.inf
         self.bound: QueueBound | None = None
 
     def expire_at(self, at: float) -> None:
-        """Give up at a time."""
+        """Set the time at which it gives up."""
         self.until = at
         self.set_alarm(self.wake_at)
 
@@ -98,7 +98,7 @@ class Waiter:
             await self._woken.wait()
 
     def end(self) -> None:
-        """Let those who wait know that this is over."""
+        """Wake the task or call the owner: the wait is over."""
         self.is_over = True
         if self._woken is not None:
             self._woken.set()
@@ -117,7 +117,7 @@ class Waiter:
         """
         Ask a lender for its slot.
 
-        :return: whether it has lent that; if not, it will offer it later
+        :return: whether the lender has lent it; if not, it will offer it later
         """
         if self.lender is not lender:
             self._forget_lender()
@@ -139,7 +139,7 @@ class Waiter:
         self.slot.take(epoch)
 
     def refuse(self, error: Exception) -> None:
-        """End the wait, but for the place in line: it is never granted a slot."""
+        """End the wait without a slot, but keep the place in line."""
         self.error = error
         self.end()
 
@@ -150,7 +150,7 @@ class Waiter:
             self.slot.give_back()
 
     def leave(self) -> None:
-        """Stand in no line any more."""
+        """Leave all lines."""
         self.line.pop(self, None)
         self._forget_lender()
 
@@ -163,21 +163,21 @@ class Lines:
     """
     The three lines of a pool, and the alarm of the one waiter that waits for a time.
 
-    They are ordered, with removal in O(1): a cancelled waiter leaves nothing behind. The queue of AnyIO's
-    limiter will not do, since a waiter may stand in two lines: one of these and its lender's.
+    They are ordered, with removal in O(1): a cancelled waiter leaves nothing behind. AnyIO's limiter has one
+    queue, but here a waiter may stand in two lines: one of these and its lender's.
     """
 
     def __init__(self) -> None:
         self.queue: OrderedDict[Waiter, None] = OrderedDict()
         """Attempts that have not begun."""
         self.returning: OrderedDict[Waiter, None] = OrderedDict()
-        """Attempts that have begun and go on."""
+        """Attempts that have begun and wait to go on."""
         self.borrowing: OrderedDict[Waiter, None] = OrderedDict()
         """Attempts that have a slot on loan and wait for a time."""
         self.nested: dict[Waiter, None] = {}
-        """Those in the other two lines which an invocation runs."""
+        """Nested attempts in the other two lines."""
         self.alarmed: Waiter | None = None
-        """The waiter that is woken when it is time."""
+        """The waiter whose alarm is set."""
         self._arrivals = 0
 
     def __len__(self) -> int:
@@ -187,7 +187,7 @@ class Lines:
         """
         Add a waiter at the end of a line.
 
-        :param owner: is told when the wait is over
+        :param owner: called when the wait is over
         """
         self._arrivals += 1
         line = self.returning if returning else self.queue
@@ -204,7 +204,7 @@ class Lines:
         waiter.move(self.borrowing)
 
     def leave(self, waiter: Waiter) -> None:
-        """Take a waiter out, and wake it."""
+        """Remove a waiter, and end its wait."""
         waiter.leave()
         self.nested.pop(waiter, None)
         if waiter.bound is not None:

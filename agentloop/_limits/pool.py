@@ -1,4 +1,4 @@
-"""The slots of a limiter in one event loop: who gets which, and when. ``slots`` has the theory."""
+"""Grants the slots of a limiter in one event loop. ``slots`` has the theory."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .slots import RELEASED, SUSPENDED, Slot
 
 
 class SlotPool(PoolState):
-    """The state that a limiter has in one event loop: slots, lines, and what else an attempt needs."""
+    """The state of a limiter in one event loop: slots, lines and admission."""
 
     route: Callable[[Invocation[Any]], SlotPool] | None = None
-    """Finds the pool of an invocation, where that is another one."""
+    """Returns the pool of an invocation, where each key has its own; else ``None``."""
 
     # -- slots
 
@@ -35,7 +35,7 @@ class SlotPool(PoolState):
         return slot
 
     def encloses(self, slot: Slot | None) -> bool:
-        """Return whether an invocation with a slot, or one around it, runs here or where this one leads."""
+        """Return whether a slot, or one around it, is of this pool or of a pool that this one routes to."""
         while slot is not None and (
             slot.hold is RELEASED
             or (slot.pool is not self and (slot.pool.keys is None or slot.pool.keys.home is not self))
@@ -46,9 +46,9 @@ class SlotPool(PoolState):
 
     def acquire_nowait(self, slot: Slot, returning: bool = False) -> bool:
         """
-        Grant a slot if there is one for which nobody waits, and no time to wait for.
+        Grant a slot if one is free, no attempt waits for it, and no rate or cool-off delays it.
 
-        :param returning: whether the attempt has begun and goes on
+        :param returning: whether the attempt has begun and waits to go on
         :return: whether it was granted
         """
         admission = self.admission
@@ -59,7 +59,7 @@ class SlotPool(PoolState):
         if running >= self.limit or self.in_line:
             return False
 
-        # The same as _take() does; a call for every invocation shows.
+        # As _take() does; inlined for speed.
         self.running = running + 1
         if running >= self.guard.borrowed:
             self.guard.borrow()
@@ -96,16 +96,16 @@ class SlotPool(PoolState):
         self._note(slot)
         slot.take(admission.epoch)
         if returning and admission.gated:
-            # The slot may have been the one for which the first in line waits for the time to come.
+            # The head of the line may have counted on this slot while it waits for a time.
             self.serve()
 
         return True
 
     def enqueue(self, slot: Slot, returning: bool = False, owner: Owner | None = None) -> Waiter:
         """
-        Stand in line for a slot: the pool's, and the one of the invocation that asks, if one does.
+        Join the pool's line for a slot, and the line of the lender, if there is one.
 
-        :param owner: is told when the wait is over, if no task is in :meth:`wait`
+        :param owner: called when the wait is over, if no task is in :meth:`wait`
         """
         waiter = self.lines.join(slot, returning, owner)
         self.in_line += 1
@@ -114,14 +114,14 @@ class SlotPool(PoolState):
 
         self.offer_loan(waiter, self.lender(slot.outer))
         if self.running < self.limit or self.admission.gated:
-            # There may be a slot for it already.
+            # A slot may be free already.
             self.serve()
 
         return waiter
 
     def bound(self, waiter: Waiter) -> QueueFull | None:
         """
-        Count a waiter that has been granted nothing; withdraw it if as many are waiting as may.
+        Count a waiter without a slot; withdraw it if too many wait already.
 
         :return: the error of a waiter that was withdrawn
         """
@@ -141,8 +141,8 @@ class SlotPool(PoolState):
         """
         Wait for the slot. Cancellation gives up the place in line, and a slot granted meanwhile.
 
-        :return: whether it was granted; it was not if the waiter was withdrawn or refused, or its time is up.
-            A refused one is still to be withdrawn
+        :return: whether the slot was granted; it was not if the waiter was withdrawn or refused, or its time
+            is up. The caller must withdraw a refused waiter
         """
         try:
             self.refuse_deadlocked()
@@ -152,7 +152,7 @@ class SlotPool(PoolState):
                     self.serve()
 
                 if not waiter.is_over and self.loop.now() >= waiter.until:
-                    # An attempt that ends in this moment may still grant it.
+                    # An attempt that ends in this step may still grant the slot.
                     await checkpoint()
                     self.withdraw(waiter)
 
@@ -167,19 +167,19 @@ class SlotPool(PoolState):
             raise
 
     def withdraw(self, waiter: Waiter) -> None:
-        """Take a waiter that was granted no slot out of the line, once, and wake it."""
+        """Remove a waiter without a slot from the line, once, and end its wait."""
         if waiter not in waiter.line:
             return
 
         self._leave(waiter)
         self.used()
         waiter.return_loan()
-        # The next one may have waited for nothing else.
+        # The next waiter may have waited for this one alone.
         self.serve()
 
     def offer_loan(self, waiter: Waiter, lender: Slot | None) -> None:
-        """Lend a waiter a lender's slot, now if it is free, else when it will be."""
-        # Others may have been served meanwhile, and this one with them.
+        """Lend a lender's slot to a waiter, now if it is free, else later."""
+        # The waiter may be served already, by an earlier offer in the caller's loop.
         if not waiter.ask(lender):
             return
 
@@ -192,14 +192,14 @@ class SlotPool(PoolState):
         self.serve()
 
     def offer_loans_anew(self) -> None:
-        """Let everybody in line ask the innermost slot around it, once one of these has been resumed."""
+        """Let every waiter ask the innermost slot around it, once such a slot has been resumed."""
         for waiter in (*self.lines.returning, *self.lines.queue):
             lender = self.lender(waiter.slot.outer)
             if lender is not waiter.lender:
                 self.offer_loan(waiter, lender)
 
     def give_back(self) -> None:
-        """Take back a slot, and the place that went with it."""
+        """Take back a slot, and its place."""
         self.running -= 1
         self.serve()
 
@@ -207,7 +207,7 @@ class SlotPool(PoolState):
         """Note that an attempt has ended, or gives its slot back for a while."""
         if self.keys is not None:
             self.keys.held.pop(slot, None)
-            # The agent around it may wait now for nothing but a slot that never becomes free.
+            # The agent around it may now wait only for a slot that never becomes free.
             self.refuse_deadlocked()
 
     def _note(self, slot: Slot) -> None:
@@ -218,7 +218,7 @@ class SlotPool(PoolState):
         return self.running < self.limit and (self.keys is None or self.keys.has_place(slot))
 
     def refuse_deadlocked(self) -> None:
-        """End the waits of attempts under keys that would wait for ever, as few of them as will do."""
+        """End the waits of attempts that keys keep waiting for ever: as few as resolve the deadlock."""
         while self.keys is not None and self.keys.nested and (found := self.keys.deadlocked()) is not None:
             waiter, key, other = found
             waiter.refuse(DeadlockError(key, other))
@@ -239,7 +239,7 @@ class SlotPool(PoolState):
     # -- the lines
 
     def serve(self) -> None:
-        """Serve all that can be served now, and have the next of them woken when it is time."""
+        """Serve all waiters that can be served now, and set the alarm of the next."""
         if self.keys is not None and self.keys.limit < math.inf:
             self.keys.serve()
         elif self.in_line or self.lines.borrowing:
@@ -247,13 +247,13 @@ class SlotPool(PoolState):
 
     def serve_some(self, most: float) -> bool:
         """
-        Serve some of the lines.
+        Serve some waiters.
 
-        :param most: how many at most
+        :param most: the largest number to serve
         :return: whether any was served
         """
         lines, served = self.lines, 0
-        # 0. Attempts that could have had a slot on loan, but for a place.
+        # 0. Attempts that could borrow a slot, and lacked only a place.
         if self.keys is not None and self.keys.limit < math.inf:
             for nested in tuple(lines.nested):
                 lender = nested.lender
@@ -261,7 +261,7 @@ class SlotPool(PoolState):
                     self.offer_loan(nested, lender)
                     served += lender.lent is not None
 
-        # 1. Attempts that go on: a slot is all they need.
+        # 1. Attempts that go on: they need only a slot.
         while (
             served < most and lines.returning and self._has_slot((first := next(iter(lines.returning))).slot)
         ):
@@ -269,7 +269,7 @@ class SlotPool(PoolState):
             self._grant(first)
             served += 1
 
-        # 2. Attempts that begin while nothing but slots is scarce.
+        # 2. Attempts that begin while only slots are scarce.
         admission = self.admission
         if not admission.gated:
             while served < most and (waiter := self._first()) is not None:
@@ -281,11 +281,12 @@ class SlotPool(PoolState):
 
             return served > 0
 
-        # 3. Attempts that begin when it is time. The first that is too early keeps the others back.
+        # 3. Attempts that need a rate or the end of a cool-off. The first that is too early blocks the
+        # others.
         now = self.loop.now()
         while served < most and (waiter := self._first()) is not None:
             if waiter.error is not None:
-                return served > 0  # it leaves the line in a moment
+                return served > 0  # a refused waiter is about to leave the line
 
             at = admission.ready_at(waiter.slot.bill, now)
             if at > now:
@@ -310,9 +311,9 @@ class SlotPool(PoolState):
 
     def _look_at_budgets(self, waiter: Waiter, now: float) -> float:
         """
-        Refuse a waiter that can never be paid.
+        Refuse a waiter whose budget is spent.
 
-        :return: when to look again, if nothing changes before
+        :return: when to check again, if nothing changes before
         """
         until = self.work.lasts_until(self.admission.unsettled.values())
         bill = waiter.slot.bill
@@ -328,7 +329,7 @@ class SlotPool(PoolState):
         if waiter is None or waiter.has_loan or self.keys is None or self.keys.has_place(waiter.slot):
             return waiter
 
-        # There is no place for the first one, but there may be one on loan for another.
+        # The first waiter gets no place, but a nested one may borrow one.
         nested = (other for other in self.lines.nested if self.keys.has_place(other.slot))
         return next(nested, None) or self.lines.first(False)
 

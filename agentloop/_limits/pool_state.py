@@ -1,4 +1,4 @@
-"""What a limiter counts and learns in one event loop."""
+"""The counts and the learned state of a limiter in one event loop."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .work import Guard, Work
 
 class PoolState(LoopState):
     """
-    The figures of a pool of slots, and what it learns from attempts. Subclasses grant the slots.
+    The counts of a pool of slots, and the state that it learns from attempts. Subclasses grant the slots.
 
     :param pools: hands the limiter over from one event loop to the next
     :param max_concurrency: how many slots there are
-    :param admission: what an attempt needs besides
-    :param tell_limit: is told when the limit, a cool-off or an outage has changed
+    :param admission: the other conditions for an attempt
+    :param tell_limit: called when the limit, a cool-off or an outage has changed
     """
 
     keys: Keys | None = None
-    """The pools of all keys, if this is the one of a key."""
+    """The pools of all keys, if this is the pool of a key."""
 
     def __init__(
         self,
@@ -46,19 +46,19 @@ class PoolState(LoopState):
         self.on_raise: set[Callable[[], None]] = set()
         """Called when the limit was raised, so that a batch can start more workers."""
         self.selective = bool(admission.meters)
-        """Whether it matters which invocation an attempt is of."""
+        """Whether an invocation must be known before it gets a slot."""
         self.limit = max_concurrency
         self.running = 0
         self._tell_limit = tell_limit
         self.guard = Guard(max_concurrency)
         self.in_line = 0
-        """How many wait for a slot, and have none on loan."""
+        """How many attempts wait for a slot, and have none on loan."""
         self.lines = Lines()
         self.work = Work()
 
     @property
     def max_concurrency(self) -> int:
-        """How many slots there are when overload has not lowered the limit."""
+        """How many slots there are if overload has not lowered the limit."""
         provider = self.admission.provider
         return self.limit if provider is None else provider.limit.ceiling
 
@@ -80,12 +80,12 @@ class PoolState(LoopState):
 
     @property
     def outage_since(self) -> float | None:
-        """Since when there is an outage, if there is one."""
+        """When the outage began, if there is one."""
         provider = self.admission.provider
         return None if provider is None else provider.outage.since
 
     def resize(self, max_concurrency: int) -> None:
-        """Change the limit, or what is the ceiling of it."""
+        """Change the limit, or the ceiling of an adaptive one."""
         provider = self.admission.provider
         if provider is None:
             self._set_limit(max_concurrency)
@@ -97,9 +97,9 @@ class PoolState(LoopState):
             callback()
 
     def pause(self) -> None:
-        """Start nothing new but what runs on loan."""
+        """Start only attempts on a borrowed slot."""
         self.admission.pause(True)
-        # Another waiter may be the first in line now.
+        # Another waiter may be the head of the line now.
         self.serve()
 
     def resume(self) -> None:
@@ -107,33 +107,33 @@ class PoolState(LoopState):
         self.admission.pause(False)
         self.serve()
 
-    # -- what attempts cost, and what they teach
+    # -- payments and learning
 
     def pay(self, bill: Bill) -> None:
-        """Pay what was reserved for an attempt."""
+        """Pay the reserved bill of an attempt."""
         self.admission.pay(bill, self.loop.now())
-        # When the next one can pay may have depended on it.
+        # The head of the line may have waited to know the time of this payment.
         self.serve()
 
     def refund(self, bill: Bill) -> None:
-        """Give back what was reserved for an attempt that will not begin."""
+        """Give back the reservation of an attempt that will not begin."""
         self.admission.refund(bill)
         self.serve()
 
     def conclude(self, bill: Bill) -> None:
-        """Note that an attempt has ended and will be followed by another one."""
+        """Note that an attempt has ended and will be retried."""
         if self.admission.conclude(bill):
             self.serve()
 
     def settle(self, bill: Bill, result: InvocationResult[Any]) -> None:
-        """Correct what was paid for the last attempt of an invocation, now that it has ended."""
+        """Correct the payment of an invocation's last attempt, now that the invocation has ended."""
         if bill.is_paid:
             self.admission.settle(bill, result, self.loop.now())
             self.serve()
 
     def judge(self, verdict: Verdict, error: Exception, timed_out: bool) -> Verdict:
         """
-        Return what the failure of an attempt is acted on as: in an outage, as an overload.
+        Return the verdict to act on: in an outage, an overload.
 
         :param timed_out: whether the attempt ran into a time-out of its own
         """
@@ -162,7 +162,7 @@ class PoolState(LoopState):
         self._follow()
         bill = slot.bill if self.admission.budgets else None
         if bill is not None and verdict is not None and verdict.kind is VerdictKind.OVERLOAD:
-            # Its waiters are served when its invocation waits to be retried, or is settled: in this step.
+            # The waiters are served within this step, when the invocation is retried or settled.
             self.admission.forgive(bill)
 
     def answered(self, slot: Slot) -> None:
@@ -172,7 +172,7 @@ class PoolState(LoopState):
             self._follow()
 
     def _follow(self) -> None:
-        """Take over what the provider has shown, and tell of it."""
+        """Take over the limit of the provider, and report the change."""
         provider, now = self.admission.provider, self.loop.now()
         if provider is not None:
             self.used()
@@ -192,15 +192,15 @@ class PoolState(LoopState):
         """
         Note that a call begins.
 
-        :param outer: the slot of the invocation that makes it, if one does
+        :param outer: the slot of the invocation that makes it; ``None`` outside of an agent
         """
-        # What is nested in another limiter is at work there, and may still succeed.
+        # An attempt whose agent calls another limiter is at work there, and may still succeed.
         if outer is not None:
             pool: Any = outer.pool
             own = pool is self or (pool.keys is not None and pool.keys.home is self)
             pool.work.begin_call(call, outer, own)
             if pool.admission.budgets and pool.is_current():
-                # Another attempt may have waited for what the outer invocation is going to give back.
+                # A waiter may have counted on a budget that the outer invocation was to give back.
                 pool.serve()
 
         self._look_for_break()
@@ -223,7 +223,7 @@ class PoolState(LoopState):
         self.work.end_stall(slot)
 
     def used(self) -> None:
-        """Note that something has run or waited until now."""
+        """Note that an attempt has run or waited until now."""
         if self.admission.provider is not None:
             self.admission.provider.outage.use(self.loop.now())
 
@@ -232,7 +232,7 @@ class PoolState(LoopState):
             self.admission.provider.outage.begin(self.loop.now())
 
     def is_hopeless(self, patience: float | None) -> bool:
-        """Return whether nothing has succeeded for so many seconds, and nothing at work still might."""
+        """Return whether nothing has succeeded for so many seconds, and no attempt at work still may."""
         provider = self.admission.provider
         if provider is None or not provider.outage.lasts(patience, self.loop.now()):
             return False
@@ -240,16 +240,16 @@ class PoolState(LoopState):
         live = self.running + self.away + len(self.lines.returning)
         return self.work.count(live, len(self.lines.borrowing)) <= 0
 
-    # -- agents that wait for others
+    # -- agents that have stepped aside
 
     def tell_away(self) -> None:
-        """Let batches know that another number of agents has stepped aside."""
+        """Tell batches that the number of agents that have stepped aside has changed."""
         for callback in tuple(self.on_raise) + (() if self.keys is None else tuple(self.keys.home.on_raise)):
             callback()
 
     @property
     def all_away(self) -> int:
-        """How many agents have stepped aside here or under the keys of this one, coming back or not."""
+        """How many agents have stepped aside in this pool and those of its keys, coming back or not."""
         pools = {self} if self.keys is None else {self, *self.keys.pools}
         return sum(slot.pool in pools for slot in self.loop.absent.away)
 

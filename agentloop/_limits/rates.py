@@ -1,4 +1,4 @@
-"""How much may start in a time, or at all: rates, and what keeps count of them."""
+"""Rates, and the meters that count them."""
 
 __all__ = ["Charge", "Meter", "Rate", "make_meter", "price"]
 
@@ -47,7 +47,7 @@ def _optional_callable(owner: object, attribute: "attrs.Attribute[Any]", value: 
 @attrs.frozen
 class Rate:
     """
-    How much may start in a time, as a provider's requests or tokens per minute; or a budget.
+    A bound on starts in a time, such as a provider's requests or tokens per minute; or a budget.
 
     Every attempt pays its cost when its agent is called, a retry like any other. Without ``burst`` the
     attempts that start within any ``per_seconds`` never cost more than ``limit`` together; all of it may be
@@ -55,20 +55,20 @@ class Rate:
     is spent at once, and within any ``per_seconds`` at most ``limit + burst``.
 
     With ``per_seconds=None`` this is a *budget*: ``limit`` may be spent once, as long as the limiter lives,
-    in all event loops together. Nothing flows back but what ``settle`` corrects, and the cost of an attempt
-    that ended in an overload. An attempt that cannot be paid waits as long as a running one may give
-    something back: one for which there is a ``settle``, and which neither waits for invocations that it runs
-    nor has waited for the reader of its stream for five seconds. If there is none, a single invocation is
-    ``SKIPPED`` with a :exc:`BudgetSpent`, a stream raises it, and a batch stops. The first in line decides:
-    cheaper invocations behind it do not overtake it, and those of its batch are not tried.
+    in all event loops together. Only corrections by ``settle`` flow back, and the cost of an attempt that
+    ended in an overload. An attempt that cannot be paid waits as long as a running one may give something
+    back: with a ``settle``, an attempt that neither waits for nested invocations nor has waited for the
+    reader of its stream for five seconds. If there is none, a single invocation is ``SKIPPED`` with a
+    :exc:`BudgetSpent`, a stream raises it, and a batch stops. Cheaper invocations do not overtake the first
+    in line, and those of its batch are not tried.
 
     :param limit: how much may be spent in ``per_seconds``
     :param per_seconds: the time that ``limit`` is meant for, in seconds; ``None`` for a budget
     :param burst: how much may be spent at once; absent, ``limit``
-    :param cost: what an attempt is going to cost, given its invocation, such as its tokens; absent, 1. It is
-        asked once for each invocation, and what it raises is the invocation's error
-    :param settle: what the last attempt did cost, given the result of its invocation, whatever its status;
-        the difference is given back, or charged. What it raises is logged, and changes nothing
+    :param cost: returns the estimated cost of an attempt, such as its tokens, given its invocation; absent,
+        1. It is called once for each invocation, and its exception is the invocation's error
+    :param settle: returns the real cost of the last attempt, given the result of its invocation, of any
+        status; the difference is given back, or charged. Its exception is logged, and changes nothing
     :raises TypeError: if a value is of the wrong type
     :raises ValueError: if a value is out of its range
     """
@@ -88,11 +88,11 @@ class Rate:
 
 def price(rate: Rate, invocation: Invocation[Any]) -> float:
     """
-    Return what an attempt of an invocation costs.
+    Return the cost of an attempt of an invocation.
 
-    :raises Exception: what the rate's ``cost`` raises
-    :raises TypeError: if it gives no number
-    :raises ValueError: if that is negative or not finite, or more than can ever be paid at once
+    :raises Exception: the exception of the rate's ``cost``
+    :raises TypeError: if ``cost`` returns no number
+    :raises ValueError: if the cost is negative or not finite, or more than can ever be paid at once
     """
     if rate.cost is None:
         return 1
@@ -112,11 +112,11 @@ def price(rate: Rate, invocation: Invocation[Any]) -> float:
 @attrs.define(eq=False)
 class Charge:
     """
-    What one attempt has paid to one meter.
+    The payment of one attempt to one meter.
 
-    :param cost: how much
-    :param at: when it paid; infinite while that is only reserved
-    :param number: which charge of its meter it is, from 1
+    :param cost: the amount
+    :param at: when it was paid; infinite while it is only reserved
+    :param number: its number among the charges of the meter, from 1
     """
 
     cost: float
@@ -126,13 +126,13 @@ class Charge:
 
 class Meter(ABC):
     """
-    Keeps count of one rate in one event loop.
+    Counts one rate in one event loop.
 
     A cost is reserved when an attempt is admitted, and paid when its agent is called. Between the two the
     event loop may be busy with other tasks, for longer than ``per_seconds`` too.
 
-    It never reads a clock: the caller tells the time. What :meth:`ready_at` returns is a time at which a cost
-    can be paid, so that one look at that time is enough, and no rounding can make that go on for ever.
+    It never reads a clock: the caller passes the time. :meth:`ready_at` returns a time at which the cost can
+    be paid despite rounding, so that a waiter has to wake only once.
     """
 
     def __init__(self, rate: Rate) -> None:
@@ -141,13 +141,13 @@ class Meter(ABC):
         self._reservations: int = 0
 
     def reserve(self, cost: float) -> Charge:
-        """Reserve a cost for which it is time."""
+        """Reserve a cost that :meth:`ready_at` lets begin now."""
         self._reservations += 1
         self._reserved += cost
         return Charge(cost)
 
     def pay(self, charge: Charge, now: float) -> None:
-        """Pay a cost that was reserved."""
+        """Pay a reserved cost."""
         self.release(charge)
         charge.at = now
         self._pay(charge)
@@ -155,31 +155,31 @@ class Meter(ABC):
     def release(self, charge: Charge) -> None:
         """Give a reservation back."""
         self._reservations -= 1
-        # Exactly, whatever the fractions before added up to.
+        # Exactly 0 without reservations, so that rounding errors do not add up.
         self._reserved = self._reserved - charge.cost if self._reservations else 0
 
     @abstractmethod
     def ready_at(self, cost: float, now: float) -> float:
         """
-        Return when a cost can be reserved, at ``now`` or later, if no other is reserved before.
+        Return when a cost can be reserved, at ``now`` or later, unless another one is reserved before.
 
-        :return: the time; infinite while that depends on when other reservations are paid
+        :return: the time; infinite while it depends on the payment of other reservations
         """
 
     @abstractmethod
     def binds(self, now: float) -> bool:
-        """Return whether less can be spent than at first."""
+        """Return whether a part of the limit is used."""
 
     @abstractmethod
     def _pay(self, charge: Charge) -> None: ...
 
     @abstractmethod
     def correct(self, charge: Charge, cost: float, now: float) -> None:
-        """Make of a charge what it should have been."""
+        """Change the amount of a charge to its real cost."""
 
 
 class _Window(Meter):
-    """Remembers what was paid within the last ``per_seconds``, and for how long."""
+    """A sliding window: remembers each charge for ``per_seconds``."""
 
     def __init__(self, rate: Rate) -> None:
         super().__init__(rate)
@@ -196,7 +196,7 @@ class _Window(Meter):
             charge.at = -math.inf  # past correction
 
         if not charges:
-            self._spent = 0  # exactly, whatever the fractions before added up to
+            self._spent = 0  # exactly, so that rounding errors do not add up
 
         too_much = self._spent + self._reserved + cost - self.rate.limit
         at = now
@@ -221,7 +221,8 @@ class _Window(Meter):
         if charge.at + self._seconds > now:
             self._spent += cost - charge.cost
             if not charge.cost:
-                # One that was for nothing was not remembered. Later than it was is on the safe side.
+                # A charge of 0 was not remembered. It is added with the current time, which errs on the safe
+                # side.
                 self._charges.append(charge)
                 charge.at = now
 
@@ -242,9 +243,10 @@ class _Bucket(Meter):
         self._depth = rate.burst * self._seconds_each
         self._full_at = -math.inf
         self._count = 0
-        # How far from full the bucket was when each charge was paid, as far as it was nearer to full then
-        # than at any later charge: so each number, and each value, is greater than the one before. What was
-        # paid before the bucket was last full has flowed back since, and must not be given back as well.
+        # How far from full the bucket was when each charge was paid, for the charges at which it was nearer
+        # to full than at any later one: so each number, and each value, is greater than the one before. A
+        # charge that was paid before the bucket was last full has flowed back since, and must not be given
+        # back as well.
         self._lows: list[tuple[int, float]] = []
 
     def ready_at(self, cost: float, now: float) -> float:
@@ -271,7 +273,7 @@ class _Bucket(Meter):
         later = self._lows[first:]
         back = min(-more, max(0.0, self._full_at - now), *(missing for _, missing in later[:1]))
         self._full_at -= back
-        # It was nearer to full by as much at every later charge.
+        # The correction brings the bucket nearer to full at every later charge, by the same amount.
         del self._lows[first:]
         for number, missing in later:
             self._note(number, missing - back)
@@ -290,5 +292,5 @@ class _Bucket(Meter):
 
 
 def make_meter(rate: Rate) -> Meter:
-    """Return what keeps count of a rate that is no budget, in one event loop."""
+    """Return the meter of a rate that is no budget, for one event loop."""
     return _Window(rate) if rate.burst is None else _Bucket(rate)

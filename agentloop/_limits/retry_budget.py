@@ -1,4 +1,4 @@
-"""How many retries a provider is worth."""
+"""Bounds the share of retries."""
 
 __all__ = ["RetryBudget", "RetryLedger"]
 
@@ -17,8 +17,8 @@ class RetryBudget:
     Bounds the retries of everything that shares a limiter, so that an outage does not multiply the load.
 
     Within the last ``window_seconds`` there may be as many retries as ``ratio`` times the successes, and
-    ``min_per_second`` for each second besides. An invocation whose retry would be one more fails with the
-    error that it has, and a note on it says so. Retries of an overload do not count: the limit, the cool-off
+    ``min_per_second`` for each second besides. Beyond that, an invocation is not retried: it fails with its
+    last error, and a note on the error says so. Retries of an overload do not count: the limit, the cool-off
     and ``LoopConfig.overload_timeout_seconds`` bound them. This is the retry budget of Finagle
     (``com.twitter.finagle.service.RetryBudget``), which counts successes rather than calls here; for why, see
     "Handling Overload" in Beyer et al., "Site Reliability Engineering" (2016).
@@ -37,9 +37,9 @@ class RetryBudget:
 
 class RetryLedger:
     """
-    Keeps count of a budget in one event loop, in slices of its window. It never reads a clock.
+    Counts a retry budget in one event loop, in slices of its window. It never reads a clock.
 
-    :param budget: what is allowed
+    :param budget: the settings
     """
 
     def __init__(self, budget: RetryBudget) -> None:

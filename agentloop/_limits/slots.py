@@ -7,26 +7,25 @@ Smith, "POSIX Jobserver", GNU make manual, section 13.1). A borrower can lend on
 invocations do work of their own, and however deep they are nested, the innermost one has a slot to run in:
 nested use never deadlocks. More than one at a time needs further slots of the pool.
 
-**A waiter stands in up to two lines**: one of the pool's, and the one of its lender, which is the innermost
-invocation around it that still runs. The first grant takes it out of both. The pool has three lines, each
-first come, first served:
+**A waiter stands in up to two lines**: one of the pool's, and that of its lender, the innermost invocation
+around it that still runs. The first grant takes it out of both. The pool has three lines, each first come,
+first served:
 
 - ``returning``: attempts that gave their slot up while they waited for a reader. They go first and pay
   nothing.
 - ``queue``: attempts that have not begun. They need a slot, and all at once the costs of all rates and the
   end of a cool-off.
-- ``borrowing``: the same with a slot on loan, which wait for rates or a cool-off alone. A pause does not
-  hold them, since their lender runs already.
+- ``borrowing``: attempts that have not begun and have a slot on loan. They wait only for rates or a cool-off.
+  A pause does not hold them, since their lender runs already.
 
 **All decisions are in ``SlotPool.serve()``**, which serves every waiter that can be served, and sets one
-alarm for the first that has to wait for a time. Later arrivals never overtake it. It is called whenever
-something changes that a waiter may wait for: a slot is given back, a limit is raised, a cost is paid, given
-back or settled, an attempt that may give back a part of a budget begins to wait for others, a pause ends,
-an alarm rings. Every change is synchronous. The one ``await`` is in
-``SlotPool.wait()``, and a cancellation there gives up the place in line, or the slot if it was granted in the
-same moment.
+alarm for the first that has to wait for a time. Later arrivals never overtake it. It is called at each change
+that a waiter may wait for: a slot is given back, a limit is raised, a cost is paid, given back or settled, an
+attempt that may give back a part of a budget begins to wait for others, a pause ends, an alarm fires. Every
+change is synchronous. The one ``await`` is in ``SlotPool.wait()``, and a cancellation there gives up the
+place in line, or the slot if it was granted in the same moment.
 
-**An agent that waits for a change which others make** gives its slot back meanwhile. ``away`` has the theory.
+**An agent that waits for a change by other agents** gives its slot back meanwhile. ``away`` has the theory.
 
 **When an invocation ends whose slot is on loan**, the loan becomes the borrower's own slot, and waiters in
 its line move on to the lender around it.
@@ -58,16 +57,16 @@ current_slot: ContextVar[Slot | None] = ContextVar("agentloop.current_slot", def
 
 
 class Waiting(Protocol):
-    """A place in line for a slot, as far as slots know it."""
+    """The part of a waiter that slots use."""
 
     @property
     def slot(self) -> Slot:
-        """What is waited for."""
+        """The slot to be granted."""
         ...
 
 
 class Pool(Protocol):
-    """Where slots come from, as far as slots and those that hold them know it: a :class:`SlotPool`."""
+    """The part of a :class:`SlotPool` that slots and their holders use."""
 
     admission: Admission
     loop: EventLoop
@@ -125,11 +124,11 @@ HELD, SUSPENDED, RELEASED = Hold
 
 class Slot:
     """
-    The right to run one attempt: one of the limiter's, or the slot of an invocation further out, on loan.
+    The right to run one attempt: a slot of the limiter, or the slot of an outer invocation, on loan.
 
-    :param pool: where it comes from
-    :param outer: the slot of the invocation that runs this one, if one does
-    :param bill: what the attempt has to pay for it, if there are rates
+    :param pool: the pool that grants it
+    :param outer: the slot of the invocation that runs this one; ``None`` outside of an agent
+    :param bill: the bill of the attempt, if there are rates
     """
 
     __slots__ = ("bill", "epoch", "hold", "is_plain", "lender", "lent", "outer", "pool", "waiters")
@@ -140,11 +139,11 @@ class Slot:
         self.bill = bill
         self.epoch = pool.admission.epoch
         self.hold = HELD
-        # Whether it has nothing to do with another slot, and pays nothing.
+        # Whether it has no outer slot and no bill.
         self.is_plain = outer is None and bill is None
         self.lender: Slot | None = None
         self.lent: Slot | None = None
-        # The waiters that would take this slot on loan; made when the first one asks.
+        # The waiters for this slot on loan; made for the first one.
         self.waiters: OrderedDict[Waiting, None] | None = None
 
     @property
@@ -153,12 +152,12 @@ class Slot:
         return self.hold is RELEASED
 
     def cancel_scope(self) -> anyio.CancelScope | None:
-        """Return the scope of the attempt, where it is known."""
+        """Return the scope of the attempt, if it has one."""
         return None
 
     @property
     def is_on_loan(self) -> bool:
-        """Whether it is the slot of an invocation around it, or has the place of one."""
+        """Whether the slot or its place belongs to an invocation around it."""
         return self.lender is not None or (self.pool.keys is not None and self.pool.keys.borrows(self))
 
     @property
@@ -172,7 +171,7 @@ class Slot:
         self.epoch = epoch
 
     def pay(self) -> None:
-        """Pay what was reserved for the attempt, which calls its agent now."""
+        """Pay the reserved bill of the attempt, which calls its agent now."""
         assert self.bill is not None
         self.pool.pay(self.bill)
 
@@ -180,16 +179,16 @@ class Slot:
         self, verdict: Verdict | None = None, succeeded: bool = False, longest_hold: float = math.inf
     ) -> None:
         """
-        Give the slot back, or leave it to the one it is lent to, who then gives it back. What was reserved
-        for an attempt that never began is given back too.
+        Give the slot back. If it is lent, the borrower keeps it and gives it back later. The reservation of
+        an attempt that never began is given back too.
 
         :param verdict: the judgement of the attempt, where it failed
         :param succeeded: whether it succeeded; a cancelled one did neither
-        :param longest_hold: for how many seconds others wait at most because of it
+        :param longest_hold: for how many seconds at most it may hold back other attempts
         """
         pool = self.pool
         if self.is_plain and verdict is None and pool.admission.is_open:
-            # Most slots were never lent, and there is nothing to learn from most attempts.
+            # The common case: a slot that was never lent, and an attempt that teaches nothing.
             self.hold = RELEASED
             pool.running -= 1
             if pool.in_line:
@@ -212,8 +211,8 @@ class Slot:
 
         pool.forget(self)
         if self.outer is not None:
-            # What is released is skipped from now on, so that a chain of invocations, each of which starts
-            # the next one in the background, does not keep all of its past.
+            # Released outer slots are skipped. Otherwise a chain of invocations, each of which starts the
+            # next one in the background, would keep all slots before it alive.
             self.outer = pool.lender(self.outer, anyones=True)
 
     def give_back(self) -> None:
@@ -225,14 +224,14 @@ class Slot:
         self.pool.forget(self)
 
     def suspend(self) -> None:
-        """Give the slot back, but for a while only."""
+        """Give the slot back for a while."""
         self.hold = SUSPENDED
         self.is_plain = False
         self._pass_on()
 
     def resume(self, granted: Slot) -> None:
         """
-        Go on after :meth:`suspend`, as the same slot, since what the invocation runs meanwhile refers to it.
+        Go on after :meth:`suspend`, as the same object, since nested invocations refer to it.
 
         :param granted: the slot that was acquired for it
         """
@@ -251,7 +250,7 @@ class Slot:
         self.step_aside_if_waiting()
 
     def step_aside_if_waiting(self) -> None:
-        """Give the slot back if the agent only waits for others; so do those around it that wait for it."""
+        """Give the slot back if the agent only waits for others; outer agents that wait for it do so too."""
         absent = self.pool.loop.absent
         waits = self in absent.waits or self.pool.waits_for_calls(self)
         if waits and self.hold is HELD and self.lent is None:
@@ -286,7 +285,7 @@ class Slot:
             self.pool.keys.take(borrower)
 
     def offer(self, waiter: Waiting) -> bool:
-        """Lend the slot to a waiter now, if it is not lent; else put the waiter in line for it."""
+        """Lend the slot to a waiter if it is not lent; else add the waiter to its line."""
         if self.lent is None and (self.pool.keys is None or self.pool.keys.has_place(waiter.slot)):
             self.lend(waiter.slot)
             return True
@@ -299,7 +298,7 @@ class Slot:
         return False
 
     def forget(self, waiter: Waiting) -> None:
-        """Take a waiter out of the line for this slot."""
+        """Remove a waiter from the line for this slot."""
         if self.waiters:
             self.waiters.pop(waiter, None)
 
@@ -323,7 +322,7 @@ class Slot:
             pool.work.loans -= 1
 
         if borrower is not None:
-            # The loan becomes the borrower's own, or is one from the attempt further out.
+            # The borrower now owns the slot, or has it on loan from the outer attempt.
             borrower.lender = lender
             if lender is not None:
                 lender.lent = borrower
@@ -333,7 +332,7 @@ class Slot:
         pool.serve()
 
     def _take_back(self) -> None:
-        """Lend the slot to the next one that waits for it."""
+        """Take the slot back from its borrower, and lend it to the next waiter."""
         self.lent = None
         if self.waiters:
             self.pool.offer_loan(next(iter(self.waiters)), self)

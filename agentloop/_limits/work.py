@@ -1,4 +1,4 @@
-"""Which of the attempts that hold slots are at work, and which only wait for others."""
+"""Tells the attempts that are at work from those that only wait for others."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Protocol
 
 import anyio
 
-# For how long a stream whose reader takes nothing counts as at work: it may wait for what waits for it.
+# For how long a stream whose reader takes nothing counts as at work: the reader may wait for it in turn.
 READER_SECONDS = 5.0
 
 
 class Attempt(Protocol):
-    """The slot of an attempt, as far as this module knows it."""
+    """The part of an attempt's slot that this module uses."""
 
     @property
     def is_released(self) -> bool:
@@ -25,19 +25,19 @@ class Attempt(Protocol):
 
 class Work:
     """
-    Keeps account of what the attempts of a pool do with their slots.
+    Tracks which attempts of a pool are at work.
 
-    An attempt is at work unless its agent waits for invocations that it runs itself. A chain of loans has one
-    slot, and at most one attempt that is at work.
+    An attempt is at work unless its agent waits for nested invocations. A chain of loans has one slot, and at
+    most one attempt at work.
     """
 
     def __init__(self) -> None:
         self.loans = 0
         """How many slots are on loan."""
         self.calls: dict[object, Attempt] = {}
-        """The calls in progress through the same limiter, by the attempts whose agents have made them."""
+        """The calls in progress through the same limiter, each with the attempt whose agent made it."""
         self._others: dict[object, Attempt] = {}
-        # The streams that wait for their readers, and until when they count as at work.
+        # Until when each stream that waits for its reader counts as at work.
         self._stalled: dict[Attempt, float] = {}
 
     def count(self, slots: int, unused_loans: int) -> int:
@@ -45,7 +45,7 @@ class Work:
         Return how many attempts are at work.
 
         :param slots: how many slots are in use
-        :param unused_loans: how many are on loan to attempts that have not begun
+        :param unused_loans: how many slots are on loan to attempts that have not begun
         """
         return slots + self.loans - unused_loans - len(_unended(self.calls))
 
@@ -53,7 +53,7 @@ class Work:
         """
         Note that the agent of an attempt makes a call.
 
-        :param own: whether it is one through the same limiter
+        :param own: whether the call uses the same limiter
         """
         (self.calls if own else self._others)[call] = attempt
 
@@ -89,10 +89,10 @@ def _unended(calls: dict[object, Attempt]) -> set[Attempt]:
 
 class Guard:
     """
-    Proves that there are never more slots in use than the limit, by tokens of AnyIO's limiter.
+    Checks that never more slots are in use than the limit, by tokens of AnyIO's limiter.
 
-    It keeps each token that it has borrowed for the next attempt: to give one back and borrow another takes
-    longer than all else about a slot.
+    It keeps each borrowed token for the next attempt, since returning and borrowing a token takes longer than
+    all other work of a slot.
 
     :param limit: how many slots there are
     """
@@ -109,6 +109,6 @@ class Guard:
 
     def borrow(self) -> None:
         """Borrow one more token, or raise if there is none."""
-        # A borrower of its own for each: equal or repeated borrowers collide.
+        # A new object each time, since AnyIO refuses equal or repeated borrowers.
         self._tokens.acquire_on_behalf_of_nowait(object())
         self.borrowed += 1

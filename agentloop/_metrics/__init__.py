@@ -1,1 +1,1 @@
-"""What is measured."""
+"""Measurements: counts and durations."""

@@ -1,1 +1,1 @@
-"""What a limiter learns about the provider behind it: how much it bears, and whether it is there."""
+"""The state of the provider behind a limiter, as far as a limiter learns it: its capacity, and outages."""

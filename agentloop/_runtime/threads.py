@@ -71,8 +71,8 @@ def in_thread(fn: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
     if must.is_generator(fn):
         raise TypeError(
             f"fn must be a plain function, got a generator function, {fn!r}: "
-            "a blocking function cannot be streamed; return a list, or write an async generator function that "
-            "awaits in_thread(...) for each item"
+            "a blocking function cannot be streamed; return a list, or write an async generator function "
+            "that awaits in_thread(...) for each item"
         )
 
     @functools.wraps(fn)

@@ -1,1 +1,1 @@
-"""What is read while it runs: streams, and batches that are read."""
+"""Streams, and batches whose results are read while they run."""

@@ -1,7 +1,7 @@
 """
-A file that holds the results of batches, so that one that was interrupted goes on where it was.
+A file that holds the results of batches, so that an interrupted batch goes on where it stopped.
 
-It is an SQLite database. ``python -m agentloop.journal show FILE`` says what is in it.
+It is an SQLite database. ``python -m agentloop.journal show FILE`` prints a summary of it.
 """
 
 from .._errors import JournaledError, JournalError, JournalInUse, JournalMismatch

@@ -288,7 +288,7 @@ async def test_settle_is_told_of_failures_and_its_error_is_logged_once(
 async def test_bad_real_cost_changes_nothing(bad: Any, caplog: pytest.LogCaptureFixture) -> None:
     rate = Rate(1, per_seconds=10, settle=lambda _: bad)
     assert await starts([rate], [Invocation("a", nothing)] * 2, limit=1) == [0, 10]
-    assert "what settle returns must be" in caplog.text
+    assert "the return value of settle must be" in caplog.text
 
 
 # -- against a model
