@@ -17,24 +17,24 @@ from .._eventloop.loop import Event, kind_of_loop
 T = TypeVar("T")
 
 BUFFER = 16
-"""How many items the buffer holds, and how many producers advance at once."""
+"""How many items the buffer holds, and how many producers run at once."""
 LOW = BUFFER // 4
-"""How many items are left when producers that wait for room go on."""
+"""How many items are left in the buffer when waiting producers go on."""
 TURN = BUFFER // 2
-"""How many items a producer puts before it makes room for those that wait."""
+"""How many items a producer sends before it makes room for waiting ones."""
 STARVED_SECONDS = 0.001
-"""How long a reader waits for the producers that advance, before all others go on as well."""
+"""How long a reader waits for the running producers before all others go on as well."""
 PATIENCE_SECONDS = 5.0
 """How long a loop that is being left waits for a reader that takes nothing."""
 
 
 class _Place:
-    """A place in line."""
+    """A producer's place in line."""
 
     __slots__ = ("has_room", "wake")
 
     wake: Callable[[], object]
-    """Is called when there is room."""
+    """Called when there is room."""
 
     def __init__(self) -> None:
         self.has_room = False
@@ -42,29 +42,29 @@ class _Place:
 
 class Channel(Generic[T]):
     """
-    A memory object stream with a bounded buffer, in which no task waits.
+    A bounded buffer around a memory object stream, on which no task waits itself.
 
-    An item that a memory object stream hands straight to a waiting receiver is lost when that one is
-    cancelled natively (``asyncio.wait_for(anext(stream), 1)``). So both sides wait on events beside the
-    stream, and what is in it is put and taken without waiting: that loses nothing, and costs less.
+    A memory object stream hands an item straight to a waiting receiver. A native cancellation of the receiver
+    loses that item (``asyncio.wait_for(anext(stream), 1)``). So both sides wait on events beside the stream,
+    and send and receive without waiting: that loses nothing, and costs less.
 
-    Producers share the buffer. One that has filled it waits in line. Once the reader has taken all but
-    ``LOW`` items, the first in line go on, as many as would fill the buffer with one item each: to wake a
-    producer for every item would cost a switch of tasks each, and to wake all of them at once would cost one
-    for each producer. After ``TURN`` items a producer joins the end of the line, if there is one. One that is
-    to begin waits in the same line. So however many there are, ``BUFFER`` of them advance at once, and all
-    together are less than twice ``BUFFER`` items ahead.
+    Producers share the buffer. A producer that has filled it waits in line. Once the reader has taken all but
+    ``LOW`` items, the first in line go on, as many as would fill the buffer with one item each: waking a
+    producer for every item would cost a switch of tasks for each item, and waking all of them at once one for
+    each producer. After ``TURN`` items a producer joins the end of the line, if there is one. A new producer
+    waits in the same line. So of any number of producers, ``BUFFER`` run at once, and all together are less
+    than twice ``BUFFER`` items ahead.
 
-    But an agent that advances most often waits for its model, and 16 requests at once may be too few. So
-    when the reader has waited with an empty buffer for ``STARVED_SECONDS``, and the line is not empty, all
-    of it goes on. No producer waits then until the buffer holds an item for each that advances, which says
-    that the reader is the slower side again.
+    But a running agent mostly waits for its model, and 16 requests at once may be too few. So when the reader
+    has waited with an empty buffer for ``STARVED_SECONDS``, and the line is not empty, the whole line goes
+    on. Then no producer waits until the buffer holds an item for each running one: the reader is the slower
+    side again.
 
-    :param on_taken: is given each item that the reader has taken, until the end
+    :param on_taken: called with each item that the reader takes, until :meth:`close`
     """
 
     def __init__(self, on_taken: Callable[[T], object] | None = None) -> None:
-        # Producers wait for room before they produce, so that there is always room for what they produced.
+        # Producers wait for room before they produce an item, so that a produced item always has room.
         self._send, self._receive = anyio.create_memory_object_stream[T](math.inf)
         self._on_taken = on_taken
         self._backend = current_token().backend_class
@@ -73,23 +73,23 @@ class Channel(Generic[T]):
         self._arrived: Event | None = None
         self._advancing = 0
         self._line: deque[_Place] = deque()
-        # The place of the next producer that is to begin, and whether there was room for it.
+        # The place of the next new producer, and whether there was room for it.
         self._next: _Place | None = None
         self._admits = False
-        # Whether the producers that had room were too few for the reader.
+        # Whether the running producers were too few for the reader.
         self._starved = False
         self._unread: deque[T] = deque()
         self._ended = False
         self._taken = 0
         self.abandoned = False
-        """Whether no reader will take anything any more, so that waiting for room is in vain."""
+        """Whether no reader will take any more items, so that producers do not wait for room."""
         self._on_stall: Callable[[], object] | None = None
 
     def has_room(self, on_room: Callable[[], object]) -> bool:
         """
         Return whether one more producer may begin.
 
-        :param on_room: is called once it may, if it may not now
+        :param on_room: called when it may begin, if it may not now
         """
         if self._admits or self.abandoned:
             return True
@@ -100,27 +100,27 @@ class Channel(Generic[T]):
         if self._next is None:
             self._next = _Place()
             self._next.wake = on_room
-            # Second, so that those that have begun and those that are to begin go on by turns.
+            # Second in line, so that running and new producers take turns.
             self._join(self._next, 1)
 
         return False
 
     def enter(self) -> None:
-        """Count one more producer, which advances. It has to :meth:`leave`."""
+        """Count one more running producer. It must call :meth:`leave` at its end."""
         self._advancing += 1
         self._admits = False
 
     def leave(self) -> None:
-        """Count a producer as ended. The room that it had is for the first in line."""
+        """Count a producer as ended. The first in line gets its room."""
         self._advancing -= 1
         self._let_in()
 
     def send(self, item: T, number: int = 0) -> bool:
         """
-        Hand an item over; there is always room for one.
+        Send an item; there is always room for one.
 
-        :param number: how many items the producer has put
-        :return: whether the producer has to :meth:`wait_for_room` before it advances again
+        :param number: how many items the producer has sent
+        :return: whether the producer must :meth:`wait_for_room` before it goes on
         """
         self._send.send_nowait(item)
         self._size = size = self._size + 1
@@ -128,11 +128,11 @@ class Channel(Generic[T]):
             self._arrived.set()
             self._arrived = None
 
-        # Most often it is not; a call for every chunk shows.
+        # The common case inline, for speed: the buffer has room, and the line is empty.
         return (size >= BUFFER or bool(self._line)) and self._is_full(number)
 
     def _is_full(self, number: int = 0) -> bool:
-        """Return whether a producer has to wait that has put ``number`` items."""
+        """Return whether a producer that has sent ``number`` items must wait."""
         if self._starved:
             # The line is empty.
             self._starved = self._size < max(BUFFER, self._advancing)
@@ -142,7 +142,7 @@ class Channel(Generic[T]):
 
     async def wait_for_room(self) -> None:
         """
-        Wait in line. The producer counts as advancing again afterwards, also if this raises: its agent may
+        Wait in line. The producer counts as running again afterwards, also if this raises: its agent may
         yield once more.
         """
         if self.abandoned:
@@ -174,7 +174,7 @@ class Channel(Generic[T]):
 
     def _join(self, place: _Place, index: int) -> None:
         if not self._line and self._arrived is not None:
-            # The reader waits, and does not know that it has to set itself a time limit.
+            # A waiting reader is woken, since it must now wait with the time limit of STARVED_SECONDS.
             self._arrived.set()
             self._arrived = None
 
@@ -182,17 +182,17 @@ class Channel(Generic[T]):
 
     def limit_patience(self, on_stall: Callable[[], object]) -> None:
         """
-        From now on, be patient no longer than ``PATIENCE_SECONDS`` with a reader that takes nothing.
+        From now on, wait at most ``PATIENCE_SECONDS`` for a reader that takes nothing.
 
-        :param on_stall: is called then, and cancels the producers
+        :param on_stall: called after that time; cancels the producers
         """
         self._on_stall = on_stall
         for place in tuple(self._line):
-            # A producer then stays in line, and waits on with a time limit.
+            # The woken producer stays in line, and waits again with a time limit.
             place.wake()
 
     def abandon(self) -> None:
-        """Let no producer wait for room any more: the reader has left, or all is cancelled."""
+        """Let no producer wait for room any more: the reader has left, or the producers are cancelled."""
         self.abandoned = True
         self._let_in(all_of_them=True)
 
@@ -216,10 +216,10 @@ class Channel(Generic[T]):
         """
         Wait for an item. Cancellation, native cancellation too, loses none.
 
-        :raises EndOfStream: when all were taken and no more will come
+        :raises EndOfStream: when all items were taken and no more will come
         """
-        # To look for a cancellation costs a tenth of all that a chunk does. A reader that waits finds out
-        # anyway, and one that never waits after three more at the latest.
+        # Checking for a cancellation is a tenth of the cost of a chunk. A reader that waits notices one
+        # anyway, and a reader that never waits notices it after three more chunks at the latest.
         if not self._taken & 3:
             await self._backend.checkpoint_if_cancelled()
 
@@ -241,7 +241,7 @@ class Channel(Generic[T]):
                 self._starved = bool(self._line)
                 self._let_in(all_of_them=True)
 
-        # Nothing waits from here on, so what was taken is also returned.
+        # No await from here on, so a taken item is always returned.
         self._size -= 1
         self._taken += 1
         if self._line and self._size <= LOW:
@@ -254,22 +254,22 @@ class Channel(Generic[T]):
         return item
 
     def close(self) -> None:
-        """Say that no item will come any more. What is there can still be taken."""
-        # The reader may never come back, and a stream that is left open would be reported.
+        """End the stream for the reader. Items in the buffer can still be taken."""
+        # The reader may never come back, and AnyIO warns about a stream that is left open.
         while len(self._unread) < self._size:
             self._unread.append(self._receive.receive_nowait())
 
         self._send.close()
         self._receive.close()
         self._ended = True
-        # Neither of these is to be called any more, and they refer to the owner of this channel.
+        # These are not called any more, and they refer to the owner of this channel.
         self._on_stall = self._on_taken = None
         self._let_in(all_of_them=True)
         if self._arrived is not None:
             self._arrived.set()
 
     def drop(self) -> list[T]:
-        """Drop what nobody will take any more, once it has ended, and return it."""
+        """Drop and return the items that no reader will take, after :meth:`close`."""
         dropped = [*self._unread]
         self._unread.clear()
         self._size = 0

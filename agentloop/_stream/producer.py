@@ -1,4 +1,4 @@
-"""A task that produces what another one reads."""
+"""A task that produces items for a reader in another task."""
 
 from __future__ import annotations
 
@@ -22,61 +22,61 @@ NAME = "agentloop producer"
 
 
 class Producer(Call, Protocol):
-    """What produces."""
+    """The source of the items: a stream or a batch."""
 
     @property
     def channel(self) -> Channel[Any]:
-        """Where the items are."""
+        """The buffer of the items."""
         ...
 
     @property
     def scope(self) -> anyio.CancelScope:
-        """What :meth:`leave` and :meth:`cancel` cancel."""
+        """The scope that :meth:`leave` and :meth:`cancel` cancel."""
         ...
 
     def begin(self, start_soon: StartSoon) -> None:
         """
         Prepare to run.
 
-        :param start_soon: starts a task beside the one that produces, which must not raise
-        :raises BaseException: what a user's function raised that is no error; then nothing is left to run
+        :param start_soon: starts a task beside the producing one; the task must not raise
+        :raises BaseException: an exception of a user's function that is no ``Exception``; then nothing is run
         """
 
     def run(self) -> Coroutine[Any, Any, object]:
         """
-        Return what produces everything. When it returns or raises, nothing of it is left that will not end by
-        itself.
+        Return the coroutine that produces all items. When it returns or raises, every task that it leaves
+        ends by itself.
         """
         ...
 
     def end(self) -> None:
-        """Tell the reader that nothing comes any more, and keep nothing that was for running."""
+        """End the channel for the reader, and drop all references that only running needs."""
 
     def refuse(self, stopped: BatchStopped) -> None:
         """
-        Begin nothing, since the loop has been drained.
+        Start nothing, since the loop has been drained.
 
-        :raises BatchStopped: ``stopped``, if there would be nothing to read at all
+        :raises BatchStopped: ``stopped``, if the reader would get no item
         """
 
     def leave(self) -> None:
-        """Cancel what runs, since its reader has left."""
+        """Cancel running invocations, since the reader has left."""
 
     def drop(self) -> None:
-        """Drop what was not read."""
+        """Drop the unread items."""
 
     @property
     def left_open(self) -> bool:
-        """Whether an agent has left a cancel scope or a task group open in the task that produces."""
+        """Whether an agent has left a cancel scope or a task group open in the producing task."""
         ...
 
 
 class Background:
     """
-    Runs a producer beside the task that reads.
+    Runs a producer beside the reader's task.
 
-    The producer's task belongs to the loop where that has been entered, so that the reader's task then enters
-    no scope; otherwise to a task group that the reader's block opens.
+    If the loop has been entered, the producer's task belongs to the loop, and the reader's task enters no
+    scope. Otherwise the reader's block opens a task group for it.
     """
 
     def __init__(self, producer: Producer, lifetime: Lifetime) -> None:
@@ -84,7 +84,7 @@ class Background:
         self._lifetime = lifetime
         self._kind = kind_of_loop()
         self._reader_slot = current_slot.get()
-        # Those of the loop, or else a task group that the reader has opened.
+        # The tasks of the loop, or else a task group that the reader opens.
         self._tasks = lifetime.tasks or Tasks()
         self._is_loops = lifetime.tasks is not None
         self._begun = False
@@ -95,7 +95,7 @@ class Background:
         """
         Start the task.
 
-        :raises BaseException: what the producer's preparation raised
+        :raises BaseException: an exception of the producer's ``begin()``
         :raises InvocationCancelled: if the task belongs to the loop, and was cancelled before it began
         """
         self._lifetime.begin(self)
@@ -113,7 +113,7 @@ class Background:
         if not self._is_loops:
             return
 
-        # The end of a task of the loop cancels the loop's block, but not a reader in another task.
+        # The end of a loop's task cancels the loop's block, but not a reader in another task.
         try:
             if await self._was_lost():
                 raise InvocationCancelled(LOST)
@@ -125,9 +125,9 @@ class Background:
         """
         Cancel the producer and wait for its end, also if this is cancelled meanwhile.
 
-        :param exc: what the reader's block is left by
-        :raises BaseException: what ended the producer, unless it is an ``Exception``
-        :raises InvocationCancelled: if the reader was cancelled because one of the tasks was, natively
+        :param exc: the exception that leaves the reader's block
+        :raises BaseException: the exception that ended the producer, unless it is an ``Exception``
+        :raises InvocationCancelled: if the reader was cancelled by a native cancellation of one of the tasks
         """
         self._producer.leave()
         lost = False
@@ -150,7 +150,7 @@ class Background:
             raise InvocationCancelled(LOST) from exc
 
     async def _wait_ended(self) -> None:
-        """Wait for the end of a task of the loop, also if this is cancelled: as a task group does."""
+        """Wait for the end of the loop's task, also if this is cancelled, as a task group does."""
         cancelled: BaseException | None = None
         with anyio.CancelScope(shield=True):
             while not self._ended.is_set():
@@ -165,7 +165,7 @@ class Background:
         await checkpoint_if_cancelled()
 
     def raise_failure(self) -> None:
-        """Raise what ended the producer, such as a ``KeyboardInterrupt`` from an agent."""
+        """Raise the exception that ended the producer, such as a ``KeyboardInterrupt`` of an agent."""
         if self._failure is not None:
             self._lifetime.failure = None
             try:
@@ -175,29 +175,29 @@ class Background:
                 del self
 
     def drain(self) -> None:
-        """Begin nothing new, since nobody might be reading; but an agent that runs is waited for anyway."""
+        """Start nothing new, since there may be no reader; running agents finish."""
         if self._reader_slot is None or self._reader_slot.is_released:
             self._producer.drain()
 
     @property
     def outer(self) -> Slot | None:
-        """The slot of the invocation that reads, if one does."""
+        """The slot of the reading invocation; ``None`` outside of an agent."""
         return self._producer.outer
 
     def wind_down(self, stopped: BatchStopped, until: float | None) -> None:
-        """Start and retry nothing any more, and cancel at a time what still runs."""
+        """Start and retry nothing any more, and cancel running invocations at a given time."""
         self._producer.wind_down(stopped, until)
 
     def cancel(self, reason: str, cause: BaseException) -> None:
-        """Cancel what runs; each invocation that was started still has its result."""
+        """Cancel running invocations; each started invocation still has its result."""
         self._producer.cancel(reason, cause)
 
     async def _was_lost(self) -> bool:
         """
-        Wait until the task has begun, and return whether it was another one at first.
+        Wait until the producer's task has begun, and return whether the first one was lost.
 
         On asyncio a task that is cancelled natively before its first step never runs, and AnyIO cancels its
-        group. So that the producer comes to its end all the same, it is cancelled and given to another task.
+        group. Then the producer is cancelled and given to another task, which ends it.
         """
         cancelled: BaseException | None = None
         lost = False
@@ -228,11 +228,11 @@ class Background:
                 if cancellations():
                     await self._kind.forget_cancellations()
             except anyio.get_cancelled_exc_class():
-                # One that an agent asked for, from a callback that came late, ends nothing but this task.
+                # A late cancellation that an agent requested from a callback ends only this task.
                 await checkpoint_if_cancelled()
                 await self._kind.forget_cancellations()
             except BaseException as exc:
-                # A scope around the one that was left open cannot be left, and says so.
+                # Leaving a scope around the open one raises this RuntimeError.
                 if not self._producer.left_open or not isinstance(exc, RuntimeError):
                     self._fail(exc)
             finally:
@@ -250,5 +250,5 @@ class Background:
         if self._is_loops:
             self._lifetime.failure = exc
         else:
-            # The reader may wait for something else; leaving the block raises the failure.
+            # The reader may be waiting elsewhere; leaving the block raises the failure.
             self._tasks.cancel()

@@ -1,4 +1,4 @@
-"""A batch that is read while it runs."""
+"""Batches whose results are read while they run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ItemT = TypeVar("ItemT")
 
 
 class ReadBatch(Batch[T], Generic[T, ItemT]):
-    """A batch that hands items to a reader as they come."""
+    """A batch that sends items to a reader."""
 
     skips_remaining = False
 
@@ -49,7 +49,7 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
 
     def _item_taken(self, item: ItemT) -> None:
         if not isinstance(cast("object", item), ChunkEvent):
-            # It is the last item of its invocation.
+            # A result is the last item of its invocation.
             self._taken()
 
     def refuse(self, stopped: BatchStopped) -> None:
@@ -57,13 +57,13 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
         self.wind_down(stopped, None)
 
     def end(self) -> None:
-        """Say that no item will come any more."""
+        """End the channel for the reader."""
         self.channel.close()
 
     def drop(self) -> None:
         """Drop the items that no reader will take any more."""
         self.channel.drop()
-        # The traceback of an error refers to the reader's frame, which refers to this.
+        # The traceback of an error refers to the reader's frame, which refers to this object.
         self.source.forget_error()
 
     def leave(self) -> None:
@@ -74,26 +74,26 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
         self.channel.abandon()
 
     def drain(self) -> None:
-        """Start nothing new, and be patient with the reader for a limited time only."""
+        """Start nothing new, and wait for the reader for a limited time."""
         self.stop("the loop was left", LoopClosed("the loop was left"))
         self.channel.limit_patience(lambda: self.cancel("nobody read", LoopClosed("the loop was left")))
 
     def cancel(self, reason: str, cause: BaseException | None) -> None:
-        """Cancel what runs; each invocation that was started still has its result."""
+        """Cancel running invocations; each started invocation still has its result."""
         super().cancel(reason, cause)
         self.channel.abandon()
 
 
 class CompletionBatch(ReadBatch[T, InvocationResult[T]]):
-    """A batch that hands over its results."""
+    """A batch that sends its results to a reader."""
 
     def _deliver(self, job: Job[T], result: InvocationResult[T], now: float) -> None:
-        del job, now  # the result says whose it is
+        del job, now  # the result names its invocation
         self.channel.send(result)
 
 
 class JournaledCompletion(Journaled[T], CompletionBatch[T]):
-    """A batch with a journal that hands over its results."""
+    """A batch with a journal that sends its results to a reader."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class JournaledCompletion(Journaled[T], CompletionBatch[T]):
         on_replay: Callable[[], object],
     ) -> None:
         super().__init__(inputs, limiter, options, journal, on_replay)
-        # Of the results that were not read: which entries hold them.
+        # The rows of the entries that hold unread results.
         self._rows: dict[int, int] = {}
 
     def _hand_over(self, result: InvocationResult[T], row: int) -> None:
@@ -116,7 +116,7 @@ class JournaledCompletion(Journaled[T], CompletionBatch[T]):
         super()._item_taken(item)
 
     def drop(self) -> None:
-        """Drop the results that no reader will take any more, and leave their entries to a later batch."""
+        """Drop the unread results, and leave their entries to a later batch."""
         for result in self.channel.drop():
             self.recording.session.release(self._rows[result.index])
 
@@ -131,7 +131,7 @@ def completing(
     journal: AnyJournal | None,
     on_replay: Callable[[], object],
 ) -> CompletionBatch[T]:
-    """Return a batch that hands over its results, with a journal if there is one."""
+    """Return a batch that sends its results to a reader, with a journal if there is one."""
     if journal is None:
         return CompletionBatch(inputs, limiter, options)
 
@@ -140,9 +140,9 @@ def completing(
 
 class StreamBatch(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
     """
-    A batch of streams, which hands over the chunks of all, and each one's result after its last chunk.
+    A batch of streams that sends the chunks of all to a reader, and each result after its last chunk.
 
-    A stream begins when there is room for what it yields.
+    A stream begins when there is room for its chunks.
     """
 
     def begin(self, start_soon: StartSoon) -> None:
@@ -151,9 +151,9 @@ class StreamBatch(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
         self.options = RunOptions(self.options.config, self.options.observer, act)
 
     def end(self) -> None:
-        """Say that no item will come any more."""
+        """End the channel for the reader."""
         super().end()
-        # It refers to the task's owner, which refers to this.
+        # It refers to the task's owner, which refers to this object.
         self.options.act = None
 
     def stop(
@@ -167,7 +167,7 @@ class StreamBatch(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
         self.changed()
 
     def has_work(self) -> bool:
-        # To give up what does not begin any more takes no room.
+        # Skipping a job takes no room.
         if not super().has_work():
             return False
 
@@ -178,7 +178,7 @@ class StreamBatch(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
         return lambda: self.source.next_job() if self.has_work() else None
 
     def _deliver(self, job: Job[None], result: InvocationResult[None], now: float) -> None:
-        # The same as an event sink is given, if there is one.
+        # With the same id and time as the event of the sink.
         self.channel.send(ResultEvent(job.invocation, result, job.id or new_id(), now))
 
 
@@ -187,7 +187,7 @@ def _chunk_event(job: Job[Any], chunk: T) -> ChunkEvent[T]:
 
 
 class BatchReader(Reader[ItemT, ReadBatch[Any, ItemT]]):
-    """Reads what a batch hands over."""
+    """Reads the items of a batch."""
 
     _kind = "batch"
     _source = "the input"
@@ -205,5 +205,5 @@ class BatchReader(Reader[ItemT, ReadBatch[Any, ItemT]]):
         if batch.input_error is not None:
             return batch.input_error
 
-        # What is cut short must not look complete.
+        # A batch that was cut short must not look complete.
         return None if batch.stopped is None else batch.stopped.with_traceback(None)

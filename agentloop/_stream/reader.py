@@ -1,4 +1,4 @@
-"""The reader's side of what is read while it is produced."""
+"""The reader's side of a stream or a batch."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Reader(EnteredOnly, Generic[ItemT, ProducerT]):
     """
     An async context manager that runs a producer, and an async iterable of its items inside the block.
 
-    Subclasses say which error is raised after the last item.
+    Subclasses provide the error to raise after the last item.
     """
 
     _kind: ClassVar[str]
-    """What the block reads, as error messages call it."""
+    """The name in error messages of the object that is read."""
     _source: ClassVar[str]
-    """Whose error is raised after the last item, as error messages call it."""
+    """The name in error messages of the source of the error after the last item."""
 
     def __init__(self, make: Callable[[], ProducerT], lifetime: Lifetime) -> None:
         self._make = make
@@ -66,7 +66,8 @@ class Reader(EnteredOnly, Generic[ItemT, ProducerT]):
         """
         Wait for an item. Being cancelled, also natively, loses none.
 
-        :raises BaseException: what ended the producer, or what the subclass says, after the last item
+        :raises BaseException: after the last item: the exception that ended the producer, or the subclass's
+            error
         """
         channel: Channel[ItemT] = self._entered().channel
         try:
@@ -83,12 +84,12 @@ class Reader(EnteredOnly, Generic[ItemT, ProducerT]):
 
             raise StopAsyncIteration if error is None else error
         finally:
-            # Its traceback refers to this frame, and what this frame refers to leads to the error.
+            # The traceback refers to this frame, so the frame must not lead back to the error.
             del error, channel, self
 
     @abstractmethod
     def _error(self) -> BaseException | None:
-        """Return what to raise after the last item, with the traceback that it is to begin with."""
+        """Return the error to raise after the last item, with the traceback to start from."""
 
     def _entered(self) -> ProducerT:
         if self._producer is None:

@@ -1,4 +1,4 @@
-"""A stream: what an agent yields, read while it runs."""
+"""A stream: the chunks of an agent, read while the agent runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _as_it_is(_: Job[Any], chunk: T) -> T:
 
 
 class Streaming(Generic[T]):
-    """Runs one invocation whose chunks are read meanwhile."""
+    """Runs one invocation, and sends its chunks to a reader."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Streaming(Generic[T]):
         self.result: InvocationResult[None] | None = None
         self._options = RunOptions(options.config, options.observer)
         self._single: Single[None] = Single(invocation, limiter, self._options, own_task=True)
-        # Last, since it has to be closed: a limiter that is in use elsewhere is refused above.
+        # Last, since a channel must be closed: a limiter that is in use elsewhere raises above.
         self.channel: Channel[T] = Channel()
         self.scope = anyio.CancelScope()
         self._timers: list[Timer] = []
@@ -73,8 +73,8 @@ class Streaming(Generic[T]):
         return self._single.run()
 
     def end(self) -> None:
-        # Neither is left there: the result may refer to a frame of the task, which refers to that object, and
-        # the plan to the task's owner, which refers to this.
+        # Taken out of their objects to avoid cycles: the result may refer to a frame of the task, which
+        # refers to the Single, and the options refer to the task's owner, which refers to this object.
         self.result, self._single.ended = self._single.ended, None
         self._options.act = self._start_soon = None
         while self._timers:
@@ -115,19 +115,18 @@ class Streaming(Generic[T]):
 
 class AgentStream(Reader[T, Streaming[T]]):
     """
-    What an agent yields: an async context manager, and an async iterable of chunks inside it::
+    The chunks of an agent: an async context manager, and an async iterable of chunks inside it::
 
         async with loop.run_streaming("writer", write, "a haiku") as stream:
             async for chunk in stream:
                 ...
 
-    The agent runs in a task of its own, at most a small buffer ahead of its reader. What it raises reaches
-    the reader as the object that it is, after the chunks that it yielded before. If it took too long, that
-    is an :exc:`InvocationTimeout`, of which :exc:`FirstChunkTimeout` and :exc:`IdleTimeout` are kinds; if it
-    was cancelled from within, or with its loop, an :exc:`InvocationCancelled`. Being cancelled while
-    waiting for a chunk loses none. Leaving the block, by any path, cancels an agent that still runs, and
-    waits until its generator is closed; one that is suspended at a ``yield`` then has five seconds for its
-    cleanup.
+    The agent runs in a task of its own, at most a small buffer ahead of its reader. Its exception reaches the
+    reader as the same object, after the chunks that it yielded before. A time-out raises an
+    :exc:`InvocationTimeout`, of which :exc:`FirstChunkTimeout` and :exc:`IdleTimeout` are kinds; a
+    cancellation from within, or with the loop, an :exc:`InvocationCancelled`. Being cancelled while waiting
+    for a chunk loses none. Leaving the block, by any path, cancels an agent that still runs, and waits until
+    its generator is closed; one that is suspended at a ``yield`` then has five seconds for its cleanup.
     """
 
     _usage = "write `async with loop.run_streaming(...) as stream:` around `async for chunk in stream:`"
@@ -152,7 +151,7 @@ class AgentStream(Reader[T, Streaming[T]]):
     @property
     def result(self) -> InvocationResult[None]:
         """
-        What became of the invocation. Its ``output`` is ``None``: the chunks were the reader's.
+        The result of the invocation. Its ``output`` is ``None``, since the reader has the chunks.
 
         :raises RuntimeError: while the agent may still run; at the end of the block it does not
         """
@@ -168,7 +167,8 @@ class AgentStream(Reader[T, Streaming[T]]):
         """Return the result, if the agent has ended."""
         streaming = self._producer
         if streaming is not None and streaming.result is not None:
-            # Not left there: the frames that an error refers to, and those below them, refer to that object.
+            # Taken out to avoid a cycle: the frames of an error, and those below them, refer to the
+            # Streaming.
             self._result, streaming.result = streaming.result, None
 
         return self._result
@@ -181,7 +181,8 @@ class AgentStream(Reader[T, Streaming[T]]):
         finally:
             self._take_result()
             if self._raised and exc is None:
-                # It was handled within the block. What was read there has a frame that refers to the stream.
+                # The error was handled within the block. The reader's frame in its traceback refers to the
+                # stream.
                 self._forget_readers()
 
     def _forget_readers(self) -> None:
@@ -199,5 +200,5 @@ class AgentStream(Reader[T, Streaming[T]]):
             self._raised = True
             self._raised_at = error.__traceback__
 
-        # Each time the same object, without the frames of the times before.
+        # The same object each time, without the frames of earlier raises.
         return error.with_traceback(self._raised_at)

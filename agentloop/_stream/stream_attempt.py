@@ -1,4 +1,4 @@
-"""One attempt of a stream: what an agent yields, chunk by chunk."""
+"""One attempt of a stream: runs the agent, and sends its chunks."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from .channel import Channel
 ItemT = TypeVar("ItemT")
 
 StartSoon: TypeAlias = Callable[[Callable[[], Coroutine[Any, Any, None]], str], None]
-"""Starts a task, which gets a name, beside the one that runs the agent."""
+"""Starts a task with a name, beside the one that runs the agent."""
 
 CLOSE_SECONDS = 5.0
 """How long an agent's generator may take to close when its stream ends early."""
 ADVANCES = 3
-"""How often one is advanced that goes on to yield."""
+"""How often a generator is advanced that yields instead of closing."""
 GAPS_KEPT_AT_MOST = 200
 """How many gaps between chunks are kept until they are counted."""
 
@@ -46,12 +46,12 @@ def carry(
     scope: AttemptScope,
 ) -> Coroutine[Any, Any, None]:
     """
-    Call the agent, and hand over what it yields until it ends.
+    Call the agent, and send its chunks until it ends.
 
-    :param as_item: makes of a chunk what the channel carries
+    :param as_item: makes the item for the channel from a chunk
     :param start_soon: starts the task that watches for idleness
-    :param slot: is given up while the agent waits for a reader that may need it
-    :param scope: the attempt's scope
+    :param slot: the slot; given back while the agent waits for a reader that may need it
+    :param scope: the scope of the attempt
     """
     return _StreamAttempt(channel, as_item, start_soon, job, slot, options, scope).run()
 
@@ -80,12 +80,12 @@ class _StreamAttempt(Generic[ItemT]):
         config = options.config
         self._idle_seconds = config.idle_timeout_seconds
         now = self._pool.loop.now()
-        # When the attempt has to be over. The time for which its reader lets it wait is added.
+        # The deadline of the attempt. Time during which it waits for its reader is added.
         self._end = now + options.timeout
-        # Since when the agent has yielded nothing, while nobody but itself is to blame.
+        # Since when the agent has yielded nothing, for reasons of its own.
         self._idle_since = math.inf
         self._gaps: Histogram | None = None
-        # What is to be counted in there, in seconds: many at once are counted faster.
+        # Gaps in seconds that are not counted yet: counting many at once is faster.
         self._gaps_kept: list[float] = []
         self._watching: anyio.CancelScope | None = None
         self._closing = anyio.CancelScope()
@@ -102,10 +102,10 @@ class _StreamAttempt(Generic[ItemT]):
         progress: Progress | None = None
         failure: BaseException | None = None
         error: Exception | None = None
-        # Whether the agent has not ended, since nobody will read on.
+        # Whether the agent was ended early, since the reader has left.
         cut_short = False
-        # A generator that is suspended at a yield may have scopes open, which lie within this one. A scope
-        # that was entered only in order to close it would lie within those, and they would end first.
+        # A generator that is suspended at a yield may have scopes open within this one. A new scope for
+        # closing the generator would lie within those, and they would end first.
         ended = False
         try:
             with self._closing:
@@ -135,7 +135,8 @@ class _StreamAttempt(Generic[ItemT]):
                 except BaseException as exc:
                     failure = exc
                 finally:
-                    # The traceback of what it throws in refers to this frame; the frame must not refer back.
+                    # The traceback of the thrown exception refers to this frame; the frame must not refer
+                    # back.
                     del step
                     channel.leave()
 
@@ -146,7 +147,7 @@ class _StreamAttempt(Generic[ItemT]):
             if not ended:
                 raise
 
-            # The agent has left a scope open in it. Trio forgets that as the scope is left.
+            # The agent left a scope open in ours. Trio forgets that when our scope is left.
             self._attempt.note(self._attempt.cause, left_open=True)
             failure = failure or exc
 
@@ -159,18 +160,18 @@ class _StreamAttempt(Generic[ItemT]):
                 raise failure
 
             if cut_short:
-                # The agent yielded in a shielded scope of its own, so that it had to be closed first.
+                # The agent yielded in a shielded scope of its own, so its generator had to be closed first.
                 self._attempt.note(error)
                 await checkpoint_if_cancelled()
 
             if error is not None:
                 raise error
         finally:
-            # Their tracebacks refer to this frame; the frame must not refer back.
+            # The tracebacks refer to this frame; the frame must not refer back.
             del failure, error
 
     def _end_timers(self) -> None:
-        """Let no timer of the attempt have a part in how the generator is closed, and count the gaps."""
+        """Stop the timers of the attempt, before the generator is closed, and count the gaps."""
         self._scope.deadline = math.inf
         if self._watching is not None:
             self._watching.cancel()
@@ -220,12 +221,12 @@ class _StreamAttempt(Generic[ItemT]):
         """Time the attempt out at ``end``, or when the invocation's total time is up."""
         total_end = self._job.deadline
         self._scope.deadline = min(total_end, end)
-        # An agent that yields once more, after its time was up, does not change why it was cancelled.
+        # An agent that yields once more after its time was up must not change the reason of the time-out.
         if not self._scope.cancel_called:
             self._attempt.set_limit(self._options.total if total_end <= end else None)
 
     def _is_cancelled_by_agent(self) -> bool:
-        """Whether a scope that the agent yields in is cancelled, and the agent has a slot to go on."""
+        """Return whether the agent yielded in a scope that is cancelled, and has a slot to go on."""
         self._closing.shield = True
         cancelled = anyio.current_effective_deadline() == -math.inf
         self._closing.shield = False
@@ -235,7 +236,7 @@ class _StreamAttempt(Generic[ItemT]):
         """
         Wait until the buffer has room for another chunk.
 
-        :return: what advances the agent then
+        :return: the function that advances the agent then
         """
         cancelled: BaseException | None = None
         try:
@@ -244,7 +245,8 @@ class _StreamAttempt(Generic[ItemT]):
             if not isinstance(iterator, AsyncGenerator) or not self._is_cancelled_by_agent():
                 raise
 
-            # It would have reached an agent that waits; one that is suspended at a yield gets it too.
+            # A waiting agent would get the cancellation, so an agent that is suspended at a yield gets it
+            # too.
             cancelled = exc
 
         try:
@@ -252,7 +254,7 @@ class _StreamAttempt(Generic[ItemT]):
                 iterator.__anext__ if cancelled is None else partial(cast("Any", iterator).athrow, cancelled)
             )
         finally:
-            # Its traceback refers to this frame; the frame must not refer back.
+            # The traceback refers to this frame; the frame must not refer back.
             del cancelled
 
     async def _wait_for_room(self) -> None:
@@ -265,11 +267,11 @@ class _StreamAttempt(Generic[ItemT]):
             if not slot.is_on_loan:
                 await self._channel.wait_for_room()
             else:
-                # The reader is itself an agent, and may run something else before it reads on: it needs back
-                # what it has lent, or both would wait for each other.
+                # The reader is an agent too, and may run other invocations before it reads on. It needs the
+                # slot that it has lent, or both would wait for each other.
                 slot.suspend()
                 await self._channel.wait_for_room()
-                # Nothing is paid for it again, and neither a pause nor a cool-off holds it back.
+                # It pays nothing again, and neither a pause nor a cool-off holds it back.
                 granted = Slot(pool, slot.outer)
                 if not pool.acquire_nowait(granted, returning=True):
                     await pool.wait(pool.enqueue(granted, returning=True))
@@ -283,9 +285,9 @@ class _StreamAttempt(Generic[ItemT]):
 
     async def _watch(self) -> None:
         """
-        End an agent that yields nothing for too long.
+        Cancel an agent that yields nothing for too long.
 
-        A task, because a timer that is set anew for every chunk costs more than all else about a chunk.
+        This is a task, because setting a timer for every chunk costs more than all other work of a chunk.
         """
         assert self._watching is not None
         assert self._idle_seconds is not None
@@ -305,7 +307,7 @@ class _StreamAttempt(Generic[ItemT]):
         """
         Close the agent's generator, if it has not ended.
 
-        :return: what went wrong with that
+        :return: the error of closing, if there was one
         """
         aclose = getattr(iterator, "aclose", None)
         if aclose is None or getattr(iterator, "ag_frame", iterator) is None:
@@ -326,7 +328,7 @@ class _StreamAttempt(Generic[ItemT]):
         except Exception as exc:
             error = exc
         except anyio.get_cancelled_exc_class():
-            # On asyncio the scope may let it pass, in favour of one further out that is cancelled as well.
+            # On asyncio the scope may not catch its cancellation if an outer scope is cancelled too.
             if self._closing.cancel_called:
                 seconds = f"{CLOSE_SECONDS:.10g}s"
                 late = TimeoutError(f"the agent's generator took longer than {seconds} to close")
@@ -334,8 +336,8 @@ class _StreamAttempt(Generic[ItemT]):
 
             raise
 
-        # To a generator that yields instead of closing, aclose() and athrow() do nothing any more. What is
-        # left of it runs when it is advanced.
+        # aclose() and athrow() have no effect on a generator that has yielded instead of closing. Advancing
+        # it runs the code that is left.
         for _ in range(ADVANCES):
             if getattr(iterator, "ag_frame", None) is None:
                 break
