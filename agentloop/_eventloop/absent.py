@@ -1,4 +1,4 @@
-"""The agents of an event loop that wait for others, and have given their slots back meanwhile."""
+"""The agents of an event loop that wait for a change by others, and have given their slots back."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from anyio.lowlevel import RunVar
 
 
 class Absent:
-    """Who waits for a change in an event loop, whichever limiters and loops they run under."""
+    """The agents of an event loop that wait for a change, over all limiters and loops."""
 
     def __init__(self) -> None:
         self.waits: dict[Any, int] = {}
-        """The slots of agents that wait for a change, and how many of their tasks do."""
+        """The slots of agents that wait for a change, and how many of their tasks wait."""
         self.away: dict[Any, bool] = {}
         """The slots that agents have given back, and whether the agents are coming back."""
 
     @classmethod
     def current(cls) -> Absent:
-        """Return that of the current event loop."""
+        """Return the instance of the current event loop."""
         try:
             return _current.get()
         except LookupError:

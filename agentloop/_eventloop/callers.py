@@ -1,4 +1,4 @@
-"""A caller's native cancellation of its task, told from one that an agent causes in the same task."""
+"""Distinguishes a native cancellation by the caller from one that an agent causes in the same task."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ GROUPS_LEAVE_MARKS = sys.version_info < (3, 13)
 
 class CallersCancellation:
     """
-    Tells a native cancellation of the current task by its caller from one that an agent causes in the task.
+    Distinguishes a native cancellation of the current task by its caller from one that an agent causes.
 
-    Both show in the count of the cancellations that were asked of the task (``Task.cancelling()``), which is
-    not all of the truth:
+    Both raise the count of requested cancellations (``Task.cancelling()``), but the count alone is not
+    enough:
 
     - Before CPython 3.13 an ``asyncio.TaskGroup`` leaves the count raised when one of its tasks fails while
       its block is being left: it cancels the task that waits there, and never takes that back. So when a
-      cancellation reaches the agent, it is seen whether the agent waits in such a block.
-    - AnyIO takes back too many where a task group is cancelled natively whose tasks have task groups. So a
-      cancellation that comes out of the agent as it went in is the caller's too.
+      cancellation reaches the agent, this checks whether the agent waits in such a block.
+    - AnyIO takes back too many when a task group with nested task groups is cancelled natively. So a
+      cancellation that leaves the agent as the same object counts as the caller's too.
     """
 
     __slots__ = ("_before", "_groups", "_leaked_before", "_native", "_task")
@@ -34,14 +34,14 @@ class CallersCancellation:
         assert task is not None
         self._task = task
         self._before = task.cancelling()
-        # How many marks task groups had left on the task; the groups that were seen to leave one since.
+        # How many marks task groups had left on the task before; the groups that have left one since.
         self._leaked_before = _leaked.get(task, 0) if GROUPS_LEAVE_MARKS else 0
         self._groups: tuple[int, ...] = ()
         self._native: BaseException | None = None
 
     def reaches(self, coroutine: object, thrown: BaseException) -> None:
         """
-        Look at an agent that an exception is about to reach.
+        Inspect an agent before an exception is thrown into it.
 
         :param coroutine: the agent
         :param thrown: the exception
@@ -56,9 +56,9 @@ class CallersCancellation:
 
     def came(self, raised: BaseException | None) -> bool:
         """
-        Tell whether the caller's task was cancelled natively since :meth:`begin`.
+        Return whether the caller cancelled the task natively since :meth:`begin`.
 
-        :param raised: what came out of the agent
+        :param raised: the exception of the agent
         """
         native, self._native = self._native, None
         return self._is_raised() or (native is not None and native is raised)
@@ -77,13 +77,13 @@ _leaked: WeakKeyDictionary[asyncio.Task[Any], int] = WeakKeyDictionary()
 
 
 def _is_of_a_scope(exc: BaseException) -> bool:
-    """Tell whether a cancellation is AnyIO's, of a scope, which says so in its text."""
+    """Return whether a cancellation is of an AnyIO scope, by its text."""
     text = exc.args[0] if exc.args else None
     return isinstance(text, str) and "cancel scope" in text
 
 
 def _failing_groups(awaited: Any) -> list[asyncio.TaskGroup]:
-    """Return the groups of asyncio's that a coroutine waits to leave, and that have cancelled its task."""
+    """Return the asyncio task groups that a coroutine waits to leave, and that have cancelled its task."""
     groups: list[asyncio.TaskGroup] = []
     while awaited is not None:
         for kind in ("cr", "ag", "gi"):
@@ -91,14 +91,14 @@ def _failing_groups(awaited: Any) -> list[asyncio.TaskGroup]:
             if frame is not None:
                 if frame.f_code is asyncio.TaskGroup.__aexit__.__code__:
                     group, left_by = frame.f_locals["self"], frame.f_locals["et"]
-                    # One that was cancelled in its body takes that back.
+                    # A group that was cancelled in its body takes its cancellation back.
                     if group._parent_cancel_requested and left_by is not asyncio.CancelledError:
                         groups.append(group)
 
                 awaited = getattr(awaited, f"{kind}_yieldfrom" if kind == "gi" else f"{kind}_await")
                 break
         else:
-            # A step of an async generator does not name its generator.
+            # A step of an async generator has no attribute for its generator.
             inside = gc.get_referents(awaited) if type(awaited).__name__ in _STEPS else []
             awaited = next((one for one in inside if hasattr(one, "ag_frame")), None)
 

@@ -15,32 +15,33 @@ from .._errors import not_async
 
 T = TypeVar("T")
 
-# What calling an async function gives.
+# The type of the object that an async function returns.
 _PLAIN: type[types.CoroutineType[Any, Any, Any]] = types.CoroutineType
 _send = _PLAIN.send
 
 
 async def wait_for_cancellation() -> None:
     """
-    Wait for the cancellation of a scope around the current task that has been cancelled.
+    Wait until the cancellation of a scope around the current task is delivered.
 
-    To poll for it, as ``checkpoint_if_cancelled()`` does on asyncio, can take for ever: while all else in the
-    scope is shielded, AnyIO delivers none to a task that was just started. To leave a scope makes it do so.
+    Polling for it, as ``checkpoint_if_cancelled()`` does on asyncio, can take for ever: while all other tasks
+    of the scope are shielded, AnyIO delivers none to a task that was just started. Leaving a scope makes
+    AnyIO deliver it.
     """
     anyio.CancelScope().__enter__().__exit__(None, None, None)
     await anyio.sleep_forever()
 
 
 async def await_it(awaitable: Awaitable[T]) -> T:
-    """Make a coroutine of what can only be awaited."""
+    """Make a coroutine of an awaitable of another type."""
     return await awaitable
 
 
 def as_coroutine(fn: object, returned: object) -> Coroutine[Any, Any, Any]:
     """
-    Return a coroutine for what a user's function has returned.
+    Return a coroutine for the return value of a user's function.
 
-    :raises TypeError: if that cannot be awaited
+    :raises TypeError: if the value cannot be awaited
     """
     if inspect.isawaitable(returned):
         return await_it(returned)

@@ -2,24 +2,25 @@
 The time-outs of attempts.
 
 **A scope for each task, not for each attempt.** An :class:`AttemptScope` is the cancel scope around the
-attempts of one task. To leave a scope, enter another one and set its timer takes longer than all else about a
-short attempt. So the scope stays open from one attempt to the next, and only its deadline moves, as long as
-the task awaits nothing else in between. Before the task awaits anything else, it calls ``leave()``: else the
-deadline of an attempt that has ended could cancel that.
+attempts of one task. Leaving a scope, entering another one and setting its timer takes longer than all other
+work of a short attempt. So the scope stays open from one attempt to the next, and only its deadline moves, as
+long as the task awaits nothing else in between. Before the task awaits anything else, it calls ``leave()``.
+Otherwise the deadline of an attempt that has ended could cancel that wait.
 
-**A timer for each event loop, not for each scope.** To set a timer and to cancel it again costs as much, and
-attempts with one time-out end in the order in which they began. So a :class:`DeadlineQueue` keeps the scopes
-in that order and watches the first. When it rings, it cancels the scope if its time is up. If the deadline
-has moved meanwhile, which most have, it looks at that scope again then. A scope whose deadline comes before
-that of others in the queue has a timer of its own until it is left.
+**A timer for each event loop, not for each scope.** Setting a timer and cancelling it costs as much again,
+and attempts with equal time-outs are due in the order in which they began. So a :class:`DeadlineQueue` keeps
+the scopes in that order, and sets its timer for the first. When the timer fires, the queue cancels the scope
+if its time is up. If the deadline has moved meanwhile, as most have, the queue checks the scope again at the
+new deadline. A scope whose deadline comes before that of others in the queue has a timer of its own until it
+is left.
 
 **The timer itself** is ``loop.call_at`` on asyncio, one for all. Trio has none outside of its scopes, so a
 task of each batch is the timer (``watch()``), and invocations without a batch have timers of their own.
 
-**What neither AnyIO nor trio promises** is in ``insides``: that a deadline can be set without setting a
-timer, and that a scope shows whether one around it was cancelled, or one within it was left open. That is
-tried out once per event loop. Where it does not hold, ``public`` does the same with public names only: a new
-scope with a timer of its own for each attempt, left as soon as that ends. It is four times as slow.
+**Private attributes of AnyIO and trio** are used in ``insides`` alone: to set a deadline without a timer, and
+to see whether a scope around ours was cancelled, or one within it was left open. Each event loop tries them
+out once. If they do not work, ``public`` does the same with public names only: a new scope with a timer of
+its own for each attempt, left as soon as the attempt ends. It is four times as slow.
 """
 
 from __future__ import annotations
@@ -39,15 +40,15 @@ from .._errors import InvocationTimeout
 
 
 class TimeLimit(NamedTuple):
-    """What a deadline is for."""
+    """The time limit that a deadline enforces."""
 
     kind: type[InvocationTimeout]
     seconds: float
     is_total: bool = False
-    """Whether it is that of all attempts together."""
+    """Whether it is the limit of all attempts together."""
 
     def error(self) -> InvocationTimeout:
-        """Return what to say when the time is up."""
+        """Return the error for when the time is up."""
         return self.kind(self.seconds, True) if self.is_total else self.kind(self.seconds)
 
 
@@ -88,22 +89,22 @@ class AttemptScope(ABC):
         self._queue = queue
         self.scope: anyio.CancelScope | None = None
         """The scope, while it is open."""
-        # The one within it that has the deadline, and when the queue looks at that; not a number for one with
-        # a timer of its own.
+        # The scope within it that has the deadline, and when the queue checks it; NaN with a timer of its
+        # own.
         self._inner: Any = None
         self._look_at = math.inf
         self.until = math.inf
         """An attempt that ends at this time or later leaves the scope at once."""
         self.children: Collection[object] = ()
-        """What is open within it: after an attempt, what it has left open. The scope cannot be left then."""
+        """The scopes that are open within it. If any are left after an attempt, the scope cannot be left."""
         self.limit: TimeLimit | None = None
-        """What the deadline is for; ``None`` for the time-out of each attempt."""
+        """The limit that the deadline enforces; ``None`` for the time-out of each attempt."""
         self.reason: str | None = None
-        """Why the attempt was cancelled by :meth:`cancel`, if it was."""
+        """The reason that was given to :meth:`cancel`, if it was called."""
         self.cause: Exception | None = None
         """The error that the agent made of a cancellation."""
         self.left_open = False
-        """Whether a stream has left a scope open within a scope of ours within this one."""
+        """Whether a stream's agent left a scope open in a scope of ours within this one."""
         self.is_spoilt = False
         """Whether the scope had to be given up."""
 
@@ -112,39 +113,39 @@ class AttemptScope(ABC):
         """
         Begin an attempt, or move its deadline.
 
-        :return: whether it may start: not if a scope around this one is cancelled
+        :return: whether the attempt may start; it may not if a scope around this one is cancelled
         """
 
     def due(self, now: float) -> None:
-        """Cancel the attempt if its time is up. Called by the queue."""
+        """Cancel the attempt if its time is up. The queue calls this."""
         raise NotImplementedError
 
     def cancel(self, reason: str) -> None:
-        """Cancel the attempt that runs, if one does."""
+        """Cancel the running attempt, if there is one."""
         if self.scope is not None:
             self.reason = reason
             self.scope.cancel(reason)
 
     def end_by(self, at: float, reason: str) -> None:
-        """Cancel the attempt that runs, if one does, at a time, unless its own time is up before."""
+        """Cancel the running attempt, if there is one, at a time, unless its own time is up before."""
         if self.scope is not None and at < self.scope.deadline:
             self.reason = reason
             self.scope.deadline = at
 
     def note(self, cause: Exception | None, left_open: bool = False) -> None:
-        """Note what the agent has made of a cancellation, or that it has left a scope open."""
+        """Note the agent's error after a cancellation, or that the agent left a scope open."""
         self.cause = cause
         self.left_open = self.left_open or left_open
 
     def set_limit(self, limit: TimeLimit | None) -> None:
-        """Say what the deadline is for."""
+        """Note the limit that the deadline enforces."""
         self.limit = limit
 
     def move(self, deadline: float, limit: TimeLimit | None) -> None:
         """
-        Move the deadline of the attempt that runs, from within it. The scope is left when the attempt ends.
+        Move the deadline of the running attempt, from within it. The scope is left when the attempt ends.
 
-        :param limit: what the deadline is for now
+        :param limit: the limit that the new deadline enforces
         """
         scope = self.scope
         if scope is not None and not scope.cancel_called:
@@ -154,9 +155,9 @@ class AttemptScope(ABC):
 
     def leave(self, exc: BaseException | None = None) -> bool:
         """
-        Leave the scope, if it is open. This has to be called before anything else is awaited.
+        Leave the scope, if it is open. The task must call this before it awaits anything else.
 
-        :param exc: what the attempt raised
+        :param exc: the exception of the attempt
         :return: whether it was the cancellation of this scope
         """
         scope = self.scope
@@ -168,16 +169,16 @@ class AttemptScope(ABC):
         if self._queue is not None:
             self._queue.forget(self)
 
-        # Neither backend needs the traceback, and an exception of a user's may raise when asked for it.
+        # Neither backend needs the traceback, and a user's exception may raise when it is read.
         caught = scope.__exit__(None if exc is None else type(exc), exc, None)
         return exc is not None and bool(caught)
 
     def abandon(self, cancel: bool) -> None:
         """
-        Give the scope up, which cannot be left while one that the agent entered is open within it.
+        Abandon the scope, which cannot be left while a scope of the agent is open within it.
 
-        :param cancel: whether to cancel it, for the tasks in a task group that the agent left open; in a
-            caller's task, which has to go on, this may not be
+        :param cancel: whether to cancel it, for the tasks in a task group that the agent left open; not in a
+            caller's task, which has to go on
         """
         scope, self.scope = self.scope, None
         assert scope is not None
@@ -189,7 +190,7 @@ class AttemptScope(ABC):
             scope.cancel("a scope was left open in it")
             return
 
-        # On trio this raises, but makes the scope around it the task's own again.
+        # On trio this raises, but makes the outer scope the task's current one again.
         try:
             scope.__exit__(None, None, None)
         except RuntimeError:
@@ -198,27 +199,27 @@ class AttemptScope(ABC):
 
 class DeadlineQueue(ABC):
     """
-    Cancels scopes when their time is up, with one timer for all of them.
+    Cancels scopes whose time is up, with one timer for all of them.
 
-    :param rests: whether the timer is stopped while there is nothing to watch, and not left to run out. A
-        virtual clock jumps to the next timer, so a stale timer would advance time
+    :param stops_timer: whether to stop the timer of an empty queue, rather than let it fire. A virtual clock
+        jumps to the next timer, so a stale timer would advance time
     """
 
-    __slots__ = ("_latest", "_rings_at", "rests", "scopes")
+    __slots__ = ("_latest", "_timer_at", "scopes", "stops_timer")
 
-    def __init__(self, rests: bool) -> None:
+    def __init__(self, stops_timer: bool) -> None:
         self.scopes: dict[AttemptScope, float] = {}
-        """When to look at each: no later than its deadline, and in the order of these times."""
+        """When to check each scope: no later than its deadline, and in the order of these times."""
         self._latest = -math.inf
-        self._rings_at = math.inf
-        self.rests = rests
-        """Whether the timer is stopped while there is nothing to watch."""
+        self._timer_at = math.inf
+        self.stops_timer = stops_timer
+        """Whether to stop the timer of an empty queue."""
 
     def watch(self, scope: AttemptScope, at: float) -> bool:
         """
         Call a scope's :meth:`AttemptScope.due` at a time.
 
-        :return: whether that can be done; not if it is earlier than what is watched already
+        :return: whether the queue will; it will not if the time is before that of a scope in the queue
         """
         scopes = self.scopes
         scopes.pop(scope, None)
@@ -229,92 +230,92 @@ class DeadlineQueue(ABC):
             return False
 
         scopes[scope] = self._latest = at
-        if at < self._rings_at:
-            self._wind(at)
+        if at < self._timer_at:
+            self._set_timer(at)
 
         return True
 
     def forget(self, scope: AttemptScope) -> None:
-        """Forget a scope that is left."""
+        """Remove a scope that is left."""
         self.scopes.pop(scope, None)
-        if self.rests and not self.scopes:
-            self._rest()
+        if self.stops_timer and not self.scopes:
+            self._stop_timer()
 
-    def ring(self, now: float) -> None:
-        """Look at the scopes whose time may be up."""
-        self._rings_at = math.inf
+    def check_due(self, now: float) -> None:
+        """Check the scopes whose time may be up."""
+        self._timer_at = math.inf
         while self.scopes:
             scope, at = next(iter(self.scopes.items()))
             if at > now:
-                self._wind(at)
+                self._set_timer(at)
                 return
 
             del self.scopes[scope]
             scope.due(now)
 
     @abstractmethod
-    def _wind(self, at: float) -> None:
-        """Ring at a time, and at no other."""
+    def _set_timer(self, at: float) -> None:
+        """Set the timer to a time, in place of its last one."""
 
     @abstractmethod
-    def _rest(self) -> None:
+    def _stop_timer(self) -> None:
         """Stop the timer."""
 
 
 class AsyncioQueue(DeadlineQueue):
-    """One for all attempts of an event loop, whose timer is asyncio's."""
+    """The queue of all attempts of an event loop, with a timer of asyncio's."""
 
     __slots__ = ("_handle", "_loop")
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        super().__init__(rests=type(self._loop).time is not asyncio.BaseEventLoop.time)
+        super().__init__(stops_timer=type(self._loop).time is not asyncio.BaseEventLoop.time)
         self._handle: asyncio.TimerHandle | None = None
 
-    def _wind(self, at: float) -> None:
+    def _set_timer(self, at: float) -> None:
         if self._handle is not None:
             self._handle.cancel()
 
-        self._rings_at = at
-        # In no context of anybody's, which it would keep alive.
+        self._timer_at = at
+        # In an empty context: the timer would keep another one alive.
         self._handle = self._loop.call_at(at, self._fire, context=Context())
 
-    def _rest(self) -> None:
+    def _stop_timer(self) -> None:
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None
-            self._rings_at = math.inf
+            self._timer_at = math.inf
 
     def _fire(self) -> None:
         self._handle = None
-        self.ring(self._loop.time())
+        self.check_due(self._loop.time())
 
 
 class TrioQueue(DeadlineQueue):
-    """One for the attempts of a batch, one of whose tasks is the timer."""
+    """The queue of the attempts of a batch, with a task of the batch as its timer."""
 
     __slots__ = ("_sleep", "_stopped")
 
     def __init__(self) -> None:
-        super().__init__(rests=True)
+        super().__init__(stops_timer=True)
         self._sleep = anyio.CancelScope()
         self._stopped = False
 
     async def watch_scopes(self) -> None:
-        """Be the timer, until :meth:`stop`."""
+        """Run the timer, until :meth:`stop`."""
         while not self._stopped:
-            with anyio.CancelScope(deadline=self._rings_at) as self._sleep:
+            with anyio.CancelScope(deadline=self._timer_at) as self._sleep:
                 await anyio.sleep_forever()
 
-            self.ring(anyio.current_time())
+            self.check_due(anyio.current_time())
 
     def stop(self) -> None:
-        """Let :meth:`watch_scopes` end."""
+        """End :meth:`watch_scopes`."""
         self._stopped = True
         self._sleep.cancel()
 
-    def _wind(self, at: float) -> None:
-        self._rings_at = self._sleep.deadline = at
+    def _set_timer(self, at: float) -> None:
+        self._timer_at = self._sleep.deadline = at
 
-    def _rest(self) -> None:
-        self._wind(math.inf)
+    def _stop_timer(self) -> None:
+        self._set_timer(math.inf)

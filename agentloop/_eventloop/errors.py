@@ -1,4 +1,4 @@
-"""What an exception of a user's function is."""
+"""Distinguishes errors of users' functions from interruptions."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import cast
 
 def is_error(exc: BaseException) -> bool:
     """
-    Tell whether a plain function of a user's has failed with an exception, rather than been interrupted.
+    Return whether an exception of a user's plain function is an error, rather than an interruption.
 
-    A cancellation that it raises is an error of its own, since nothing can be cancelled where nothing waits.
+    A cancellation counts as an error: a plain function cannot be cancelled, since it never waits.
     """
     # Trio's, if it has been imported.
     cancelled = getattr(sys.modules.get("trio"), "Cancelled", asyncio.CancelledError)
     kinds = (Exception, asyncio.CancelledError, cancelled)
-    # Only the type is asked: `__class__` may be a property that raises.
+    # type() rather than isinstance(): `__class__` may be a property that raises.
     if issubclass(type(exc), BaseExceptionGroup):
         return cast("BaseExceptionGroup[BaseException]", exc).split(kinds)[1] is None
 

@@ -1,10 +1,10 @@
 """
 Objects that serve several event loops in turn, and never two at once.
 
-**A call counts itself, and then looks whether its state is marked as retired. An event loop that takes the
-object over marks the state of the one before, and then looks at the count of its calls.** Whichever comes
-second sees what the first has written. So a call needs the lock, under which all marks are made, only if it
-finds one. This is Dekker's algorithm (E. W. Dijkstra, "Cooperating sequential processes", 1965). It needs all
+**A call counts itself, and then checks whether its state is marked as retired. An event loop that takes the
+object over marks the state of the last one, and then checks the count of its calls.** The later of the two
+sees the write of the earlier. So a call takes the lock, under which all marks are made, only if it finds a
+mark. This is Dekker's algorithm (E. W. Dijkstra, "Cooperating sequential processes", 1965). It needs all
 threads to see all writes in one order, which the GIL gives.
 """
 
@@ -23,9 +23,9 @@ from .loop import kind_of_loop
 
 class LoopState:
     """
-    The state that an object has in the current event loop.
+    The state of an object in the current event loop.
 
-    :param handover: of the object
+    :param handover: the handover of the object
     """
 
     def __init__(self, handover: Handover[Any]) -> None:
@@ -62,7 +62,7 @@ class LoopState:
 
         if not self.in_another_thread:
             # Two event loops take turns in one thread if a trio run is the guest of an asyncio loop. A run
-            # that was torn down there leaves calls behind that never end.
+            # that was torn down there leaves calls that never end.
             return self.is_running()
 
         return (
@@ -73,12 +73,12 @@ class LoopState:
 
     def claim(self) -> None:
         """
-        Count a call that begins, and ends with ``users -= 1``.
+        Count a call that begins. At its end, the caller does ``users -= 1``.
 
-        :raises RuntimeError: if the object is in use in another event loop by now
+        :raises RuntimeError: if the object is now in use in another event loop
         """
         if not self.users:
-            # One thread after the other can run an event loop.
+            # An event loop can move to another thread.
             self._thread = threading.current_thread()
 
         self.users += 1
@@ -95,10 +95,10 @@ S = TypeVar("S", bound=LoopState)
 
 class Handover(Generic[S]):
     """
-    Hands an object from one event loop to the next, and refuses while it is in use.
+    Hands an object from one event loop to the next, unless it is in use.
 
-    :param name: what to call the object in the message of an error
-    :param advice: the end of that message: what to do instead
+    :param name: the name of the object in error messages
+    :param advice: the end of the message, with the alternative
     """
 
     def __init__(self, name: str, advice: str) -> None:
@@ -109,7 +109,7 @@ class Handover(Generic[S]):
         """The state in the event loop that had the object last."""
 
     def current(self) -> S | None:
-        """Return the state in the current event loop, if this had the object last."""
+        """Return the state in the current event loop, if that had the object last."""
         state = self.state
         return state if state is not None and state.is_current() else None
 
@@ -117,7 +117,7 @@ class Handover(Generic[S]):
         """
         Take the object over.
 
-        :param state: that of the current event loop
+        :param state: the state in the current event loop
         :raises RuntimeError: if the object is in use in another event loop
         """
         with self._lock:

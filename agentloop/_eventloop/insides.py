@@ -1,8 +1,7 @@
 """
-What looks at the insides of AnyIO and trio: the attempt scopes that need it, each tried out before it is
-used.
+The attempt scopes that use private attributes of AnyIO and trio, each tried out before it is used.
 
-Nobody promises that these attributes stay. ``deadlines`` has the theory, and what is used without them.
+These attributes may change in any release. ``deadlines`` has the theory; ``public`` works without them.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from .deadlines import AttemptScope, DeadlineQueue
 
 
 class _InsideScope(AttemptScope):
-    """A scope whose deadline is set without setting a timer."""
+    """A scope whose deadline can be set without setting a timer."""
 
     __slots__ = ()
 
@@ -31,7 +30,7 @@ class _InsideScope(AttemptScope):
             self._watch(self._inner._deadline)
 
     def _watch(self, deadline: float) -> None:
-        # Once a timer of its own is set, that one has to be moved: trio's would cancel the scope regardless.
+        # A timer of its own must be moved once it is set: trio's would cancel the scope at the old time.
         if self._queue is not None and not math.isnan(self._look_at) and self._queue.watch(self, deadline):
             self._inner._deadline = self._look_at = deadline
         else:
@@ -46,8 +45,8 @@ class AsyncioScope(_InsideScope):
 
     There is always a queue, that of the event loop.
 
-    A scope of AnyIO's that was left is entered again, unless it was cancelled, or others are still in it. To
-    make one takes as long as to use it.
+    An AnyIO scope that was left is entered again, unless it was cancelled, or has tasks or scopes in it.
+    Making a scope takes as long as using one.
     """
 
     __slots__ = ("_left",)
@@ -74,13 +73,13 @@ class AsyncioScope(_InsideScope):
             self.limit = self.reason = self.cause = None
             queue: Any = self._queue
             if queue.watch(self, deadline):
-                # The same as _watch() does; a call for every invocation shows.
+                # As _watch() does; inlined for speed.
                 inner._deadline = self._look_at = deadline
             else:
                 inner.deadline = deadline
                 self._look_at = math.nan
         elif self._look_at <= deadline:
-            # The queue finds out when it looks.
+            # The queue reads the new deadline at its next check.
             inner._deadline = deadline
         else:
             self._watch(deadline)
@@ -105,14 +104,14 @@ class AsyncioScope(_InsideScope):
         self.scope = self._inner = None
         self.children = ()
         queue: Any = self._queue
-        # The same as forget() does; a call for every invocation shows.
+        # As forget() does; inlined for speed.
         queue.scopes.pop(self, None)
-        if queue.rests and not queue.scopes:
+        if queue.stops_timer and not queue.scopes:
             queue.forget(self)
 
         inner.__exit__(None, None, None)
         if not (inner._cancel_called or inner._child_scopes or inner._tasks):
-            # What else is left of the last time does not differ from a new scope's.
+            # All other attributes are equal to those of a new scope.
             inner._parent_scope = inner._host_task = None
             inner._deadline = math.inf
             self._left = inner
@@ -146,23 +145,23 @@ class TrioScope(_InsideScope):
 
 
 class _Untimed(DeadlineQueue):
-    """Lets every deadline be set without a timer."""
+    """A queue that lets every deadline be set without a timer."""
 
     __slots__ = ()
 
-    def _wind(self, at: float) -> None:
+    def _set_timer(self, at: float) -> None:
         pass
 
-    def _rest(self) -> None:
+    def _stop_timer(self) -> None:
         pass
 
 
 def works_here(kind: type[AttemptScope], new_scope: Callable[..., anyio.CancelScope]) -> bool:
-    """Return whether a kind of attempt scope sets deadlines and sees what it should, in the current task."""
+    """Return whether a kind of attempt scope works with this AnyIO and trio, in the current task."""
     far = anyio.current_time() + 1000
     seen: list[bool] = []
     try:
-        attempt = kind(anyio.current_time, new_scope, _Untimed(rests=True))
+        attempt = kind(anyio.current_time, new_scope, _Untimed(stops_timer=True))
         with new_scope(shield=True) as around:
             seen += [attempt.begin(far), attempt.begin(far + 1), bool(attempt.children)]
             scope: Any = attempt.scope
@@ -171,7 +170,7 @@ def works_here(kind: type[AttemptScope], new_scope: Callable[..., anyio.CancelSc
                 seen.append(bool(attempt.children))
 
             seen.append(bool(attempt.children))
-            # What was left may be entered again.
+            # An AnyIO scope may be entered again.
             attempt.leave()
             seen += [attempt.begin(far), bool(attempt.children)]
             scope = attempt.scope

@@ -1,4 +1,4 @@
-"""What the two backends do differently: an asyncio and a trio twin behind one class."""
+"""The differences between the two backends: an asyncio and a trio twin behind one class."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from .time_slice import TimeSlice
 
 
 class Event(Protocol):
-    """What both backends' own events have in common."""
+    """The common interface of both backends' own events."""
 
     def set(self) -> None:
-        """Let the tasks that wait go on."""
+        """Wake the waiting tasks."""
 
     async def wait(self) -> object:
-        """Wait until it is set."""
+        """Wait until the event is set."""
 
 
 class EventLoop(ABC):
     """
-    An event loop, for the code that runs in it.
+    The current event loop, for the code that runs in it.
 
-    AnyIO's own functions find out at each call which backend and which event loop they run in. That costs
-    more than what they then do, so it is found out once here. What needs no event loop can be called on the
-    class that :func:`kind_of_loop` returns.
+    AnyIO's functions look up the backend and the event loop at each call, which costs more than their work.
+    This class looks them up once. Its static methods can be called on the class that :func:`kind_of_loop`
+    returns.
 
-    :param token: of the current event loop
-    :param public: whether to use nothing of AnyIO's and trio's insides, even if that works
+    :param token: AnyIO's token of the current event loop
+    :param public: whether to avoid private attributes of AnyIO and trio even if they work
     """
 
     __slots__ = (
@@ -59,12 +59,12 @@ class EventLoop(ABC):
     loses_tasks: bool
     """Whether a task can be cancelled before its first step, so that it never runs."""
     inside_scope: type[AttemptScope]
-    """The kind of attempt scopes that looks at the insides."""
+    """The kind of attempt scopes that uses private attributes."""
 
     def __init__(self, token: EventLoopToken, public: bool = False) -> None:
         self.token = token
         self.backend = token.backend_class
-        """AnyIO's."""
+        """The backend class of AnyIO."""
         self.now = self.clock()
         """Returns the time, as ``anyio.current_time()`` does."""
         self.pace = TimeSlice(self.now)
@@ -73,31 +73,31 @@ class EventLoop(ABC):
         self._scope_kind = self.inside_scope if works else PublicScope
         self._deadlines = self.loop_deadlines() if works else None
         self.spare: list[AttemptScope] = []
-        """Scopes of attempts that are used no more, and can be used again by other tasks."""
+        """Unused scopes of attempts, which any task can use again."""
         self.absent = Absent.current()
-        """The agents that have given their slots back for a while."""
+        """The agents that wait for a change by others."""
 
     @property
     def looks_inside(self) -> bool:
-        """Whether attempt scopes look at AnyIO's and trio's insides."""
+        """Whether attempt scopes use private attributes of AnyIO and trio."""
         return self._scope_kind is not PublicScope
 
     def attempt_scope(self, deadlines: DeadlineQueue | None = None) -> AttemptScope:
         """
         Return the scope for the attempts of the current task.
 
-        :param deadlines: what cancels it in time, if that is not the event loop
+        :param deadlines: the queue that cancels it in time, if that is not the event loop's
         """
         return self._scope_kind(self.now, self._new_scope, self._deadlines or deadlines)
 
     @staticmethod
     @abstractmethod
     def loop_deadlines() -> DeadlineQueue | None:
-        """Return what cancels all attempts of the event loop in time, if it has timers of its own."""
+        """Return the queue that cancels all attempts of the event loop in time, if it has timers."""
 
     @abstractmethod
     def batch_deadlines(self) -> TrioQueue | None:
-        """Return what cancels the attempts of a batch in time, if the event loop does not."""
+        """Return the queue that cancels the attempts of a batch in time, if the event loop has none."""
 
     @staticmethod
     @abstractmethod
@@ -110,7 +110,7 @@ class EventLoop(ABC):
         """
         Return the class of the event loop's own events. They must not be set before they are waited for.
 
-        AnyIO's wrap them. To make and await those takes a tenth of all that a chunk of a stream does on
+        AnyIO's events wrap them. Making and awaiting these takes a tenth of the time of a stream's chunk on
         asyncio, and a twentieth on trio.
         """
 
@@ -120,7 +120,7 @@ class EventLoop(ABC):
         """
         Return a function that counts the native cancellations of the current task. On trio there are none.
 
-        On asyncio a task counts the cancellations asked of it (``Task.cancelling()``). An agent that calls
+        On asyncio a task counts its requested cancellations (``Task.cancelling()``). An agent that calls
         ``task.cancel()`` on its own task, or on CPython 3.11 just lets an ``asyncio.TaskGroup`` fail, leaves
         the count raised, and then a later scope in the same task does not catch its own cancellation.
         """
@@ -128,18 +128,18 @@ class EventLoop(ABC):
     @staticmethod
     @abstractmethod
     def callers_cancellation() -> CallersCancellation | None:
-        """Return what tells native cancellations of the current task, a caller's; on trio none."""
+        """Return the detector of native cancellations of the current task, a caller's; ``None`` on trio."""
 
     @staticmethod
     @abstractmethod
     async def forget_cancellations() -> None:
-        """Take back the native cancellations of the current task, which has to be ours."""
+        """Take back the native cancellations of the current task, which must be one of the library's."""
 
     @staticmethod
     @abstractmethod
     async def let_tasks_begin() -> BaseException | None:
         """
-        Let the tasks that were just started begin, where a cancellation could come before that.
+        Let new tasks take their first step, on a backend where a cancellation could come before that.
 
         :return: a native cancellation of the current task that came meanwhile, for the caller to raise
         """
@@ -150,7 +150,7 @@ class EventLoop(ABC):
         """
         Return a function that returns whether the current task runs in an event loop.
 
-        :param native: AnyIO's ``native_token`` of it, which is of this backend
+        :param native: AnyIO's ``native_token`` of the event loop, which must be of this backend
         """
 
     @staticmethod
@@ -167,7 +167,7 @@ class EventLoop(ABC):
     @abstractmethod
     def call_from_thread(native: Any, callback: Callable[[], object]) -> None:
         """
-        Have an event loop call a function soon, from any thread, and wait for nothing.
+        Schedule a function in an event loop, from any thread, without waiting for it.
 
         :raises RuntimeError: if the event loop has ended
         """
@@ -188,7 +188,7 @@ class AsyncioLoop(EventLoop):
     @staticmethod
     def clock() -> Callable[[], float]:
         loop = asyncio.get_running_loop()
-        # The method of all loops that have no clock of their own does nothing but call this.
+        # BaseEventLoop.time() only calls this function, so loops without a clock of their own can skip it.
         return time.monotonic if type(loop).time is asyncio.BaseEventLoop.time else loop.time
 
     @staticmethod
@@ -219,7 +219,8 @@ class AsyncioLoop(EventLoop):
     @staticmethod
     async def let_tasks_begin() -> BaseException | None:
         cancelled: BaseException | None = None
-        # The first may come before their first step. If this is cancelled natively, they begin all the same.
+        # The first sleep may end before their first step. After a native cancellation of this, they still
+        # begin.
         for _ in range(2):
             try:
                 await cancel_shielded_checkpoint()
@@ -232,7 +233,7 @@ class AsyncioLoop(EventLoop):
     def make_is_current(native: asyncio.AbstractEventLoop) -> Callable[[], bool]:
         def is_current() -> bool:
             try:
-                # Of a trio run that is the guest of an asyncio loop, AnyIO has to find out.
+                # Inside a trio run that is the guest of an asyncio loop, only AnyIO can tell.
                 if get_running_loop() is native and current_task(native) is not None:
                     return True
             except RuntimeError:
@@ -272,13 +273,13 @@ class TrioLoop(EventLoop):
 
     @staticmethod
     def clock() -> Callable[[], float]:
-        import trio  # it is there, since we run on it
+        import trio  # installed, since this runs on it
 
         return trio.lowlevel.current_clock().current_time
 
     @staticmethod
     def new_event() -> Callable[[], Event]:
-        import trio  # it is there, since we run on it
+        import trio  # installed, since this runs on it
 
         return trio.Event
 
@@ -313,7 +314,7 @@ class TrioLoop(EventLoop):
 
     @staticmethod
     def is_running(native: Any) -> bool:
-        # What a trio token knows it tells only when it is used; trio.RunFinishedError is a RuntimeError.
+        # A trio token shows the end of its run only when it is used; trio.RunFinishedError is a RuntimeError.
         try:
             native.run_sync_soon(_do_nothing, idempotent=True)
         except RuntimeError:
@@ -334,7 +335,7 @@ def kind_of_loop() -> type[EventLoop]:
 
 
 def describe() -> str:
-    """Say how the library sets deadlines and sees cancellations in the current event loop."""
+    """Return how the library sets deadlines and sees cancellations in the current event loop, in words."""
     looks_inside = kind_of_loop()(current_token()).looks_inside
     return "by the insides of AnyIO and trio" if looks_inside else "by public calls alone, which is slower"
 

@@ -16,7 +16,7 @@ class PublicScope(AttemptScope):
     """
     A scope for each attempt, with public names only.
 
-    What an agent has left open in it shows when it cannot be left.
+    A scope that an agent left open shows when this one cannot be left.
     """
 
     __slots__ = ("_is_cancelled",)
@@ -41,7 +41,7 @@ class PublicScope(AttemptScope):
         if scope is None or self.children:
             return False
 
-        # A shield that the agent has left open keeps a cancellation from it.
+        # A shielded scope that the agent left open hides a cancellation from this check.
         reached = anyio.current_effective_deadline() == -math.inf
         try:
             return super().leave(exc)
@@ -55,10 +55,10 @@ class PublicScope(AttemptScope):
     def _is_cancelled_around(scope: anyio.CancelScope) -> bool:
         """Return whether a scope around one that could not be left is cancelled."""
         if anyio.get_cancelled_exc_class() is not asyncio.CancelledError:
-            # Trio has left it all the same.
+            # On trio the scope is left in spite of the error.
             return anyio.current_effective_deadline() == -math.inf
 
-        # What is cancelled in spite of its shield is cancelled within it.
+        # With the shield, only a cancellation of this scope or of one within it shows.
         scope.shield = True
         cancelled_within = anyio.current_effective_deadline() == -math.inf
         scope.shield = False

@@ -1,4 +1,4 @@
-"""The library's own tasks, and what agents and others may do to them."""
+"""The library's own tasks, which survive native cancellations and open scopes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Tasks:
     """
     A task group of tasks that run the code of users.
 
-    A task goes on, by calling its function again, when it is cancelled natively (asyncio's ``Task.cancel()``)
-    and no scope around it has asked for that: an agent may cancel all tasks that it did not know. The first
-    exception of a task cancels the others, and is kept in :attr:`failure`.
+    A task that is cancelled natively (asyncio's ``Task.cancel()``), and by no scope around it, calls its
+    function again: an agent may cancel all tasks that it does not know. The first exception of a task cancels
+    the others, and is kept in :attr:`failure`.
 
     An agent that leaves a cancel scope or a task group open in a task spoils it: AnyIO and trio raise an
-    error when the task ends, which would cancel the others. So a spoilt task waits until the block was left
+    error when the task ends, which would cancel the others. So a spoilt task parks until the block was left
     and all other tasks have ended, and that error is dropped.
     """
 
@@ -40,7 +40,7 @@ class Tasks:
         self._cancelled_before = 0
         # How many tasks have begun and not ended, without the spoilt ones.
         self._running = 0
-        # How many were started at all.
+        # How many tasks were started.
         self._started = 0
         self._spoilt: set[int] = set()
         self._left = False
@@ -62,13 +62,13 @@ class Tasks:
         try:
             return await self._group.__aexit__(exc_type, exc, traceback)
         except BaseExceptionGroup as group:
-            # The tasks raise nothing of their own, so each RuntimeError is of the end of a spoilt one.
+            # The tasks raise nothing of their own, so each RuntimeError comes from the end of a spoilt task.
             await checkpoint_if_cancelled()
             rest = group.split(RuntimeError)[1]
             if rest is not None:
                 raise rest from None
 
-        # AnyIO forgets a native cancellation of this task where there are errors to raise.
+        # AnyIO drops a native cancellation of this task if there are errors to raise.
         if self._cancellations() > self._cancelled_before:
             raise anyio.get_cancelled_exc_class()
 
@@ -76,11 +76,11 @@ class Tasks:
 
     async def leave(self, exc: BaseException | None) -> bool:
         """
-        Wait for the tasks at the end of the block. It is for the caller to raise what left it: as the object
-        that it is, since the tasks raise nothing.
+        Wait for the tasks at the end of the block. This raises no exception that left the block: the caller
+        raises the same object itself.
 
-        :param exc: what left the block
-        :return: whether the block was cancelled because one of the tasks was, natively
+        :param exc: the exception that left the block
+        :return: whether a native cancellation of one of the tasks has cancelled the block
         """
         if isinstance(exc, anyio.get_cancelled_exc_class()):
             return bool(await self.__aexit__(type(exc), exc, exc.__traceback__))
@@ -104,7 +104,7 @@ class Tasks:
 
     @contextmanager
     def running(self) -> Generator[None]:
-        """Count the current task as one that has begun and not ended."""
+        """Count the current task as running, during the block."""
         self._running += 1
         try:
             yield
@@ -113,7 +113,7 @@ class Tasks:
             self._notify()
 
     def spoil(self) -> None:
-        """Note that an agent has left a scope open in the current task, whose function is about to end."""
+        """Note that an agent left a scope open in the current task, whose function is about to end."""
         self._spoilt.add(anyio.get_current_task().id)
 
     def enter(self) -> None:
@@ -124,12 +124,12 @@ class Tasks:
         """
         Count the current task as ended, and park.
 
-        :param exc: what ended it; kept in :attr:`failure`, unless it is a cancellation
-        :return: whether it is not to be raised
+        :param exc: the exception that ended it; kept in :attr:`failure`, unless it is a cancellation
+        :return: whether to suppress the exception
         """
         cancelled = exc is not None and issubclass(type(exc), anyio.get_cancelled_exc_class())
         spoilt = self._is_spoilt()
-        # A scope around the one that was left open cannot be left, and says so.
+        # Leaving a scope around the open one raises a RuntimeError.
         if exc is not None and not cancelled and not (spoilt and isinstance(exc, RuntimeError)):
             self.failure = self.failure or exc
             self.cancel()
@@ -143,7 +143,7 @@ class Tasks:
         return True
 
     async def go_on(self) -> None:
-        """Go on in a task that was cancelled, unless a scope around it has asked for that."""
+        """Go on in a task that was cancelled, unless a scope around it was cancelled."""
         await checkpoint_if_cancelled()
         await self._kind.forget_cancellations()
 
@@ -175,11 +175,11 @@ class Tasks:
         if not self._is_spoilt():
             return
 
-        # A scope that was left open may have been cancelled, or be at any time.
+        # The agent's open scope may have been cancelled, or may be at any time.
         with anyio.CancelScope(shield=True):
             while True:
                 try:
-                    # A task that was started just now begins meanwhile.
+                    # A task that was just started begins during the checkpoint.
                     started = self._started
                     await checkpoint()
                     await checkpoint()
@@ -196,11 +196,11 @@ class Tasks:
                 except anyio.get_cancelled_exc_class():
                     await self._kind.forget_cancellations()
 
-        # The scope around the agent was cancelled, and with it the tasks in a task group that it left open.
+        # The scope around the agent was cancelled, and so were the tasks in a task group that it left open.
         me = anyio.get_current_task().id
         until = anyio.current_time() + CLOSE_SECONDS
         with anyio.CancelScope(shield=True):
-            # Nothing tells when they end.
+            # There is no event for the end of these tasks.
             while anyio.current_time() < until and any(
                 task.parent_id == me for task in anyio.get_running_tasks()
             ):

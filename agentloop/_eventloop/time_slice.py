@@ -1,4 +1,4 @@
-"""When work that never waits has to let other tasks run."""
+"""Lets other tasks run beside work that never waits."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Callable
 from anyio.lowlevel import checkpoint
 
 SLICE_SECONDS = 0.005
-# A clock that stands still while anything is ready to run, as a virtual one does, ends no slice.
+# A virtual clock stands still while any task is ready, so time alone would never end a slice.
 SLICE_CALLS = 200
 
 
 class TimeSlice:
     """
-    A slice of time shared by all tasks of one event loop that run work which may never wait.
+    A slice of time that all tasks of one event loop share for work that may never wait.
 
-    A checkpoint after each piece of work would cost more than the work; one per slice costs nothing, and
-    lets others run, and cancellation in, every few milliseconds. The slice is shared because a slice for
-    each of a hundred workers would be half a second for everybody else.
+    A checkpoint after each piece of work would cost more than the work. One per slice costs nothing, and lets
+    other tasks run, and delivers cancellation, every few milliseconds. The slice is shared because a hundred
+    workers with a slice each would block all other tasks for half a second.
     """
 
     __slots__ = ("_calls", "_end", "_now", "_yielding")
@@ -36,9 +36,9 @@ class TimeSlice:
         return now >= self._end or self._calls >= SLICE_CALLS
 
     async def yield_to_others(self) -> None:
-        """Let every other task that is ready run once. Cancellation passes through."""
+        """Let every other ready task run once. This is a checkpoint for cancellation."""
         if self._yielding:
-            # Another worker already measures this round, and begins the next slice when it is over.
+            # Another worker already waits in this round, and begins the next slice after it.
             await checkpoint()
             return
 

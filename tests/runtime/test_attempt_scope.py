@@ -149,18 +149,18 @@ async def test_worker_that_waits_in_line_is_not_cancelled_by_the_deadline_of_its
 
 
 class ByHand(DeadlineQueue):
-    """Notes when it is to ring, and rings when it is told to."""
+    """Notes the time of its timer, and fires only by hand."""
 
-    def __init__(self, rests: bool = True) -> None:
-        super().__init__(rests)
+    def __init__(self, stops_timer: bool = True) -> None:
+        super().__init__(stops_timer)
         self.wound: list[float] = []
 
-    def _wind(self, at: float) -> None:
-        self._rings_at = at
+    def _set_timer(self, at: float) -> None:
+        self._timer_at = at
         self.wound.append(at)
 
-    def _rest(self) -> None:
-        self._wind(math.inf)
+    def _stop_timer(self) -> None:
+        self._set_timer(math.inf)
 
 
 class Watched(PublicScope):
@@ -180,10 +180,10 @@ class TestDeadlineQueue:
         a, b, c = (Watched(queue) for _ in range(3))
         assert [queue.watch(scope, at) for scope, at in ((a, 1), (b, 2), (c, 2))] == [True] * 3
         assert queue.wound == [1]
-        queue.ring(1)
+        queue.check_due(1)
         assert [scope.called_at for scope in (a, b, c)] == [[1], [], []]
         assert queue.wound == [1, 2]
-        queue.ring(5)
+        queue.check_due(5)
         assert [scope.called_at for scope in (a, b, c)] == [[1], [5], [5]]
         assert queue.wound == [1, 2]
 
@@ -193,7 +193,7 @@ class TestDeadlineQueue:
         assert queue.watch(late, 10)
         assert not queue.watch(early, 5)
         assert queue.watch(early, 10)
-        queue.ring(10)
+        queue.check_due(10)
         assert (late.called_at, early.called_at) == ([10], [10])
 
     def test_scope_is_watched_for_its_latest_time_alone(self) -> None:
@@ -202,12 +202,12 @@ class TestDeadlineQueue:
         for scope, at in ((first, 1), (last, 2), (first, 3)):
             assert queue.watch(scope, at)
 
-        queue.ring(2)
+        queue.check_due(2)
         assert (first.called_at, last.called_at, queue.wound) == ([], [2], [1, 3])
         # Too early, so that it is not watched at all.
         assert queue.watch(last, 4)
         assert not queue.watch(first, 2)
-        queue.ring(4)
+        queue.check_due(4)
         assert (first.called_at, last.called_at) == ([], [2, 4])
 
     def test_scope_without_a_deadline_is_not_watched(self) -> None:
@@ -216,7 +216,7 @@ class TestDeadlineQueue:
         assert queue.watch(never, 1)
         assert queue.watch(never, math.inf)
         assert queue.watch(other, 2)
-        queue.ring(2)
+        queue.check_due(2)
         assert (never.called_at, other.called_at) == ([], [2])
 
     def test_empty_queue_takes_any_time(self) -> None:
@@ -225,9 +225,9 @@ class TestDeadlineQueue:
         queue.watch(gone, 10)
         queue.forget(gone)
         assert queue.watch(rung, 5)
-        queue.ring(5)
+        queue.check_due(5)
         assert queue.watch(next_one, 4)
-        queue.ring(5)
+        queue.check_due(5)
         assert (gone.called_at, rung.called_at, next_one.called_at) == ([], [5], [5])
 
     def test_timer_is_stopped_on_a_virtual_clock_once_nothing_is_watched(self) -> None:
@@ -243,7 +243,7 @@ class TestDeadlineQueue:
         assert queue.wound == [1, math.inf, 3]
 
     def test_timer_is_left_to_run_out_on_a_real_clock(self) -> None:
-        queue = ByHand(rests=False)
+        queue = ByHand(stops_timer=False)
         scope = Watched(queue)
         for at in (10, 12):
             queue.watch(scope, at)
@@ -251,10 +251,10 @@ class TestDeadlineQueue:
 
         assert queue.wound == [10]
         queue.watch(scope, 14)
-        queue.ring(10)
+        queue.check_due(10)
         assert (scope.called_at, queue.wound) == ([], [10, 14])
         queue.forget(scope)
-        # The timer would ring too late for this one.
+        # The timer would fire too late for this one.
         queue.watch(scope, 5)
         assert queue.wound == [10, 14, 5]
 

@@ -412,8 +412,8 @@ a batch runs without slots
 + return slot
 
 who does not end first is never timed out
-@ DeadlineQueue.ring, asyncio 448, trio 544
-- self._wind(at)
+@ DeadlineQueue.check_due, asyncio 448, trio 544
+- self._set_timer(at)
 
 a time-out that comes before others is put behind them
 @ DeadlineQueue.watch, asyncio 308, trio 873
