@@ -1,4 +1,4 @@
-"""How durations are distributed, in constant memory."""
+"""Distributions of durations, in constant memory."""
 
 __all__ = ["DEFAULT_SCALE", "Distribution", "Histogram"]
 
@@ -13,11 +13,11 @@ from typing import Any
 import attrs
 
 DEFAULT_SCALE = 6
-# From a nanosecond to a century, in milliseconds; what lies outside counts in the outermost bucket. At the
-# default scale that is 3,911 buckets at the very most.
+# From a nanosecond to a century, in milliseconds; values outside count in the outermost bucket. At the
+# default scale that is at most 3,911 buckets.
 _LOWEST, _HIGHEST = 1e-6, 3.2e12
 # Sums are integers in units of 2 ** -80 ms: exact for every duration above a few femtoseconds, and so the
-# same in whatever order durations are added.
+# same in any order of addition.
 _UNIT = 2.0**80
 
 
@@ -25,21 +25,21 @@ _UNIT = 2.0**80
 class Distribution:
     """
     A distribution of durations, in milliseconds. Count, sum, mean, minimum and maximum are exact; percentiles
-    are within 1 % of the nearest-rank value. All are 0 where nothing was recorded.
+    are within 1 % of the nearest-rank value. All are 0 before the first duration.
 
     :param count: how many durations there were
     :param mean_ms: their mean
     :param min_ms: the shortest
     :param max_ms: the longest
     :param p50_ms: the median
-    :param p95_ms: what 95 % of them did not exceed
-    :param p99_ms: what 99 % of them did not exceed
+    :param p95_ms: the value that 95 % of them did not exceed
+    :param p99_ms: the value that 99 % of them did not exceed
     :param sum_ms: their sum
     :param zeros: how many durations were below a nanosecond, as most are on a virtual clock
     :param scale: the width of the buckets: their bounds are the powers of ``2 ** (2 ** -scale)``
-    :param buckets: how many durations there were in each bucket; the one with index ``i`` reaches from
-        ``2 ** (i / 2 ** scale)``, exclusive, to ``2 ** ((i + 1) / 2 ** scale)``, inclusive. That is the law
-        of the base-2 exponential histogram in OpenTelemetry's metrics data model
+    :param buckets: how many durations there were in each bucket; the bucket with index ``i`` reaches from ``2
+        ** (i / 2 ** scale)``, exclusive, to ``2 ** ((i + 1) / 2 ** scale)``, inclusive, as in the base-2
+        exponential histogram of OpenTelemetry's metrics data model
     """
 
     count: int = 0
@@ -70,13 +70,13 @@ class Distribution:
         return _percentile(self.buckets, self.scale, self.zeros, self.count, self.min_ms, self.max_ms, q)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as plain values, for JSON."""
+        """Return all fields as plain values, for JSON."""
         fields = attrs.asdict(self, filter=lambda attribute, _: attribute.name != "buckets")
         return {**fields, "buckets": {str(index): count for index, count in self.buckets.items()}}
 
 
 class Histogram:
-    """Durations, counted in exponential buckets. Nothing in it is safe for threads."""
+    """Durations, counted in exponential buckets. Not thread-safe."""
 
     __slots__ = ("_per_octave", "buckets", "count", "maximum", "minimum", "scale", "total", "zeros")
 
@@ -113,7 +113,7 @@ class Histogram:
                 self.total += int(value * _UNIT)
 
     def add_all(self, values: Sequence[float]) -> None:
-        """Count many durations, at a fraction of what each costs alone."""
+        """Count many durations, at a fraction of the cost of :meth:`add` for each."""
         if not values:
             return
 
@@ -127,14 +127,14 @@ class Histogram:
         self.count += len(values)
         self.minimum = min(self.minimum, minimum)
         self.maximum = max(self.maximum, maximum)
-        # As in add(), without a line of Python for each of them.
+        # As in add(), without Python code for each duration.
         self.total += sum(map(int, map(mul, values, repeat(_UNIT))))
         powers = map(mul, map(math.log2, values), repeat(self._per_octave))
         for above, count in Counter(map(math.ceil, powers)).items():
             self.buckets[above - 1] += count
 
     def merge(self, other: "Histogram") -> None:
-        """Count what another one has counted, at the coarser scale of the two."""
+        """Add the counts of another histogram, at the coarser scale of the two."""
         if other.scale < self.scale:
             shift, self.scale = self.scale - other.scale, other.scale
             self._per_octave = 2.0**self.scale
@@ -153,14 +153,14 @@ class Histogram:
         self.maximum = max(self.maximum, other.maximum)
 
     def plus(self, other: "Histogram") -> "Histogram":
-        """Return what both have counted."""
+        """Return the sum of both."""
         both = Histogram(self.scale)
         both.merge(self)
         both.merge(other)
         return both
 
     def distribution(self) -> Distribution:
-        """Return what was counted."""
+        """Return the distribution so far."""
         if not self.count:
             return Distribution(scale=self.scale)
 
@@ -191,7 +191,7 @@ def _percentile(
     maximum: float,
     q: float,
 ) -> float:
-    # 375 * 8.8 / 100 is a little more than 33 in floating point.
+    # Rounded first: 375 * 8.8 / 100 is slightly more than 33 in floating point.
     rank = max(1, math.ceil(round(count * q / 100, 6)))
     if zeros >= rank:
         return minimum

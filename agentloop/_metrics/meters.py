@@ -15,21 +15,21 @@ from .histogram import Histogram
 
 T = TypeVar("T")
 
-# Of a result: its status, retries, latency, queue and first chunk.
+# The status, retries, latency, queue and first chunk of a result.
 _Record: TypeAlias = tuple[Status, int, float | None, float, float | None]
 TOLD_AT_MOST = 1000
 
 
 def _taken(told: deque[T]) -> list[T]:
-    """Take out what is there now; another thread may add to it meanwhile."""
+    """Remove and return the current items; another thread may add some meanwhile."""
     return list(map(call, repeat(told.popleft, len(told))))
 
 
 class Meters:
     """
-    Counts what happens to invocations. Any thread may tell it something.
+    Counts the events of invocations. Any thread may call the ``tell_`` and ``add_`` methods.
 
-    :param scale: of the histograms
+    :param scale: the scale of the histograms
     """
 
     def __init__(self, scale: int) -> None:
@@ -40,8 +40,7 @@ class Meters:
 
     def _prepare(self) -> None:
         self._lock = threading.Lock()
-        # What was told and not yet counted. To append is safe in any thread, and many are counted faster than
-        # one by one.
+        # Reports that are not counted yet. Appending is thread-safe, and counting many at once is faster.
         self._told: deque[_Record] = deque()
         self._in_flight_told: deque[int] = deque()
         self._latencies_told: deque[float] = deque()
@@ -49,30 +48,30 @@ class Meters:
         self.tell_in_flight: Callable[[int], None] = self._in_flight_told.append
         """Takes 1 for an invocation that begins, and -1 for one that ends."""
         self.tell_latency: Callable[[float], None] = self._latencies_told.append
-        """Takes the latency of one that has ended, and succeeded at its first attempt, as most do."""
+        """Takes the latency of an invocation that has succeeded at its first attempt, as most do."""
         self.tell_queue: Callable[[float], None] = self._queues_told.append
-        """Takes the time that such a one was queued for, if it was."""
+        """Takes the queue time of such an invocation, if it was queued."""
 
     def clear(self) -> None:
-        """Forget everything, except what is in flight. All of it has to be :meth:`counted`."""
+        """Reset all counts except those in flight. Within :meth:`counted` only."""
         self.successes = 0
         self.others: dict[Status, int] = {}
         self.retries = 0
         self.overloads = 0
-        # Of invocations with a single attempt: their latencies and their attempts.
+        # The latencies of invocations with a single attempt, which are their attempts too.
         self.latency = Histogram(self.scale)
         self.retried = Histogram(self.scale)
-        # Of invocations with several.
+        # The attempts of invocations with several.
         self.attempt = Histogram(self.scale)
         self.queue = Histogram(self.scale)
-        # Of those that waited too long.
+        # The queue times of invocations that waited too long.
         self.expired = Histogram(self.scale)
         self.first_chunk = Histogram(self.scale)
         self.backoff = Histogram(self.scale)
         self.chunk_gap = Histogram(self.scale)
 
     def __getstate__(self) -> dict[str, Any]:
-        # All was counted that was told: this is a copy.
+        # The deques of reports are empty: only a copy is pickled.
         return {
             name: value
             for name, value in vars(self).items()
@@ -84,7 +83,7 @@ class Meters:
         self._prepare()
 
     def copy(self) -> Self:
-        """Return a copy, in which nothing is in flight: what runs here does not run there."""
+        """Return a copy with nothing in flight, since the invocations run in this process alone."""
         copy = type(self)(self.scale)
         with self.counted():
             copy.add(self)
@@ -92,7 +91,7 @@ class Meters:
         return copy
 
     def add(self, other: "Meters") -> None:
-        """Add what another one has counted, except what is in flight there."""
+        """Add the counts of another instance, except those in flight."""
         self.successes += other.successes
         for status, count in other.others.items():
             self.others[status] = self.others.get(status, 0) + count
@@ -113,9 +112,9 @@ class Meters:
 
     @contextmanager
     def counted(self) -> Generator[None]:
-        """Hold the lock, with all counted that was told before."""
+        """Hold the lock, with all earlier reports counted."""
         with self._lock:
-            # Where there was one attempt, it took as long as all of it: most are recorded only once.
+            # A single attempt took as long as its invocation, so most invocations are recorded only once.
             latencies = _taken(self._latencies_told)
             self.in_flight += sum(_taken(self._in_flight_told)) - len(latencies)
             self.successes += len(latencies)
@@ -144,7 +143,7 @@ class Meters:
             yield
 
     def count(self) -> None:
-        """Count what was told."""
+        """Count all earlier reports."""
         with self.counted():
             pass
 
@@ -152,10 +151,10 @@ class Meters:
         self, status: Status, retries: int, latency: float | None, queue: float, first_chunk: float | None
     ) -> None:
         """
-        Take note of a result.
+        Report a result.
 
         :param latency: in milliseconds, as all durations are; ``None`` if the invocation was not started
-        :param queue: how long it waited; 0 if it was not started for any other reason than that
+        :param queue: how long it waited for its first slot; 0 if it never started, unless it waited too long
         """
         self._told.append((status, retries, latency, queue, first_chunk))
         if len(self._told) >= TOLD_AT_MOST:
@@ -163,7 +162,7 @@ class Meters:
 
     def add_attempt(self, attempt_ms: float) -> None:
         """
-        Count how long one of several attempts took. A single attempt took as long as all of it.
+        Count the duration of one of several attempts. A single attempt takes as long as its invocation.
 
         :param attempt_ms: in milliseconds, finite and not negative
         """
@@ -172,17 +171,17 @@ class Meters:
 
     def add_backoff(self, backoff_ms: float, overload: bool) -> None:
         """
-        Count how long a retry has to wait.
+        Count the wait before a retry.
 
         :param backoff_ms: in milliseconds, finite and not negative
-        :param overload: whether it has to because of an overload
+        :param overload: whether the wait is because of an overload
         """
         with self._lock:
             self.backoff.add(backoff_ms)
             self.overloads += overload
 
     def add_overload(self) -> None:
-        """Count that an attempt failed by an overload and is not retried."""
+        """Count an attempt that failed by an overload and is not retried."""
         with self._lock:
             self.overloads += 1
 
@@ -192,9 +191,9 @@ class Meters:
 
     def add_chunk_gaps(self, gaps: Histogram) -> None:
         """
-        Count how long a stream took between its chunks.
+        Count the times between a stream's chunks.
 
-        :param gaps: what :meth:`new_histogram` returned, with the gaps in it
+        :param gaps: a histogram from :meth:`new_histogram`, with the gaps in it
         """
         with self._lock:
             self.chunk_gap.merge(gaps)

@@ -1,4 +1,4 @@
-"""What happened so far."""
+"""The recorder of results, and its snapshots."""
 
 __all__ = ["MetricsRecorder", "MetricsSnapshot", "meters_of"]
 
@@ -18,14 +18,14 @@ from .meters import Meters
 @attrs.frozen
 class MetricsSnapshot:
     """
-    What was recorded until now. Distributions are of durations in milliseconds.
+    The recorded figures at one moment. Distributions are of durations in milliseconds.
 
     :param counts: how many results there were of each status
-    :param retries: how many retries all of them made
+    :param retries: how many retries all invocations made
     :param overloads: how many attempts failed by an overload
     :param in_flight: how many invocations were started and have not ended
-    :param latency: how long those took that were started, whatever came of it, with retries and waits
-    :param queue: how long they waited for their first slot, and those that waited too long and never started
+    :param latency: how long started invocations took, of any status, with retries and waits
+    :param queue: how long invocations waited for their first slot; those that waited too long count too
     :param first_chunk: how long streams took to their first chunk
     :param attempt: how long each attempt took
     :param backoff: how long each retry had to wait
@@ -45,11 +45,11 @@ class MetricsSnapshot:
 
     @property
     def failures(self) -> int:
-        """How many failed: errors and time-outs. What was cancelled or skipped is no failure."""
+        """How many invocations failed: errors and time-outs. Cancelled and skipped ones do not count."""
         return self.counts[Status.ERROR] + self.counts[Status.TIMEOUT]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as plain values, for JSON."""
+        """Return all fields as plain values, for JSON."""
         fields: dict[str, Any] = {}
         for name in attrs.fields_dict(MetricsSnapshot):
             value: Any = getattr(self, name)
@@ -61,10 +61,10 @@ class MetricsSnapshot:
 
 class MetricsRecorder:
     """
-    Records what happens to invocations. Memory is constant, and any thread may record.
+    Records the results of invocations. Memory is constant, and any thread may record.
 
-    Loops that are given the same recorder add up, and so do the recorders of several processes: a recorder
-    pickles, and :meth:`merge` is exact in any order.
+    Loops with the same recorder add up, and so do the recorders of several processes: a recorder pickles, and
+    :meth:`merge` is exact in any order.
 
     :param scale: how fine the distributions are: at 6 percentiles are within 0.55 %, and each step more
         halves that and doubles the memory
@@ -84,14 +84,14 @@ class MetricsRecorder:
         return f"<MetricsRecorder {counts or 'empty'}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        # Nothing that a subclass adds: it may not pickle.
+        # Without attributes of a subclass, which may not pickle.
         return {"_meters": self._meters.copy()}
 
     def record(self, result: InvocationResult[Any]) -> None:
         """
         Record one result.
 
-        :param result: what became of an invocation
+        :param result: the result of an invocation
         :raises ValueError: if a duration in it is negative, infinite or no number
         """
         latency, queue, first_chunk = result.latency_ms, result.queue_ms, result.first_chunk_ms
@@ -99,7 +99,7 @@ class MetricsRecorder:
             raise ValueError(f"durations must be finite and at least 0, got {result!r}")
 
         status = result.status
-        # One that was refused before it could start has no time, not one of 0 ms.
+        # An invocation that never started has no latency, rather than one of 0 ms.
         expired = status is Status.TIMEOUT and isinstance(result.exception, QueueTimeout)
         started = not (expired or status is Status.SKIPPED) and bool(
             status is not Status.ERROR or result.failures or latency
@@ -110,11 +110,11 @@ class MetricsRecorder:
         self._meters.tell_result(status, result.retries, latency if started else None, queue, first_chunk)
 
     def snapshot(self) -> MetricsSnapshot:
-        """Return what was recorded until now."""
+        """Return the figures so far."""
         meters = self._meters
         with meters.counted():
             queue = Histogram(meters.scale)
-            # Those that were not queued are not recorded as such.
+            # Invocations that were not queued are missing there, and count with 0 ms.
             unqueued = meters.latency.count + meters.retried.count - meters.queue.count
             if unqueued > 0:
                 queue.zeros = queue.count = unqueued
@@ -138,12 +138,12 @@ class MetricsRecorder:
 
     def merge(self, other: "MetricsRecorder") -> None:
         """
-        Add what another recorder has recorded, except what is in flight there. The result is the same in
-        whatever order recorders are merged.
+        Add the figures of another recorder, except those in flight. The result does not depend on the order
+        of merges.
 
-        :param other: which stays as it is
+        :param other: the other recorder, which is not changed
         :raises TypeError: if ``other`` is no recorder
-        :raises ValueError: if it is this one
+        :raises ValueError: if it is this recorder
         """
         if not isinstance(other, MetricsRecorder):
             raise TypeError(f"other must be of type MetricsRecorder, got {other!r}")
@@ -157,11 +157,11 @@ class MetricsRecorder:
             self._meters.add(copy)
 
     def reset(self) -> None:
-        """Forget everything, except what is in flight."""
+        """Reset all figures except those in flight."""
         with self._meters.counted():
             self._meters.clear()
 
 
 def meters_of(recorder: MetricsRecorder) -> Meters:
-    """Return the meters of a recorder, for what a loop tells them besides results."""
+    """Return the meters of a recorder, for the reports of a loop besides results."""
     return recorder._meters  # pyright: ignore[reportPrivateUsage]  # not for users

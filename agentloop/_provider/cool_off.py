@@ -1,4 +1,4 @@
-"""The time for which a server has asked not to be called, and the few calls that try it all the same."""
+"""The cool-off after a Retry-After: the hold on all calls, and the probes that test it."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import math
 # The first probe comes after a twentieth of the time, and at least a second.
 FIRST_PROBE = 0.05
 SHORTEST_GAP = 1.0
-# Those that waited start one by one within a quarter of the time.
+# The waiting calls start one by one within a quarter of the time.
 STAGGER = 0.25
 
 
 class CoolOff:
     """
-    Holds calls back for as long as a server has asked (Retry-After), but for *probes*.
+    Holds calls back for as long as a server has asked (Retry-After), except *probes*.
 
     Many servers name a time that is far longer than needed. So one call at a time goes ahead: the first after
     a twentieth of the time, and each next one after twice the gap before it, so that a server which punishes
-    calls gets few of them. The first success of a call that began since ends the cool-off. Otherwise calls
+    calls gets few of them. The first success of a call that began in the cool-off ends it. Otherwise calls
     start one by one when the time is over.
 
-    It never reads a clock: the caller tells the time.
+    It never reads a clock: the caller passes the time.
     """
 
     def __init__(self) -> None:
         self.until = -math.inf
         """Until when calls are held back."""
         self.staggers_until = -math.inf
-        """Until when those that may start do so one by one."""
+        """Until when calls start one by one."""
         self.probe: object = None
-        """The call that is the probe under way."""
+        """The call that is the running probe."""
         self._probe_at = -math.inf
         self._gap = 0.0
         self._next_at = -math.inf
@@ -39,10 +39,10 @@ class CoolOff:
 
     def hold(self, now: float, seconds: float, limit: int) -> bool:
         """
-        Hold calls back for a time, if they are not held for longer already.
+        Hold calls back for a time, unless they are held for longer already.
 
         :param limit: how many may run at once afterwards
-        :return: whether the cool-off has begun with this
+        :return: whether this has begun a cool-off
         """
         begins = now >= self.until
         if now + seconds > self.until:
@@ -58,14 +58,14 @@ class CoolOff:
         return begins
 
     def ready_at(self, now: float) -> float:
-        """Return when the next call may start; a probe that ends may change that."""
+        """Return when the next call may start; the end of a probe may change that."""
         if now < self.until:
             return self.until if self.probe is not None else max(now, min(self._probe_at, self.until))
 
         return max(now, min(self._next_at, self.staggers_until))
 
     def start(self, call: object, now: float) -> None:
-        """Count a call that starts, and for which it is time."""
+        """Count a call that starts, at a time that :meth:`ready_at` allows."""
         if now < self.until:
             self.probe = call
             self._gap *= 2
@@ -82,6 +82,6 @@ class CoolOff:
         return True
 
     def lift(self, now: float) -> None:
-        """End a cool-off that is not over yet: hold nothing back any more."""
+        """End the cool-off early, and hold nothing back any more."""
         if now < self.until:
             self.until = self.staggers_until = -math.inf

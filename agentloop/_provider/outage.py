@@ -1,4 +1,4 @@
-"""Whether the provider is gone, and for how long it has been of no use."""
+"""Detects outages of a provider, and measures the time without a success."""
 
 from __future__ import annotations
 
@@ -6,43 +6,44 @@ __all__ = ["Outage"]
 
 import math
 
-# So many failures in a row, or as many as run at once if that is more, are an outage.
+# An outage is so many failures in a row, or as many as run at once if that is more.
 IN_A_ROW = 8
-# A limiter with which nothing ran or waited for so long was not in use.
+# A limiter without a running or waiting attempt for so long was not in use.
 BREAK_SECONDS = 60.0
 
 
 class Outage:
     """
-    Tells failures of a provider from those of single invocations, and keeps the time without a success.
+    Distinguishes failures of a provider from those of single invocations, and measures the time without a
+    success.
 
-    One call that finds no connection may be unlucky. When as many in a row as run at once fail so, and none
-    succeeds, the provider is gone: to retry each of them a few times would lose all of them within seconds.
-    From then on such failures are an overload, until the first success.
+    A single call without a connection may be chance. When as many calls in a row as run at once fail so, and
+    none succeeds, the provider is down: a few retries each would lose all of them within seconds. From then
+    on such failures are an overload, until the first success.
 
-    It never reads a clock: the caller tells the time.
+    It never reads a clock: the caller passes the time.
     """
 
     def __init__(self) -> None:
         self.since: float | None = None
-        """When the first of the failures was, if they are an outage."""
+        """The time of the first failure of an outage; ``None`` if there is no outage."""
         self.fruitless_since: float | None = None
-        """When an overload was met, if nothing has succeeded since the first one."""
+        """The time of the first overload since the last success; ``None`` if there was none."""
         self.timed_out = True
         """Whether all of these overloads were time-outs."""
         self.row = 0
-        """How many failures in a row speak of the provider."""
+        """How many failures in a row are signs of an outage."""
         self._row_began = 0.0
         self._used_at = -math.inf
 
     @property
     def listens(self) -> bool:
-        """Whether a success is of interest."""
+        """Whether a success would change anything."""
         return self.row > 0 or self.fruitless_since is not None
 
     def fail(self, limit: int, now: float) -> bool:
         """
-        Count a failure that speaks of the provider.
+        Count a failure that is a sign of an outage.
 
         :param limit: how many calls may run at once
         :return: whether it is a part of an outage
@@ -78,15 +79,15 @@ class Outage:
     # -- patience
 
     def use(self, now: float) -> None:
-        """Note that something has run or waited until now."""
+        """Note that an attempt has run or waited until now."""
         self._used_at = now
 
     def begin(self, now: float) -> None:
-        """Note that something runs or waits again: after a break, the time without a success begins anew."""
+        """Note that an attempt runs or waits again: after a break, the time without a success begins anew."""
         if now >= self._used_at + BREAK_SECONDS:
             self.fruitless_since = None
 
     def lasts(self, patience: float | None, now: float) -> bool:
-        """Return whether nothing has succeeded for longer than that many seconds; ``None`` is for ever."""
+        """Return whether nothing has succeeded for longer than so many seconds; ``None`` is for ever."""
         since = self.fruitless_since
         return since is not None and patience is not None and now >= since + patience

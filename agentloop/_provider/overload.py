@@ -1,4 +1,4 @@
-"""How many attempts a provider is given at once: less after an overload, more again with successes."""
+"""The adaptive limit: lower after an overload, higher again after successes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import random
 
 from .._backoff import Backoff
 
-# What a cut leaves of the limit.
+# The factor of a cut.
 CUT = 0.8
-# The same, one after the other, while the provider takes nothing.
+# The factors of the first and later cuts while the provider takes nothing.
 DEEP_CUTS = (0.5, 0.0)
 GROWTH = 0.05
-# After so many steps of growth in a row each is by as much larger than the one before, up to a quarter.
+# After so many steps of growth in a row, each step is larger than the last by GROWTH, up to a quarter.
 STEADY_STEPS = 6
 LARGEST_GROWTH = 0.25
 IN_USE = 0.8
 
-# How long the next attempt waits when not even one at a time was taken.
+# How long the next attempt waits after an overload at a limit of 1.
 PAUSES = Backoff(initial_seconds=0.1, multiplier=2, max_seconds=30, jitter="equal")
-# After so many of these the provider was gone, rather than short of capacity.
+# After so many of these waits the provider counts as having been down, rather than short of capacity.
 GONE = 3
 
 
@@ -35,15 +35,15 @@ class AdaptiveLimit:
     TCP Variant", 2008). This is additive increase and multiplicative decrease (Chiu and Jain, "Analysis of
     the Increase and Decrease Algorithms for Congestion Avoidance", 1989) that counts calls, not seconds.
 
-    When all calls that ran at the last cut have ended, and of those that began since none has succeeded, the
-    provider takes nothing at all: then a cut halves the limit, and the next one makes it 1. So a window of
-    requests that is used up costs few rejections.
+    When all calls that ran at the last cut have ended, and no call that began since has succeeded, the
+    provider takes nothing at all: then a cut halves the limit, and the next one makes it 1. So a used-up
+    window of requests costs few rejections.
 
-    At a limit of 1 there is nothing to cut, so the next call waits, twice as long each time. Once the
-    provider was gone rather than short of capacity, it is found again as a TCP connection starts (RFC 5681,
-    section 3.1): one more for each clean completion, up to the limit that there was before.
+    At a limit of 1 there is nothing to cut, so the next call waits, twice as long each time. After the
+    provider was down, rather than short of capacity, the limit grows as in the slow start of TCP (RFC 5681,
+    section 3.1): one more for each clean completion, up to the limit before.
 
-    It never reads a clock: the caller tells the time.
+    It never reads a clock: the caller passes the time.
 
     :param ceiling: the highest limit
     """
@@ -51,7 +51,7 @@ class AdaptiveLimit:
     def __init__(self, ceiling: int) -> None:
         self.ceiling = self.limit = ceiling
         self.epoch: int = 0
-        """How many moments there were that tell calls apart; each call remembers what it was at its start."""
+        """The number of the current epoch. Each call remembers the epoch of its start."""
         self._cut_at = 0
         self.cuts = 0
         self.next_at = -math.inf
@@ -59,24 +59,24 @@ class AdaptiveLimit:
         self._clean = 0
         self._most_in_use = 0
         self._steps = 0
-        # How many calls of the epochs before run, and whether one of this epoch has succeeded.
+        # How many calls of earlier epochs run, and whether one of this epoch has succeeded.
         self._old = 0
         self._taken = True
         # Deep cuts, and pauses at a limit of 1, since the last success.
         self._deep_cuts = 0
         self._pauses = 0
-        # The limit before a row of cuts, and up to where it is found again fast.
+        # The limit before a row of cuts, up to which it grows back fast.
         self._before = ceiling
         self._in_row = False
         self._known = 0
 
     @property
     def recovers(self) -> bool:
-        """Whether a clean completion is of interest."""
+        """Whether a clean completion would change anything."""
         return self.limit < self.ceiling or self._pauses > 0
 
     def resize(self, ceiling: int) -> None:
-        """Change the ceiling, and the limit with it unless that is lower for a reason."""
+        """Change the ceiling, and the limit with it unless overload has lowered the limit."""
         self.limit = ceiling if self.limit == self.ceiling else min(self.limit, ceiling)
         self.ceiling = ceiling
 
@@ -153,6 +153,6 @@ class AdaptiveLimit:
         self._most_in_use = 0
 
     def new_epoch(self) -> int:
-        """Tell calls that begin from now on from those that run, and return the epoch that they have."""
+        """Begin a new epoch, for the calls that begin from now on, and return it."""
         self.epoch += 1
         return self.epoch

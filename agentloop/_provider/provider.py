@@ -1,4 +1,4 @@
-"""What a limiter has found out about the provider behind it."""
+"""The state of the provider behind a limiter."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .overload import AdaptiveLimit
 
 class Provider:
     """
-    Learns from how attempts end: how many the provider bears at once, how long it wants to be left alone, and
-    whether it is there at all.
+    Learns from the ends of attempts: how many the provider takes at once, how long its cool-off lasts, and
+    whether there is an outage.
 
-    It never reads a clock: the caller tells the time.
+    It never reads a clock: the caller passes the time.
 
     :param limit: how many attempts may run at once
     """
@@ -27,13 +27,13 @@ class Provider:
         self.limit = limit
         self.cool_off = CoolOff()
         self.outage = Outage()
-        # The first epochs of calls that began in the cool-off, and after the first failure of a row.
+        # The first epoch of calls in the cool-off, and the first one after the first failure of a row.
         self._held_at = self._row_at = 0
         self._shown: tuple[int, float, float | None] = limit.limit, -math.inf, None
 
     @property
     def listens(self) -> bool:
-        """Whether a success is of interest."""
+        """Whether a success would change anything."""
         return self.limit.recovers or self.outage.listens or self.cool_off.until > -math.inf
 
     def held_until(self, now: float) -> float | None:
@@ -41,7 +41,7 @@ class Provider:
         return self.cool_off.until if self.cool_off.until > now else None
 
     def has_changed(self) -> bool:
-        """Return whether limit, cool-off or outage are others than when this was asked last."""
+        """Return whether limit, cool-off or outage have changed since the last call of this method."""
         shown, self._shown = self._shown, (self.limit.limit, self.cool_off.until, self.outage.since)
         return shown != self._shown
 
@@ -55,14 +55,13 @@ class Provider:
         """Return when the next attempt may begin."""
         return max(self.limit.next_at, self.cool_off.ready_at(now))
 
-    # -- after it
+    # -- after an attempt
 
     def judge(self, verdict: Verdict, error: Exception, timed_out: bool, now: float) -> Verdict:
         """
-        Return what the failure of an attempt is acted on as: in an outage, what speaks of the provider is an
-        overload.
+        Return the verdict to act on: in an outage, a failure of the provider is an overload.
 
-        :param verdict: what it means by itself
+        :param verdict: the judgement of the error by itself
         :param timed_out: whether the attempt ran into a time-out of its own
         """
         outage = self.outage
@@ -102,5 +101,5 @@ class Provider:
         limit = self.limit
         limit.reject(epoch, in_use, now)
         if hold_seconds is not None and self.cool_off.hold(now, hold_seconds, limit.limit):
-            # A success of what has begun before is none of a probe.
+            # A success of a call that began before the cool-off does not end it.
             self._held_at = limit.new_epoch()
