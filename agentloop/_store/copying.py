@@ -13,11 +13,11 @@ T = TypeVar("T")
 
 _PLAIN = frozenset([dict, list, set, tuple])
 _CONTAINERS = tuple(_PLAIN)
-# What holds nothing that could be copied; looked up before anything else.
+# Types without contents to copy; checked first.
 _LEAVES: frozenset[type] = frozenset([str, int, float, bool, type(None), bytes, complex])
-# For the type checker, to which the type of anything is unknown.
+# For the type checker, to which type(Any) is unknown.
 _type: Callable[[Any], type[Any]] = type
-# To read and write past the methods of a subclass.
+# These methods read and write past those of a subclass.
 _Dict: type[dict[Any, Any]] = dict
 _List: type[list[Any]] = list
 _Tuple: type[tuple[Any, ...]] = tuple
@@ -25,11 +25,11 @@ _Tuple: type[tuple[Any, ...]] = tuple
 
 def copied(value: T) -> T:
     """
-    Return a copy of a dict, list, set or tuple, and of all of these in it. Any other object is returned as it
-    is, and so is a tuple with nothing to copy in it.
+    Return a copy of a dict, list, set or tuple, and of all of these in it. Any other object is returned
+    itself, and so is a tuple with nothing to copy in it.
 
-    Subclasses keep their type: ``copy.copy()`` makes the copies. What is one object in two places stays one,
-    and what contains itself still does. No depth is too deep, except for tuples in tuples.
+    Subclasses keep their type: ``copy.copy()`` makes the copies. An object in two places stays one object,
+    also in itself. Any depth is allowed, except for tuples in tuples.
 
     :raises RecursionError: if tuples are nested deeper than Python can follow
     """
@@ -40,10 +40,10 @@ class _Copying:
     __slots__ = ("_copies", "_originals", "_shallow")
 
     def __init__(self) -> None:
-        # By the identities of the originals, which are kept, so that these are given to nothing else.
+        # By the ids of the originals. The originals are kept alive, so that their ids are not used again.
         self._copies: dict[int, Any] = {}
         self._originals: list[Any] = []
-        # Copies of dicts and lists, which have the items of their originals until it is their turn.
+        # Copies of dicts and lists whose items are not copied yet.
         self._shallow: list[Any] = []
 
     def copy(self, value: Any) -> Any:
@@ -75,7 +75,7 @@ class _Copying:
 
     def _copy_level(self, kind: type, value: Any) -> Any:
         made = value.copy() if kind in _PLAIN else copy.copy(value)
-        # One that returns itself says that it is never changed.
+        # An object whose copy is itself counts as immutable.
         if made is not value and not issubclass(kind, set):
             self._shallow.append(made)
 
@@ -89,16 +89,16 @@ class _Copying:
         if kind is tuple:
             return tuple(items)
 
-        # Of other subclasses than named tuples, who knows how one is made?
+        # Among subclasses, only named tuples have a known constructor.
         return kind._make(items) if hasattr(kind, "_make") else value
 
 
 def same(one: Any, other: Any) -> bool:
     """
-    Return whether a copy has not been changed: two values are built alike, in the same order, of the same
-    objects. No method of these is called.
+    Return whether a copy is unchanged: two values have the same structure and order, and the same objects. No
+    method of the objects is called.
 
-    It may return false for values that are equal, as it does where one is a container of a subclass.
+    It may return false for equal values, as for containers of a subclass.
     """
     pairs, partners = [(one, other)], dict[int, Any]()
     while pairs:
@@ -111,7 +111,7 @@ def same(one: Any, other: Any) -> bool:
             return False
 
         if id(one) in partners or id(other) in partners:
-            # One object in two places of the one value has to be so in the other value too.
+            # An object in two places of one value must be in the same two places of the other.
             if partners.get(id(one)) is not other or partners.get(id(other)) is not one:
                 return False
 

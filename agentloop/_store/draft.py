@@ -1,4 +1,4 @@
-"""What an edit works on: the state of a store, with changes laid over it."""
+"""The draft of an edit: the state of a store, with changes over it."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from .copying import copied, same
 
 
 def check_key(key: Any) -> None:
-    """Refuse a key that is no ``str``."""
+    """Raise ``TypeError`` if a key is no ``str``."""
     if not isinstance(key, str):
         raise TypeError(f"a key of a ContextStore must be a str, got {key!r}")
 
 
 class Draft(MutableMapping[str, Any]):
     """
-    A mutable mapping over a state that it leaves alone.
+    A mutable mapping over a state that it does not change.
 
-    It costs what is touched, whatever the size of the state: the value of a key is copied when it is first
-    looked at.
+    Its cost depends on the touched keys, not on the size of the state: the value of a key is copied when it
+    is first read.
 
     :param state: the state; it must not change while the draft is in use
     """
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         self._state = state
-        # What was set, and what was looked at and may have been changed since.
+        # The values that were set, or were read and may have been changed since.
         self._touched: dict[str, Any] = {}
-        # Keys of the state; one that was set again is in both, and has its place at the end.
+        # Deleted keys of the state. A key that was set again is in both, and comes at the end.
         self._deleted: set[str] = set()
         self._ended = False
 
@@ -104,9 +104,9 @@ class Draft(MutableMapping[str, Any]):
 
     def changes(self) -> tuple[dict[str, Any], Collection[str]]:
         """
-        Compare what was touched with the state.
+        Compare the touched values with the state.
 
-        :return: copies of what differs, and the keys that were deleted, which come first
+        :return: copies of the changed values, and the deleted keys, which are to be deleted first
         """
         changes = {
             key: copied(value)

@@ -1,4 +1,4 @@
-"""Changing several things of a store in one step."""
+"""Edits: several changes of a store in one step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .state import State
 
 class Edit(AbstractAsyncContextManager[MutableMapping[str, Any], None]):
     """
-    An edit of a store: waits for its turn, gives a draft, and commits it.
+    An edit of a store: waits for the lock, gives a draft, and commits it.
 
     :param timeout_seconds: how long to wait for others to finish writing
     """
@@ -39,7 +39,7 @@ class Edit(AbstractAsyncContextManager[MutableMapping[str, Any], None]):
                 "longer"
             )
 
-        # Nothing waits until the block begins, so nothing can keep the lock from being released.
+        # No await before the block begins, so a cancellation cannot leave the lock held.
         run.editor = anyio.get_current_task()
         self._run = run
         self._draft = Draft(self._state.values)
@@ -56,7 +56,7 @@ class Edit(AbstractAsyncContextManager[MutableMapping[str, Any], None]):
                 "was committed"
             )
 
-        # Nor does anything wait here: a commit cannot be cancelled halfway.
+        # No await here either: a commit cannot be cancelled halfway.
         try:
             if exc_type is None:
                 self._state.commit(run, *draft.changes())

@@ -1,4 +1,4 @@
-"""What JSON can carry, and where a value has something that it cannot."""
+"""JSON without loss, and errors that name the place of a value that JSON cannot carry."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any, cast
 
 def encode(values: dict[str, Any]) -> str:
     """
-    Return values as JSON that comes back as what it was made of, tuples excepted, which come back as lists.
+    Return values as JSON that decodes to equal values, except tuples, which become lists.
 
-    :raises TypeError: if something would come back as something else: a type that JSON does not have, an enum
-        or another subclass, or a key that is no plain ``str``
+    :raises TypeError: if a value would not decode to an equal one: a type that JSON does not have, an enum or
+        another subclass, or a key that is no plain ``str``
     :raises ValueError: if JSON has no such number, or a value contains itself or is nested too deeply
     """
     try:
@@ -28,7 +28,7 @@ def encode(values: dict[str, Any]) -> str:
 
 
 def path_of(steps: Iterable[Any]) -> str:
-    """Return how one would write the way to a nested value: ``plan.steps[3].when``."""
+    """Return the path to a nested value as an expression: ``plan.steps[3].when``."""
     parts = (f".{step}" if isinstance(step, str) and step.isidentifier() else f"[{step!r}]" for step in steps)
     return "".join(parts).removeprefix(".")
 

@@ -1,4 +1,4 @@
-"""The state of a store, and what it has in the event loop it is used in. Nothing here waits."""
+"""The state of a store, and its lock and waiters in one event loop. All of it is synchronous."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .watch import Audience
 
 
 class Run(LoopState):
-    """What a store has in one event loop: whose turn it is to write, and who waits for changes."""
+    """The lock and the waiters of a store in one event loop."""
 
     def __init__(self, runs: Handover[Run]) -> None:
         super().__init__(runs)
@@ -25,15 +25,15 @@ class Run(LoopState):
         self.audience = Audience()
 
     def is_in_use(self) -> bool:
-        """Return whether the event loop is running: a store is its own for as long."""
+        """Return whether the event loop is running: it keeps the store for as long."""
         return self.is_running()
 
 
 class State:
     """
-    Values by key, which nobody else refers to.
+    Values by key, which no other object refers to.
 
-    Every change of it is synchronous, so that no cancellation can tear it.
+    Every change is synchronous, so that cancellation cannot tear it.
     """
 
     def __init__(self, values: dict[str, Any]) -> None:
@@ -53,17 +53,17 @@ class State:
 
     def commit(self, run: Run, changes: Mapping[str, Any], deleted: Collection[str] = ()) -> None:
         """
-        Make a change, and tell whom it concerns. Only who holds the lock may.
+        Make a change, and wake the waiters that it concerns. The caller must hold the lock.
 
-        :param run: what :meth:`enter_run` returned
-        :param changes: new values, which nobody else refers to
+        :param run: the return value of :meth:`enter_run`
+        :param changes: new values, which no other object refers to
         :param deleted: keys to delete first; they exist
         """
         if not changes and not deleted:
             return
 
-        # Whatever strikes here, a Ctrl-C included, the state is the old one or the new one: one call or one
-        # assignment makes the change.
+        # One call or one assignment makes the change, so that even after a Ctrl-C the state is the old or the
+        # new one.
         if deleted:
             state = {key: value for key, value in self.values.items() if key not in deleted}
             state.update(changes)
@@ -76,7 +76,7 @@ class State:
 
     def enter_run(self) -> Run:
         """
-        Return what the store has in the current event loop.
+        Return the lock and the waiters in the current event loop.
 
         :raises RuntimeError: if it is in use in another event loop, or this task is inside an edit
         """
@@ -97,7 +97,7 @@ def copy_all(name: str, mapping: Mapping[str, Any]) -> dict[str, Any]:
     """
     Return copies of the values of a mapping, each by itself.
 
-    :param name: what to call it in the message of an error
+    :param name: its name in error messages
     """
     if not isinstance(mapping, Mapping):
         raise TypeError(f"{name} must be a mapping, got {type(mapping).__name__}")

@@ -26,25 +26,25 @@ T = TypeVar("T")
 
 class ContextStore:
     """
-    State that concurrent agents share: a mapping from strings to values, which changes one whole step at a
-    time.
+    State that concurrent agents share: a mapping from strings to values that changes in atomic steps.
 
     It can be made anywhere, inside an event loop or not, and serve several runs in turn, on either backend,
     but not two event loops at once. It is linearizable: each operation happens at one moment between its call
-    and its return. One that is cancelled, times out or raises has not happened. Writers take turns, first
-    come, first served; readers never wait, and see what was committed last.
+    and its return. An operation that is cancelled, times out or raises has not happened. Writers take turns,
+    first come, first served; readers never wait, and see the last commit.
 
     Values are copied on the way in and on the way out: dicts, lists, sets and tuples, all the way down, and
-    subclasses of these, which keep their type. So a value is the reader's own, and as plain as it was put in.
-    Objects of any other type are shared by reference, so let them be immutable: the store does not see them
-    change. Within the value of a key, what is one object in two places stays one. A read costs what it reads,
-    and a snapshot what the store holds.
+    subclasses of these, which keep their type. So a value belongs to its reader alone, and has the types that
+    it had when it was set. Objects of any other type are shared by reference, so let them be immutable: the
+    store does not see them change. Within the value of a key, an object in two places stays one object. A
+    read takes time in proportion to its value, and a snapshot in proportion to the store.
 
-    The task that is inside :meth:`edit` cannot use the store otherwise: it would wait for itself. The same
-    holds, unseen, for a task that it waits for inside the block, such as a nested agent, and that writes:
-    pass it the draft, or give it ``edit(timeout_seconds=...)``, which ends such a wait.
+    The task inside an :meth:`edit` cannot use the store in another way: it would wait for itself, and gets an
+    error. If it waits inside the block for another task that writes, such as a nested agent, both wait for
+    ever without an error: pass that task the draft, or let it use ``edit(timeout_seconds=...)``, which ends
+    such a wait.
 
-    :param initial: what to begin with
+    :param initial: the first state
     :raises TypeError: if it is no mapping, or a key is no ``str``
     """
 
@@ -52,7 +52,7 @@ class ContextStore:
         self._state = State(copy_all("initial", {} if initial is None else initial))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy, or what comes out of a pickle, is another store with the same state.
+        # A copied or unpickled store is a new one with the same state.
         return type(self), (dict(self._state.values),)
 
     def __repr__(self) -> str:
@@ -63,7 +63,7 @@ class ContextStore:
         Return a copy of the value of a key.
 
         :param key: which one
-        :param default: what to return, as it is, if there is no such key
+        :param default: returned, without a copy, if there is no such key
         :raises TypeError: if the key is no ``str``
         """
         check_key(key)
@@ -116,10 +116,10 @@ class ContextStore:
 
     async def snapshot(self) -> dict[str, Any]:
         """
-        Return a copy of all that was committed.
+        Return a copy of the whole state.
 
         The store never changes it, and changing it does not change the store. It takes time in proportion to
-        the state, and lets nobody else run meanwhile.
+        the state, and no other task runs meanwhile.
         """
         self._state.enter_run()
         await checkpoint()
@@ -127,15 +127,15 @@ class ContextStore:
 
     async def transform(self, key: str, fn: Callable[[Any], T], default: Any = None) -> T:
         """
-        Replace the value of a key by what a function makes of it, in one step.
+        Replace the value of a key by a function of it, in one step.
 
         :param key: which one
-        :param fn: a plain function of the value, which is its own to change; what it returns is the new
-            value, and is copied. It runs once, while nobody else can write, so it should be quick
-        :param default: what ``fn`` is given a copy of if there is no such key
+        :param fn: a plain function that is given a copy of the value, which it may change, and returns the
+            new value, which is copied. It runs once, while no other task can write, so it should be quick
+        :param default: the value for ``fn``, copied too, if there is no such key
         :return: a copy of the new value
-        :raises TypeError: if the key is no ``str``, or ``fn`` is no plain function; what ``fn`` raises is
-            raised as it is. Then nothing has changed
+        :raises TypeError: if the key is no ``str``, or ``fn`` is no plain function. An exception of ``fn``
+            propagates. In each case the state is unchanged
         """
         check_key(key)
         _check_plain(
@@ -162,7 +162,7 @@ class ContextStore:
             ``None``
         :param new: what it becomes; it is copied before anything is waited for
         :return: whether it was set
-        :raises TypeError: if the key is no ``str``; what the comparison raises is raised as it is
+        :raises TypeError: if the key is no ``str``. An exception of the comparison propagates
         """
         check_key(key)
         change = {key: copied(new)}
@@ -179,16 +179,16 @@ class ContextStore:
         self, *, timeout_seconds: float | None = None
     ) -> AbstractAsyncContextManager[MutableMapping[str, Any], None]:
         """
-        Change several things in one step, with time to think in between::
+        Make several changes in one step, with awaits in between::
 
             async with store.edit() as draft:
                 draft["plan"]["steps"].append(await ask("What next?"))
 
-        The draft is a mutable mapping of its own: nobody else sees what happens to it until the block ends,
-        and nobody else writes meanwhile. It is committed whole when the block ends, by ``return`` too; by an
-        error or a cancellation it is dropped. The value of a key is copied when it is first looked at, and
-        only keys that were looked at or set are compared and committed: it costs what these hold, whatever
-        the size of the store. So keep what changes often under keys of its own.
+        The draft is a mutable mapping of its own: no other task sees its changes until the block ends, and no
+        other task writes meanwhile. It is committed whole when the block ends, by ``return`` too; after an
+        error or a cancellation it is dropped. The value of a key is copied when it is first read, and only
+        keys that were read or set are compared and committed: an edit takes time in proportion to these
+        values, not to the store. So keep values that change often under keys of their own.
 
         :param timeout_seconds: how long to wait for others to finish writing; ``None`` is without limit
         :return: an async context manager that gives the draft
@@ -205,20 +205,20 @@ class ContextStore:
         """
         Wait until a condition holds.
 
-        The predicate is asked at once, and then at each commit before anything else can happen, so no state
-        is missed, however short-lived. It runs in the task that commits, so it should be quick.
+        The predicate is called at once, and then within each commit, so it misses no state, however
+        short-lived. It runs in the task that commits, so it should be quick.
 
-        An agent that waits lends its slot, so that the invocation can run that makes the change, and a batch
-        begins one more. The agent goes on once it has a slot again: in the line for slots it is first. That
-        also holds where a scope of its own ends the wait, and is shielded from cancellation then; only an
-        attempt that is cancelled itself does not wait for a slot. Its time-outs go on.
+        An agent that waits lends its slot, so that the invocation that makes the change can run, and a batch
+        begins one more. The agent goes on once it has a slot again: it is first in the line for slots. This
+        wait for a slot also follows, shielded from cancellation, when a scope of the agent's own ends the
+        wait; only an attempt that is cancelled itself does not wait for a slot. The agent's time-outs go on.
 
-        :param predicate: a plain function of the state: a read-only mapping, which only the function can use.
-            The value of a key is copied when it is looked at
+        :param predicate: a plain function of the state: a read-only mapping, which can be used only inside
+            the function. The value of a key is copied when it is read
         :return: the first true value that the predicate returned
-        :raises TypeError: if the predicate is no plain function; what it raises is raised here, as it is
+        :raises TypeError: if the predicate is no plain function. An exception of it propagates here
         """
-        _check_plain("predicate", predicate, "what it awaits it would miss; look at the state only")
+        _check_plain("predicate", predicate, "it must not wait; look at the state only")
         run = self._state.enter_run()
         await checkpoint()
         result: T = await run.audience.wait_for(predicate, self._state.values)
@@ -236,19 +236,19 @@ class ContextStore:
         self, key: str | None = None, default: Any = None
     ) -> AbstractAsyncContextManager[AsyncIterator[Any], None]:
         """
-        See a key change::
+        Watch a key for changes::
 
             async with store.watch("progress") as values:
                 async for value in values:
                     print(value)
 
-        It gives the value that is there now and then, whenever that has been set again, the newest one: a
-        reader that is slow skips what came between, and costs a writer nothing. Being cancelled while waiting
-        for a value loses none. Leaving the block ends it. An agent that waits for a value lends its slot, as
-        in :meth:`wait_for`.
+        It gives the current value at first, and after that the newest one whenever the key was set again. A
+        slow reader skips values in between, and never delays a writer. Being cancelled while waiting for a
+        value loses none. Leaving the block ends the iteration. An agent that waits for a value lends its
+        slot, as in :meth:`wait_for`.
 
         :param key: which one; all of them if absent, and then each value is a :meth:`snapshot`
-        :param default: what is given while there is no such key
+        :param default: the value while there is no such key
         :return: an async context manager that gives an endless async iterable of values, the reader's own
         :raises TypeError: if the key is no ``str``
         """
@@ -259,15 +259,15 @@ class ContextStore:
 
     async def to_json(self) -> str:
         """
-        Return all that was committed as a JSON object, for :meth:`from_json`.
+        Return the whole state as a JSON object, for :meth:`from_json`.
 
-        Tuples become lists; what else would come back as something else is refused. It takes time in
-        proportion to the state, and lets nobody else run meanwhile.
+        Tuples become lists; any other value that would not decode to an equal one is refused. It takes time
+        in proportion to the state, and no other task runs meanwhile.
 
-        :raises TypeError: if there is something that JSON does not have, such as a set, an enum or another
-            subclass of ``str`` or ``int``, or a key that is no plain ``str``; the error says where
-        :raises ValueError: if there is a number that JSON does not have, such as NaN, and the error says
-            where; if a value contains itself or is nested too deeply
+        :raises TypeError: if a value is of a type that JSON does not have, such as a set, an enum or another
+            subclass of ``str`` or ``int``, or a key is no plain ``str``; the error names the place
+        :raises ValueError: if a number is one that JSON does not have, such as NaN, and the error names the
+            place; if a value contains itself or is nested too deeply
         """
         self._state.enter_run()
         await checkpoint()
@@ -276,7 +276,7 @@ class ContextStore:
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
         """
-        Make a store of what :meth:`to_json` returned.
+        Make a store of the return value of :meth:`to_json`.
 
         :param text: the JSON; bytes are UTF-8, or UTF-16 or UTF-32
         :raises ValueError: if the text is no JSON, or no object

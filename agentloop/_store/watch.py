@@ -1,4 +1,4 @@
-"""Who waits for a store to change, in one event loop."""
+"""The waiters and watchers of a store, in one event loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .draft import Draft
 
 
 def refuse_awaitable(name: str, result: Any, instead: str) -> None:
-    """Refuse what an async function returned where a plain one was asked for."""
+    """Raise ``TypeError`` if a function that must be plain has returned an awaitable."""
     if inspect.isawaitable(result):
         if inspect.iscoroutine(result):
             result.close()
@@ -27,7 +27,7 @@ def refuse_awaitable(name: str, result: Any, instead: str) -> None:
 
 
 class _Wait:
-    """One who waits for a condition."""
+    """A task's wait for a condition."""
 
     def __init__(self, predicate: Callable[[Mapping[str, Any]], Any]) -> None:
         self._predicate = predicate
@@ -37,7 +37,7 @@ class _Wait:
         self.error: BaseException | None = None
 
     def is_over(self, state: Mapping[str, Any]) -> bool:
-        """Ask the predicate, in the context of the one who waits, and keep what it says."""
+        """Call the predicate, in the context of the waiting task, and keep its result or its exception."""
         is_over, draft = True, Draft(state)
         try:
             now = MappingProxyType(draft)
@@ -45,12 +45,12 @@ class _Wait:
             if self.result is now:
                 self.result = dict(draft)
 
-            refuse_awaitable("predicate", self.result, "what it awaits it would miss; look at the state only")
+            refuse_awaitable("predicate", self.result, "it must not wait; look at the state only")
             is_over = bool(self.result)
-        except BaseException as exc:  # it is the affair of the one who waits, and never of the one who writes
+        except BaseException as exc:  # raised in the waiting task, never in the writing one
             self.error = exc
         finally:
-            # What it reads later on would be of another moment.
+            # A later read would see another state.
             draft.end()
 
         return is_over
@@ -58,7 +58,7 @@ class _Wait:
 
 class Watch(AsyncIterator[Any]):
     """
-    The newest value, each time it may have changed since it was last read; first the one that is there.
+    The current value at first, and then the newest one each time it may have changed.
 
     :param check: refuses a task that may not wait here
     :param read: returns the value at this moment
@@ -86,26 +86,26 @@ class Watch(AsyncIterator[Any]):
         if self._has_ended:
             raise StopAsyncIteration
 
-        # Nothing waits from here on, so what counts as read is also returned.
+        # No await from here on, so a value that counts as read is always returned.
         value = self._read()
         self._is_new = False
         return value
 
     def wake(self) -> None:
-        """Tell it that the value may have changed."""
+        """Note that the value may have changed."""
         self._is_new = True
         news, self._news = self._news, None
         if news is not None:
             news.set()
 
     def end(self) -> None:
-        """Let whoever iterates come to an end."""
+        """End the iteration."""
         self._has_ended = True
         self.wake()
 
 
 class Audience:
-    """Those who wait for a condition, and those who watch a key or, under ``None``, all of them."""
+    """The waits for conditions, and the watches of a key or, under ``None``, of all keys."""
 
     def __init__(self) -> None:
         self._waits: dict[_Wait, None] = {}
@@ -113,10 +113,10 @@ class Audience:
 
     def notify(self, state: Mapping[str, Any], keys: Iterable[str]) -> None:
         """
-        Ask and wake whom a change concerns. It never fails, and nobody else runs meanwhile.
+        Check the conditions, and wake the tasks that a change concerns. This never fails, and never waits.
 
-        :param state: the state, as it is now
-        :param keys: what has changed in it
+        :param state: the current state
+        :param keys: the keys that have changed
         """
         for wait in [*self._waits]:
             if wait.is_over(state):
@@ -130,9 +130,9 @@ class Audience:
 
     async def wait_for(self, predicate: Callable[[Mapping[str, Any]], Any], state: Mapping[str, Any]) -> Any:
         """
-        Return what the predicate returns as soon as that is true; ask it now and at each change.
+        Return the first true result of the predicate, which is called now and at each change.
 
-        :param state: the state, as it is now
+        :param state: the current state
         """
         wait = _Wait(predicate)
         if not wait.is_over(state):
@@ -148,11 +148,11 @@ class Audience:
         return wait.result
 
     def add(self, key: str | None, watch: Watch) -> None:
-        """Let a watch see a key; all keys if it is ``None``."""
+        """Add a watch of a key; of all keys if it is ``None``."""
         self._watches.setdefault(key, {})[watch] = None
 
     def remove(self, key: str | None, watch: Watch) -> None:
-        """Let it see no more, and whoever iterates over it come to an end."""
+        """Remove a watch, and end its iteration."""
         watches = self._watches[key]
         del watches[watch]
         if not watches:
