@@ -66,7 +66,7 @@ class Session(Protocol):
         """
         ...
 
-    def hurry(self) -> None:
+    def flush(self) -> None:
         """Write all queued results at once; retry a failed write once, for the last time."""
 
     def release(self, row: int) -> None:
@@ -159,7 +159,7 @@ class Recording(Generic[T]):
         counted = self._uncounted >= source.limit
         if counted and self.error is None:
             # No more jobs start before some results are written.
-            self.session.hurry()
+            self.session.flush()
 
         if not counted:
             self._uncounted += 1
@@ -221,7 +221,7 @@ class Recording(Generic[T]):
         """Deliver no more results, and wait until those of ended jobs are written."""
         if self.pending:
             self._written = anyio.Event()
-            self.session.hurry()
+            self.session.flush()
             with anyio.move_on_after(CLOSE_SECONDS, shield=True):
                 await self._written.wait()
 
@@ -280,7 +280,7 @@ class Journaled(Batch[T]):
         if not self.recording.pending:
             super().check_done()
         elif self.source.exhausted and self._ended == self.source.pulled:
-            self.recording.session.hurry()
+            self.recording.session.flush()
 
 
 class JournaledCollecting(Journaled[T], CollectingBatch[T]):

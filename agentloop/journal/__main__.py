@@ -1,4 +1,4 @@
-"""What is in a journal: ``python -m agentloop.journal show FILE``, also while it is written."""
+"""Prints the contents of a journal: ``python -m agentloop.journal show FILE``, also while it is written."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def export(path: str, out: TextIO) -> int:
 
 
 def check(path: str, out: TextIO) -> int:
-    """Look for damage."""
+    """Check the file for damage."""
     problems = [problem for (problem,) in _read(path, "PRAGMA integrity_check")]
     if problems == ["ok"]:
         ((count,),) = _read(path, "SELECT count(*) FROM results")
@@ -113,7 +113,7 @@ def _line(name: str, times: Distribution) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit status of a command line."""
+    """Run a command line and return its exit status."""
     parser = argparse.ArgumentParser("python -m agentloop.journal", description="What is in a journal.")
     commands = parser.add_subparsers(required=True, dest="command")
     for name, text in (
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except sqlite3.Error as exc:
         print(explain(path, exc), file=sys.stderr)
     except BrokenPipeError:
-        # Whoever read has seen enough; the interpreter would complain when it flushes the rest.
+        # The reader has closed the pipe; the interpreter would report an error when it flushes the output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (JournalError, OSError) as exc:
         print(exc, file=sys.stderr)

@@ -1,16 +1,17 @@
 """
-Which input takes which entry.
+Assigns entries to inputs.
 
-**The journal is a multiset.** Equal inputs without keys of their own are told apart by a number ``n``. Each
-takes an entry that no other has taken: one that is kept before one that is not, and else a new one with the
-lowest ``n`` that is free. So what ran when a process was killed has the same numbers in the next run, and the
-same idempotency keys.
+**The journal is a multiset.** Equal inputs without keys of their own differ by a number ``n``. Each takes an
+entry that no other has taken: a kept one before another, and else a new one with the lowest free ``n``. So
+the inputs that ran when a process was killed have the same numbers in the next run, and the same idempotency
+keys.
 
-**What is taken** is a number for each row of the file: of the batch that took it, 0 for none. Look-ups read
-the file, where new rows appear when they are committed; until then their numbers are in ``_running``.
+**Taken entries** are a list with a number for each row of the file: the number of the batch that took it, or
+0. Look-ups read the file, where new rows appear when they are committed; until then their numbers are in
+``_running``.
 
-**Thousands of equal inputs** would make each look-up pass over all rows before it. So where there is more
-than one row, it is remembered how far the last look-up came; for so many inputs at most.
+**Thousands of equal inputs** would make each look-up pass over all rows before it. So for inputs with more
+than one row, the position of the last look-up is remembered, for at most ``REMEMBERED`` inputs.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from ._identity import Identity, is_same
 
 _logger = logging.getLogger("agentloop")
 
-# Of how many inputs with several entries it is remembered how far the last look-up came.
+# For how many inputs with several entries the position of the last look-up is remembered.
 REMEMBERED = 10_000
 
 
 class Found(NamedTuple):
-    """A row that was found."""
+    """A row of the file."""
 
     id: int
     n: int
@@ -52,8 +53,8 @@ class Place(NamedTuple):
     """
     The entry that an input has taken.
 
-    :param identity: what the input is known by
-    :param n: which one of the equal inputs it is
+    :param identity: the identity of the input
+    :param n: its number among equal inputs
     :param found: the row, if there is one
     """
 
@@ -64,7 +65,7 @@ class Place(NamedTuple):
 
 class Claims:
     """
-    Finds the entries of inputs, and knows which ones are taken.
+    Finds the entries of inputs, and tracks which ones are taken.
 
     :param reader: reads the file
     :param last_row: the number of its last row
@@ -77,9 +78,10 @@ class Claims:
         self._taken = array("I", bytes(4 * (last_row + 1)))
         self._running: dict[tuple[str, Any], set[int]] = {}
         self._agents: dict[str, Callable[..., Any]] = {}
-        # Whether it is known that the file has results of an agent, or that it has not.
+        # Whether the first agent was looked for in the file, or the file was empty.
         self._knows_one = not last_row
-        # For each input with several entries: where to look for a kept one, another one, and a free number.
+        # For each input with several entries: where to look next for a kept one, another one, and a free
+        # number.
         self._marks: OrderedDict[tuple[str, Any], list[float]] = OrderedDict()
         names = ", ".join(map(repr, sorted(keep)))
         kept = f"(stale = 0 AND status IN ({names}))" if names else "0"
@@ -94,7 +96,7 @@ class Claims:
 
         :param batch: the number of the batch that takes it
         :raises TypeError: if another function has the same name, and equal arguments may not be equal inputs
-        :raises ValueError: if the key was there before
+        :raises ValueError: if another input has the key
         :raises sqlite3.Error: if the file cannot be read
         """
         group = (identity.agent, identity.key)
@@ -123,7 +125,7 @@ class Claims:
         return self._last_row
 
     def end(self, place: Place) -> None:
-        """Note that an input runs no more: its row can be found, or there will be none."""
+        """Note that an input has ended: its row is in the file, or there will be none."""
         group = (place.identity.agent, place.identity.key)
         running = self._running.get(group)
         if running is not None:
@@ -134,7 +136,7 @@ class Claims:
     def release(self, row: int) -> None:
         """Leave a row to another input; 0 for a number that has no row."""
         self._taken[row] = 0
-        # What was passed over may be free again.
+        # Entries that look-ups have passed may be free again.
         self._marks.clear()
 
     def _meet(self, identity: Identity) -> None:
@@ -150,7 +152,7 @@ class Claims:
             )
 
     def _look_for(self, agent: str) -> None:
-        """Warn if the first agent of a run is none of those in the file: it may have been renamed."""
+        """Warn if the file has no results of the first agent of a run: it may have been renamed."""
         if self._knows_one:
             return
 
@@ -198,7 +200,7 @@ class Claims:
         return None, n
 
     def _free(self, group: tuple[str, Any], running: Iterable[int], n: int) -> int:
-        """Return the lowest number from ``n`` on that no row has and no input that runs."""
+        """Return the lowest number from ``n`` on that belongs to no row and no running input."""
         sql = "SELECT n FROM results WHERE agent = ? AND key = ? AND n >= ?"
         used = {number for (number,) in self._reader.execute(sql, (*group, n))}.union(running)
         while n in used:

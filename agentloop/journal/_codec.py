@@ -1,4 +1,4 @@
-"""How outputs are encoded and decoded."""
+"""The encoding of outputs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Codec:
     """
     Encodes and decodes outputs.
 
-    :param encode: returns what the file is to hold
-    :param decode: returns the output again
+    :param encode: returns the data for the file
+    :param decode: returns the output for the data
     """
 
     def __init__(self, encode: Callable[[Any], str | bytes], decode: Callable[[Any], Any]) -> None:
@@ -30,7 +30,7 @@ class Codec:
         """
         Encode an output.
 
-        :raises Exception: what the function has raised
+        :raises Exception: the exception of ``encode``
         """
         data: object = self._encode(output)
         if isinstance(data, str):
@@ -46,7 +46,7 @@ class Codec:
         return data
 
     def is_proven(self, agent: str) -> bool:
-        """Return whether outputs of an agent can be encoded, as far as is known."""
+        """Return whether an output of an agent was encoded and decoded before."""
         return agent in self._proven
 
     def decode(self, path: str, row: int, agent: str, data: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a journal holds, read in short pieces: a reader that stays open lets the -wal file grow."""
+"""Reads the entries of a journal in short pieces: a reader that stays open lets the -wal file grow."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Entry:
     :param index: its place in the input of the run that wrote it
     :param agent_id: the name that the invocation was given
     :param status: how it ended
-    :param output: what the agent returned; ``None`` if it did not
-    :param error: what went wrong, in one line; ``None`` on success
+    :param output: the agent's return value; ``None`` without one
+    :param error: the error, in one line; ``None`` on success
     :param retries: how many retries were made
     :param latency_ms: from the first start to the end
     :param queue_ms: the wait for the first slot
     :param at: when it was written, in seconds since 1970
-    :param run: which run wrote it
+    :param run: the number of the run that wrote it
     """
 
     agent: str
@@ -58,10 +58,10 @@ class Entry:
 
 def read_rows(path: str, columns: str, after: int, status: str | None = None) -> list[tuple[Any, ...]]:
     """
-    Return the next rows of the results. The first column has to be ``id``.
+    Return the next rows of the results. The first column must be ``id``.
 
     :param after: the ``id`` of the row before
-    :param status: of which rows; ``None`` for all
+    :param status: the status of the rows; ``None`` for all
     :raises JournalError: if the file cannot be read
     """
     where, values = ("", ()) if status is None else ("AND status = ?", (status,))
@@ -83,7 +83,7 @@ def all_rows(path: str, columns: str) -> Iterator[tuple[Any, ...]]:
 
 def read_metrics(path: str) -> MetricsRecorder:
     """
-    Return what the results tell: their counts, latencies, waits and retries.
+    Return the metrics of all results: their counts, latencies, waits and retries.
 
     :raises JournalError: if the file cannot be read
     """
@@ -100,10 +100,10 @@ class Entries(AsyncIterator[Entry]):
     """
     The entries of a journal, in the order in which they were first written.
 
-    Nothing is open between two of them, so that there is nothing to close.
+    No connection stays open between two entries, so the iterator needs no closing.
 
     :param path: the file
-    :param status: of which entries; ``None`` for all
+    :param status: the status of the entries; ``None`` for all
     :param codec: decodes outputs
     """
 

@@ -6,9 +6,9 @@ corrupt a database in WAL mode when two connections write or checkpoint at once,
 that.
 
 **The lock** is a second file beside it, on which SQLite itself holds an exclusive lock. The kernel gives that
-up when the process is killed, it works between two journals of one process too, and everybody can read the
-journal meanwhile. No file that SQLite may have open is opened by other means: closing it would give up the
-locks.
+up when the process is killed, it works between two journals of one process too, and any process can read the
+journal meanwhile. A file that SQLite may have open is never opened by other means: closing it would release
+the locks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .._errors import JournalError, JournalInUse, JournalMismatch
 APPLICATION_ID = 0x61676E74
 SCHEMA = 1
 BUSY_SECONDS = 10.0
-# A reader that stays open keeps the -wal file growing; this is what is left of it afterwards.
+# A reader that stays open lets the -wal file grow; it is cut to this size afterwards.
 WAL_BYTES = 1 << 26
 
 CREATE = f"""
@@ -92,7 +92,7 @@ def connect(path: str, mode: str = "ro", timeout: float = BUSY_SECONDS) -> sqlit
 
 
 def explain(path: str, exc: Exception) -> JournalError:
-    """Return the error that says what is wrong with a file."""
+    """Return the error for a file that cannot be used."""
     code, hint = _code(exc), ""
     if code == sqlite3.SQLITE_NOTADB:
         hint = ": this is not a journal"
@@ -108,16 +108,16 @@ def explain(path: str, exc: Exception) -> JournalError:
 
 
 def _code(exc: Exception) -> int:
-    """Return SQLite's code of an error, without what it says in detail."""
+    """Return the primary code of an SQLite error, without its extended part."""
     code: int = getattr(exc, "sqlite_errorcode", 0)
     return code & 0xFF
 
 
 def inspect(path: str) -> bool:
     """
-    Return whether there is a journal, rather than nothing.
+    Return whether a file is a journal; ``False`` if it is missing or empty.
 
-    :raises JournalError: if there is something else, or a journal of a newer version
+    :raises JournalError: if it is another file, or a journal of a newer version
     """
     if not os.path.exists(path) or os.path.getsize(path) == 0:
         return False
@@ -141,21 +141,21 @@ class JournalFile:
     An open file. Its methods wait for the disk, so they are called in worker threads. Each can be called
     again after its caller was cancelled, and then waits for the first call.
 
-    :param path: where it is
-    :param version: what the outputs depend on besides the inputs, as JSON
-    :param changed: what becomes of the results of another version
-    :param durable: whether what is committed survives a loss of power
+    :param path: its path
+    :param version: the version of the outputs, as JSON
+    :param changed: how to treat the results of another version
+    :param durable: whether commits survive a loss of power
     """
 
     def __init__(self, path: str, version: str, changed: str, durable: bool) -> None:
         self.path = path
         self.version = version
         self.salt = b""
-        """Makes idempotency keys differ from those of all other journals."""
+        """Random bytes that make idempotency keys unique to this journal."""
         self.run = 0
         """The number of this run."""
         self.last_row = 0
-        """The highest number of an entry, when the file was opened."""
+        """The highest number of an entry when the file was opened."""
         self.reader: sqlite3.Connection | None = None
         self._changed = changed
         self._durable = durable
@@ -168,7 +168,7 @@ class JournalFile:
         """
         Open the file, or create it.
 
-        :raises JournalError: if it cannot be used; nothing is overwritten then
+        :raises JournalError: if it cannot be used; then nothing is overwritten
         """
         with self._lock:
             if self.reader is not None:
@@ -191,7 +191,7 @@ class JournalFile:
         _create(path)
         self._locked = connect(path, "rw", 0)
         try:
-            # Nothing is written there, so nothing has to be rolled back.
+            # The lock file is never written, so it needs no journal for a rollback.
             self._locked.execute("PRAGMA journal_mode = OFF")
             self._locked.execute("BEGIN EXCLUSIVE")
         except sqlite3.OperationalError as exc:
@@ -211,7 +211,7 @@ class JournalFile:
         writer.execute(f"PRAGMA synchronous = {'FULL' if self._durable else 'NORMAL'}")
         writer.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
         writer.execute("BEGIN IMMEDIATE")
-        # Looked at again, now that nobody else can write.
+        # Checked again, now that no other process can write.
         (tables,) = writer.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if not tables:
             for statement in filter(str.strip, CREATE.split(";")):
@@ -247,7 +247,7 @@ class JournalFile:
         """
         Write rows in one transaction.
 
-        :raises JournalError: if that fails; then none of them is written
+        :raises JournalError: if the write fails; then no row is written
         """
         with self._lock:
             writer = self._writer
@@ -284,7 +284,7 @@ class JournalFile:
                         (time.time(), outcome, self.run),
                     )
                 except sqlite3.Error:
-                    pass  # it says no more than when the run began
+                    pass  # the run stays without an end
 
             self._close()
 

@@ -1,4 +1,4 @@
-"""What a journal knows an input by: the name of its agent, and its key or its arguments."""
+"""The identity of an input in a journal: the name of its agent, and its key or a hash of its arguments."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ import attrs
 from .._invocation import Invocation
 from ._json import check
 
-# To make an encoder for each invocation would take longer than to encode it.
+# Made once: making an encoder takes longer than encoding an invocation.
 _encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
-# What SQLite can hold in a column.
+# The largest integer that SQLite can store, plus 1.
 _LARGEST = 2**63
 
 
 @attrs.frozen
 class Identity:
     """
-    What a journal knows an input by.
+    The identity of an input in a journal.
 
     :param agent: the qualified name of its function
     :param key: its own key, or a hash of its arguments
-    :param fn: the function itself, without what is wrapped around it
+    :param fn: the function itself, without its wrappers
     """
 
     agent: str
@@ -46,7 +46,7 @@ class Identity:
 
 def identify(invocation: Invocation[Any]) -> Identity:
     """
-    Return what a journal knows an invocation by.
+    Return the identity of an invocation.
 
     :raises TypeError: if it needs a key and has none
     :raises ValueError: if its key cannot be stored
@@ -55,7 +55,7 @@ def identify(invocation: Invocation[Any]) -> Identity:
     args, kwargs = invocation.args, dict(invocation.kwargs)
     while True:
         if isinstance(fn, partial):
-            # As a call of it does.
+            # In the order in which a call of a partial combines them.
             args, kwargs, fn = fn.args + args, {**fn.keywords, **kwargs}, fn.func
         elif (wrapped := getattr(fn, "__wrapped__", None)) is not None:
             fn = wrapped
@@ -85,7 +85,7 @@ def identify(invocation: Invocation[Any]) -> Identity:
 
 
 def is_same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
-    """Return whether two functions of one name do the same, since nothing is bound to them but their code."""
+    """Return whether two functions of one name have the same code, and no closure or other bound values."""
     return one is other or (
         isinstance(one, FunctionType)
         and isinstance(other, FunctionType)
@@ -108,7 +108,7 @@ def _checked(key: str | int) -> str | int:
     except UnicodeEncodeError as exc:
         raise ValueError(f"key must be text that UTF-8 can encode, got {key!r}") from exc
 
-    # Of a subclass the plain text.
+    # As a plain str, if it is of a subclass.
     return str.__str__(key)
 
 
@@ -124,12 +124,12 @@ def _name(fn: Any) -> tuple[str, bool]:
     if isinstance(name, str):
         return f"{_module(fn.__module__)}.{name}", False
 
-    # An object with a method __call__.
+    # An object with a __call__ method.
     return f"{_module(type(fn).__module__)}.{type(fn).__qualname__}", True
 
 
 def _module(name: str) -> str:
-    """Return the name of a module: of the one that was started, the name that others import it by."""
+    """Return the name of a module; for ``__main__``, the name by which other modules import it."""
     main = sys.modules.get("__main__")
     if name != "__main__" or main is None:
         return name

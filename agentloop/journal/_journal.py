@@ -1,4 +1,4 @@
-"""The journal itself."""
+"""The public class of a journal."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ KEEPABLE = (Status.SUCCESS, Status.ERROR, Status.TIMEOUT)
 @attrs.frozen
 class JournalStatistics:
     """
-    What an open journal has done.
+    The counts of an open journal.
 
-    :param replayed: how many results of earlier runs it has given
+    :param replayed: how many results of earlier runs it has delivered
     :param written: how many results it has written
     """
 
@@ -46,31 +46,31 @@ class JournalStatistics:
 @name_parameters()
 class Journal(AnyJournal, EnteredOnly):
     """
-    A file that holds the results of batches, so that one that was interrupted goes on where it was::
+    A file that holds the results of batches, so that an interrupted batch goes on where it stopped::
 
         async with Journal("night.db", version={"model": "x-large", "prompt": 7}) as journal:
             results = await loop.run_all(Invocation.map(ask, prompts), journal=journal)
 
-    Run again, after a crash or a ``kill -9`` too, this gives the results that the file has at once, with
-    ``replayed=True``, and runs the rest.
+    Run again, after a crash or a ``kill -9`` too, this delivers the results that the file has at once, with
+    ``replayed=True``, and runs all other inputs.
 
-    **What is promised.** There is one result for each input. No result reaches the list of ``run_all()`` or a
-    reader before it is committed. **What is not.** Side effects happen at least once: what ran when the
-    process was killed, and what ended in the last 25 milliseconds before, runs again. Its
-    ``current_attempt().idempotency_key`` is the same then, so that a provider can tell.
+    **Guarantees.** There is one result for each input. No result reaches the list of ``run_all()`` or a
+    reader before it is committed. **Not guaranteed.** Side effects happen at least once: inputs that ran when
+    the process was killed, or ended in the last 25 milliseconds before, run again. Their
+    ``current_attempt().idempotency_key`` is the same then, so that a provider can recognize them.
 
-    **What an input is known by.** The name of its function, ``module.qualname``, and its key. The key is
+    **The identity of an input** is the name of its function, ``module.qualname``, and its key. The key is
     ``Invocation.key``, or else a hash of the arguments as JSON. Equal inputs without a key have an entry
     each, so inputs can be reordered, inserted, removed and repeated between runs. A key of its own names one
-    entry: it may be there once in a batch, and a later batch gets its result. Arguments that JSON cannot
-    carry, and methods of objects, need a key. Rename a function, and its inputs run again.
+    entry: a batch may have it once, and a later batch gets its result. Arguments that JSON cannot carry, and
+    methods of objects, need a key. After a function is renamed, its inputs run again.
 
-    **What is recorded.** ``SUCCESS``, ``ERROR`` and ``TIMEOUT``, each as one row; what was cancelled or
-    skipped did not happen. Of arguments only the hash is written, of errors their line. What is not kept runs
-    again, and its row is replaced.
+    **Recorded** are ``SUCCESS``, ``ERROR`` and ``TIMEOUT``, each as one row; cancelled and skipped
+    invocations are not. Of arguments only the hash is written, of errors their line. An input whose result is
+    not kept runs again, and its row is replaced.
 
-    **Outputs** are written as JSON, and have to come back the same: dicts with text keys, lists, texts,
-    numbers, booleans and ``None``, and no tuples. For others there are ``encode`` and ``decode``::
+    **Outputs** are written as JSON, and must decode to equal values: dicts with text keys, lists, texts,
+    numbers, booleans and ``None``, and no tuples. For other types there are ``encode`` and ``decode``::
 
         Journal(path, encode=Answer.model_dump_json, decode=Answer.model_validate_json)            # pydantic
         Journal(path, encode=msgspec.json.encode, decode=msgspec.json.Decoder(Answer).decode)      # msgspec
@@ -84,25 +84,26 @@ class Journal(AnyJournal, EnteredOnly):
     stops with a :exc:`JournalError` that has it in ``unwritten``. Both functions run in the event loop, so a
     large output holds up others.
 
-    **Where the file may lie.** On a local disk: network drives lose locks. Beside it lie ``-wal`` and
-    ``-shm`` while it is open, and ``-lock``. Copy it when it is closed, or by ``sqlite3 night.db .backup``.
-    Only its owner may read it. ``python -m agentloop.journal show night.db`` says what is in it, at any time.
+    **The file** must be on a local disk: network drives lose locks. Beside it are ``-wal`` and ``-shm`` while
+    it is open, and ``-lock``. Copy it when it is closed, or by ``sqlite3 night.db .backup``. Only its owner
+    may read it. ``python -m agentloop.journal show night.db`` prints a summary, at any time.
 
-    **When it fails**, since the disk is full for example, the batch starts nothing new, what runs finishes,
-    and the journal tries once more. Then the batch raises a :exc:`JournalError` with what could not be
-    written in ``unwritten``. The file stays good.
+    **When it fails**, for example on a full disk, the batch starts nothing new, running invocations finish,
+    and the journal tries once more. Then the batch raises a :exc:`JournalError` with the unwritten results in
+    ``unwritten``. The file stays good.
 
     It can be used by any number of batches of one event loop at once, in agents too. ``async with`` can be
     used once.
 
-    :param path: the file, which is made if it is not there
-    :param version: what outputs depend on besides the inputs, as JSON: the model, the prompt, parameters
+    :param path: the file; created if it does not exist
+    :param version: everything besides the inputs that outputs depend on, as JSON: the model, the prompt,
+        parameters
     :param changed: what to do if the file is of another version: ``"refuse"`` it, ``"keep"`` its results as
         those of the new version, or ``"rerun"`` all of them
-    :param keep: the statuses of results that are given again; all others run again
-    :param encode: a function that makes ``str`` or ``bytes`` of an output
-    :param decode: a function that makes the output of what ``encode`` has returned
-    :param durable: whether what is committed survives a loss of power, rather than only a kill
+    :param keep: the statuses of results that are delivered again; inputs with other results run again
+    :param encode: a function that returns ``str`` or ``bytes`` for an output
+    :param decode: a function that returns the output for the return value of ``encode``
+    :param durable: whether commits survive a loss of power, rather than only a kill
     :raises TypeError: if a value is of the wrong type, or ``version`` is no JSON
     :raises ValueError: if ``changed`` or ``keep`` is none of these, or only one of ``encode`` and ``decode``
         is given
@@ -177,13 +178,13 @@ class Journal(AnyJournal, EnteredOnly):
         await self._writer.close(exc)
 
     def statistics(self) -> JournalStatistics:
-        """Return what this opening of the file has done so far."""
+        """Return the counts since the file was opened."""
         return JournalStatistics(self._writer.replayed, self._writer.written)
 
     async def metrics(self) -> MetricsRecorder:
         """
-        Return the metrics of all runs: counts, latencies, waits and retries of the results that there are.
-        What rows do not tell is missing: single attempts, backoffs and overloads.
+        Return the metrics of all runs: counts, latencies, waits and retries of the results in the file.
+        Single attempts, backoffs and overloads are missing, since rows do not hold them.
 
         :raises JournalError: if the file cannot be read
         """
@@ -191,9 +192,9 @@ class Journal(AnyJournal, EnteredOnly):
 
     def entries(self, status: Status | None = None) -> AsyncIterator[Entry]:
         """
-        Return an async iterable of what the file holds, of all runs.
+        Return an async iterable of the entries of all runs.
 
-        :param status: of which results; ``None`` for all
+        :param status: the status of the entries; ``None`` for all
         :raises JournalError: while iterating, if the file cannot be read, or an output cannot be decoded
         """
         return Entries(self._path, status, self._codec)
@@ -202,7 +203,7 @@ class Journal(AnyJournal, EnteredOnly):
         """
         Serve a batch. Only batches call this.
 
-        :param on_failure: is told the first time that results of the batch could not be written
+        :param on_failure: called the first time that results of the batch could not be written
         :raises RuntimeError: if the journal is not open in this event loop
         """
         if self._token is None:

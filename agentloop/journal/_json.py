@@ -1,4 +1,4 @@
-"""JSON that comes back as what it was."""
+"""JSON without loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 from typing import Any, cast
 
 decode = json.loads
-# To make an encoder for each output would take longer than to encode it.
+# Made once: making an encoder takes longer than encoding an output.
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _encode_ascii = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -18,7 +18,7 @@ def encode(value: Any) -> str:
     """
     Return a value as JSON.
 
-    :raises TypeError: if it has a type that JSON has not, so that it would come back as something else
+    :raises TypeError: if JSON does not have its type, so that it would not decode to an equal value
     :raises ValueError: if it has a number or a text that JSON cannot carry
     """
     check(value, strict=True)
@@ -36,11 +36,11 @@ def encode(value: Any) -> str:
 
 def check(value: Any, *, strict: bool) -> None:
     """
-    Refuse what JSON cannot carry, and Python's encoder turns into something else.
+    Raise an error for a value that JSON cannot carry, where Python's encoder would change it.
 
-    :param value: made of dicts, lists and what else JSON has
-    :param strict: whether it has to come back as it is; else a tuple may become a list, and an object of a
-        subclass one of its base
+    :param value: the value, made of dicts, lists and the other types of JSON
+    :param strict: whether it must decode to an equal value; else a tuple may become a list, and an object of
+        a subclass one of its base
     :raises TypeError: if JSON has no such type, or a key is no ``str``
     :raises ValueError: if JSON has no such number
     """

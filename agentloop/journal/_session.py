@@ -1,4 +1,4 @@
-"""What one batch does with a journal."""
+"""A journal's side of one batch."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ class Entered(Protocol):
     def codec(self) -> Codec: ...
     def check(self) -> None:
         """
-        Refuse to go on in a process that has forked, or after the block.
+        Raise an error in a forked process, or after the block.
 
         :raises RuntimeError: ...
         """
 
     def count_replayed(self) -> None: ...
     def enqueue(self, writing: Writing) -> None: ...
-    def hurry(self) -> None: ...
+    def flush(self) -> None: ...
 
 
 class Writing:
     """
-    A result on its way into the file.
+    A result that is to be written.
 
-    :param session: of the batch
+    :param session: the session of the batch
     :param claim: the entry
     :param result: the result
-    :param on_done: is told whether it was committed
+    :param on_done: called with whether it was committed
     """
 
     __slots__ = ("claim", "on_done", "row", "session")
@@ -67,15 +67,13 @@ class Writing:
 
 class BatchSession:
     """
-    What one batch does with a journal.
-
-    When its results could not be written, they are kept until nothing of the batch runs any more, and then
-    tried once more.
+    A journal's side of one batch. Results that could not be written are kept until all running invocations of
+    the batch have ended, and then tried once more.
 
     :param journal: the journal
-    :param claims: who has taken what in it
+    :param claims: tracks the taken entries
     :param number: the number of the batch
-    :param on_failure: is told the first time that results could not be written
+    :param on_failure: called the first time that results could not be written
     """
 
     def __init__(
@@ -110,22 +108,22 @@ class BatchSession:
         else:
             self.journal.enqueue(writing)
 
-    def hurry(self) -> None:
+    def flush(self) -> None:
         held, self._held = self._held, []
         for writing in held:
             self.journal.enqueue(writing)
 
-        self.journal.hurry()
+        self.journal.flush()
 
     def release(self, row: int) -> None:
         self.claims.release(row)
 
     def hold(self, writing: Writing) -> None:
-        """Keep what could not be written, to be tried once more."""
+        """Keep a result that could not be written, to try once more."""
         self._held.append(writing)
 
     def fail(self, error: JournalError) -> None:
-        """Stop the batch, since something could not be written."""
+        """Stop the batch, since a result could not be written."""
         self.has_failed = True
         self._on_failure(error)
 
@@ -134,9 +132,9 @@ class EntryClaim:
     """
     The entry that an input has taken.
 
-    :param session: of the batch
+    :param session: the session of the batch
     :param agent_id: the name that the invocation was given
-    :param place: which entry it is
+    :param place: the entry
     """
 
     __slots__ = ("_agent_id", "_data", "_place", "_session", "error", "row")
@@ -179,7 +177,7 @@ class EntryClaim:
     def idempotency_key(self) -> str:
         found, (identity, n, _) = self._place.found, self._place
         file = self._session.journal.file
-        # Another one once a final result was recorded, and under another version.
+        # The key changes once a final result was recorded, and with the version.
         parts = (file.version, identity.agent, repr(identity.key), n, 0 if found is None else found.written)
         return hashlib.blake2b(repr(parts).encode(), digest_size=16, key=file.salt).hexdigest()
 
@@ -192,7 +190,7 @@ class EntryClaim:
                 raise
 
             error = TypeError(
-                f"what {self._agent_id!r} returned cannot be put into the journal: {exc}; pass "
+                f"the output of {self._agent_id!r} cannot be put into the journal: {exc}; pass "
                 "Journal(encode=..., decode=...)"
             )
             error.__cause__ = exc
@@ -204,7 +202,7 @@ class EntryClaim:
         return None
 
     def make_row(self, result: InvocationResult[Any]) -> Row:
-        """Return what is to be written."""
+        """Return the row to write."""
         journal, (identity, n, found) = self._session.journal, self._place
         if found is None:
             self.row = self._session.claims.new_row(self._session.number)

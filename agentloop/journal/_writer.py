@@ -1,4 +1,4 @@
-"""The task that writes what batches have done, many results in one commit."""
+"""The task that writes the results of batches, many in one commit."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ._codec import Codec
 from ._file import Group, JournalFile
 from ._session import Writing
 
-# How long a result waits for others that can be committed with it: a commit waits for the disk, whatever is
-# in it, and takes some milliseconds then.
+# How long a result waits for others to be committed with it: a commit of any size waits some milliseconds for
+# the disk.
 LINGER_SECONDS = 0.02
 MOST_ROWS = 1000
 
 
 class Writer:
     """
-    Writes what batches have done, and tells them when it is committed.
+    Writes the results of batches, and reports each commit to its batch.
 
-    It has a task of its own, which a cancelled batch does not take with it. The task waits for a result and
-    then a moment for more of them, unless a batch waits for nothing else.
+    It has a task of its own, which goes on when a batch is cancelled. The task waits for a result, and then
+    ``LINGER_SECONDS`` for more, unless a batch waits for its commits alone.
 
-    :param file: where results go
+    :param file: the file
     :param codec: encodes and decodes outputs
     :param keep: the statuses of results that are kept
     """
@@ -40,14 +40,14 @@ class Writer:
         self.file = file
         self.codec = codec
         self.claims: Claims | None = None
-        """Who has taken what, while the file is open."""
+        """Tracks the taken entries, while the file is open."""
         self.replayed = 0
         self.written = 0
         self._keep = keep
         self._tasks: Tasks | None = None
         self._process = 0
         self._queue: list[Writing] = []
-        # What is being written.
+        # The results that are being written.
         self._group: tuple[list[Writing], Group] | None = None
         self._closing = False
         self._hurried = False
@@ -55,7 +55,7 @@ class Writer:
 
     def check(self) -> None:
         """
-        Refuse to be used after the block, or in another process.
+        Raise an error after the block, or in another process.
 
         :raises RuntimeError: if so
         """
@@ -70,22 +70,22 @@ class Writer:
         self.replayed += 1
 
     def enqueue(self, writing: Writing) -> None:
-        """Write a result soon."""
+        """Queue a result to be written."""
         if self.claims is None:
             error = JournalError(f"{self.file.path}: the `async with` block of this journal has been left")
             self._fail([writing], error)
         else:
             self._queue.append(writing)
-            # In between the task lingers, and to wake it for each would cost more than the result does.
+            # In between, the task lingers. Waking it for each result would cost more than the result.
             if len(self._queue) in (1, MOST_ROWS):
                 self._wake()
 
-    def hurry(self) -> None:
-        """Write at once."""
+    def flush(self) -> None:
+        """Write all queued results at once."""
         self._hurried = True
         self._wake()
 
-    # -- its life
+    # -- opening and closing
 
     async def open(self) -> None:
         """
@@ -108,10 +108,10 @@ class Writer:
 
     async def close(self, exc: BaseException | None) -> None:
         """
-        Write what is left, end the task and close the file.
+        Write the queued results, end the task and close the file.
 
-        :param exc: what the block is left by
-        :raises InvocationCancelled: if the block was cancelled because the task was, natively
+        :param exc: the exception that leaves the block
+        :raises InvocationCancelled: if the block was cancelled by a native cancellation of the task
         """
         assert self._tasks is not None
         self._closing = True
@@ -131,7 +131,7 @@ class Writer:
             try:
                 await self._write_group()
             except anyio.get_cancelled_exc_class() as native:
-                # The group was committed all the same, and is delivered in the next turn.
+                # The group was committed in spite of it, and is delivered in the next turn.
                 cancelled = native
 
         self.claims = None
@@ -144,7 +144,7 @@ class Writer:
 
     async def _write(self) -> None:
         """Write groups of results until the block is left."""
-        # So that it comes to the end of what it has begun.
+        # Shielded, so that a commit that has begun is finished.
         with anyio.CancelScope(shield=True):
             while not self._closing:
                 if not (self._queue or self._group):
@@ -187,7 +187,7 @@ class Writer:
             writing.on_done(True)
 
     def _fail(self, writings: list[Writing], error: JournalError) -> None:
-        """Leave what could not be written to the batches, which try once more; or give it up."""
+        """Return unwritten results to their batches, which try once more; after a second failure, give up."""
         failed = {writing.session: None for writing in writings if not writing.session.has_failed}
         given_up = [writing for writing in writings if writing.session not in failed]
         held = [writing for writing in (*writings, *self._queue) if writing.session in failed]
@@ -206,13 +206,13 @@ async def _insist(fn: Callable[..., object], *args: Any) -> None:
     """
     Call a function in a worker thread and wait for its end, also if this is cancelled meanwhile.
 
-    :param fn: is called again after a native cancellation, and then waits for the first call
+    :param fn: the function; called again after a native cancellation, and must then wait for the first call
     """
     cancelled: BaseException | None = None
     with anyio.CancelScope(shield=True):
         while True:
             try:
-                # Not by the default limiter: threads of agents may have taken all of that.
+                # Not the default limiter, since agents' threads may hold all of its tokens.
                 await anyio.to_thread.run_sync(fn, *args, limiter=anyio.CapacityLimiter(1))
                 break
             except anyio.get_cancelled_exc_class() as native:
@@ -226,5 +226,5 @@ def _raise(cancelled: BaseException | None) -> None:
         try:
             raise cancelled
         finally:
-            # Its traceback refers to this frame; the frame must not refer back.
+            # The traceback refers to this frame; the frame must not refer back.
             del cancelled

@@ -1,4 +1,4 @@
-"""A clock for tests, which jumps instead of waiting."""
+"""The virtual clock for tests, which jumps instead of waiting."""
 
 from typing import Any, Literal
 
@@ -16,15 +16,15 @@ def virtual_clock(
         anyio.run(main, backend=backend, backend_options=options)
 
     or, returned from an ``anyio_backend`` fixture, for tests run by AnyIO's pytest plugin. There, on asyncio,
-    a deadlocked test takes the event loop with it, and with that any async fixtures of a wider scope.
+    a deadlocked test ends the event loop, and with it any async fixtures of a wider scope.
 
-    The clock never jumps while ``anyio.to_thread`` or ``loop.run_in_executor`` work is being waited for.
+    The clock never jumps while ``anyio.to_thread`` or ``loop.run_in_executor`` work is under way.
     It does jump over waits for sockets and other processes, if nothing can be read from them at once.
 
-    A run in which nothing at all can wake any task ends with :exc:`VirtualClockDeadlock`, after all its
-    tasks were unwound. That is not reported where something outside might yet wake one: a thread
-    started during the run, a socket, a pipe, a signal handler, or, if the event loop does not run in
-    the main thread, the threads that were there before.
+    A run in which no event can wake any task ends with :exc:`VirtualClockDeadlock`, after all its tasks were
+    unwound. A deadlock is not reported if a task may be woken from outside: by a thread started during the
+    run, a socket, a pipe, a signal handler, or, if the event loop does not run in the main thread, the
+    threads that were there before.
 
     :param backend: the event loop to run on
     :param seed: run tasks that are ready at the same time in an order shuffled by this seed; the same

@@ -1,4 +1,4 @@
-"""The virtual clock on asyncio: an event loop whose selector moves the time on instead of sleeping."""
+"""The virtual clock on asyncio: an event loop whose selector advances the time instead of sleeping."""
 
 import asyncio
 import math
@@ -36,7 +36,7 @@ def backend_options(seed: int | None) -> dict[str, Any]:
 
 
 class _VirtualSelector(selectors.DefaultSelector):
-    """Asks the event loop what to do whenever it would have to sleep."""
+    """Lets the event loop advance its time whenever it would have to sleep."""
 
     loop: "_VirtualEventLoop"
 
@@ -75,8 +75,8 @@ class _VirtualEventLoop(asyncio.SelectorEventLoop):
         self, when: float, callback: Callable[[*_Args], object], *args: *_Args, context: Context | None = None
     ) -> asyncio.TimerHandle:
         if when == math.inf:
-            # what never comes is no timer (anyio.sleep_forever() is made of one), and so no way out of
-            # a deadlock
+            # A timer at infinity (anyio.sleep_forever() sets one) never fires, so it does not prevent a
+            # deadlock.
             return asyncio.TimerHandle(when, callback, args, self, context)
 
         return super().call_at(when, callback, *args, context=context)
@@ -88,9 +88,9 @@ class _VirtualEventLoop(asyncio.SelectorEventLoop):
         *args: *_Args,
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
-        sleeper = sys._getframe(1).f_back  # pyright: ignore[reportPrivateUsage]  # who calls asyncio.sleep()
+        sleeper = sys._getframe(1).f_back  # pyright: ignore[reportPrivateUsage]  # of asyncio.sleep()
         if sleeper is not None and sleeper.f_code.co_qualname == "AsyncIOBackend.wait_all_tasks_blocked":
-            # AnyIO polls by sleeping; here it is told, and no virtual time goes by
+            # AnyIO polls here by sleeping; it is woken instead, so that no virtual time passes.
             handle = asyncio.TimerHandle(self.time(), callback, args, self, context)
             self._waiting_until_blocked.append((handle, partial(callback, *args)))
             return handle
@@ -106,7 +106,7 @@ class _VirtualEventLoop(asyncio.SelectorEventLoop):
         return future
 
     async def shutdown_default_executor(self, *args: Any, **kwargs: Any) -> None:
-        # Its threads are joined by a thread, under a time limit which must not run out by a jump.
+        # A thread joins those of the executor, with a time limit that a jump must not exceed.
         self._executor_jobs.add(self)
         try:
             await super().shutdown_default_executor(*args, **kwargs)
@@ -115,11 +115,11 @@ class _VirtualEventLoop(asyncio.SelectorEventLoop):
 
     def pass_idle_time(self, timeout: float | None) -> bool:
         """
-        Let the time until the next timer go by.
+        Advance the time to the next timer.
 
         :param timeout: the seconds until then; ``None`` if there is no timer
-        :return: ``False`` if the loop has to wait for something real
-        :raises VirtualClockDeadlock: if there is nothing to wait for
+        :return: ``False`` if the loop must wait for a real event
+        :raises VirtualClockDeadlock: if no event can come
         """
         if self._waiting_until_blocked:
             waiting, self._waiting_until_blocked = self._waiting_until_blocked, []
@@ -134,13 +134,14 @@ class _VirtualEventLoop(asyncio.SelectorEventLoop):
 
         if timeout is not None:
             self._virtual_time += timeout
-            # asyncio runs the timers of the next nanosecond too, which in a far future is no step at all
+            # asyncio runs the timers of the next nanosecond too, but far in the future that is below one
+            # float step.
             if self._virtual_time + 1e-9 == self._virtual_time:
                 self._virtual_time = math.nextafter(self._virtual_time, math.inf)
 
             return True
 
-        # one file is the loop's own, by which threads and signals wake it
+        # One file is the loop's own, by which threads and signals wake it.
         if len(self._virtual_selector.get_map()) > 1 or (self._outside and self._outside.can_wake()):
             return False
 
@@ -148,9 +149,10 @@ class _VirtualEventLoop(asyncio.SelectorEventLoop):
         raise deadlock((task.get_name(), task.get_coro()) for task in tasks)
 
     def _workers(self, idle: bool) -> Iterator[threading.Thread]:
-        """Give the worker threads of AnyIO on this loop that have nothing to do, or that have."""
+        """Yield the idle worker threads of AnyIO on this loop, or the busy ones."""
         for thread in threading.enumerate():
-            # AnyIO lists its idle threads, on each of them, and only within the loop, so this is exact
+            # Each of AnyIO's threads has the list of idle ones, which changes only within the loop, so this
+            # is exact.
             is_idle = thread in getattr(thread, "idle_workers", ())
             is_ours = getattr(thread, "loop", None) is self and not getattr(thread, "stopping", False)
             if is_ours and is_idle is idle:
@@ -165,19 +167,19 @@ class _VirtualEventLoop(asyncio.SelectorEventLoop):
 
     def _idle_threads(self) -> Iterator[threading.Thread]:
         yield from self._workers(idle=True)
-        # the default executor's: their work is known
+        # Threads of the default executor, whose work is tracked.
         yield from (thread for thread in threading.enumerate() if thread.name.startswith("asyncio_"))
 
     def shuffle(self) -> None:
         """
-        Put tasks that are about to run one after the other in a new order.
+        Shuffle tasks that are about to run one after the other.
 
-        No task passes another callback: that one may be the cancellation that a task is to meet.
+        No task passes another callback, which may be the delivery of a cancellation.
         """
         if self._random is None:
             return
 
-        # Taken from the left and put back there: other threads may add at the right meanwhile.
+        # Taken from the left and put back there, since other threads may append on the right meanwhile.
         ready: deque[Any] = vars(self)["_ready"]
         order: list[Any] = []
         for is_step, group in groupby([ready.popleft() for _ in range(len(ready))], _is_step):

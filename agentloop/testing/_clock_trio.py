@@ -1,4 +1,4 @@
-"""The virtual clock on trio: its own mock clock, which is told what to do when every task is blocked."""
+"""The virtual clock on trio: trio's mock clock, with a hook for when every task is blocked."""
 
 import math
 import threading
@@ -22,7 +22,7 @@ from agentloop.testing._deadlock import (
     threads_served,
 )
 
-# trio has no public way to steer its scheduler; what is missing in another version is refused below
+# trio has no public way to control its scheduler; a version that lacks these attributes is refused below.
 _run: Any = import_module("trio._core._run")
 _thread_cache: Any = import_module("trio._core._thread_cache")
 
@@ -40,15 +40,15 @@ def backend_options(seed: int | None) -> dict[str, Any]:
 
 
 class _Director(trio.abc.Instrument):
-    """Follows one run: shuffles its tasks, moves its clock, ends its deadlock."""
+    """Controls one run: shuffles its tasks, advances its clock, ends its deadlock."""
 
     def __init__(self, seed: int | None) -> None:
         self._random = None if seed is None else Random(seed)
         self._deadlock: VirtualClockDeadlock | None = None
         self.clock = trio.testing.MockClock(autojump_threshold=0)
         self.clock.jump(START_SECONDS)
-        # The class is final, but trio looks its method up on the object. It calls it when no task is
-        # ready, no input is there, and nobody is in wait_all_tasks_blocked().
+        # The class is final, but trio looks its method up on the object. It calls the method when no task is
+        # ready, there is no input, and no task is in wait_all_tasks_blocked().
         vars(self.clock)["_autojump"] = self._pass_idle_time
 
     def before_run(self) -> None:
@@ -68,7 +68,7 @@ class _Director(trio.abc.Instrument):
             _run._r.seed()
 
         if self._deadlock is not None and getattr(result, "error", None) is not self._deadlock:
-            # wrapped in a group, replaced by an error of the cleanup, or swallowed
+            # The error was wrapped in a group, replaced by an error of the cleanup, or swallowed.
             error = VirtualClockDeadlock(*self._deadlock.args)
             error.__context__ = getattr(result, "error", None)
             self._runner.main_task_outcome = outcome.Error(error)
@@ -87,7 +87,7 @@ class _Director(trio.abc.Instrument):
             self._end_deadlock()
 
     def _wait(self) -> None:
-        """Sleep until something real happens, for a moment at most, instead of asking again at once."""
+        """Sleep until a real event, for ``POLL_SECONDS`` at most, instead of polling at once."""
         self.clock.autojump_threshold = POLL_SECONDS
 
     def _tasks(self) -> list[Any]:
@@ -102,7 +102,7 @@ class _Director(trio.abc.Instrument):
         """
         Unwind the run by an error in the main task, in the way of trio's ``KeyboardInterrupt``.
 
-        Where that task has had it and still waits for others, which are shielded, they get it too.
+        If that task already has the error and waits for shielded tasks, these get it too.
         """
         tasks = self._tasks()
         error = deadlock((task.name, task.coro) for task in tasks)
@@ -118,7 +118,7 @@ class _Director(trio.abc.Instrument):
 
 def _waits_for_io(statistics: Any) -> bool:
     counts = [value for value in attrs.asdict(statistics).values() if isinstance(value, int)]
-    # one wait is the run's own, by which threads and signals wake it
+    # One wait is the run's own, by which threads and signals wake it.
     return sum(counts) > 1
 
 
@@ -138,7 +138,7 @@ class _ShuffledQueue(deque[Any]):
         tasks = sorted(super().__iter__(), key=lambda task: task._counter)
         self._random.shuffle(tasks)
         if len(tasks) > 1:
-            # after this trio tosses a coin for the direction, or shuffles again if Hypothesis is there
+            # After this, trio reverses the batch at random, or shuffles it again if Hypothesis is installed.
             _run._r.seed(self._random.getrandbits(64))
 
         return iter(tasks)

@@ -1,4 +1,4 @@
-"""What both virtual clocks need to tell a deadlock from a wait."""
+"""Detection of deadlocks, for both virtual clocks."""
 
 import signal
 import threading
@@ -12,7 +12,7 @@ from agentloop._runtime.attempt import Attempts
 # The virtual time at which every run starts. Not zero: that would hide confusions of time and duration.
 START_SECONDS = 1000.0
 
-# How often to look again while waiting for something real: whatever ends may do so without a sign.
+# How often to poll while waiting for a real event, such as a thread that ends without a signal.
 POLL_SECONDS = 0.02
 
 _LIBRARIES = {"anyio", "asyncio", "outcome", "trio"}
@@ -31,9 +31,9 @@ class VirtualClockDeadlock(AgentLoopError, RuntimeError):
 
 def require(owner: object, *names: str) -> None:
     """
-    Refuse to go on without private attributes that the clock relies on.
+    Raise an error if private attributes that the clock needs are missing.
 
-    :raises RuntimeError: if one is missing, as it may be in a future version
+    :raises RuntimeError: if one is missing, as may happen in a future version
     """
     for name in names:
         if not hasattr(owner, name):
@@ -68,7 +68,7 @@ def threads_served(coros: Iterable[Any]) -> int:
 
 
 def _frames(coro: Any) -> Iterator[FrameType]:
-    """Give the frames of a suspended coroutine, outermost first."""
+    """Yield the frames of a suspended coroutine, outermost first."""
     while coro is not None:
         frame = getattr(coro, "cr_frame", None) or getattr(coro, "gi_frame", None)
         if frame is not None:
@@ -76,7 +76,7 @@ def _frames(coro: Any) -> Iterator[FrameType]:
 
         inner = getattr(coro, "cr_await", None) or getattr(coro, "gi_yieldfrom", None)
         if inner is None and frame is not None and frame.f_code is vars(Attempts)["run"].__code__:
-            # It drives the agent's coroutine by hand, so the interpreter does not know what it waits for.
+            # It drives the agent's coroutine by hand, so the interpreter does not link the two.
             inner = frame.f_locals.get("coroutine")
 
         coro = inner
@@ -87,7 +87,7 @@ def _module(frame: FrameType) -> str:
 
 
 def _place(coro: Any) -> str:
-    """Name the innermost line that is not the event loop's own, where there is one."""
+    """Return the innermost line outside of the event loop's own code, if there is one."""
     frames = list(_frames(coro))
     own = [frame for frame in frames if _module(frame).partition(".")[0] not in _LIBRARIES]
     return "".join(
@@ -98,9 +98,9 @@ def _place(coro: Any) -> str:
 
 class Outside:
     """
-    What could wake an event loop from outside, apart from what it knows about itself.
+    The threads and signal handlers that could wake an event loop from outside.
 
-    :param idle_threads: gives the threads that are kept for later and have nothing to do
+    :param idle_threads: returns the idle threads of pools
     """
 
     def __init__(self, idle_threads: Callable[[], Iterable[threading.Thread]]) -> None:
@@ -109,9 +109,9 @@ class Outside:
         self._handlers = _signal_handlers()
 
     def can_wake(self) -> bool:
-        """Tell whether a thread or a signal handler that came during the run may wake a task."""
+        """Return whether a thread or a signal handler from the time of the run may wake a task."""
         if threading.current_thread() is not threading.main_thread():
-            # whoever started this loop in a thread of its own is there, and may talk to it
+            # The thread that started this loop in another one may call into it.
             return True
 
         threads = set(threading.enumerate()) - self._threads - set(self._idle_threads())

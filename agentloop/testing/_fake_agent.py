@@ -1,4 +1,4 @@
-"""An agent for tests, which does what its script says."""
+"""An agent for tests, which plays a script."""
 
 __all__ = ["Chunks", "Fail", "FakeAgent", "FakeCall", "FakeHTTPError", "Reply", "Stall"]
 
@@ -25,21 +25,21 @@ def _raisable(_: object, attribute: "attrs.Attribute[Any]", value: object) -> No
 
 @attrs.frozen
 class FakeResponse:
-    """The part of an HTTP response that errors of HTTP clients are judged by."""
+    """The part of an HTTP response by which errors of HTTP clients are judged."""
 
     status_code: int
     headers: Mapping[str, str]
 
 
-# No slots: what catches an exception may hang something on it, such as a note.
+# No slots, since other code may set attributes on an exception, such as notes.
 @attrs.define(slots=False, eq=False)
 class FakeHTTPError(Exception):
     """
-    What HTTP clients raise for a bad status: :func:`agentloop.classify` reads it as it reads theirs.
+    An error like those that HTTP clients raise for a bad status. :func:`agentloop.classify` reads both alike.
 
     :param status_code: the status, from 100 to 599
-    :param retry_after: what the header Retry-After says: a number of seconds, or a text that is sent as it
-        is, such as a date or garbage; no header if ``None``
+    :param retry_after: the header Retry-After: a number of seconds, or any text, such as a date or garbage;
+        no header if ``None``
     :raises TypeError: if a value is of the wrong type
     :raises ValueError: if a number is out of its range
     """
@@ -74,7 +74,7 @@ class Reply:
     """
     Return a value.
 
-    :param value: what is returned
+    :param value: the return value
     :param after_seconds: how long that takes
     :raises TypeError: if ``after_seconds`` is no number
     :raises ValueError: if it is negative or not finite
@@ -89,7 +89,7 @@ class Fail:
     """
     Raise an exception.
 
-    :param exception: what is raised: always the same object, or a new one if it is a class
+    :param exception: the exception: always the same object, or a new one if it is a class
     :param after_seconds: how long that takes
     :raises TypeError: if a value is of the wrong type
     :raises ValueError: if ``after_seconds`` is negative or not finite
@@ -102,9 +102,9 @@ class Fail:
 @attrs.frozen
 class Stall:
     """
-    Do nothing, until somebody cancels it.
+    Wait until cancelled.
 
-    On a virtual clock that has to be a time-out: else it is reported as a deadlock, which it is.
+    On a virtual clock, a time-out must cancel it: otherwise the clock reports a deadlock.
     """
 
 
@@ -116,7 +116,7 @@ def _chunks(value: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def _ending(value: Fail | Stall | Raisable | None) -> Fail | Stall | None:
-    # What is neither is refused below.
+    # Other types are refused below.
     return Fail(cast("Raisable", value)) if _is_raisable(value) else cast("Fail | Stall | None", value)
 
 
@@ -130,10 +130,10 @@ class Chunks:
     """
     Yield chunks, and end.
 
-    :param chunks: what is yielded
-    :param after_seconds: how long it takes to the first of them
-    :param gap_seconds: how long it takes from each to the next
-    :param then: what comes after the last chunk: an exception, :class:`Fail` or :class:`Stall`; the stream
+    :param chunks: the chunks
+    :param after_seconds: how long it takes to the first chunk
+    :param gap_seconds: how long it takes from each chunk to the next
+    :param then: the outcome after the last chunk: an exception, :class:`Fail` or :class:`Stall`; the stream
         ends if ``None``
     :raises TypeError: if a value is of the wrong type
     :raises ValueError: if a number of seconds is negative or not finite
@@ -153,13 +153,13 @@ Outcome: TypeAlias = Reply | Fail | Stall | Chunks
 @attrs.define(eq=False)
 class FakeCall:
     """
-    One call of a :class:`FakeAgent`: how it was called, and how far it is.
+    One call of a :class:`FakeAgent`: its arguments and its progress.
 
     :param args: its positional arguments
     :param kwargs: its keyword arguments
     :param started_at: when it began, in seconds by ``anyio.current_time()``
-    :param ended_at: when it ended, in whatever way; ``None`` as long as it runs
-    :param cancelled: whether it was cancelled, or its stream closed, before it came to its end
+    :param ended_at: when it ended, in any way; ``None`` as long as it runs
+    :param cancelled: whether it was cancelled, or its stream closed, before its end
     :param chunks: how many chunks it has yielded
     """
 
@@ -181,11 +181,11 @@ class FakeAgent:
         assert (result.output, result.retries) == ("Forty-two", 1)
         assert [call.args for call in agent.calls] == [("Why?",), ("Why?",)]
 
-    It is an async function, to be called in any way and not only by a loop. If there are :class:`Chunks` in
-    its script, it is an async generator function, and so for :meth:`agentloop.AgentLoop.run_streaming`.
+    It is an async function, which any code can call, not only a loop. With :class:`Chunks` in its script, it
+    is an async generator function, for :meth:`agentloop.AgentLoop.run_streaming`.
 
-    The last outcome is played again for every further call. To refuse calls that should not be, end the
-    script with ``AssertionError("one call too many")``, which is not retried.
+    The last outcome is played again for every further call. To refuse further calls, end the script with
+    ``AssertionError("one call too many")``, which is not retried.
 
     :param script: the outcomes, in the order of the calls: :class:`Reply`, :class:`Fail`, :class:`Stall`,
         :class:`Chunks`, or an exception, which is raised at once
@@ -221,7 +221,7 @@ class FakeAgent:
 
     @property
     def peak(self) -> int:
-        """How many calls ran at once at most."""
+        """The largest number of calls that ran at once."""
         return self._peak
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
@@ -300,7 +300,7 @@ async def _play(outcome: Outcome | None) -> Any:
         case Fail():
             await anyio.sleep(outcome.after_seconds)
             error = outcome.exception
-            # The same object may be raised many times: each time without the frames of the times before.
+            # The same object may be raised many times: each time without the frames of earlier raises.
             raise error.with_traceback(None) if isinstance(error, BaseException) else error
         case Stall():
             await anyio.sleep_forever()

@@ -343,7 +343,7 @@ async def test_first_output_that_cannot_be_written_stops_the_batch_and_is_in_the
         await night(path, Invocation.map(answer, "abc"), make_loop(max_concurrency=1))
 
     assert str(caught.value) == (
-        "what 'answer-0' returned cannot be put into the journal: JSON has no Answer; pass "
+        "the output of 'answer-0' cannot be put into the journal: JSON has no Answer; pass "
         "Journal(encode=..., decode=...)"
     )
     assert [result.output for result in caught.value.unwritten] == [Answer("a")]
@@ -355,7 +355,9 @@ async def test_later_output_that_cannot_be_written_is_an_error_of_its_input(path
     results = await night(path, inputs, loop, encode=make_text, decode=Answer)
     assert [result.status for result in results] == ["success", "error", "success"]
     assert results[1].output is None
-    assert "'answer-1' returned cannot be put into the journal: 'set' object has no" in str(results[1].error)
+    assert "the output of 'answer-1' cannot be put into the journal: 'set' object has no" in str(
+        results[1].error
+    )
     assert loop.metrics.snapshot().failures == 1
     assert rows(path, "status") == ["success", "error", "success"]
 
@@ -365,7 +367,7 @@ async def test_decoder_that_does_not_fit_is_found_at_once(raised: BaseException,
     def fail(data: Any) -> Any:
         raise raised
 
-    with pytest.raises(JournalError, match="returned cannot be put into the journal"):
+    with pytest.raises(JournalError, match="cannot be put into the journal"):
         await night(path, Invocation.map(answer, "a"), encode=make_text, decode=fail)
 
 
