@@ -1,4 +1,4 @@
-"""How long to wait before a retry."""
+"""The waits before retries."""
 
 __all__ = ["Backoff", "RandomSource"]
 
@@ -11,7 +11,7 @@ from ._misuse import name_parameters
 
 
 class RandomSource(Protocol):
-    """What is asked for randomness: a ``random.Random``, or the ``random`` module itself."""
+    """A source of random numbers: a ``random.Random``, or the ``random`` module itself."""
 
     def random(self) -> float:
         """Return a number from 0, inclusive, to 1, exclusive."""
@@ -23,7 +23,7 @@ _INITIAL = 0.1
 
 def _check_longest(backoff: "Backoff", attribute: "attrs.Attribute[Any]", value: float) -> None:
     initial = backoff.initial_seconds
-    # The default was not asked for, so it gives way.
+    # A default of initial_seconds gives way to a smaller max_seconds.
     if initial > value and initial != _INITIAL:
         raise ValueError(f"initial_seconds must be at most {attribute.name}={value!r}, got {initial!r}")
 
@@ -38,14 +38,14 @@ class Backoff:
     2015): ``"full"`` draws from ``[0, d)``, ``"equal"`` from ``[d/2, d)``, ``"none"`` waits ``d``,
     where ``d = min(max_seconds, initial_seconds * multiplier ** retry)``.
 
-    :param initial_seconds: the wait before the first retry, in seconds; 0 retries at once. Where it is
-        given, it is at most ``max_seconds``
-    :param multiplier: by what the wait grows from one retry to the next, at least 1
+    :param initial_seconds: the wait before the first retry, in seconds; 0 retries at once. If given, it is at
+        most ``max_seconds``
+    :param multiplier: the factor of the wait from one retry to the next, at least 1
     :param max_seconds: the longest wait, in seconds
     :param jitter: ``"full"``, ``"equal"`` or ``"none"``
-    :param max_retry_after_seconds: the longest Retry-After that is waited for, in seconds; an
-        invocation that is told to wait longer fails at once
-    :raises TypeError: if a number is none
+    :param max_retry_after_seconds: the longest Retry-After to wait for, in seconds; an invocation with a
+        longer one fails at once
+    :raises TypeError: if a value is of the wrong type
     :raises ValueError: if a value is out of its range, or there is no such jitter
     """
 
@@ -64,14 +64,14 @@ class Backoff:
         Return how many seconds to wait before a retry.
 
         :param retry: how many retries there have been, 0 before the first
-        :param rng: where the jitter comes from
+        :param rng: the source of the jitter
         :return: seconds, between 0 and ``max_seconds``
         :raises ValueError: if ``retry`` is negative
         """
         if retry < 0:
             raise ValueError(f"retry must be at least 0, got {retry!r}")
 
-        retry = min(retry, 10_000)  # far beyond any limit, and no trouble for a float
+        retry = min(retry, 10_000)  # far beyond any limit, and small enough for a float
         try:
             ceiling = min(self.max_seconds, self.initial_seconds * float(self.multiplier) ** retry)
         except OverflowError:
@@ -89,12 +89,12 @@ class Backoff:
         """
         Return how many seconds to wait before a retry, with a server's Retry-After as a floor.
 
-        The floor is raised by up to a quarter at random, so that callers who were told the same
-        time do not all return in the same instant.
+        The floor is raised by up to a quarter at random, so that callers with the same Retry-After do not all
+        return at once.
 
         :param retry: how many retries there have been, 0 before the first
-        :param retry_after: what the server asked for, in seconds, or ``None``
-        :param rng: where the jitter comes from
+        :param retry_after: the server's Retry-After, in seconds, or ``None``
+        :param rng: the source of the jitter
         :return: seconds, never less than ``retry_after``
         :raises ValueError: if ``retry`` is negative
         """

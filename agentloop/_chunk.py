@@ -1,4 +1,4 @@
-"""The chunks of an agent server: what an agent says while it works, and how it goes over the wire."""
+"""The chunks of an agent server, and their form as server-sent events."""
 
 __all__ = ["StreamChunk", "StreamEvent", "collect_text"]
 
@@ -16,7 +16,7 @@ from ._errors import AgentLoopError
 
 
 class StreamEvent(enum.StrEnum):
-    """What a chunk tells. An agent need not use all of them, nor a stream end with a terminal one."""
+    """The kind of a chunk. An agent need not use all kinds, and a stream may end without a terminal one."""
 
     START = "start"
     """The agent has begun."""
@@ -25,7 +25,7 @@ class StreamEvent(enum.StrEnum):
     """A step of the agent has begun."""
 
     THINKING = "thinking"
-    """A piece of what the model thinks, which is no part of its answer."""
+    """A piece of the model's thinking, which is no part of its answer."""
 
     TOOL_CALL = "tool_call"
     """The agent calls a tool."""
@@ -54,10 +54,10 @@ _LINE_END = re.compile("\r\n|\n|\r")
 @attrs.frozen
 class StreamChunk:
     """
-    One piece of what an agent streams. Streams carry chunks of any other type just as well.
+    One piece of an agent's stream. Streams may carry chunks of any other type too.
 
-    :param event: what the chunk tells
-    :param data: text, or anything that is JSON data where the chunk is to be sent with :meth:`to_sse`
+    :param event: the kind of the chunk
+    :param data: text, or any object; for :meth:`to_sse`, text or JSON data
     :param timestamp: when the chunk was made, in seconds since the epoch, by the wall clock
     :raises TypeError: if a value is of the wrong type
     :raises ValueError: if the timestamp is not finite
@@ -76,14 +76,14 @@ class StreamChunk:
         r"""
         Return the chunk as a server-sent event, to be sent as UTF-8 with the type ``text/event-stream``.
 
-        The name of the event is ``event``. A ``str`` is sent as it is, so that a client can show a piece of
+        The name of the event is ``event``. A ``str`` is sent unchanged, so that a client can show a piece of
         the answer without decoding it; all other data is sent as JSON, ``None`` as ``null``. A client cannot
-        tell the text ``42`` from the number, so let each kind of event have one kind of data. The timestamp
-        is not sent.
+        distinguish the text ``42`` from the number, so let each kind of event have one kind of data. The
+        timestamp is not sent.
 
-        Text arrives as it was, but for two things that an event stream cannot carry: every line end arrives
-        as ``\n``, and a surrogate that is not part of a pair as U+FFFD. Data that has to arrive to the
-        letter goes into JSON: ``{"text": ...}``.
+        Text arrives unchanged, with two exceptions that an event stream cannot carry: every line end arrives
+        as ``\n``, and a surrogate that is not part of a pair as U+FFFD. For an exact copy, put text into
+        JSON: ``{"text": ...}``.
 
         In browsers, ``EventSource`` names its own failures ``error`` too, without any ``data``; and it
         connects again when the stream ends, so close it on a terminal event.
@@ -102,10 +102,10 @@ class StreamChunk:
             except (TypeError, ValueError, RecursionError) as exc:
                 raise TypeError(
                     f"data of a {self.event} chunk must be a str or JSON data to be sent as an event, got a "
-                    f"{type(self.data).__name__} ({exc}): make it text, or a dict of what the client needs"
+                    f"{type(self.data).__name__} ({exc}): make it text, or a dict for the client"
                 ) from exc
 
-        # A parser takes one space away after the colon, so that one of the text's own is kept.
+        # A parser removes one space after the colon, so a space of the text's own is kept.
         lines = [f"event: {self.event}", *(f"data: {line}" for line in _LINE_END.split(text))]
         return "\n".join(lines) + "\n\n"
 
@@ -114,12 +114,12 @@ async def collect_text(chunks: AsyncIterable[StreamChunk | str]) -> str:
     """
     Read a stream to its end and return its text: every ``TEXT`` chunk and every plain ``str``, joined.
 
-    A text that was cut off is never taken for the whole: what the stream raises is raised here, and an
-    ``ERROR`` or a ``CANCELLED`` chunk raises too.
+    It never returns a text that was cut off: an exception of the stream propagates, and an ``ERROR`` or a
+    ``CANCELLED`` chunk raises an error.
 
-    :param chunks: such as the stream of :meth:`AgentLoop.run_streaming`; closing it is up to the caller
-    :return: the text; other chunks are passed over
-    :raises AgentLoopError: if the agent says that it failed or was cancelled
+    :param chunks: an async iterable, such as the stream of :meth:`AgentLoop.run_streaming`; not closed here
+    :return: the text; other chunks are skipped
+    :raises AgentLoopError: at a chunk of ``ERROR`` or ``CANCELLED``
     :raises TypeError: if a chunk is neither a ``StreamChunk`` nor a ``str``, or if the data of a ``TEXT``
         chunk is no ``str``
     """

@@ -19,7 +19,7 @@ _TIMEOUT = 300.0
 
 def _check_total(config: "LoopConfig", attribute: "attrs.Attribute[Any]", value: float | None) -> None:
     each = config.timeout_seconds
-    # The default was not asked for, and neither None nor infinity is a limit that could be ignored.
+    # A default of timeout_seconds may be above the total, and neither None nor infinity would be ignored.
     if value is not None and each is not None and each not in (_TIMEOUT, math.inf) and value < each:
         raise ValueError(
             f"{attribute.name} must be at least timeout_seconds={each!r}, got {value!r}: "
@@ -31,24 +31,24 @@ def _check_total(config: "LoopConfig", attribute: "attrs.Attribute[Any]", value:
 @attrs.frozen(kw_only=True)
 class LoopConfig:
     """
-    How a loop runs its invocations. Durations are in seconds; ``None`` means no limit.
+    The settings of a loop. Durations are in seconds; ``None`` means no limit.
 
-    :param max_concurrency: how many may run at once, where the loop is given no limiter
+    :param max_concurrency: how many invocations may run at once, if the loop is given no limiter
     :param timeout_seconds: how long each attempt may take
     :param total_timeout_seconds: how long an invocation may take from its first start, with all its
-        attempts and the waits between them; not less than a ``timeout_seconds`` that is given too
+        attempts and the waits between them; at least ``timeout_seconds``, if both are given
     :param retry_on_timeout: whether an attempt that ran into ``timeout_seconds`` is retried
     :param max_retries: how many retries an invocation may have; 0 for none of any kind
     :param backoff: how long to wait before a retry
-    :param classify: a plain function that judges what an attempt raised
+    :param classify: a plain function that judges the exception of an attempt
     :param first_chunk_timeout_seconds: how long a stream may take to its first chunk
     :param idle_timeout_seconds: how long a stream may take from one chunk to the next
-    :param overload_timeout_seconds: how long an invocation goes on being retried through overload; such
-        retries do not count towards ``max_retries``. A batch stops when its limiter has let nothing succeed
-        for as long: see :class:`Limiter`
+    :param overload_timeout_seconds: how long an invocation is retried through overload; such retries do not
+        count towards ``max_retries``. A batch stops when nothing has succeeded through its limiter for as
+        long: see :class:`Limiter`
     :param queue_timeout_seconds: how long a single invocation or a stream may wait for its first slot: then
-        its result is ``TIMEOUT``, with a :exc:`QueueTimeout`. Neither batches are bound by it, nor nested
-        invocations that can use the slot of the one that runs them
+        its result is ``TIMEOUT``, with a :exc:`QueueTimeout`. It does not apply to batches, nor to nested
+        invocations that can borrow a slot
     :param stop: when a batch stops by itself; single invocations and streams are no batches
     :param collect_metrics: whether results are recorded
     :raises TypeError: if a value is of the wrong type; ``bool`` is no number

@@ -1,4 +1,4 @@
-"""The errors that the library itself raises or puts into results."""
+"""The library's own errors, raised or put into results."""
 
 __all__ = [
     "AgentLoopError",
@@ -30,27 +30,27 @@ from ._foreign import foreign_code
 # How long the reason of a stop may be, in characters.
 _REASON_CHARACTERS = 500
 _MOST_CHARACTERS = 1000
-# Cleaning makes a text shorter, so more than that is looked at; the rest of a long text costs nothing.
+# Cleaning makes a text shorter, so more characters are read than kept. The end of a long text is not read.
 _READ_CHARACTERS = 4 * _MOST_CHARACTERS
-# A metaclass can make a property of __name__; this is what type itself stores.
+# The name that type itself stores: a metaclass can make __name__ a property.
 _name_of_type = vars(type)["__name__"].__get__
 
 
 def describe(exc: BaseException, *, named: bool = True) -> str:
     """
-    Return the type and the text of an exception as one line of at most 1,000 printable characters, whatever
-    its own ``__str__`` does. The cost does not depend on the length of the text.
+    Return the type and the text of an exception as one line of at most 1,000 printable characters. Any
+    ``__str__`` is safe, even one that raises. The cost does not depend on the length of the text.
 
     :param exc: the exception
-    :param named: whether the type precedes the text; a missing text is replaced by the type in any case
+    :param named: whether the type precedes the text; the type always replaces a missing text
     """
     text = ""
     with foreign_code:
-        # The slice of str: the text may be of a subclass with another one.
+        # By str's own method, since a subclass may override it.
         text = str.__getitem__(str(exc), slice(_READ_CHARACTERS + 1))
 
     name, line = _one_line(_name_of_type(type(exc))), _one_line(text)
-    # The line of an error of an earlier run begins with the type that it had then.
+    # The line of a JournaledError begins with the type of the original error.
     named = named and type(exc) is not JournaledError
     return _clip(f"{name}: {line}" if named and line else line or name)
 
@@ -68,23 +68,23 @@ def _clip(line: str) -> str:
 
 
 def _printable(character: str) -> str:
-    """Return a character, or what stands for it in a line that is meant to be read."""
+    """Return a character, or its replacement in a printable line."""
     if character.isprintable():
         return character
 
     category = unicodedata.category(character)
     if category == "Cf":
-        return ""  # joiners, marks of direction and the like have no width
+        return ""  # joiners, direction marks and similar have no width
 
     # Half surrogates, private and unassigned characters; else separators and control characters.
     return "\N{REPLACEMENT CHARACTER}" if category in ("Cs", "Co", "Cn") else " "
 
 
 class AgentLoopError(Exception):
-    """The base of every error that is this library's own."""
+    """The base of all errors of this library."""
 
-    # The value of its VerdictKind, of the class or of one error. None leaves it to the response it tells of.
-    # An error with such a value does not speak of the provider.
+    # The value of the VerdictKind of all errors of a class, or of one error. None leaves it to the response.
+    # An error with such a value is no sign of an outage.
     _verdict: str | None = None
 
 
@@ -92,10 +92,10 @@ class InvocationTimeout(AgentLoopError, TimeoutError):
     """
     An invocation was still running when its time was up.
 
-    Where an error of the agent's own came out of the time-out (a failing ``finally``, a wrapped
-    cancellation), it is the ``__cause__``.
+    If the time-out led to an error of the agent's own (a failing ``finally``, a wrapped cancellation), that
+    is the ``__cause__``.
 
-    :param seconds: the time that was allowed, in seconds
+    :param seconds: the time limit, in seconds
     :param total: whether it was ``total_timeout_seconds`` (all attempts and the waits between them)
         rather than ``timeout_seconds`` (one attempt)
     """
@@ -104,7 +104,7 @@ class InvocationTimeout(AgentLoopError, TimeoutError):
     _text = "Timeout after {:.10g}s"
 
     def __init__(self, seconds: float, total: bool = False) -> None:
-        # One argument: OSError, which a TimeoutError is, takes two for an errno and its text.
+        # One argument: TimeoutError is an OSError, which takes two arguments for an errno and its text.
         super().__init__(seconds)
         self.seconds = seconds
         self.total = total
@@ -133,11 +133,11 @@ class QueueTimeout(InvocationTimeout):
 
 class QueueFull(AgentLoopError):
     """
-    An invocation never began, since ``Limiter(max_waiting=...)`` others were waiting for a slot already.
+    An invocation never began, since ``max_waiting`` others were waiting for a slot of the :class:`Limiter`.
 
     :param waiting: how many were waiting
-    :param retry_after_seconds: in about how many seconds it would have begun, had it been let in; ``None``
-        if nobody knows. :class:`Limiter` says how that is computed
+    :param retry_after_seconds: an estimate of the seconds until it would have begun; ``None`` without an
+        estimate. :class:`Limiter` describes the computation
     """
 
     _verdict = "transient"
@@ -156,9 +156,9 @@ class QueueFull(AgentLoopError):
 
 class InvocationCancelled(AgentLoopError):
     """
-    An invocation ended by a cancellation that its caller did not ask for.
+    An invocation ended by a cancellation that its caller did not request.
 
-    Its ``__cause__`` is the cancellation that came out of the agent, where one did.
+    Its ``__cause__`` is the cancellation that the agent raised, if it did.
     """
 
     _verdict = "transient"
@@ -169,18 +169,18 @@ class BatchStopped(AgentLoopError):
     A batch was stopped before all of its inputs were run.
 
     It is the exception of each ``SKIPPED`` result of the batch: one object for all of them. It is raised too
-    where results are missing: by ``as_completed()`` and ``stream_all()`` after the last result, and by
+    if results are missing: by ``as_completed()`` and ``stream_all()`` after the last result, and by
     ``run_all()`` if an async input was not read to its end. Its ``__cause__`` is the error that stopped the
     batch.
 
     :param reason: why the batch was stopped
-    :param hint: what to do to have it go on, if there is anything
+    :param hint: how the user lets such a batch go on, if that is possible
     """
 
     _verdict = "permanent"
 
     results: list[Any]
-    """The results that there are, of a ``run_all()`` that raised this; else empty."""
+    """The results of the pulled inputs, if ``run_all()`` raised this; else empty."""
 
     def __init__(self, reason: str, hint: str = "") -> None:
         reason = reason if len(reason) <= _REASON_CHARACTERS else f"{reason[: _REASON_CHARACTERS - 3]}..."
@@ -195,13 +195,14 @@ class BatchStopped(AgentLoopError):
 
 class BudgetSpent(AgentLoopError):
     """
-    An invocation costs more than is left of a budget, and no attempt that runs may still give something back.
+    An invocation costs more than the remainder of a budget, and no running attempt may still give something
+    back.
 
     It is the exception of a ``SKIPPED`` result, and the ``__cause__`` of the :exc:`BatchStopped` of a batch.
 
-    :param cost: what the invocation costs
-    :param remaining: what was left; negative if more had been spent than there was
-    :param limit: how much there was in the beginning
+    :param cost: the cost of the invocation
+    :param remaining: the remainder of the budget; negative if it was overdrawn
+    :param limit: the whole budget
     """
 
     _verdict = "permanent"
@@ -221,7 +222,7 @@ class LeftOpenError(AgentLoopError, RuntimeError):
     """
     An agent has ended and left a cancel scope or a task group open in its task.
 
-    :param agent_id: which one
+    :param agent_id: the id of the agent
     """
 
     _verdict = "permanent"
@@ -239,10 +240,10 @@ class LeftOpenError(AgentLoopError, RuntimeError):
 
 class DeadlockError(AgentLoopError, RuntimeError):
     """
-    Agents under two keys of a ``KeyedLimiter`` wait for a slot that the other one has.
+    Agents under two keys of a ``KeyedLimiter`` wait for each other's slots.
 
-    :param key: of the agent that gets this error, since it was about to wait for ever
-    :param other: whose slots are all taken by agents that wait in the same way
+    :param key: the key of the agent that gets this error, since it was about to wait for ever
+    :param other: the key whose slots are all held by agents that wait for ``key``
     """
 
     _verdict = "permanent"
@@ -269,13 +270,13 @@ class JournalError(AgentLoopError):
     """
     A journal cannot be read or written, or an output cannot be encoded.
 
-    The message says which file, what happened, and what can be done.
+    The message names the file, the problem and a remedy.
     """
 
     _verdict = "permanent"
 
     unwritten: list[Any]
-    """The results that the file does not hold, and that were not delivered otherwise."""
+    """The results that are not in the file and were not delivered."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)
@@ -311,16 +312,16 @@ class JournalMismatch(JournalError):
 
 class JournaledError(AgentLoopError):
     """
-    What an agent raised in an earlier run, as a journal knows it: the line of the error, not the object.
+    The error of an agent in an earlier run: a journal has the line of the error, not the object.
 
-    :param line: ``"ValueError: boom"``, as ``InvocationResult.error`` has it
+    :param line: the line of ``InvocationResult.error``, such as ``"ValueError: boom"``
     """
 
     _verdict = "permanent"
 
 
 def not_async(message: str) -> TypeError:
-    """Make the error of an agent that is no async function: every other call of it would fail likewise."""
+    """Make the error of an agent that is no async function. It is fatal: every call would fail."""
     error = TypeError(message)
     vars(error)[_NOT_ASYNC] = True
     return error

@@ -1,4 +1,4 @@
-"""What is told about invocations while they run."""
+"""The events of invocations, limiters and batches."""
 
 __all__ = [
     "ChunkEvent",
@@ -27,10 +27,10 @@ T_co = TypeVar("T_co", covariant=True)
 @attrs.frozen
 class ChunkEvent(Generic[T_co]):
     """
-    One of several streams has yielded a chunk. Only :meth:`AgentLoop.stream_all` gives this event.
+    One of several streams has yielded a chunk. Only readers of :meth:`AgentLoop.stream_all` get this event.
 
-    :param invocation: whose stream it is
-    :param chunk: what it yielded
+    :param invocation: the invocation
+    :param chunk: the chunk
     :param index: the place of the invocation in the input
     """
 
@@ -44,9 +44,9 @@ class QueuedEvent:
     """
     An invocation waits for a slot.
 
-    :param invocation: which one
-    :param id: a number that all events of one invocation have, and those of no other in this process
-    :param at: when it was, in seconds of the event loop's clock
+    :param invocation: the invocation
+    :param id: the number of the invocation: the same in all its events, and unique in this process
+    :param at: the time of the event, in seconds of the event loop's clock
     """
 
     invocation: Invocation[Any]
@@ -57,13 +57,13 @@ class QueuedEvent:
 @attrs.frozen
 class StartedEvent:
     """
-    An attempt begins. The sink is called in the context that the agent will run in: a context variable that
-    it sets is seen by the agent, and by nobody else.
+    An attempt begins. The sink is called in the agent's context: the agent, and no other, sees a context
+    variable that the sink sets.
 
-    :param invocation: which one
-    :param attempt: which attempt, from 1
-    :param id: a number that all events of one invocation have, and those of no other in this process
-    :param at: when it was, in seconds of the event loop's clock
+    :param invocation: the invocation
+    :param attempt: the number of the attempt, from 1
+    :param id: the number of the invocation: the same in all its events, and unique in this process
+    :param at: the time of the event, in seconds of the event loop's clock
     """
 
     invocation: Invocation[Any]
@@ -75,15 +75,15 @@ class StartedEvent:
 @attrs.frozen
 class RetryEvent:
     """
-    An attempt failed, and there will be another one.
+    An attempt failed, and will be retried.
 
-    :param invocation: which one
-    :param attempt: which attempt failed, from 1
-    :param error: what it raised
-    :param verdict: what that was judged to mean
-    :param delay_seconds: how long the next attempt waits, before it stands in line for a slot
-    :param id: a number that all events of one invocation have, and those of no other in this process
-    :param at: when it was, in seconds of the event loop's clock
+    :param invocation: the invocation
+    :param attempt: the number of the failed attempt, from 1
+    :param error: its exception
+    :param verdict: the judgement of the exception
+    :param delay_seconds: how long the next attempt waits before it joins the line for a slot
+    :param id: the number of the invocation: the same in all its events, and unique in this process
+    :param at: the time of the event, in seconds of the event loop's clock
     """
 
     invocation: Invocation[Any]
@@ -96,7 +96,7 @@ class RetryEvent:
 
     @property
     def reason(self) -> str:
-        """What it raised, as one printable line of at most 1,000 characters: ``"ValueError: boom"``."""
+        """The exception as one printable line of at most 1,000 characters: ``"ValueError: boom"``."""
         return describe(self.error)
 
 
@@ -105,9 +105,9 @@ class FirstChunkEvent:
     """
     A stream has yielded its first chunk.
 
-    :param invocation: whose stream it is
-    :param id: a number that all events of one invocation have, and those of no other in this process
-    :param at: when it was, in seconds of the event loop's clock
+    :param invocation: the invocation
+    :param id: the number of the invocation: the same in all its events, and unique in this process
+    :param at: the time of the event, in seconds of the event loop's clock
     """
 
     invocation: Invocation[Any]
@@ -120,10 +120,10 @@ class ResultEvent:
     """
     An invocation has ended; no event of it comes after this one.
 
-    :param invocation: which one
-    :param result: what became of it
-    :param id: a number that all events of one invocation have, and those of no other in this process
-    :param at: when it was, in seconds of the event loop's clock
+    :param invocation: the invocation
+    :param result: its result
+    :param id: the number of the invocation: the same in all its events, and unique in this process
+    :param at: the time of the event, in seconds of the event loop's clock
     """
 
     invocation: Invocation[Any]
@@ -135,14 +135,14 @@ class ResultEvent:
 @attrs.frozen
 class LimitEvent:
     """
-    What a limiter allows: told as a run begins to use it, and whenever that changes.
+    The limit of a limiter, when a run begins to use it and at each change.
 
     :param limit: how many slots there are now
-    :param at: when it was, in seconds of the event loop's clock
-    :param held_until: until when nothing starts but probes, because a server has asked to wait; ``None`` if
-        nothing is held back. No event tells that this time has come
-    :param outage_since: since when all attempts have failed in ways that speak of the provider; ``None`` if
-        there is no outage
+    :param at: the time of the event, in seconds of the event loop's clock
+    :param held_until: until when only probes start, because of a Retry-After; ``None`` if nothing is held
+        back. There is no event at the end of this time
+    :param outage_since: since when all attempts have failed with signs of an outage; ``None`` if there is
+        none
     """
 
     limit: int
@@ -154,7 +154,8 @@ class LimitEvent:
 @attrs.frozen
 class StopEvent:
     """
-    A batch starts nothing new any more, and retries nothing. What runs may finish. The first reason wins:
+    A batch starts nothing new any more, and retries nothing. Running invocations may finish. The first reason
+    wins:
 
     =============================================  ================================================
     ``"'<id>' failed with <error>"``               a fatal verdict
@@ -168,19 +169,19 @@ class StopEvent:
     ``"one of its own tasks was cancelled ..."``   natively, before it began
     =============================================  ================================================
 
-    Whatever the reason, this becomes of the invocations of the batch:
+    For any reason, the invocations of the batch end like this:
 
     =================  ================================================================================
     not begun          ``SKIPPED``; of lazy input that was not pulled there is no result
-    waits for a retry  ends with its last failure, and a note that says why
+    waits for a retry  ends with its last failure, and a note with the reason
     runs               finishes; is ``CANCELLED`` when the grace of the rule or the drain is over
-    runs others        these are run whole, also in a drained loop; what stops a nested batch
-                       stops the batch around it only if the agent raises it
+    runs others        these are run whole, also in a drained loop; a stopped nested batch stops
+                       the batch around it only if the agent raises its error
     is a stream        as above; an open one is read to its end
     =================  ================================================================================
 
-    :param reason: why, in words
-    :param at: when it was, in seconds of the event loop's clock
+    :param reason: the reason, in words
+    :param at: the time of the event, in seconds of the event loop's clock
     """
 
     reason: str
@@ -190,4 +191,4 @@ class StopEvent:
 Event: TypeAlias = (
     QueuedEvent | StartedEvent | RetryEvent | FirstChunkEvent | ResultEvent | LimitEvent | StopEvent
 )
-"""What a sink is given. Later versions may add to them, so a sink ignores those that it does not know."""
+"""The events that a sink gets. Later versions may add more, so a sink must ignore unknown ones."""

@@ -1,4 +1,4 @@
-"""Reading objects of somebody else's classes, which may do anything when they are asked."""
+"""Safe access to objects of foreign classes, whose code may raise anything."""
 
 __all__ = ["foreign_code", "read_attribute"]
 
@@ -8,8 +8,8 @@ from typing import Any
 
 class _ForeignCode:
     """
-    A block that drops whatever is raised in it: errors, and cancellations too, since none can arrive in code
-    that does not wait. ``KeyboardInterrupt`` and ``SystemExit`` propagate.
+    A block that drops all errors raised in it, and cancellations too, since none can arrive in code that does
+    not wait. ``KeyboardInterrupt`` and ``SystemExit`` propagate.
     """
 
     def __enter__(self) -> None:

@@ -1,4 +1,4 @@
-"""What is to be run."""
+"""Invocations, and the inputs of batches."""
 
 __all__ = [
     "Input",
@@ -48,12 +48,12 @@ def _check_agent_id(_: object, attribute: "attrs.Attribute[str]", value: object)
 
 
 def check_fn(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:
-    """Refuse what cannot be called, with a hint at what to write instead."""
+    """Raise ``TypeError`` if a value cannot be called, with a hint at the right code."""
     if callable(value):
         return
 
     if inspect.iscoroutine(value):
-        # It will never be awaited, and the error below says so better than the interpreter's warning.
+        # Closed, since the error below is clearer than the interpreter's warning "was never awaited".
         value.close()
         raise TypeError(
             f"{attribute.name} must be an async function, got the coroutine {value!r}; pass the function "
@@ -71,7 +71,7 @@ def check_fn(_: object, attribute: "attrs.Attribute[Any]", value: object) -> Non
 
 def _args(value: Sequence[Any]) -> tuple[Any, ...]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        # Refused below, after fn, whose error says more.
+        # Refused after fn, whose error is more helpful.
         return cast("tuple[Any, ...]", value)
 
     return tuple(value)
@@ -98,7 +98,7 @@ def _check_key(_: object, attribute: "attrs.Attribute[Any]", value: object) -> N
 
 
 class Referable:
-    """What weak references can be made to."""
+    """A base class that allows weak references."""
 
     __slots__ = ("__weakref__",)
 
@@ -110,11 +110,11 @@ class Invocation(Referable, Generic[T_co]):
 
     :param agent_id: a name for it, which its result carries
     :param fn: an async function, or any callable that returns an awaitable; for a stream an async generator
-        function, or any callable that returns an async iterable; it is called anew for each attempt, with
-        the same arguments
+        function, or any callable that returns an async iterable; each attempt calls it again, with the same
+        arguments
     :param args: its positional arguments
     :param kwargs: its keyword arguments
-    :param key: what a journal knows it by; ``None`` for its function and its arguments
+    :param key: its identity in a journal; ``None`` for a hash of its arguments
     :raises TypeError: if a value is of the wrong type
     """
 
@@ -154,8 +154,8 @@ class Invocation(Referable, Generic[T_co]):
         :param items: a sync or async iterable
         :param agent_id: a function that names an item, or a prefix to number the items by
             (``"q"`` gives ``"q-0"``, ``"q-1"``); the name of ``fn`` if absent
-        :param key: a function that gives an item's key in a journal
-        :return: an iterator, or an async iterator where ``items`` is async
+        :param key: a function that returns an item's key in a journal
+        :return: an iterator, or an async iterator if ``items`` is async
         :raises TypeError: if ``fn`` cannot be called or ``items`` cannot be iterated
         """
         check_fn(None, attrs.fields(Invocation).fn, fn)
@@ -187,7 +187,7 @@ class Invocation(Referable, Generic[T_co]):
 
 
 class _Draft(Referable):
-    """An invocation in the making: of the same layout, and not frozen, which would take twice as long."""
+    """A mutable class with the layout of :class:`Invocation`: making a frozen object takes twice as long."""
 
     __slots__ = tuple(vars(Invocation)["__slots__"])
 
@@ -196,7 +196,7 @@ Input: TypeAlias = Invocation[T] | tuple[str, Callable[..., Awaitable[T]], Seque
 """An invocation, or the plain 4-tuple of its fields."""
 
 Inputs: TypeAlias = Iterable[Input[T]] | AsyncIterable[Input[T]]
-"""What a batch is made of."""
+"""The input of a batch."""
 
 StreamInput: TypeAlias = (
     Invocation[T] | tuple[str, Callable[..., AsyncIterable[T]], Sequence[Any], Mapping[str, Any]]
@@ -204,7 +204,7 @@ StreamInput: TypeAlias = (
 """An invocation of a stream, or the plain 4-tuple of its fields."""
 
 StreamInputs: TypeAlias = Iterable[StreamInput[T]] | AsyncIterable[StreamInput[T]]
-"""What a batch of streams is made of."""
+"""The input of a batch of streams."""
 
 
 def as_invocation(value: Input[T]) -> Invocation[T]:
@@ -227,7 +227,7 @@ def as_invocation(value: Input[T]) -> Invocation[T]:
 
 
 def check_inputs(value: object) -> None:
-    """Refuse what cannot be a batch, with a hint at what to write instead."""
+    """Raise ``TypeError`` if a value cannot be the input of a batch, with a hint at the right code."""
     if (
         must.close_coroutine(value)
         or isinstance(value, (str, bytes, Mapping))
@@ -240,7 +240,7 @@ def check_inputs(value: object) -> None:
 
 
 def name_of(fn: Callable[..., Any]) -> str:
-    """Return what to call a function."""
+    """Return the name of a function."""
     while isinstance(fn, partial):
         fn = fn.func
 
@@ -254,7 +254,7 @@ def make_invocation(
     kwargs: dict[str, Any],
 ) -> Invocation[T]:
     """
-    Make an invocation from the arguments of a call, which cannot be wrong but for the first two.
+    Make an invocation from the arguments of a call, of which only the first two can be wrong.
 
     :raises TypeError: as :class:`Invocation`
     """
@@ -274,7 +274,7 @@ def make_invocation(
 
 class Mapped(Iterator["Invocation[T]"]):
     """
-    The invocations of :meth:`Invocation.map`, which know whether there are more if their items do.
+    The invocations of :meth:`Invocation.map`, with the length hint of their items.
 
     :param invocations: pulls the items and makes the invocations
     :param items: the items
@@ -285,7 +285,7 @@ class Mapped(Iterator["Invocation[T]"]):
         self._items = items
 
     def __iter__(self) -> Generator[Invocation[T]]:
-        # To pull from it directly saves a call for each.
+        # Pulling from it directly saves a call for each.
         return self._invocations
 
     def __next__(self) -> Invocation[T]:
@@ -300,8 +300,7 @@ def _numbered(
 ) -> Generator[Invocation[T]]:
     with _closing(items):
         for index, item in enumerate(items):
-            # Nothing in it can be wrong, and to check it all again takes longer than all else about it; and a
-            # call for every invocation shows.
+            # Made without checks and without a call, for speed: all values are known to be valid.
             draft: Any = _Draft()
             draft.agent_id = f"{prefix}-{index}"
             draft.fn = fn
@@ -320,7 +319,7 @@ def _named(make: Callable[[int, ItemT], Invocation[T]], items: Iterator[ItemT]) 
 
 @contextmanager
 def _closing(items: Iterator[Any]) -> Generator[None]:
-    """Close a generator of items with the one of invocations, as its batch closes that."""
+    """Close a generator of items when the generator of invocations is closed."""
     try:
         yield
     finally:
@@ -337,6 +336,6 @@ async def _amap(
         async for item in iterator:
             yield make(next(index), item)
     finally:
-        # Whoever closes this generator wants the one below it closed too, and now.
+        # Closing this generator closes the generator of items at once.
         if isinstance(iterator, AsyncGenerator):
             await iterator.aclose()

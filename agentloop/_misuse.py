@@ -1,4 +1,4 @@
-"""Errors that say what to write, where a mistake is likely."""
+"""Errors for likely mistakes, with the right code in the message."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
-# Likely names for our parameters that do not resemble them.
+# Likely wrong names for parameters that do not resemble them.
 _OTHER_NAMES = {
     "max_concurrency": "concurrency limit max_at_once max_concurrent max_workers n_jobs parallel workers",
     "timeout_seconds": "request_timeout time_limit timeout",
@@ -31,9 +31,9 @@ _OTHER_NAMES = {
 
 def name_parameters(settings: type | None = None) -> Callable[[type[T]], type[T]]:
     """
-    Let a class name the right parameter when it is called with one that it does not have.
+    Let a class name the right parameter in the error when it is called with an unknown one.
 
-    :param settings: a class whose parameters may have been meant, and whose objects are passed instead
+    :param settings: a class whose parameters the caller may have meant, and whose objects are passed instead
     """
 
     def decorate(cls: type[T]) -> type[T]:
@@ -70,16 +70,16 @@ def _advice(called: str, wrong: dict[str, Any], names: Collection[str], settings
 
 
 def _guess(name: str, names: Collection[str]) -> str | None:
-    """Return the one of ``names`` that ``name`` probably means."""
+    """Return the most likely match of ``name`` in ``names``."""
     synonyms = (right for right in names if name in _OTHER_NAMES.get(right, "").split())
     return next(synonyms, None) or next(iter(get_close_matches(name, names, 1)), None)
 
 
 class EnteredOnly:
     """
-    The base of asynchronous context managers that are not to be iterated over, entered or awaited in any
-    other way: each of these raises an error that says what to write. Type checkers do not see these methods,
-    so they go on to refuse such a use.
+    The base of async context managers that must not be iterated over, entered or awaited in any other way:
+    each of these raises an error with the right code. Type checkers do not see these methods, so they go on
+    to refuse such a use.
     """
 
     _usage: str

@@ -1,4 +1,4 @@
-"""What became of an invocation."""
+"""The results of invocations."""
 
 __all__ = ["SUCCESS", "Draft", "InvocationResult", "Status"]
 
@@ -27,34 +27,34 @@ class Status(enum.StrEnum):
     """The agent was still running when its time was up."""
 
     CANCELLED = "cancelled"
-    """The agent ended by a cancellation that its caller did not ask for."""
+    """The agent ended by a cancellation that its caller did not request."""
 
     SKIPPED = "skipped"
     """The agent was not started, because the batch had been stopped."""
 
 
-# To look a member of an enumeration up takes long on CPython 3.11.
+# Looking up a member of an enumeration is slow on CPython 3.11.
 SUCCESS = Status.SUCCESS
 
 
 @attrs.frozen
 class InvocationResult(Referable, Generic[T_co]):
     """
-    What became of one invocation. Times are in milliseconds of the event loop's clock.
+    The result of one invocation. Times are in milliseconds of the event loop's clock.
 
     :param agent_id: the name that the invocation was given
     :param status: how it ended
-    :param output: what the agent returned; ``None`` if it did not
-    :param exception: what the last attempt raised, the object itself; ``None`` on success
+    :param output: the agent's return value; ``None`` without one
+    :param exception: the exception of the last attempt, the object itself; ``None`` on success
     :param latency_ms: from the first start to the end, with retries and the waits between them
     :param queue_ms: the wait for the first slot, from the time when the input was pulled, or from the start
-        of :meth:`AgentLoop.run_all` where that was given a sequence
+        of :meth:`AgentLoop.run_all` if that was given a sequence
     :param retries: how many retries were made
-    :param failures: what each failed attempt raised, in order
+    :param failures: the exception of each failed attempt, in order
     :param index: the place in the batch's input; 0 for a single invocation
     :param chunks: how many chunks a stream yielded
     :param first_chunk_ms: from the first start to the first chunk of a stream; ``None`` without one
-    :param replayed: whether it came out of a journal, and the agent was not run
+    :param replayed: whether it comes from a journal, and the agent was not run
     """
 
     agent_id: str
@@ -78,7 +78,7 @@ class InvocationResult(Referable, Generic[T_co]):
     @property
     def error(self) -> str | None:
         """
-        What went wrong: ``"ValueError: boom"``, ``"Timeout after 0.5s"``; else ``None``.
+        The exception as a line: ``"ValueError: boom"``, ``"Timeout after 0.5s"``; ``None`` without one.
 
         It is one line of at most 1,000 printable characters (``str.isprintable``): line ends, control
         characters and the spaces around them become one space, half a surrogate pair becomes U+FFFD.
@@ -91,7 +91,7 @@ class InvocationResult(Referable, Generic[T_co]):
         Return the fields as a plain dict for JSON lines, ``json.dumps(result.to_dict())``.
 
         ``error`` replaces ``exception``, and ``failures`` are such lines too, each with its type. ``output``
-        is the object itself, so it has to be one that JSON can carry.
+        is the object itself, so it must be one that JSON can carry.
         """
         return {
             "agent_id": self.agent_id,
@@ -110,9 +110,9 @@ class InvocationResult(Referable, Generic[T_co]):
 
     def unwrap(self) -> T_co:
         """
-        Return what the agent returned.
+        Return the output.
 
-        :raises BaseException: ``exception``, if there is one, as the object that it is
+        :raises BaseException: the object of ``exception``, if there is one
         """
         if self.exception is None:
             return cast("T_co", self.output)
@@ -126,8 +126,8 @@ class InvocationResult(Referable, Generic[T_co]):
 
 class Draft(Referable):
     """
-    A result in the making: of the same layout, and not frozen, which would take twice as long. Its class is
-    then set to :class:`InvocationResult`.
+    A mutable class with the layout of :class:`InvocationResult`: making a frozen object takes twice as long.
+    The class of the object is set to :class:`InvocationResult` afterwards.
     """
 
     __slots__ = tuple(field.name for field in attrs.fields(InvocationResult))

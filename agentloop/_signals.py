@@ -1,4 +1,4 @@
-"""Loops that drain when the process is told to stop."""
+"""Draining loops on signals."""
 
 from __future__ import annotations
 
@@ -34,30 +34,31 @@ def drain_on_signals(
     signals: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
 ) -> AbstractAsyncContextManager[anyio.Event]:
     """
-    Drain loops when the process is told to stop, in the block, which is to be the outermost one::
+    Drain loops on signals such as SIGTERM, during the block, which should be the outermost one::
 
         async with drain_on_signals(loop), httpx.AsyncClient() as client:
             results = await loop.run_all(Invocation.map(partial(ask, client), prompts))
             save(results)
 
     The first signal drains the loops (:meth:`AgentLoop.drain`) and sets the ``anyio.Event`` that the block is
-    given, for whatever else has to stop, such as a server. A second one cancels what still runs, so that
-    there is a result for it, and the block goes on. A third one does what it does without this.
+    given, for other parts of the program that must stop, such as a server. A second one cancels running
+    invocations, which then have a result, and the block goes on. A third one has its effect from before the
+    block.
 
-    When the block is left after a signal, however it is left, standard output and error are flushed and the
-    first signal is raised again, with the handlers that there were before: SIGTERM ends the process there,
-    SIGINT raises ``KeyboardInterrupt``. So a shell, systemd or Kubernetes see from the exit status what has
-    happened, and what is to be done at the end belongs into the block.
+    When the block is left after a signal, in any way, standard output and error are flushed and the first
+    signal is raised again, with the earlier handlers: SIGTERM ends the process there, SIGINT raises
+    ``KeyboardInterrupt``. So a shell, systemd or Kubernetes get the right exit status, and final work belongs
+    into the block.
 
-    On Windows this does nothing, and says so in the log: Ctrl-C raises ``KeyboardInterrupt`` as ever.
+    On Windows this does nothing and logs a warning: Ctrl-C still raises ``KeyboardInterrupt``.
 
     :param loops: the loops to drain
-    :param grace_seconds: how long what runs may go on after the first signal, in seconds; then it is
-        cancelled. ``None`` for as long as it takes. Kubernetes kills 30 seconds after SIGTERM, by default
+    :param grace_seconds: how many seconds after the first signal running invocations are cancelled; ``None``
+        for never. Kubernetes kills 30 seconds after SIGTERM, by default
     :param signals: the signals to wait for
     :raises TypeError: if there is no loop, or a value is of the wrong type
     :raises ValueError: if ``grace_seconds`` is negative or not finite, or a signal cannot be caught
-    :raises RuntimeError: when it is entered, if that is not in the main thread, or for the second time
+    :raises RuntimeError: on entering, outside of the main thread or for the second time
     """
     if not loops:
         raise TypeError("drain_on_signals() needs the loops to drain, as in drain_on_signals(loop)")
@@ -89,8 +90,8 @@ class _Draining(AbstractAsyncContextManager[anyio.Event]):
     """
     The block in which signals drain loops.
 
-    The handlers are Python's own, so they run in the main thread wherever that is, also while an agent blocks
-    the event loop. They leave the draining to the event loop.
+    The handlers are Python's own, so they run in the main thread at any point, also while an agent blocks the
+    event loop. They schedule the drain in the event loop.
     """
 
     def __init__(
@@ -131,13 +132,13 @@ class _Draining(AbstractAsyncContextManager[anyio.Event]):
             return
 
         for stream in (sys.stdout, sys.stderr):
-            # There may be no stream, it may be closed, and nobody may read it any more.
+            # There may be no stream, it may be closed, or its reader may be gone.
             with suppress(AttributeError, OSError, ValueError):
                 stream.flush()
 
         signal.raise_signal(self._received[0])
-        # To SIGINT asyncio's runner answers with a cancellation of the main task. It is to arrive here, and
-        # not to be lost because nothing is awaited any more.
+        # On SIGINT asyncio's runner cancels the main task. The checkpoint lets the cancellation arrive here:
+        # without a later await it would be lost.
         await checkpoint()
 
     def _handle(self, number: int, _: FrameType | None) -> None:
@@ -161,5 +162,5 @@ class _Draining(AbstractAsyncContextManager[anyio.Event]):
     def _restore(self) -> None:
         before, self._before = self._before or {}, {}
         for number, handler in before.items():
-            # None stands for one that Python cannot call.
+            # None stands for a handler that Python did not install.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

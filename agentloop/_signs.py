@@ -1,4 +1,4 @@
-"""What an exception tells of a response, read without knowing the library that it comes from."""
+"""Reads the response behind an exception, without knowing the library of the exception."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ._errors import AgentLoopError
 from ._foreign import foreign_code, read_attribute
 from ._validators import close_coroutine
 
-# How many exceptions of groups and of chains of causes are looked at, and how many items of a mapping.
+# How many exceptions of groups and of chains of causes are read, and how many items of a mapping.
 MOST_ERRORS = 10_000
 _MOST_ITEMS = 1000
 # The longest date of RFC 9110 has 33 characters.
@@ -37,7 +37,7 @@ _STATUS_FIELDS = ("status_code", "status", "http_status", "code")
 _BODY_FIELDS = ("body", "error", "details")
 _READ_FIELDS = {"type", "code", "status", "error", "details"}
 _READ_HEADERS = ("retry-after", "x-should-retry", "x-ratelimit-re", "anthropic-ratelimit-")
-# As google.rpc.Code has them; the first six are 5xx in HTTP.
+# The names of google.rpc.Code; the first six are 5xx in HTTP.
 _GRPC_5XX = ("DATA_LOSS", "DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE", "UNIMPLEMENTED", "UNKNOWN")
 _GRPC_STATUSES = {
     *_GRPC_5XX,
@@ -47,7 +47,7 @@ _GRPC_STATUSES = {
 _FILE_ERRORS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 _FILE_ERRNOS = {errno.ENOSPC, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE}
 _FILE_ERRNOS.add(getattr(errno, "EDQUOT", errno.ENOSPC))  # missing on Windows
-# What the exceptions themselves store: a subclass may have put properties in place of these.
+# The stored values: a subclass may have properties of these names.
 _exceptions_of = vars(BaseExceptionGroup)["exceptions"].__get__
 _cause_of = vars(BaseException)["__cause__"].__get__
 _context_of = vars(BaseException)["__context__"].__get__
@@ -64,7 +64,7 @@ def is_plain(exc: BaseException) -> bool:
 
 
 def is_of(value: object, kinds: type | tuple[type, ...]) -> bool:
-    """Return whether a value is of a type, without asking the value: its ``__class__`` may raise."""
+    """Return whether a value is of a type, without reading its ``__class__``, which may raise."""
     return issubclass(type(value), kinds)
 
 
@@ -73,16 +73,16 @@ def is_of(value: object, kinds: type | tuple[type, ...]) -> bool:
 
 def response_status(exc: BaseException) -> int | str | None:
     """
-    Return the status of the response that an exception tells of.
+    Return the status of the response behind an exception.
 
     The status is read from ``status_code``, ``status``, ``http_status`` or ``code``, then from
     ``response.status_code``, ``response.status`` or ``response["ResponseMetadata"]["HTTPStatusCode"]``, each
     an int, a member of ``HTTPStatus`` or three digits. gRPC's method ``code()`` is called. No SDK is
-    imported. A ``classify`` of your own may start from it.
+    imported. A ``classify`` of your own can use it.
 
-    :param exc: the exception; its causes are not looked at
+    :param exc: the exception; its causes are not read
     :return: an HTTP status, the name of a gRPC status, or ``None`` if there is no status; this function never
-        raises and takes bounded time, whatever attributes ``exc`` has
+        raises and takes bounded time, for any attributes of ``exc``
     """
     if is_plain(exc):
         return None  # the most frequent case
@@ -117,7 +117,7 @@ def _status(value: object) -> int | None:
 
 
 def _call(method: Any) -> Any:
-    """Return what a foreign method returns; ``None`` if it raises or is async."""
+    """Return the result of a foreign method; ``None`` if it raises or is async."""
     with foreign_code:
         value = method()
         return None if close_coroutine(value) else value
@@ -127,7 +127,7 @@ def _call(method: Any) -> Any:
 
 
 def error_bodies(exc: BaseException) -> list[dict[str, Any]]:
-    """Return the mappings that say what was wrong, as far as they are read here, by lower-case names."""
+    """Return the mappings that describe the error, with the fields that are read here in lower case."""
     sources = [read_attribute(exc, field) for field in _BODY_FIELDS]
     sources.append(_item(read_attribute(exc, "response"), "Error"))
     bodies = [_fields(source) for source in sources if source is not None]
@@ -146,7 +146,7 @@ def retry_delays(exc: BaseException, bodies: Iterable[Mapping[str, Any]]) -> Ite
 
 
 def _item(source: object, key: str) -> Any:
-    """Return an item of a mapping; ``None`` if it is missing, or cannot be had."""
+    """Return an item of a mapping; ``None`` if it is missing, or reading it raises."""
     if source is not None:
         with foreign_code:
             if issubclass(type(source), Mapping):
@@ -156,7 +156,7 @@ def _item(source: object, key: str) -> Any:
 
 
 def _fields(source: object) -> dict[str, Any]:
-    """Return the items of a mapping that are read here, by lower-case names."""
+    """Return the items of a mapping that are read here, with lower-case names."""
     found: dict[str, Any] = {}
     with foreign_code:
         if issubclass(type(source), Mapping):
@@ -172,7 +172,7 @@ def _fields(source: object) -> dict[str, Any]:
 
 
 def response_headers(exc: BaseException) -> dict[str, str]:
-    """Return the headers that say when to come back, by lower-case names; those of the response first."""
+    """Return the headers about retries, with lower-case names; those of the response first."""
     response = read_attribute(exc, "response")
     found: dict[str, str] = {}
     for headers in (
@@ -193,9 +193,9 @@ def response_headers(exc: BaseException) -> dict[str, str]:
 
 
 def text_of(value: object) -> str:
-    """Return a name or a value as text, empty if it is none or has more than 100 characters."""
+    """Return a name or a value as text; empty if it is no text or number, or longer than 100 characters."""
     text = ""
-    # By the types' own methods: a subclass may have put anything in their place.
+    # By the methods of the types themselves, since a subclass may override them.
     if is_of(value, str):
         text = str.__getitem__(cast("str", value), slice(_MOST_CHARACTERS + 1))
     elif is_of(value, bytes):
@@ -218,9 +218,9 @@ def _first(source: Any) -> Iterator[Any]:
 
 def members(exc: BaseException, seen: set[int]) -> Iterator[BaseException]:
     """
-    Yield the errors that a group holds at any depth, each object once; of another error, itself.
+    Yield the errors in a group at any depth, each object once; for another error, the error itself.
 
-    :param seen: the ids of those that are left out, to which these are added
+    :param seen: the ids of errors to leave out; the ids of the yielded errors are added
     """
     left = [exc]
     while left:
@@ -234,14 +234,14 @@ def members(exc: BaseException, seen: set[int]) -> Iterator[BaseException]:
 
 
 def cause_of(exc: BaseException) -> BaseException | None:
-    """Return the cause of an exception: by default, as azure-core names it, or of tenacity's last attempt."""
+    """Return the cause of an exception: ``__cause__``, or that of azure-core, or tenacity's last attempt."""
     cause = _cause_of(exc)
     if cause is None:
         cause = read_attribute(exc, "inner_exception")
 
     if cause is None:
         attempt = read_attribute(exc, "last_attempt")
-        # An unfinished one would be waited for.
+        # exception() would wait for an unfinished attempt.
         if attempt is not None and _call(read_attribute(attempt, "done")) is True:
             cause = _call(read_attribute(attempt, "exception"))
 
@@ -250,12 +250,12 @@ def cause_of(exc: BaseException) -> BaseException | None:
 
 def speaks_of_provider(exc: BaseException) -> bool:
     """
-    Return whether a failure is one that a provider in trouble causes.
+    Return whether a failure is a sign of trouble at the provider.
 
     Such a failure has the status 408 or 5xx, or is an ``OSError`` that is not about files. The exceptions in
     its ``__cause__`` and ``__context__`` and in its group count too. An error of this library with a verdict
-    of its own, such as the time-out of a nested call, says nothing about a provider, and neither do its
-    causes. This function never raises and takes bounded time.
+    of its own, such as the time-out of a nested call, is no such sign, and neither are its causes. This
+    function never raises and takes bounded time.
     """
     seen: set[int] = set()
     left: list[BaseException | None] = [exc]
@@ -273,14 +273,14 @@ def speaks_of_provider(exc: BaseException) -> bool:
         if is_of(error, BaseExceptionGroup):
             left.extend(_exceptions_of(error))
 
-        # Some clients raise an error of theirs while they handle the network's, or hide that by `from None`.
+        # Some clients raise their own error while they handle a network error, or hide that by `from None`.
         left += [_context_of(error), cause_of(error)]
 
     return False
 
 
 def own_verdict(exc: BaseException) -> str | None:
-    """Return what kind of verdict an error of this library says it deserves, if it says so."""
+    """Return the verdict kind that an error of this library carries, if any."""
     verdict = read_attribute(exc, "_verdict") if is_of(exc, AgentLoopError) else None
     return verdict if type(verdict) is str else None
 

@@ -1,4 +1,4 @@
-"""When a batch stops by itself."""
+"""The rule by which a batch stops itself."""
 
 __all__ = ["StopRule"]
 
@@ -13,7 +13,7 @@ _AT_LEAST = 50
 
 
 def _check_at_least(rule: "StopRule", attribute: "attrs.Attribute[Any]", value: int) -> None:
-    # The default was not asked for.
+    # A default value is no mistake.
     if rule.share is None and value != _AT_LEAST:
         raise ValueError(f"{attribute.name} is about share, which is not given, got {value!r}")
 
@@ -29,19 +29,20 @@ def _check_share(_: object, attribute: "attrs.Attribute[Any]", value: float | No
 @attrs.frozen
 class StopRule:
     """
-    When a batch stops: nothing new is started and nothing retried, what runs may finish.
+    The conditions under which a batch stops: nothing new is started or retried, and running invocations may
+    finish.
 
-    The rule is of each batch, over all the keys of a :class:`KeyedLimiter`. It judges final results that are
-    ``ERROR`` or ``TIMEOUT``, in the order in which they end; cancelled and skipped ones do not count. The
+    The rule applies to each batch, over all the keys of a :class:`KeyedLimiter`. It judges final results that
+    are ``ERROR`` or ``TIMEOUT``, in the order in which they end; cancelled and skipped ones do not count. The
     first condition that holds stops the batch. As many invocations as run at that time may end after it.
 
     :param failures: how many may fail: with the last of them the batch stops
     :param in_a_row: how many may fail with no success between
-    :param share: what share of all that have ended may fail: with more the batch stops
-    :param at_least: how many have to have ended before ``share`` is looked at
+    :param share: the share of ended invocations that may fail: with more the batch stops
+    :param at_least: how many invocations must have ended before ``share`` applies
     :param seconds: how long after its call the batch stops, in seconds
-    :param grace_seconds: how long what runs may go on once the batch stops, in seconds; then it is cancelled,
-        and has ``CANCELLED`` results. ``None`` for as long as it takes, 0 for no time
+    :param grace_seconds: how many seconds after the stop running invocations are cancelled, with
+        ``CANCELLED`` results; ``None`` for never, 0 for at once
     :raises TypeError: if a value is of the wrong type
     :raises ValueError: if a value is out of its range or would be ignored, or no condition is given
     """

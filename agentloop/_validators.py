@@ -1,4 +1,4 @@
-"""Checks of values where they enter; each failure names the field, the rule and the value."""
+"""Checks of values at entry; each error names the field, the rule and the value."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def whole(minimum: int) -> Validator:
 
 
 def check_whole(name: str, value: Any, minimum: int) -> None:
-    """Refuse what is no ``int``, a ``bool``, or less than ``minimum``."""
+    """Raise an error for a value that is no ``int``, a ``bool``, or less than ``minimum``."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {value!r}")
 
@@ -66,7 +66,7 @@ def check_number(
     optional: bool = False,
     finite: bool = False,
 ) -> None:
-    """Refuse what is no real number, a ``bool``, NaN, or out of the bounds."""
+    """Raise an error for a value that is no real number, a ``bool``, NaN, or out of the bounds."""
     if value is None and optional:
         return
 
@@ -121,7 +121,7 @@ def plain_function(_: object, attribute: attrs.Attribute[Any], value: object) ->
 
 
 def check_plain_function(name: str, value: object) -> None:
-    """Refuse what cannot be called, or is async, so that its result would never be awaited."""
+    """Raise ``TypeError`` for a value that cannot be called, or is async: its result is never awaited."""
     if not callable(value):
         raise TypeError(f"{name} must be callable, got {value!r}")
 
@@ -130,7 +130,7 @@ def check_plain_function(name: str, value: object) -> None:
 
 
 def plain_functions(name: str, value: object) -> tuple[Callable[..., Any], ...]:
-    """Return the functions that ``value`` is or holds, none for ``None``; refuse any that is not plain."""
+    """Return one or several functions as a tuple, empty for ``None``; refuse any that is not plain."""
     if value is None:
         return ()
 
@@ -148,14 +148,14 @@ def plain_functions(name: str, value: object) -> tuple[Callable[..., Any], ...]:
 
 
 def is_async(fn: object) -> bool:
-    """Return whether a call gives a coroutine or an async generator, as far as this shows without a call."""
+    """Return whether a call returns a coroutine or an async generator, as far as is known without a call."""
     return any(
         inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called) for called in _called(fn)
     )
 
 
 def is_generator(fn: object) -> bool:
-    """Return whether a call gives a generator, as far as this shows without a call."""
+    """Return whether a call returns a generator, as far as is known without a call."""
     return any(map(inspect.isgeneratorfunction, _called(fn)))
 
 
@@ -163,7 +163,7 @@ def _called(fn: object) -> tuple[object, object]:
     while isinstance(fn, partial):
         fn = fn.func
 
-    # An object is called by a method of its class.
+    # A call of an object uses a method of its class.
     return fn, type(fn).__call__
 
 

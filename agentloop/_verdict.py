@@ -1,4 +1,4 @@
-"""What a failure means: whether to retry it, and whether others should hear of it."""
+"""The judgement of failures: whether to retry, slow down or stop."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from ._signs import (
 
 
 class VerdictKind(enum.StrEnum):
-    """What to do about a failed attempt."""
+    """The consequence of a failed attempt."""
 
     TRANSIENT = "transient"
     """Retry after a backoff."""
 
     OVERLOAD = "overload"
-    """Retry after a backoff, and tell the limiter that the provider has too much to do."""
+    """Retry after a backoff, and let the limiter slow down: the provider is overloaded."""
 
     PERMANENT = "permanent"
     """Do not retry."""
@@ -54,8 +54,8 @@ class Verdict:
     """
     The judgement of one failed attempt.
 
-    :param kind: what to do
-    :param retry_after: how many seconds the server asked to wait; ``None`` if it did not
+    :param kind: the consequence
+    :param retry_after: the server's Retry-After, in seconds; ``None`` without one
     :raises TypeError: if a value is of the wrong type
     :raises ValueError: if ``retry_after`` is negative or not finite
     """
@@ -66,7 +66,7 @@ class Verdict:
     )
 
 
-# From what can be retried to what can not: a group is as bad as the worst error in it.
+# From the mildest to the gravest: a group is judged by its gravest error.
 _GRAVITY = TRANSIENT, OVERLOAD, PERMANENT, FATAL = tuple(VerdictKind)
 _PERMANENT_TYPES = (
     AssertionError,
@@ -81,7 +81,7 @@ _PERMANENT_TYPES = (
     ssl.SSLCertVerificationError,
 )
 _NAME_FIELDS = ("type", "code", "status")
-# What stands in a body of any status, the gravest first, and in one that came with no bad status.
+# Names in the body of a response with any status, the gravest first, and in one without an error status.
 _NAMES = {
     FATAL: {
         "account_deactivated",
@@ -104,7 +104,7 @@ _NAMES_WITHOUT_STATUS = {
         "request_too_large",
     },
 }
-# By status; else 5xx are transient, and the rest permanent.
+# Verdicts by status; other 5xx are transient, and all others permanent.
 _STATUSES = {
     FATAL: (401, 402, "UNAUTHENTICATED"),
     OVERLOAD: (429, 498, 529, "RESOURCE_EXHAUSTED"),
@@ -116,7 +116,7 @@ _STATUSES = {
 }
 _OVERLOAD_WITH_RETRY_AFTER = (403, 413, 503)
 _MOST_CAUSES = 5
-# No server asks for a wait of 30 years: such a number is a time of the wall clock.
+# No server asks for a wait of 30 years, so a number from here on is a Unix time.
 _FIRST_UNIX_TIME = 1e9
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _RESET_HEADER = re.compile(r"x-ratelimit-reset-.+|anthropic-ratelimit-.+-reset")
@@ -125,7 +125,7 @@ _DURATION = re.compile(r"(\d+(?:\.\d*)?)(ms|[smhd])", re.ASCII)
 
 def classify(exc: Exception) -> Verdict:
     """
-    Judge an exception by what it carries, without knowing the library it comes from.
+    Judge an exception by its attributes, without knowing the library that it comes from.
 
     1. The status is read as :func:`response_status` does. A status below 300 counts as none.
     2. Names in the body come before the status. The body is ``body``, ``error`` or ``details``, if that is a
@@ -149,18 +149,18 @@ def classify(exc: Exception) -> Verdict:
        transient.
 
     A function that is not async is fatal: it would fail for every input. An exception group is judged by the
-    gravest of its members, at whatever depth. At most 10,000 exceptions are looked at. ``BatchStopped`` is
+    gravest of its members, at any depth. At most 10,000 exceptions are read. ``BatchStopped`` is
     judged as its cause, and is permanent without one; ``LoopClosed`` is permanent.
 
     ``retry_after`` is read from the headers of the response or of the exception: ``retry-after-ms``, or
     ``retry-after`` as seconds, as an HTTP date (RFC 9110, section 10.2.3) or as a Unix time. Of an overload
     without these it is the longest of each ``x-ratelimit-reset-*`` and ``anthropic-ratelimit-*-reset`` whose
     ``remaining`` is 0, and of the ``retryDelay`` of a ``google.rpc.RetryInfo`` in the body. Zero, a time in
-    the past and garbage are no Retry-After, and neither is what stands behind the first 1,000 headers or is
-    longer than 100 characters.
+    the past and garbage are no Retry-After, and neither are headers after the first 1,000, or values of more
+    than 100 characters.
 
-    :param exc: what the attempt raised
-    :return: the verdict; this function never raises and takes bounded time, whatever attributes ``exc`` has
+    :param exc: the exception of the attempt
+    :return: the verdict; this function never raises and takes bounded time, for any attributes of ``exc``
     """
     if is_plain(exc):
         return Verdict(PERMANENT if isinstance(exc, _PERMANENT_TYPES) else TRANSIENT)
@@ -169,7 +169,7 @@ def classify(exc: Exception) -> Verdict:
 
 
 class _Judgement:
-    """One judgement of an exception, which looks at a bounded number of exceptions."""
+    """One judgement of an exception, which reads a bounded number of exceptions."""
 
     def __init__(self) -> None:
         self._left = iter(range(MOST_ERRORS))
@@ -182,8 +182,8 @@ class _Judgement:
         Judge an exception, or all of a group.
 
         :param steps: how many causes may follow each other
-        :param seen: the ids of the exceptions that are left out
-        :return: the verdict, or ``None`` if nothing is left to be looked at
+        :param seen: the ids of the exceptions to leave out
+        :return: the verdict, or ``None`` if all exceptions are left out
         """
         return _gravest(self._of_one(error, steps) for error in self._members(exc, seen))
 
@@ -212,7 +212,7 @@ class _Judgement:
         return verdict or Verdict(TRANSIENT)
 
     def _told(self, exc: BaseException, steps: int) -> Verdict | None:
-        """Judge an error of this library, or by a status or a body; return ``None`` if there is neither."""
+        """Judge an error of this library, or any by status or body; return ``None`` without these."""
         if is_of(exc, BatchStopped):
             cause = cause_of(exc)
             if cause is None or steps == 0:
@@ -229,7 +229,7 @@ class _Judgement:
 
 
 def _gravest(verdicts: Iterable[Verdict | None]) -> Verdict | None:
-    """Return the gravest kind with the longest wait, of the verdicts that there are."""
+    """Return the gravest kind with the longest wait among the verdicts."""
     found = [verdict for verdict in verdicts if verdict is not None]
     if len(found) <= 1:
         return found[0] if found else None
@@ -238,7 +238,7 @@ def _gravest(verdicts: Iterable[Verdict | None]) -> Verdict | None:
     return Verdict(max((verdict.kind for verdict in found), key=_GRAVITY.index), max(waits, default=None))
 
 
-# --- what a response says
+# --- the response
 
 
 def _by_response(exc: BaseException) -> Verdict | None:
@@ -293,13 +293,13 @@ def _has_retry_after(headers: Mapping[str, str]) -> bool:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that a Retry-After asks for; ``None`` if it makes no sense."""
+    """Return the seconds of a Retry-After; ``None`` if it cannot be read."""
     milliseconds = _positive(_number(headers.get("retry-after-ms", "")) / 1000)
     return milliseconds or _seconds(headers.get("retry-after", ""))
 
 
 def _resets(headers: Mapping[str, str]) -> Iterator[float | None]:
-    """Yield in how many seconds each limit that is used up is reset."""
+    """Yield the seconds until the reset of each used-up limit."""
     for name, text in headers.items():
         remaining = headers.get(name.replace("reset", "remaining"), "")
         if _RESET_HEADER.fullmatch(name) and _number(remaining) <= 0:
@@ -307,13 +307,13 @@ def _resets(headers: Mapping[str, str]) -> Iterator[float | None]:
 
 
 def _seconds(text: str) -> float | None:
-    """Return in how many seconds a time is: seconds, Unix time, HTTP date or RFC 3339."""
+    """Return the seconds until a time: given in seconds, as Unix time, HTTP date or RFC 3339."""
     number = _positive(_number(text))
     if number is not None and number < _FIRST_UNIX_TIME:
         return number
 
     try:
-        # A date is the server's wall clock, so it is compared with ours.
+        # A date is of the server's wall clock, so it is compared with the local one.
         return _positive((number or _timestamp(text)) - time.time())
     except Exception:
         return None
@@ -325,12 +325,12 @@ def _timestamp(text: str) -> float:
     except ValueError:
         date = email.utils.parsedate_to_datetime(text)
 
-    # The asctime form names no zone, and means Greenwich like the others.
+    # The asctime form names no zone, and is in UTC like the others.
     return (date if date.tzinfo else date.replace(tzinfo=datetime.UTC)).timestamp()
 
 
 def _duration(text: str) -> float | None:
-    """Return the seconds of a duration such as ``6m0s`` or ``120ms``; ``None`` if it is none."""
+    """Return the seconds of a duration such as ``6m0s`` or ``120ms``; ``None`` for any other text."""
     parts = _DURATION.findall(text)
     if "".join(map("".join, parts)) != text.strip():
         return None
