@@ -118,8 +118,7 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
                 "set loop.limiter.max_concurrency, or make another AgentLoop"
             )
 
-        # Copied, not constructed: the limiter may have been resized since, and the check of __init__ would
-        # fail.
+        # Copied, not constructed: __init__ would refuse a limiter that has been resized since.
         view = AgentLoop.__new__(AgentLoop)
         vars(view).update(vars(self))
         view._config = config

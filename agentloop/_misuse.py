@@ -97,7 +97,7 @@ class OfOneProcess:
     """
     The base of classes whose objects cannot be pickled.
 
-    :param since: the reason, which the error gives
+    :param since: the reason, for the message of the error
     """
 
     _since: str

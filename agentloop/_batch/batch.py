@@ -39,8 +39,7 @@ class Batch(Bookkeeping[T]):
             while not self.done:
                 await self._run_tasks()
                 if not self.done:
-                    # A task was cancelled natively before its first step. AnyIO has then cancelled the others
-                    # too.
+                    # A task was cancelled natively before its first step, and AnyIO has cancelled the others.
                     self.stop(LOST, InvocationCancelled(LOST))
 
             self.ending.complete()
@@ -112,7 +111,7 @@ class Batch(Bookkeeping[T]):
             # A task group on asyncio may end without an exception although its tasks were cancelled.
             await checkpoint_if_cancelled()
         except anyio.get_cancelled_exc_class():
-            # What an agent or the input has raised goes before: whoever cancels drops the cancellation.
+            # The exception of an agent or the input wins: a cancellation would be dropped by its scope.
             if tasks.failure is None:
                 raise
         finally:

@@ -1,4 +1,4 @@
-"""The invocations of a batch that wait under their keys, where each key has a limiter of its own."""
+"""The invocations of a batch that wait for a slot of their key, if each key has its own limiter."""
 
 from __future__ import annotations
 

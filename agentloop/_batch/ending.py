@@ -20,7 +20,7 @@ FATAL_HINT = (
 )
 RULE_HINT = "as LoopConfig(stop=...) has it"
 BUDGET_HINT = "a budget holds for as long as its limiter"
-PATIENCE_HINT = "LoopConfig(overload_timeout_seconds=...) says how long to wait for a provider"
+PATIENCE_HINT = "LoopConfig(overload_timeout_seconds=...) sets how long to wait for a provider"
 
 
 def blame(job: Job[Any], failed: Outcome) -> str:
@@ -81,7 +81,7 @@ class Ending:
     Knows whether a batch was stopped, why, and which exception the batch raises for that.
 
     A batch can be stopped for any number of reasons; the first one wins. From then on no job is started and
-    none is retried. The same holds for the jobs of one key, where each key has a limiter of its own.
+    none is retried. The same holds for the jobs of one key, if each key has its own limiter.
 
     :param rule: the rule
     """

@@ -234,7 +234,7 @@ class InputSource(Generic[T]):
     def cut(self) -> None:
         """Pull no more."""
         if not self.exhausted:
-            # A length hint of 0 says that the input was exhausted, although StopIteration was not seen.
+            # With a length hint of 0, the input was exhausted, although StopIteration was not seen.
             self.exhaust(cut_short=self._iterator is None or length_hint(self._sized, 1) > 0)
             self.stop_feeding()
 

@@ -265,7 +265,7 @@ class Journaled(Batch[T]):
         """
         Take a result that was committed. It counts as live until :meth:`_taken`.
 
-        :param row: the entry that holds it; 0 if none does
+        :param row: the row of its entry; 0 without one
         """
 
     def _deliver(self, job: Job[T], result: InvocationResult[T], now: float) -> None:

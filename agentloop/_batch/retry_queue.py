@@ -51,7 +51,7 @@ class RetryQueue:
         """
         Add a job that waits to be retried.
 
-        :return: whether :meth:`watch` has to be started
+        :return: whether the caller must start :meth:`watch`
         """
         self.count += 1
         heapq.heappush(self._heap, (wake_at, next(self._sequence), job))

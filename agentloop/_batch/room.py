@@ -1,4 +1,4 @@
-"""How many inputs of each key a batch may hold, where each key has a limiter of its own."""
+"""How many inputs of each key a batch may hold, if each key has its own limiter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running a call inside a context of its own, without a task of its own; and waiting to be cancelled."""
+"""Coroutines of users' functions, and the wait for a cancellation."""
 
 from __future__ import annotations
 

@@ -89,8 +89,7 @@ class AttemptScope(ABC):
         self._queue = queue
         self.scope: anyio.CancelScope | None = None
         """The scope, while it is open."""
-        # The scope within it that has the deadline, and when the queue checks it; NaN with a timer of its
-        # own.
+        # The inner scope that has the deadline, and when the queue checks it; NaN with its own timer.
         self._inner: Any = None
         self._look_at = math.inf
         self.until = math.inf

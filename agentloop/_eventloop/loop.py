@@ -219,8 +219,7 @@ class AsyncioLoop(EventLoop):
     @staticmethod
     async def let_tasks_begin() -> BaseException | None:
         cancelled: BaseException | None = None
-        # The first sleep may end before their first step. After a native cancellation of this, they still
-        # begin.
+        # The first sleep may end before their first step. They begin even if this is cancelled.
         for _ in range(2):
             try:
                 await cancel_shielded_checkpoint()

@@ -30,7 +30,7 @@ from .slots import RELEASED, Slot, current_slot
 
 async def lend_while(wait: Callable[[], Awaitable[object]]) -> None:
     """
-    Wait for something. An agent that waits lends its slot meanwhile, and has one again before it goes on.
+    Call a wait. An agent that waits lends its slot meanwhile, and has one again before it goes on.
 
     The agent's time-outs go on. After a cancellation of its attempt, this does not wait for a slot. After a
     cancellation of the agent's own scope, or a native one, it does, shielded, since the agent may go on.

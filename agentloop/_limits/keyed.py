@@ -34,7 +34,7 @@ class KeyedLimiter(Limiter):
     each slot of their key (of a sequence that is given to :meth:`AgentLoop.run_all`, any number). A stop
     because of a provider or a budget, such as a fatal verdict, stops the invocations of that key alone.
 
-    An invocation lends its slot only to those that it runs under its own key. So agents of two keys can come
+    An invocation lends its slot only to nested ones under its own key. So agents of two keys can come
     to wait for each other's slots for ever: the last of them gets an error that names both keys.
 
     :param by: returns the key of an invocation; its exception is the invocation's error
@@ -142,7 +142,7 @@ class KeyedLimiter(Limiter):
 
     def pause(self) -> None:
         """
-        Pause all limiters, and those that are still to be made.
+        Pause all limiters, also those of later keys.
 
         :raises RuntimeError: if one of them is in use in the event loop of another thread
         """

@@ -6,7 +6,7 @@ There are as many places as ``max_concurrency`` of the ``KeyedLimiter``. A free 
 with the fewest attempts running, and within a key to the first in line.
 
 **Places are lent as slots are, but apart from them**: an attempt that runs others, and waits for them, lends
-them its place, one at a time, whatever their key. So nested use never waits for a place for ever. But an
+them its place, one at a time, under any key. So nested use never waits for a place for ever. But an
 attempt lends its slot only under its own key (``slots`` has the theory), so two agents can come to wait for
 each other's key for ever. The last of them gets an error (:meth:`Keys.deadlocked`).
 """

@@ -37,8 +37,8 @@ class LimiterStatistics:
     :param cuts: how often overload has lowered the limit
     :param paused_until: until when only probes start, because of a Retry-After, in seconds of the event
         loop's clock; infinite after :meth:`Limiter.pause`; ``None`` without either
-    :param outage_since: since when all attempts have failed in ways that speak of the provider (time-outs,
-        HTTP 5xx, network errors), in seconds of the event loop's clock; ``None`` if there is no outage
+    :param outage_since: since when all attempts have failed with signs of an outage (time-outs, HTTP 5xx,
+        network errors), in seconds of the event loop's clock; ``None`` if there is no outage
     :param probing: whether a probe is under way: the one attempt that tests whether the server takes requests
         before the time that it has named
     :param remaining: the remainder of each budget (a :class:`Rate` with ``per_seconds=None``), in the order
@@ -89,21 +89,21 @@ class Limiter(OfOneProcess, since="it limits one process, and a copy would allow
     An attempt starts when there is a slot for it and every rate lets it, first come, first served: a cheap
     attempt never overtakes an expensive one. It starts at that very time, and takes nothing before.
 
-    With ``adaptive`` the limit follows the provider. ``max_concurrency`` is its ceiling; an
-    overload (HTTP 429 or 529, say, see :func:`classify`) cuts it to four fifths, once for all attempts that
-    were under way at the last cut, to a half and then to 1 while the provider takes nothing, and clean
-    completions raise it again. Running attempts are never interrupted, and cancelled ones never count.
+    With ``adaptive`` the limit follows the provider. ``max_concurrency`` is its ceiling; an overload (such as
+    HTTP 429 or 529, see :func:`classify`) cuts it to four fifths, once for all attempts that were under way
+    at the last cut, to a half and then to 1 while the provider takes nothing, and clean completions raise it
+    again. Running attempts are never interrupted, and cancelled ones never count.
 
-    When a server has asked to wait (Retry-After), new attempts are held back for as long, but for *probes*:
-    one at a time, the first after a twentieth of the time and at least a second, each next one after twice
-    the gap before it. A probe that succeeds, or whose stream yields a chunk, ends the cool-off; otherwise
-    attempts start one after the other within a quarter of the time once it is over. A time above
+    After a Retry-After of a server, new attempts are held back for that time, except *probes*: one at a time,
+    the first after a twentieth of the time and at least a second, each next one after twice the gap before
+    it. A probe that succeeds, or whose stream yields a chunk, ends the cool-off; otherwise attempts start one
+    after the other within a quarter of the time once it is over. A time above
     ``Backoff.max_retry_after_seconds`` holds nothing back, since its invocation does not wait for it.
 
-    A failure speaks of the provider if it is a time-out of the attempt, has a status 408 or 5xx, or has an
+    A failure is a sign of an outage if it is a time-out of the attempt, has a status 408 or 5xx, or has an
     ``OSError`` that is not about files among its causes. When as many attempts in a row as the limit, and at
-    least 8, have failed so with a transient verdict, and none that began meanwhile has succeeded, that is an
-    *outage*: such failures are overload until the first success. When nothing has succeeded for
+    least 8, have failed so with a transient verdict, and no attempt that began meanwhile has succeeded, there
+    is an *outage*: such failures are overload until the first success. When nothing has succeeded for
     ``LoopConfig.overload_timeout_seconds`` since the first overload, and all attempts of that time have
     ended, batches stop, and single invocations have one attempt, until one succeeds. After a minute in which
     nothing ran or waited, that time begins anew.

@@ -21,7 +21,7 @@ class SlotPool(PoolState):
     """The state of a limiter in one event loop: slots, lines and admission."""
 
     route: Callable[[Invocation[Any]], SlotPool] | None = None
-    """Returns the pool of an invocation, where each key has its own; else ``None``."""
+    """Returns the pool of an invocation's key; ``None`` without keys."""
 
     # -- slots
 
@@ -281,8 +281,7 @@ class SlotPool(PoolState):
 
             return served > 0
 
-        # 3. Attempts that need a rate or the end of a cool-off. The first that is too early blocks the
-        # others.
+        # 3. Attempts that need a rate or the end of a cool-off. The first that is too early blocks others.
         now = self.loop.now()
         while served < most and (waiter := self._first()) is not None:
             if waiter.error is not None:

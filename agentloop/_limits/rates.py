@@ -132,7 +132,7 @@ class Meter(ABC):
     event loop may be busy with other tasks, for longer than ``per_seconds`` too.
 
     It never reads a clock: the caller passes the time. :meth:`ready_at` returns a time at which the cost can
-    be paid despite rounding, so that a waiter has to wake only once.
+    be paid despite rounding, so that a waiter wakes only once.
     """
 
     def __init__(self, rate: Rate) -> None:
@@ -221,8 +221,7 @@ class _Window(Meter):
         if charge.at + self._seconds > now:
             self._spent += cost - charge.cost
             if not charge.cost:
-                # A charge of 0 was not remembered. It is added with the current time, which errs on the safe
-                # side.
+                # A charge of 0 was not remembered. It is added at the current time: too late is safe.
                 self._charges.append(charge)
                 charge.at = now
 

@@ -5,21 +5,21 @@ The slots of one event loop.
 invocations, and waits for them, *lends* them its slot, one at a time, as GNU make's jobserver does (Paul
 Smith, "POSIX Jobserver", GNU make manual, section 13.1). A borrower can lend on. So at most ``limit``
 invocations do work of their own, and however deep they are nested, the innermost one has a slot to run in:
-nested use never deadlocks. More than one at a time needs further slots of the pool.
+nested use never deadlocks. A second nested invocation at the same time needs a slot of the pool.
 
 **A waiter stands in up to two lines**: one of the pool's, and that of its lender, the innermost invocation
 around it that still runs. The first grant takes it out of both. The pool has three lines, each first come,
 first served:
 
-- ``returning``: attempts that gave their slot up while they waited for a reader. They go first and pay
-  nothing.
+- ``returning``: attempts that gave their slot up while they waited for a reader or for a change by other
+  agents. They go first and pay nothing.
 - ``queue``: attempts that have not begun. They need a slot, and all at once the costs of all rates and the
   end of a cool-off.
 - ``borrowing``: attempts that have not begun and have a slot on loan. They wait only for rates or a cool-off.
   A pause does not hold them, since their lender runs already.
 
 **All decisions are in ``SlotPool.serve()``**, which serves every waiter that can be served, and sets one
-alarm for the first that has to wait for a time. Later arrivals never overtake it. It is called at each change
+alarm for the first that must wait for a time. Later arrivals never overtake it. It is called at each change
 that a waiter may wait for: a slot is given back, a limit is raised, a cost is paid, given back or settled, an
 attempt that may give back a part of a budget begins to wait for others, a pause ends, an alarm fires. Every
 change is synchronous. The one ``await`` is in ``SlotPool.wait()``, and a cancellation there gives up the
@@ -27,8 +27,8 @@ place in line, or the slot if it was granted in the same moment.
 
 **An agent that waits for a change by other agents** gives its slot back meanwhile. ``away`` has the theory.
 
-**When an invocation ends whose slot is on loan**, the loan becomes the borrower's own slot, and waiters in
-its line move on to the lender around it.
+**When an invocation ends while its slot is on loan**, the loan becomes the borrower's own slot, and waiters
+in its line move on to the lender around it.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class MetricsSnapshot:
     :param queue: how long invocations waited for their first slot; those that waited too long count too
     :param first_chunk: how long streams took to their first chunk
     :param attempt: how long each attempt took
-    :param backoff: how long each retry had to wait
+    :param backoff: how long each retry waited
     :param chunk_gap: how long streams took from one chunk to the next, without the time that readers took
     """
 

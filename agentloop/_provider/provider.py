@@ -87,7 +87,7 @@ class Provider:
             self.cool_off.lift(now)
 
         self.limit.answered(epoch)
-        # A call that began before the failures says nothing about the provider since.
+        # The success of a call that began before the failures does not end the outage.
         self.outage.succeed(epoch >= self._row_at)
 
     def reject(self, epoch: int, in_use: int, hold_seconds: float | None, now: float) -> None:

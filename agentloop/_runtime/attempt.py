@@ -185,8 +185,8 @@ class Attempts(AttemptSlot, Generic[T]):
         """
         Begin an attempt. QUEUED, RETRYING -> RUNNING.
 
-        :return: the context of the agent. If a scope around is cancelled, nothing starts, not even to its
-            first checkpoint, and the slot is given back
+        :return: the context of the agent. If a scope around the task is cancelled, the agent is not called at
+            all, and the slot is given back
         """
         context = new_context()
         try:
@@ -241,7 +241,7 @@ class Attempts(AttemptSlot, Generic[T]):
         Find out how an attempt has failed, and give its slot back.
 
         :param raised: the exception of the agent; ``None`` if the agent returned and left a scope open
-        :return: the time
+        :return: when the attempt ended
         :raises BaseException: as :meth:`run`
         """
         assert scope.scope is not None

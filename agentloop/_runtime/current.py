@@ -46,7 +46,7 @@ class Attempt:
 
 
 attempt_elsewhere: ContextVar[Attempt | None] = ContextVar("agentloop.attempt_elsewhere", default=None)
-"""The attempt of another process that the current code is called for."""
+"""The attempt in another process on whose behalf the current code runs."""
 
 
 def current_attempt() -> Attempt:

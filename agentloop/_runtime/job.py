@@ -310,7 +310,7 @@ class Job(Attempts[T]):
         return result
 
     def _count_nested(self, observer: Observer, status: Status) -> None:
-        """Count it if an invocation of the same limiter runs it, and not only one of another limiter."""
+        """Count the invocation if an outer one uses the same limiter."""
         keys = self.pool.keys
         pool: Any = self.pool if keys is None else keys.home
         if pool.encloses(self.outer):

@@ -61,7 +61,7 @@ class Lifetime:
         self.replayed = 0
         """How many results came out of a journal."""
         self.nested: Counter[Status] = Counter()
-        """How many invocations that others run here have ended, by status."""
+        """How many nested invocations have ended, by status."""
         self._idle: anyio.Event | None = None
         self.failure: BaseException | None = None
         """An exception that ended a batch, such as ``KeyboardInterrupt``, until its reader has raised it."""
@@ -79,7 +79,7 @@ class Lifetime:
         """
         Refuse new work once the block has been left or the loop was drained, except from running invocations.
 
-        :return: the reason if all of the work has to be skipped, else ``None``
+        :return: the reason if the work must be skipped, else ``None``
         :raises LoopClosed: if the block has been left
         """
         if not self.refuses or pool_of(self._limiter).encloses(current_slot.get()):

@@ -63,7 +63,7 @@ class Observer:
 
     :param metrics: the recorder, or ``None``
     :param sink: the sink, or ``None``
-    :param nested: counts the invocations that others run on the same limiter, by status
+    :param nested: counts the nested invocations on the same limiter, by status
     """
 
     __slots__ = (

@@ -291,7 +291,7 @@ class Single(Generic[T]):
 
     async def _wait_in_line(self, slot: Slot) -> bool:
         """
-        Wait for a slot; in a task of its own, the first waiter is in line already.
+        Wait for a slot. In a task of its own, the invocation is in line for its first slot already.
 
         :return: whether the slot was granted; it is not if too many wait, if the wait takes too long, or if
             nothing is started any more

@@ -101,9 +101,7 @@ def _call(fn: partial[T]) -> T:
         raise RuntimeError(f"{fn.func!r} raised StopIteration, which an agent cannot raise") from exc
 
     if must.close_coroutine(returned):
-        raise not_async(
-            f"{fn.func!r} returned a coroutine: pass an async function as it is, not in_thread(fn)"
-        )
+        raise not_async(f"{fn.func!r} returned a coroutine: pass an async function itself, not in_thread(fn)")
 
     return returned
 
@@ -199,7 +197,7 @@ class _Places:
             returned = await anyio.to_thread.run_sync(
                 place.run, fn, abandon_on_cancel=True, limiter=self._unbounded
             )
-            # _Place.run() returns None of its own only after a cancellation, and then no caller gets it.
+            # After a cancellation, _Place.run() returns None instead of a result, but to no caller.
             return cast("T", returned)
         finally:
             if place.cancel():

@@ -13,7 +13,7 @@ from .._foreign import foreign_code
 
 FnT = TypeVar("FnT", bound=Callable[..., Any])
 
-# How many exceptions of a chain of causes and group members are looked at.
+# How many exceptions of a chain of causes and group members are read.
 CHAIN = 100
 
 _PLUMBING: set[CodeType] = {await_it.__code__}

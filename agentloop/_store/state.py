@@ -62,8 +62,7 @@ class State:
         if not changes and not deleted:
             return
 
-        # One call or one assignment makes the change, so that even after a Ctrl-C the state is the old or the
-        # new one.
+        # One call or one assignment makes the change, so a Ctrl-C leaves the old or the new state.
         if deleted:
             state = {key: value for key, value in self.values.items() if key not in deleted}
             state.update(changes)
@@ -95,7 +94,7 @@ class State:
 
 def copy_all(name: str, mapping: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Return copies of the values of a mapping, each by itself.
+    Return copies of the values of a mapping, without objects that two values share.
 
     :param name: its name in error messages
     """

@@ -62,7 +62,7 @@ class ContextStore:
         """
         Return a copy of the value of a key.
 
-        :param key: which one
+        :param key: the key
         :param default: returned, without a copy, if there is no such key
         :raises TypeError: if the key is no ``str``
         """
@@ -75,8 +75,8 @@ class ContextStore:
         """
         Set a key to a copy of a value.
 
-        :param key: which one
-        :param value: what it becomes; it is copied before anything is waited for
+        :param key: the key
+        :param value: the new value; it is copied at once, before any wait
         :raises TypeError: if the key is no ``str``
         """
         check_key(key)
@@ -89,7 +89,7 @@ class ContextStore:
         """
         Set several keys at once.
 
-        :param mapping: their values, which are copied before anything is waited for
+        :param mapping: their values, which are copied at once, before any wait
         :raises TypeError: if it is no mapping, or a key is no ``str``
         """
         changes = copy_all("mapping", mapping)
@@ -101,7 +101,7 @@ class ContextStore:
         """
         Delete a key.
 
-        :param key: which one
+        :param key: the key
         :return: whether there was one
         :raises TypeError: if the key is no ``str``
         """
@@ -129,7 +129,7 @@ class ContextStore:
         """
         Replace the value of a key by a function of it, in one step.
 
-        :param key: which one
+        :param key: the key
         :param fn: a plain function that is given a copy of the value, which it may change, and returns the
             new value, which is copied. It runs once, while no other task can write, so it should be quick
         :param default: the value for ``fn``, copied too, if there is no such key
@@ -157,10 +157,10 @@ class ContextStore:
         """
         Set a key if its value is the expected one.
 
-        :param key: which one
+        :param key: the key
         :param expected: compared by ``==`` with a copy of the value; a key that does not exist has the value
             ``None``
-        :param new: what it becomes; it is copied before anything is waited for
+        :param new: the new value; it is copied at once, before any wait
         :return: whether it was set
         :raises TypeError: if the key is no ``str``. An exception of the comparison propagates
         """
@@ -247,7 +247,7 @@ class ContextStore:
         value loses none. Leaving the block ends the iteration. An agent that waits for a value lends its
         slot, as in :meth:`wait_for`.
 
-        :param key: which one; all of them if absent, and then each value is a :meth:`snapshot`
+        :param key: the key; all of them if absent, and then each value is a :meth:`snapshot`
         :param default: the value while there is no such key
         :return: an async context manager that gives an endless async iterable of values, the reader's own
         :raises TypeError: if the key is no ``str``

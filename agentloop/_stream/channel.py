@@ -42,7 +42,7 @@ class _Place:
 
 class Channel(Generic[T]):
     """
-    A bounded buffer around a memory object stream, on which no task waits itself.
+    A bounded buffer around a memory object stream. No task waits on the stream itself.
 
     A memory object stream hands an item straight to a waiting receiver. A native cancellation of the receiver
     loses that item (``asyncio.wait_for(anext(stream), 1)``). So both sides wait on events beside the stream,

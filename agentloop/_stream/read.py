@@ -76,7 +76,9 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
     def drain(self) -> None:
         """Start nothing new, and wait for the reader for a limited time."""
         self.stop("the loop was left", LoopClosed("the loop was left"))
-        self.channel.limit_patience(lambda: self.cancel("nobody read", LoopClosed("the loop was left")))
+        self.channel.limit_patience(
+            lambda: self.cancel("the results were not read", LoopClosed("the loop was left"))
+        )
 
     def cancel(self, reason: str, cause: BaseException | None) -> None:
         """Cancel running invocations; each started invocation still has its result."""

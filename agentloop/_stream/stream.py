@@ -97,7 +97,7 @@ class Streaming(Generic[T]):
         raise stopped.with_traceback(None)
 
     def drain(self) -> None:
-        self.channel.limit_patience(lambda: self._cancel("the loop was left, and nobody read the stream"))
+        self.channel.limit_patience(lambda: self._cancel("the loop was left, and the stream was not read"))
 
     def cancel(self, reason: str, cause: BaseException) -> None:
         del cause  # the reason names it
@@ -126,7 +126,7 @@ class AgentStream(Reader[T, Streaming[T]]):
     :exc:`InvocationTimeout`, of which :exc:`FirstChunkTimeout` and :exc:`IdleTimeout` are kinds; a
     cancellation from within, or with the loop, an :exc:`InvocationCancelled`. Being cancelled while waiting
     for a chunk loses none. Leaving the block, by any path, cancels an agent that still runs, and waits until
-    its generator is closed; one that is suspended at a ``yield`` then has five seconds for its cleanup.
+    its generator is closed. A generator that is suspended at a ``yield`` has five seconds for its cleanup.
     """
 
     _usage = "write `async with loop.run_streaming(...) as stream:` around `async for chunk in stream:`"
@@ -167,8 +167,7 @@ class AgentStream(Reader[T, Streaming[T]]):
         """Return the result, if the agent has ended."""
         streaming = self._producer
         if streaming is not None and streaming.result is not None:
-            # Taken out to avoid a cycle: the frames of an error, and those below them, refer to the
-            # Streaming.
+            # Taken out to avoid a cycle: the frames of an error refer to the Streaming.
             self._result, streaming.result = streaming.result, None
 
         return self._result
@@ -181,8 +180,7 @@ class AgentStream(Reader[T, Streaming[T]]):
         finally:
             self._take_result()
             if self._raised and exc is None:
-                # The error was handled within the block. The reader's frame in its traceback refers to the
-                # stream.
+                # The error was handled in the block. Its traceback has the reader's frame, with the stream.
                 self._forget_readers()
 
     def _forget_readers(self) -> None:

@@ -82,7 +82,7 @@ class _StreamAttempt(Generic[ItemT]):
         now = self._pool.loop.now()
         # The deadline of the attempt. Time during which it waits for its reader is added.
         self._end = now + options.timeout
-        # Since when the agent has yielded nothing, for reasons of its own.
+        # Since when the agent has yielded nothing, without waits for its reader.
         self._idle_since = math.inf
         self._gaps: Histogram | None = None
         # Gaps in seconds that are not counted yet: counting many at once is faster.
@@ -104,8 +104,8 @@ class _StreamAttempt(Generic[ItemT]):
         error: Exception | None = None
         # Whether the agent was ended early, since the reader has left.
         cut_short = False
-        # A generator that is suspended at a yield may have scopes open within this one. A new scope for
-        # closing the generator would lie within those, and they would end first.
+        # The scope for closing is entered first: a generator that is suspended at a yield may have scopes
+        # open within it. A scope that is entered later would lie within those, and they would end first.
         ended = False
         try:
             with self._closing:
@@ -135,8 +135,7 @@ class _StreamAttempt(Generic[ItemT]):
                 except BaseException as exc:
                     failure = exc
                 finally:
-                    # The traceback of the thrown exception refers to this frame; the frame must not refer
-                    # back.
+                    # A thrown exception refers to this frame by its traceback; the frame must not refer back.
                     del step
                     channel.leave()
 
@@ -245,8 +244,7 @@ class _StreamAttempt(Generic[ItemT]):
             if not isinstance(iterator, AsyncGenerator) or not self._is_cancelled_by_agent():
                 raise
 
-            # A waiting agent would get the cancellation, so an agent that is suspended at a yield gets it
-            # too.
+            # A waiting agent would get the cancellation, so an agent suspended at a yield gets it too.
             cancelled = exc
 
         try:

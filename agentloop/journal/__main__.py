@@ -114,7 +114,9 @@ def _line(name: str, times: Distribution) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status."""
-    parser = argparse.ArgumentParser("python -m agentloop.journal", description="What is in a journal.")
+    parser = argparse.ArgumentParser(
+        "python -m agentloop.journal", description="Print the contents of a journal."
+    )
     commands = parser.add_subparsers(required=True, dest="command")
     for name, text in (
         ("show", "runs, counts by agent and status, latencies and the last errors"),

@@ -80,8 +80,7 @@ class Claims:
         self._agents: dict[str, Callable[..., Any]] = {}
         # Whether the first agent was looked for in the file, or the file was empty.
         self._knows_one = not last_row
-        # For each input with several entries: where to look next for a kept one, another one, and a free
-        # number.
+        # For each input with several entries: the next position for a kept one, another, a free number.
         self._marks: OrderedDict[tuple[str, Any], list[float]] = OrderedDict()
         names = ", ".join(map(repr, sorted(keep)))
         kept = f"(stale = 0 AND status IN ({names}))" if names else "0"

@@ -54,7 +54,7 @@ PRAGMA user_version = {SCHEMA};
 
 
 class Row(NamedTuple):
-    """A row of the results, as it is written."""
+    """A row of the results, to be written."""
 
     id: int
     agent: str

@@ -42,7 +42,7 @@ class Entered(Protocol):
 
 class Writing:
     """
-    A result that is to be written.
+    A result to be written.
 
     :param session: the session of the batch
     :param claim: the entry

@@ -18,8 +18,8 @@ from ._codec import Codec
 from ._file import Group, JournalFile
 from ._session import Writing
 
-# How long a result waits for others to be committed with it: a commit of any size waits some milliseconds for
-# the disk.
+# How long a result waits for others to be committed with it: each commit waits for the disk, which takes some
+# milliseconds for any size.
 LINGER_SECONDS = 0.02
 MOST_ROWS = 1000
 
@@ -57,7 +57,7 @@ class Writer:
         """
         Raise an error after the block, or in another process.
 
-        :raises RuntimeError: if so
+        :raises RuntimeError: in either case
         """
         if self._closing:
             raise RuntimeError("the `async with` block of this journal has been left")

@@ -36,7 +36,7 @@ def virtual_clock(
     if backend == "asyncio":
         from agentloop.testing._clock_asyncio import backend_options
     elif backend == "trio":
-        # trio is an optional dependency, so it is imported only when asked for
+        # trio is an optional dependency, so it is imported only here.
         from agentloop.testing._clock_trio import backend_options
     else:
         raise ValueError(f'backend must be "asyncio" or "trio", got {backend!r}')

@@ -75,8 +75,7 @@ class _VirtualEventLoop(asyncio.SelectorEventLoop):
         self, when: float, callback: Callable[[*_Args], object], *args: *_Args, context: Context | None = None
     ) -> asyncio.TimerHandle:
         if when == math.inf:
-            # A timer at infinity (anyio.sleep_forever() sets one) never fires, so it does not prevent a
-            # deadlock.
+            # A timer at infinity, as anyio.sleep_forever() sets, never fires: it ends no deadlock.
             return asyncio.TimerHandle(when, callback, args, self, context)
 
         return super().call_at(when, callback, *args, context=context)
@@ -134,8 +133,7 @@ class _VirtualEventLoop(asyncio.SelectorEventLoop):
 
         if timeout is not None:
             self._virtual_time += timeout
-            # asyncio runs the timers of the next nanosecond too, but far in the future that is below one
-            # float step.
+            # asyncio also runs the timers of the next nanosecond, which is less than a float step here.
             if self._virtual_time + 1e-9 == self._virtual_time:
                 self._virtual_time = math.nextafter(self._virtual_time, math.inf)
 
@@ -151,8 +149,7 @@ class _VirtualEventLoop(asyncio.SelectorEventLoop):
     def _workers(self, idle: bool) -> Iterator[threading.Thread]:
         """Yield the idle worker threads of AnyIO on this loop, or the busy ones."""
         for thread in threading.enumerate():
-            # Each of AnyIO's threads has the list of idle ones, which changes only within the loop, so this
-            # is exact.
+            # This is exact: AnyIO's list of idle threads, on each of them, changes only within the loop.
             is_idle = thread in getattr(thread, "idle_workers", ())
             is_ours = getattr(thread, "loop", None) is self and not getattr(thread, "stopping", False)
             if is_ours and is_idle is idle:

@@ -315,7 +315,7 @@ async def run_batch(
     return passed(begin), results
 
 
-HINT = "LoopConfig(overload_timeout_seconds=...) says how long to wait for a provider"
+HINT = "LoopConfig(overload_timeout_seconds=...) sets how long to wait for a provider"
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ async def test_function_that_returns_a_coroutine_stops_its_batch() -> None:
     jobs = Invocation.map(in_thread(lambda x: double(x)), range(3))
     results = await AgentLoop(attrs.evolve(SHORT, timeout_seconds=5)).run_all(jobs)
     assert isinstance(results[0].exception, TypeError)
-    assert "returned a coroutine: pass an async function as it is" in str(results[0].exception)
+    assert "returned a coroutine: pass an async function itself" in str(results[0].exception)
     assert isinstance(results[1].exception, BatchStopped)
 
 
