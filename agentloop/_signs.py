@@ -257,6 +257,9 @@ def speaks_of_provider(exc: BaseException) -> bool:
     of its own, such as the time-out of a nested call, is no such sign, and neither are its causes. This
     function never raises and takes bounded time.
     """
+    if is_plain(exc) and not isinstance(exc, OSError) and exc.__context__ is None:
+        return False  # the most frequent case
+
     seen: set[int] = set()
     left: list[BaseException | None] = [exc]
     while left and len(seen) < MOST_ERRORS:

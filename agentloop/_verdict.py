@@ -68,6 +68,7 @@ class Verdict:
 
 # From the mildest to the gravest: a group is judged by its gravest error.
 _GRAVITY = TRANSIENT, OVERLOAD, PERMANENT, FATAL = tuple(VerdictKind)
+_TRANSIENT, _PERMANENT = Verdict(TRANSIENT), Verdict(PERMANENT)
 _PERMANENT_TYPES = (
     AssertionError,
     AttributeError,
@@ -163,7 +164,7 @@ def classify(exc: Exception) -> Verdict:
     :return: the verdict; this function never raises and takes bounded time, for any attributes of ``exc``
     """
     if is_plain(exc):
-        return Verdict(PERMANENT if isinstance(exc, _PERMANENT_TYPES) else TRANSIENT)
+        return _PERMANENT if isinstance(exc, _PERMANENT_TYPES) else _TRANSIENT
 
     return _Judgement().of_all(exc, _MOST_CAUSES, set()) or Verdict(TRANSIENT)
 

@@ -138,11 +138,8 @@ class PoolState(LoopState):
         :param timed_out: whether the attempt ran into a time-out of its own
         """
         provider = self.admission.provider
-        if provider is not None:
-            verdict = provider.judge(verdict, error, timed_out, self.loop.now())
-            self._follow()
-
-        return verdict
+        # The slot is released in the same step, and the pool follows the provider then.
+        return verdict if provider is None else provider.judge(verdict, error, timed_out, self.loop.now())
 
     def learn(self, slot: Slot, verdict: Verdict | None, longest_hold: float) -> None:
         """

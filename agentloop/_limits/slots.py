@@ -337,6 +337,6 @@ class Slot:
         if self.waiters:
             self.pool.offer_loan(next(iter(self.waiters)), self)
 
-        loop = self.pool.loop
-        if self in loop.absent.waits or any(slot._around() is self for slot in loop.absent.away):
+        absent = self.pool.loop.absent
+        if self in absent.waits or (absent.away and any(slot._around() is self for slot in absent.away)):
             self.step_aside_if_waiting()

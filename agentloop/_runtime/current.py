@@ -16,6 +16,7 @@ import functools
 import os
 import uuid
 from abc import abstractmethod
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -109,12 +110,14 @@ class LaterSlot(AttemptSlot):
 
     It does not refer to the job. Otherwise a task that outlives the attempt would keep the job alive.
 
-    :param known: the attempt, as its agent can read it
+    :param known: returns the attempt, as its agent can read it
     """
 
     __slots__ = ("_known", "_timing")
 
-    def __init__(self, pool: Pool, outer: Slot | None, bill: Bill | None, known: Attempt) -> None:
+    def __init__(
+        self, pool: Pool, outer: Slot | None, bill: Bill | None, known: Callable[[], Attempt]
+    ) -> None:
         super().__init__(pool, outer, bill)
         self._known = known
         self._timing: Timing | None = None
@@ -124,7 +127,7 @@ class LaterSlot(AttemptSlot):
         self._timing = timing
 
     def attempt(self) -> Attempt:
-        return self._known
+        return self._known()
 
     def timing(self) -> Timing | None:
         return self._timing

@@ -6,6 +6,7 @@ __all__ = ["Job"]
 
 import math
 import threading
+from functools import partial
 from typing import Any, TypeVar
 
 from .._errors import BatchStopped, DeadlockError
@@ -120,8 +121,9 @@ class Job(Attempts[T]):
             self.bill = self.bill.again()
 
         assert self.failures is not None
-        errors, key = tuple(self.failures.errors), self.idempotency_key()
-        known = Attempt(self.invocation.agent_id, self.attempts + 1, errors, key)
+        known = partial(
+            _known, self.invocation.agent_id, self.attempts + 1, tuple(self.failures.errors), self._identify()
+        )
         return LaterSlot(self.pool, self.outer, self.bill, known)
 
     def join_line(self, slot: Slot, owner: Owner | None = None) -> Waiter:
@@ -152,10 +154,13 @@ class Job(Attempts[T]):
 
     def idempotency_key(self) -> str:
         """Return the key that all attempts share. Worker threads may call this too."""
+        return idempotency_key(self._identify())
+
+    def _identify(self) -> int:
         with _identifying:
             self.id = self.id or new_id()
 
-        return idempotency_key(self.id)
+        return self.id
 
     # -- after an attempt
 
@@ -311,7 +316,11 @@ class Job(Attempts[T]):
 
     def _count_nested(self, observer: Observer, status: Status) -> None:
         """Count the invocation if an outer one uses the same limiter."""
-        keys = self.pool.keys
+        outer, keys = self.outer, self.pool.keys
         pool: Any = self.pool if keys is None else keys.home
-        if pool.encloses(self.outer):
+        if (outer is not None and outer.hold is HELD and outer.pool is pool) or pool.encloses(outer):
             observer.nested[status] += 1
+
+
+def _known(agent_id: str, number: int, errors: tuple[Exception, ...], invocation_id: int) -> Attempt:
+    return Attempt(agent_id, number, errors, idempotency_key(invocation_id))

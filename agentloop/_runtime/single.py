@@ -16,7 +16,7 @@ from .._invocation import Invocation
 from .._limits.away import come_back
 from .._limits.limiter import Limiter, pool_of
 from .._limits.lines import Waiter
-from .._limits.slots import Slot, current_slot
+from .._limits.slots import HELD, Slot, current_slot
 from .._result import InvocationResult
 from .._verdict import VerdictKind
 from .job import Job
@@ -144,7 +144,8 @@ class Single(Generic[T]):
 
         # No local name for the result: an error in it refers to this frame by its traceback.
         if own_task or not job.is_plain or job.pool is not pool:
-            return await self._end_nested(scope, now)
+            is_away = not own_task and self._caller is not None and self._caller.hold is not HELD
+            return await self._end_and_return(scope, now) if is_away else self._end(scope, now)
 
         # As _end() does; inlined for speed.
         self._attempt = None
@@ -157,7 +158,7 @@ class Single(Generic[T]):
 
         return job.finish(options.observer, now)
 
-    async def _end_nested(self, scope: AttemptScope, now: float) -> InvocationResult[T]:
+    async def _end_and_return(self, scope: AttemptScope, now: float) -> InvocationResult[T]:
         try:
             return self._end(scope, now)
         finally:
