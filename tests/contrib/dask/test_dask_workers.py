@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
+import signal
 import threading
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +25,7 @@ from agentloop import (
     AgentLoop,
     Invocation,
     InvocationCancelled,
+    InvocationResult,
     LoopClosed,
     LoopConfig,
     Status,
@@ -257,6 +261,41 @@ async def test_process_that_dies_loses_no_call_and_its_poison_is_found(
     assert calls["7"] == 3
     # Only what was open when a process died ran again.
     assert sum(calls.values()) <= len(names) + 3 * 20
+
+
+@pytest.mark.long
+async def test_kills_at_random_moments_lose_no_call_and_repeat_few(workers: Workers, tmp_path: Path) -> None:
+    path, draw, kills = tmp_path / "calls", random.Random(), 3
+    names = [str(n) for n in range(400)]
+    note = workers.remote(there.note_and_die)
+    results: list[InvocationResult[Any]] = []
+
+    async def kill() -> None:
+        for _ in range(kills):
+            # It may be one that has just been started.
+            victims = {await process() for _ in range(6)}
+            await anyio.sleep(draw.random() / 10)
+            with suppress(ProcessLookupError):
+                os.kill(draw.choice(sorted(victims)), signal.SIGKILL)
+
+            await anyio.sleep(draw.random())
+
+    process = workers.remote(in_thread(there.process))
+    loop = AgentLoop(LoopConfig(max_concurrency=20, timeout_seconds=30, max_retries=0))
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as group:
+            group.start_soon(kill)
+            jobs = (Invocation(name, note, (str(path), name, "none")) for name in names)
+            async with loop.as_completed(jobs) as done:
+                async for result in done:
+                    results.append(result)
+                    await anyio.sleep(0.005)
+
+    assert [result.error for result in results] == [None] * len(names)
+    assert sorted(result.index for result in results) == list(range(len(names)))
+    calls = Counter(path.read_text().splitlines())
+    assert calls.keys() == set(names)
+    assert calls.total() <= len(names) + kills * 20
 
 
 # --- lifetime
