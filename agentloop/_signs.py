@@ -8,12 +8,12 @@ __all__ = [
     "error_bodies",
     "is_of",
     "is_plain",
+    "is_sign_of_outage",
     "members",
     "own_verdict",
     "response_headers",
     "response_status",
     "retry_delays",
-    "speaks_of_provider",
     "text_of",
 ]
 
@@ -248,7 +248,7 @@ def cause_of(exc: BaseException) -> BaseException | None:
     return cause if is_of(cause, BaseException) else None
 
 
-def speaks_of_provider(exc: BaseException) -> bool:
+def is_sign_of_outage(exc: BaseException) -> bool:
     """
     Return whether a failure is a sign of trouble at the provider.
 

@@ -77,7 +77,7 @@ class NoProbes(CoolOff):
 
 
 class NoOutage(Outage):
-    """A failure that speaks of the provider is like any other."""
+    """A failure that is a sign of an outage is like any other."""
 
     def fail(self, limit: int, now: float) -> bool:  # noqa: ARG002  # the same
         return False

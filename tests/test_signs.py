@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from agentloop import BatchStopped, IdleTimeout, InvocationTimeout, LoopClosed, response_status
-from agentloop._signs import speaks_of_provider
+from agentloop._signs import is_sign_of_outage
 from agentloop.testing import FakeHTTPError
 
 
@@ -85,8 +85,8 @@ every_wrapping = pytest.mark.parametrize("wrap", [lambda exc: exc, caused_by, on
     ids=repr,
 )
 def test_bad_status_or_network_error_speaks_of_the_provider(wrap: Any, error: Exception) -> None:
-    assert speaks_of_provider(wrap(error))
-    assert speaks_of_provider(wrap(wrap(error)))
+    assert is_sign_of_outage(wrap(error))
+    assert is_sign_of_outage(wrap(wrap(error)))
 
 
 @every_wrapping
@@ -101,16 +101,16 @@ def test_bad_status_or_network_error_speaks_of_the_provider(wrap: Any, error: Ex
     ids=repr,
 )
 def test_any_other_error_does_not_speak_of_the_provider(wrap: Any, error: Exception) -> None:
-    assert not speaks_of_provider(wrap(error))
+    assert not is_sign_of_outage(wrap(error))
 
 
 def test_cause_of_an_error_of_the_library_and_causes_without_an_end_speak_of_nobody() -> None:
     stopped = BatchStopped("too many failures")
     stopped.__cause__ = ConnectionError()
-    assert not speaks_of_provider(stopped)
+    assert not is_sign_of_outage(stopped)
     error = ResponseError()
     error.__cause__ = caused_by(error)
-    assert not speaks_of_provider(error)
+    assert not is_sign_of_outage(error)
 
 
 def test_number_of_causes_that_are_looked_at_is_bounded() -> None:
@@ -118,6 +118,6 @@ def test_number_of_causes_that_are_looked_at_is_bounded() -> None:
     for _ in range(10_000):
         error = caused_by(error)
 
-    assert not speaks_of_provider(error)
+    assert not is_sign_of_outage(error)
     assert error.__cause__ is not None
-    assert speaks_of_provider(error.__cause__)
+    assert is_sign_of_outage(error.__cause__)

@@ -6,7 +6,7 @@ __all__ = ["Provider"]
 
 import math
 
-from .._signs import speaks_of_provider
+from .._signs import is_sign_of_outage
 from .._verdict import Verdict, VerdictKind
 from .cool_off import CoolOff
 from .outage import Outage
@@ -67,7 +67,7 @@ class Provider:
         outage = self.outage
         if verdict.kind is VerdictKind.OVERLOAD:
             outage.overload(now, False)
-        elif verdict.kind is VerdictKind.TRANSIENT and (timed_out or speaks_of_provider(error)):
+        elif verdict.kind is VerdictKind.TRANSIENT and (timed_out or is_sign_of_outage(error)):
             if not outage.row:
                 self._row_at = self.limit.new_epoch()
 

@@ -13,7 +13,7 @@ import attrs
 import pytest
 
 from agentloop import Verdict, VerdictKind, classify
-from agentloop._signs import speaks_of_provider
+from agentloop._signs import is_sign_of_outage
 from agentloop.contrib.dask._errors import pack_error, unpack_error
 
 TRANSIENT, OVERLOAD, PERMANENT, FATAL = VerdictKind
@@ -239,7 +239,7 @@ def failure(client: Client, url: str, seconds: float = 5) -> Exception:
 
 def judged(exc: BaseException) -> tuple[Verdict, bool]:
     assert isinstance(exc, Exception)
-    return classify(exc), speaks_of_provider(exc)
+    return classify(exc), is_sign_of_outage(exc)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_answer_to_a_client_is_judged_for_what_it_is(client: Client, case: str, 
     answer = answers(client.__name__)[case]
     exc = failure(client, f"http://{address}/{client.__name__}/{case}")
     assert classify(exc) == answer.verdict
-    assert speaks_of_provider(exc) == (answer.status >= 500)
+    assert is_sign_of_outage(exc) == (answer.status >= 500)
 
 
 @contextmanager
@@ -268,7 +268,7 @@ def test_client_that_gets_no_answer_speaks_of_the_provider(client: Client, case:
         exc = failure(client, f"http://{host}/{client.__name__}/hang", 0.2 if case == "time-out" else 5)
 
     assert classify(exc) == Verdict(TRANSIENT)
-    assert speaks_of_provider(exc)
+    assert is_sign_of_outage(exc)
 
 
 def test_what_tenacity_gave_up_after_is_judged(address: str) -> None:
@@ -341,7 +341,7 @@ async def call_grpc(case: str, wrap: Callable[[Any], Any]) -> None:
 def test_failure_of_grpc_is_judged_for_what_it_is(case: str) -> None:
     pytest.importorskip("grpc")
     exc = failure(lambda *_: anyio.run(call_grpc, case, lambda call: call), "")
-    assert (classify(exc), speaks_of_provider(exc)) == RPC_ANSWERS[case]
+    assert (classify(exc), is_sign_of_outage(exc)) == RPC_ANSWERS[case]
 
 
 @pytest.mark.parametrize("case", [*RPC_ANSWERS, "no quota"])
@@ -350,4 +350,4 @@ def test_failure_of_grpc_through_google_api_core_is_judged_for_what_it_is(case: 
     helpers = pytest.importorskip("google.api_core.grpc_helpers_async")
     exc = failure(lambda *_: anyio.run(call_grpc, case, helpers.wrap_errors), "")
     answer = RPC_ANSWERS.get(case, (Verdict(OVERLOAD, 41.5), False))
-    assert (classify(exc), speaks_of_provider(exc)) == answer
+    assert (classify(exc), is_sign_of_outage(exc)) == answer

@@ -1,4 +1,4 @@
-"""Outages: failures in a row that speak of the provider are an overload, and patience with it has an end."""
+"""Outages: signs of them in a row are an overload, and patience with it has an end."""
 
 import math
 import socket

@@ -480,7 +480,7 @@ class Program:
                 if took < error.seconds * 0.999:
                     self.violations.append(f"timed out after {took} s, and not after {error.seconds}")
 
-            # In an outage, what speaks of the provider is an overload as well.
+            # In an outage, signs of one are overloads as well.
             overloaded = isinstance(error, FakeHTTPError | OSError | ExceptionGroup)
             overloaded = overloaded and not self.is_unjudged(error)
             retry_after = getattr(error, "retry_after", None)
@@ -1171,7 +1171,7 @@ class Program:
         status, error = result.status, result.exception
         assert call.made[result.index] == result.agent_id, "a result does not belong to its input"
         assert result.retries == max(0, starts - 1), (result, starts)
-        # In an outage, what speaks of the provider is an overload as well.
+        # In an outage, signs of one are overloads as well.
         overloads = sum(
             getattr(error, "status_code", 0) == 429
             or (self.limiter._adaptive and isinstance(error, (OSError, ExceptionGroup)))

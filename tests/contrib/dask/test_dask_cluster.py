@@ -18,7 +18,7 @@ import pytest
 import remote_agents as there
 
 from agentloop import AgentLoop, Backoff, Invocation, LoopConfig, VerdictKind, classify
-from agentloop._signs import speaks_of_provider
+from agentloop._signs import is_sign_of_outage
 from agentloop.contrib.dask import WorkerLost, Workers, _engine
 
 DASK = Path(sys.executable).with_name("dask")
@@ -138,7 +138,7 @@ async def test_calls_wait_for_a_process_and_not_for_ever(cluster: Cluster) -> No
 
         # It is an outage, which a batch waits for.
         assert classify(caught.value).kind is VerdictKind.TRANSIENT
-        assert speaks_of_provider(caught.value)
+        assert is_sign_of_outage(caught.value)
 
         result: list[Any] = []
 

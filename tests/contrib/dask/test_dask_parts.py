@@ -16,7 +16,7 @@ import pytest
 import remote_agents as there
 
 from agentloop import InvocationCancelled, LoopClosed, Verdict, VerdictKind, classify
-from agentloop._signs import speaks_of_provider
+from agentloop._signs import is_sign_of_outage
 from agentloop.contrib.dask import RemoteError, WorkerLost, _seat
 from agentloop.contrib.dask._courier import Courier
 from agentloop.contrib.dask._dispatcher import Call, Dispatcher, Link
@@ -105,7 +105,7 @@ def test_calls_of_a_lost_process_go_to_others_and_are_given_up_after_max_deaths(
     assert isinstance(error, WorkerLost)
     assert (error.deaths, str(error)) == (2, "the worker process died 2 times while it ran this call")
     assert classify(error).kind is VerdictKind.PERMANENT
-    assert not speaks_of_provider(error)
+    assert not is_sign_of_outage(error)
 
 
 def test_death_before_a_call_was_sent_does_not_count(caller: Caller) -> None:
@@ -270,7 +270,7 @@ def test_error_with_a_thousand_causes_is_cut() -> None:
 def test_error_of_the_network_that_does_not_unpickle_speaks_of_the_provider(errno: int | None) -> None:
     error = Rude("gone", errno=errno)
     assert type(got := travel(error)) is RemoteError
-    assert (classify(got), speaks_of_provider(got)) == (classify(error), speaks_of_provider(error))
+    assert (classify(got), is_sign_of_outage(got)) == (classify(error), is_sign_of_outage(error))
 
 
 def test_error_that_comes_back_as_another_is_a_remote_error() -> None:
@@ -299,7 +299,7 @@ def test_error_of_a_module_that_is_missing_here_is_a_remote_error(monkeypatch: p
 
 def test_status_of_grpc_is_kept() -> None:
     error = RemoteError("grpc.aio.AioRpcError", "", "UNAVAILABLE", Verdict(VerdictKind.TRANSIENT))
-    assert speaks_of_provider(error)
+    assert is_sign_of_outage(error)
     assert str(error) == "grpc.aio.AioRpcError"
 
 
