@@ -83,7 +83,7 @@ class AttemptScope(ABC):
         new_scope: Callable[..., anyio.CancelScope],
         queue: DeadlineQueue | None,
     ) -> None:
-        self.now = now
+        self.now: Callable[[], float] = now
         """Returns the time of the event loop."""
         self._new_scope = new_scope
         self._queue = queue
@@ -92,7 +92,7 @@ class AttemptScope(ABC):
         # The inner scope that has the deadline, and when the queue checks it; NaN with its own timer.
         self._inner: Any = None
         self._look_at = math.inf
-        self.until = math.inf
+        self.until: float = math.inf
         """An attempt that ends at this time or later leaves the scope at once."""
         self.children: Collection[object] = ()
         """The scopes that are open within it. If any are left after an attempt, the scope cannot be left."""
@@ -102,9 +102,9 @@ class AttemptScope(ABC):
         """The reason that was given to :meth:`cancel`, if it was called."""
         self.cause: Exception | None = None
         """The error that the agent made of a cancellation."""
-        self.left_open = False
+        self.left_open: bool = False
         """Whether a stream's agent left a scope open in a scope of ours within this one."""
-        self.is_spoilt = False
+        self.is_spoilt: bool = False
         """Whether the scope had to be given up."""
 
     @abstractmethod
@@ -211,7 +211,7 @@ class DeadlineQueue(ABC):
         """When to check each scope: no later than its deadline, and in the order of these times."""
         self._latest = -math.inf
         self._timer_at = math.inf
-        self.stops_timer = stops_timer
+        self.stops_timer: bool = stops_timer
         """Whether to stop the timer of an empty queue."""
 
     def watch(self, scope: AttemptScope, at: float) -> bool:

@@ -62,19 +62,19 @@ class EventLoop(ABC):
     """The kind of attempt scopes that uses private attributes."""
 
     def __init__(self, token: EventLoopToken, public: bool = False) -> None:
-        self.token = token
-        self.backend = token.backend_class
+        self.token: EventLoopToken = token
+        self.backend: Any = token.backend_class
         """The backend class of AnyIO."""
-        self.now = self.clock()
+        self.now: Callable[[], float] = self.clock()
         """Returns the time, as ``anyio.current_time()`` does."""
-        self.pace = TimeSlice(self.now)
+        self.pace: TimeSlice = TimeSlice(self.now)
         self._new_scope: Callable[..., anyio.CancelScope] = self.backend.create_cancel_scope
         works = not public and works_here(self.inside_scope, self._new_scope)
         self._scope_kind = self.inside_scope if works else PublicScope
         self._deadlines = self.loop_deadlines() if works else None
         self.spare: list[AttemptScope] = []
         """Unused scopes of attempts, which any task can use again."""
-        self.absent = Absent.current()
+        self.absent: Absent = Absent.current()
         """The agents that wait for a change by others."""
 
     @property

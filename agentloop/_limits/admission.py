@@ -92,24 +92,25 @@ class Admission:
         ledger: RetryLedger | None = None,
         bound: QueueBound | None = None,
     ) -> None:
-        self.meters = tuple(meters)
-        self.budgets = tuple(meter for meter in self.meters if isinstance(meter, Budget))
+        self.meters: tuple[Meter, ...] = tuple(meters)
+        self.budgets: tuple[Budget, ...] = tuple(meter for meter in self.meters if isinstance(meter, Budget))
         self.unsettled: dict[Bill, Any] = {}
         """The attempts that reserved or paid from a budget and have not ended, by their bills."""
         self.provider = provider
         self.ledger = ledger
         self.bound = bound
-        self.gated = bool(self.meters)
+        self.gated: bool = bool(self.meters)
         """Whether an attempt may need more than a slot: because of rates, a pause or a cool-off."""
-        self.paused = False
+        self.paused: bool = False
         """Whether only attempts on a borrowed slot may begin."""
-        self.epoch = 0
+        self.epoch: int = 0
         """How often the limit was cut. An attempt remembers the epoch in which it began."""
-        self.recovers = False
+        self.recovers: bool = False
         """Whether the limit was cut and may grow again."""
-        self.listens = self._always_listens = ledger is not None or bound is not None
+        self._always_listens = ledger is not None or bound is not None
+        self.listens: bool = self._always_listens
         """Whether successes have to be counted."""
-        self.is_open = not (self.gated or self.listens)
+        self.is_open: bool = not (self.gated or self.listens)
         """Whether an attempt needs only a free slot, and its success need not be counted."""
         self._settle_failed = False
         self._shared = False

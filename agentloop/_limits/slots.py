@@ -134,13 +134,13 @@ class Slot:
     __slots__ = ("bill", "epoch", "hold", "is_plain", "lender", "lent", "outer", "pool", "waiters")
 
     def __init__(self, pool: Pool, outer: Slot | None, bill: Bill | None = None) -> None:
-        self.pool = pool
+        self.pool: Pool = pool
         self.outer = outer
-        self.bill = bill
-        self.epoch = pool.admission.epoch
-        self.hold = HELD
+        self.bill: Bill | None = bill
+        self.epoch: int = pool.admission.epoch
+        self.hold: Hold = HELD
         # Whether it has no outer slot and no bill.
-        self.is_plain = outer is None and bill is None
+        self.is_plain: bool = outer is None and bill is None
         self.lender: Slot | None = None
         self.lent: Slot | None = None
         # The waiters for this slot on loan; made for the first one.

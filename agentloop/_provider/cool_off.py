@@ -26,9 +26,9 @@ class CoolOff:
     """
 
     def __init__(self) -> None:
-        self.until = -math.inf
+        self.until: float = -math.inf
         """Until when calls are held back."""
-        self.staggers_until = -math.inf
+        self.staggers_until: float = -math.inf
         """Until when calls start one by one."""
         self.probe: object = None
         """The call that is the running probe."""

@@ -29,9 +29,9 @@ class Outage:
         """The time of the first failure of an outage; ``None`` if there is no outage."""
         self.fruitless_since: float | None = None
         """The time of the first overload since the last success; ``None`` if there was none."""
-        self.timed_out = True
+        self.timed_out: bool = True
         """Whether all of these overloads were time-outs."""
-        self.row = 0
+        self.row: int = 0
         """How many failures in a row are signs of an outage."""
         self._row_began = 0.0
         self._used_at = -math.inf

@@ -49,12 +49,13 @@ class AdaptiveLimit:
     """
 
     def __init__(self, ceiling: int) -> None:
-        self.ceiling = self.limit = ceiling
+        self.ceiling: int = ceiling
+        self.limit: int = ceiling
         self.epoch: int = 0
         """The number of the current epoch. Each call remembers the epoch of its start."""
         self._cut_at = 0
-        self.cuts = 0
-        self.next_at = -math.inf
+        self.cuts: int = 0
+        self.next_at: float = -math.inf
         """When the next call may start."""
         self._clean = 0
         self._most_in_use = 0

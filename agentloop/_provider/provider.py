@@ -25,8 +25,8 @@ class Provider:
 
     def __init__(self, limit: AdaptiveLimit) -> None:
         self.limit = limit
-        self.cool_off = CoolOff()
-        self.outage = Outage()
+        self.cool_off: CoolOff = CoolOff()
+        self.outage: Outage = Outage()
         # The first epoch of calls in the cool-off, and the first one after the first failure of a row.
         self._held_at = self._row_at = 0
         self._shown: tuple[int, float, float | None] = limit.limit, -math.inf, None

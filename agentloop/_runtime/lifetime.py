@@ -51,14 +51,14 @@ class Lifetime:
         self.tasks: Tasks | None = None
         """The tasks that belong to the loop, while it is open."""
         self._task_id = 0
-        self.is_left = False
+        self.is_left: bool = False
         """Whether the block has been left."""
         self._calls: dict[Call, None] = {}
         self.outside: dict[Call, None] = {}
         """The calls in progress that were made outside of the block."""
         self.drained: BatchStopped | None = None
         """Why the loop was drained; ``None`` if it was not."""
-        self.replayed = 0
+        self.replayed: int = 0
         """How many results came out of a journal."""
         self.nested: Counter[Status] = Counter()
         """How many nested invocations have ended, by status."""

@@ -13,7 +13,6 @@ __all__ = ["LoopCollector"]
 from collections.abc import Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from agentloop import AgentLoop, Distribution, MetricsRecorder
 
@@ -22,7 +21,7 @@ from agentloop import AgentLoop, Distribution, MetricsRecorder
 OCTAVES = range(21)
 
 
-class LoopCollector(Collector):
+class LoopCollector:
     """
     Reads the metrics of loops when Prometheus asks for them, in whatever thread; in between it does nothing,
     so it costs an invocation nothing. A registry takes one, for all sources.

@@ -150,11 +150,11 @@ class JournalFile:
     def __init__(self, path: str, version: str, changed: str, durable: bool) -> None:
         self.path = path
         self.version = version
-        self.salt = b""
+        self.salt: bytes = b""
         """Random bytes that make idempotency keys unique to this journal."""
-        self.run = 0
+        self.run: int = 0
         """The number of this run."""
-        self.last_row = 0
+        self.last_row: int = 0
         """The highest number of an entry when the file was opened."""
         self.reader: sqlite3.Connection | None = None
         self._changed = changed

@@ -59,10 +59,10 @@ class Writing:
         result: InvocationResult[Any],
         on_done: Callable[[bool], object],
     ) -> None:
-        self.session = session
-        self.claim = claim
-        self.row = claim.make_row(result)
-        self.on_done = on_done
+        self.session: BatchSession = session
+        self.claim: EntryClaim = claim
+        self.row: Row = claim.make_row(result)
+        self.on_done: Callable[[bool], object] = on_done
 
 
 class BatchSession:
@@ -86,7 +86,7 @@ class BatchSession:
         self.journal = journal
         self.claims = claims
         self.number = number
-        self.has_failed = False
+        self.has_failed: bool = False
         self._on_failure = on_failure
         self._held: list[Writing] = []
 
@@ -141,7 +141,7 @@ class EntryClaim:
 
     def __init__(self, session: BatchSession, agent_id: str, place: Place) -> None:
         self.error: Exception | None = None
-        self.row = 0 if place.found is None else place.found.id
+        self.row: int = 0 if place.found is None else place.found.id
         self._session = session
         self._agent_id = agent_id
         self._place = place

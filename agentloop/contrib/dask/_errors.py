@@ -57,9 +57,12 @@ class RemoteError(AgentLoopError):
         self.kind = kind
         self.text = text
         self.status_code = status_code
-        self.retry_after = self.retry_after_seconds = verdict.retry_after
+        self.retry_after: float | None = verdict.retry_after
+        self.retry_after_seconds: float | None = verdict.retry_after
         """How many seconds the server asked to wait; ``None`` if it did not."""
-        self.headers = {} if verdict.retry_after is None else {"retry-after": f"{verdict.retry_after!r}"}
+        self.headers: dict[str, str] = (
+            {} if verdict.retry_after is None else {"retry-after": f"{verdict.retry_after!r}"}
+        )
         # classify reads the status and the Retry-After of this error too, but no type and no body.
         if classify(self) != verdict:
             self._verdict = verdict.kind.value
