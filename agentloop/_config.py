@@ -1,10 +1,10 @@
 """The settings of a loop."""
 
-__all__ = ["LoopConfig"]
+__all__ = ["ConfigChanges", "LoopConfig"]
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import attrs
 
@@ -82,3 +82,21 @@ class LoopConfig:
         default=None, validator=attrs.validators.optional(must.instance(StopRule))
     )
     collect_metrics: bool = attrs.field(default=True, validator=must.instance(bool))
+
+
+class ConfigChanges(TypedDict, total=False):
+    """The fields of :class:`LoopConfig`, for what type checkers know of :meth:`AgentLoop.with_config`."""
+
+    max_concurrency: int
+    timeout_seconds: float | None
+    total_timeout_seconds: float | None
+    retry_on_timeout: bool
+    max_retries: int
+    backoff: Backoff
+    classify: Callable[[Exception], Verdict]
+    first_chunk_timeout_seconds: float | None
+    idle_timeout_seconds: float | None
+    overload_timeout_seconds: float | None
+    queue_timeout_seconds: float | None
+    stop: StopRule | None
+    collect_metrics: bool

@@ -31,12 +31,13 @@ from collections.abc import (
 from contextlib import contextmanager
 from functools import partial
 from operator import length_hint
-from typing import Any, Generic, TypeAlias, TypeVar, cast, overload
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar, cast, overload
 
 import attrs
 
 from . import _validators as must
 
+P = ParamSpec("P")
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 ItemT = TypeVar("ItemT")
@@ -52,21 +53,15 @@ def check_fn(_: object, attribute: "attrs.Attribute[Any]", value: object) -> Non
     if callable(value):
         return
 
-    if inspect.iscoroutine(value):
-        # Closed, since the error below is clearer than the interpreter's warning "was never awaited".
-        value.close()
-        raise TypeError(
-            f"{attribute.name} must be an async function, got the coroutine {value!r}; pass the function "
-            "and its arguments apart: not fn(x) but fn, x"
-        )
+    is_stream = inspect.isasyncgen(value)
+    if not must.close_coroutine(value) and not is_stream:
+        raise TypeError(f"{attribute.name} must be an async function, got {value!r}")
 
-    if inspect.isasyncgen(value):
-        raise TypeError(
-            f"{attribute.name} must be an async generator function, got the generator {value!r}; pass the "
-            "function and its arguments apart: not fn(x) but fn, x"
-        )
-
-    raise TypeError(f"{attribute.name} must be an async function, got {value!r}")
+    kind, got = ("async generator function", "generator") if is_stream else ("async function", "coroutine")
+    raise TypeError(
+        f"{attribute.name} must be an {kind}, got the {got} {value!r}; pass the function "
+        "and its arguments apart: not fn(x) but fn, x"
+    )
 
 
 def _args(value: Sequence[Any]) -> tuple[Any, ...]:
@@ -124,6 +119,21 @@ class Invocation(Referable, Generic[T_co]):
     kwargs: Mapping[str, Any] = attrs.field(factory=dict[str, Any], validator=_check_kwargs)
     key: str | int | None = attrs.field(default=None, validator=_check_key)
 
+    @staticmethod
+    def of(
+        agent_id: str, fn: Callable[P, Awaitable[T] | AsyncIterable[T]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> "Invocation[T]":
+        """
+        Make an invocation from the arguments of a call, so that type checkers hold them against ``fn``.
+
+        :param agent_id: a name for it, which its result carries
+        :param fn: an async function, or an async generator function
+        :param args: its positional arguments
+        :param kwargs: its keyword arguments
+        :raises TypeError: if ``fn`` cannot be called
+        """
+        return make_invocation(agent_id, fn, args, kwargs)
+
     @overload
     @staticmethod
     def map(
@@ -160,10 +170,10 @@ class Invocation(Referable, Generic[T_co]):
         """
         check_fn(None, attrs.fields(Invocation).fn, fn)
         prefix = name_of(fn) if agent_id is None else agent_id
-        if not isinstance(prefix, str) and not callable(prefix):
-            raise TypeError(f"agent_id must be a str, a function of an item or None, got {agent_id!r}")
-
         if not isinstance(prefix, str):
+            if not callable(prefix):
+                raise TypeError(f"agent_id must be a str, a function of an item or None, got {agent_id!r}")
+
             must.check_plain_function("agent_id", prefix)
 
         if key is not None:
@@ -253,11 +263,7 @@ def make_invocation(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Invocation[T]:
-    """
-    Make an invocation from the arguments of a call, of which only the first two can be wrong.
-
-    :raises TypeError: as :class:`Invocation`
-    """
+    """Make an invocation from a call's arguments; raise ``TypeError`` if one of the first two is wrong."""
     if type(agent_id) is not str or not callable(fn):
         return Invocation(agent_id, fn, args, kwargs)
 

@@ -7,13 +7,13 @@ __all__ = ["AgentLoop"]
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Any, ParamSpec, Self, TypeVar, cast
+from typing import ParamSpec, Self, TypeVar, Unpack, cast
 
 import attrs
 
 from . import _validators as must
 from ._batch.journaled import AnyJournal, check_journal, collecting
-from ._config import LoopConfig
+from ._config import ConfigChanges, LoopConfig
 from ._events import ChunkEvent, Event, ResultEvent
 from ._invocation import Inputs, Invocation, StreamInputs, check_inputs, make_invocation
 from ._limits.keyed import check_concurrency
@@ -102,7 +102,7 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
         """The recorder of all results."""
         return self._metrics
 
-    def with_config(self, **changes: Any) -> AgentLoop:
+    def with_config(self, **changes: Unpack[ConfigChanges]) -> AgentLoop:
         """
         Return a view of this loop with changed settings. It shares limiter, metrics, events and lifetime.
 

@@ -72,7 +72,12 @@ class InvocationResult(Referable, Generic[T_co]):
 
     @property
     def success(self) -> bool:
-        """Whether the agent returned."""
+        """
+        Whether the agent returned.
+
+        Type checkers cannot conclude from it that ``output`` is not ``None``: a property tells them nothing
+        about its siblings. :meth:`unwrap` returns the output with the type that the agent returns.
+        """
         return self.status is Status.SUCCESS
 
     @property

@@ -3,12 +3,13 @@
 import math
 import pickle
 import re
+import typing
 from typing import Any
 
 import attrs
 import pytest
 
-from agentloop import Backoff, LoopConfig, Verdict, VerdictKind, classify
+from agentloop import AgentLoop, Backoff, LoopConfig, Verdict, VerdictKind, classify
 
 DEFAULTS = {
     "max_concurrency": 10,
@@ -106,6 +107,13 @@ def test_evolving_changes_what_is_named_keeps_the_rest_and_validates_again() -> 
     assert config.timeout_seconds == 300
     with pytest.raises(ValueError, match=r"^max_concurrency must be at least 1, got 0$"):
         attrs.evolve(config, max_concurrency=0)
+
+
+def test_type_checkers_know_each_setting_of_a_view() -> None:
+    (changes,) = typing.get_args(typing.get_type_hints(AgentLoop.with_config)["changes"])
+    settings = {field.name: field.type for field in attrs.fields(LoopConfig)}
+    assert typing.get_type_hints(changes) == settings
+    assert not changes.__required_keys__
 
 
 def test_equal_settings_are_equal_and_hash_alike() -> None:

@@ -137,6 +137,15 @@ def test_what_is_none_is_refused_with_what_was_expected(rule: str, value: Any) -
         REFUSED[rule][0](value)
 
 
+def test_invocation_of_takes_the_arguments_of_its_call() -> None:
+    assert Invocation.of("a", double, 5) == Invocation("a", double, (5,))
+    assert Invocation.of("a", double, agent_id=1, fn=2) == Invocation(
+        "a", double, (), {"agent_id": 1, "fn": 2}
+    )
+    with pytest.raises(TypeError, match=r"^agent_id must be a str, got 5$"):
+        Invocation.of(5, double, 1)
+
+
 REFUSED_COROUTINE = (
     r"^fn must be an async function, got the coroutine <coroutine object double at 0x\w+>; "
     r"pass the function and its arguments apart: not fn\(x\) but fn, x$"
@@ -149,10 +158,11 @@ REFUSED_COROUTINE = (
         lambda coroutine: Invocation("a", coroutine),
         lambda coroutine: Invocation("a", coroutine, 1),
         lambda coroutine: Invocation("a", coroutine, (), 1),
+        lambda coroutine: Invocation.of("a", coroutine),
         lambda coroutine: Invocation.map(coroutine, [1]),
         lambda coroutine: as_invocation(("a", coroutine, (), {})),
     ],
-    ids=["alone", "bad args", "bad kwargs", "map", "tuple"],
+    ids=["alone", "bad args", "bad kwargs", "of", "map", "tuple"],
 )
 def test_coroutine_is_refused_with_a_hint_and_without_a_warning(
     make: Callable[[Any], object], recwarn: pytest.WarningsRecorder

@@ -169,6 +169,18 @@ def attempt_is_a_value() -> None:
 # --- invocations
 
 
+def invocation_of_checks_the_arguments_of_its_agent() -> None:
+    assert_type(Invocation.of("a", count, "text", upto=3), Invocation[int])
+    assert_type(Invocation.of("a", agent, "text"), Invocation[int])
+    assert_type(Invocation.of("a", in_thread(blocking), "text"), Invocation[int])
+    assert_type(Invocation.of("a", streaming, "text"), Invocation[str])
+    Invocation.of("a", count, 5)  # type: ignore[arg-type]  # has to be refused
+    Invocation.of("a", count)  # type: ignore[call-arg]  # has to be refused
+    Invocation.of("a", count, "text", up=5)  # type: ignore[call-arg]  # has to be refused
+    Invocation.of("a", blocking, "text")  # type: ignore[arg-type]  # has to be refused
+    Invocation.of(5, count, "text")  # type: ignore[arg-type]  # has to be refused
+
+
 def invocation_carries_what_its_async_callable_returns(invocation: Invocation[int]) -> None:
     assert_type(Invocation("a", count), Invocation[int])
     assert_type(Invocation("a", count, ("text",), {"upto": 3}), Invocation[int])
@@ -397,6 +409,18 @@ def result_knows_its_type(result: InvocationResult[int]) -> None:
     assert_type((result.retries, result.index), tuple[int, int])
 
 
+def only_unwrap_gives_an_output_that_cannot_be_none(result: InvocationResult[int]) -> None:
+    if result.success:
+        assert_type(result.output, int | None)  # a property narrows none of its siblings
+        assert_type(result.unwrap(), int)
+
+    if result.error is not None:
+        assert_type(result.error, str)
+
+    if result.exception is not None:
+        assert_type(result.exception, BaseException)
+
+
 def result_is_covariant(cats: InvocationResult[Cat]) -> InvocationResult[Animal]:
     return cats
 
@@ -446,6 +470,7 @@ def settings_are_checked(config: LoopConfig) -> None:
     LoopConfig(timeout_seconds=None, max_retries=0, backoff=Backoff(jitter="equal"), classify=classify)
     LoopConfig(classify=lambda exc: Verdict(VerdictKind.FATAL))
     LoopConfig(10)  # type: ignore[call-arg]  # has to be refused
+    LoopConfig(timeout=10)  # type: ignore[call-arg]  # has to be refused
     LoopConfig(timeout_seconds="10")  # type: ignore[arg-type]  # has to be refused
     LoopConfig(classify=blocking)  # type: ignore[arg-type]  # has to be refused
     Backoff(jitter="some")  # type: ignore[arg-type]  # has to be refused
@@ -458,7 +483,10 @@ def watch(event: Event) -> None:
 
 async def loop_has_typed_parts() -> None:
     assert_type(AgentLoop(LoopConfig(), limiter=Limiter(5), metrics=MetricsRecorder()), AgentLoop)
-    assert_type(loop.with_config(max_retries=1), AgentLoop)
+    assert_type(loop.with_config(timeout_seconds=None, backoff=Backoff(), classify=classify), AgentLoop)
+    loop.with_config(timeout=3)  # type: ignore[call-arg]  # has to be refused
+    loop.with_config(max_retries="3")  # type: ignore[arg-type]  # has to be refused
+    loop.with_config(classify=blocking)  # type: ignore[arg-type]  # has to be refused
     AgentLoop(on_event=watch)
     AgentLoop(on_event=[watch, lambda event: print(event.at)])
     AgentLoop(on_event=["watch"])  # type: ignore[list-item]  # has to be refused
