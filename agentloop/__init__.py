@@ -50,6 +50,8 @@ from ._store.store import ContextStore
 from ._stream.stream import AgentStream
 from ._verdict import Verdict, VerdictKind, classify
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AgentLoop",
     "AgentLoopError",

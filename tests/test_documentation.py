@@ -171,6 +171,12 @@ def test_retries_page_says_what_classify_says_of_each_name() -> None:
     assert judged > 25
 
 
+def test_changelog_begins_with_the_version_of_the_package() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    dated = re.findall(r"^## (?!Unreleased$)(.*)$", text, re.MULTILINE)
+    assert re.fullmatch(rf"{re.escape(agentloop.__version__)} - \d{{4}}-\d\d-\d\d", dated[0])
+
+
 def test_modules_that_contributors_are_sent_to_are_there() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     table = text.partition("## Where a change goes")[2].partition("## A change")[0]

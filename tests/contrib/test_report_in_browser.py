@@ -36,7 +36,7 @@ LOOK = """() => ({
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     api = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed: pip install -e .[browser]"
+        "playwright.sync_api", reason="playwright is not installed: pip install -e . --group browser"
     )
     if CHROMIUM is None:
         pytest.skip(f"there is no Chromium: none of {', '.join(NAMES)} is on the PATH")
