@@ -282,6 +282,7 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+@pytest.mark.long
 @given(JSON)
 def test_json_comes_back_the_same(value: Any) -> None:
     assert same(decode(encode(value)), value)

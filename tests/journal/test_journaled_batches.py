@@ -72,6 +72,7 @@ async def test_equal_inputs_of_one_opening_have_an_entry_each(path: Path) -> Non
     assert len(rows(path)) == len(asker.calls) == 4
 
 
+@pytest.mark.long
 async def test_thousands_of_equal_inputs_take_linear_time(path: Path) -> None:
     asker = Asker()
     for expected in (0, 3000):

@@ -507,6 +507,7 @@ async def take(steps: list[tuple[str, int]], max_waiting: int) -> None:
     assert {call.state for call in calls} <= {"success", "refused", "cancelled"}
 
 
+@pytest.mark.long
 @backends
 @given(steps=steps, max_waiting=st.integers(0, 3))
 def test_calls_are_refused_as_an_account_says(

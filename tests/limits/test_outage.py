@@ -405,6 +405,7 @@ async def test_two_batches_are_each_as_patient_as_their_configuration() -> None:
         assert isinstance(results[-1].exception, BatchStopped)
 
 
+@pytest.mark.long
 async def test_patience_without_end_waits_for_ever() -> None:
     async def comes_back() -> None:
         if passed(begin) < 3e4:

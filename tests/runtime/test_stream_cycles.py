@@ -103,6 +103,7 @@ def is_ours(found: object) -> bool:
     return type(found).__module__.startswith("agentloop")
 
 
+@pytest.mark.long
 @entered_or_not
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 async def test_nothing_of_ours_waits_for_the_collector(use: Any, entered: bool) -> None:

@@ -180,6 +180,7 @@ async def test_stream_joins_the_line_while_the_reader_waits() -> None:
 # -- fairness
 
 
+@pytest.mark.long
 @each_count
 async def test_every_stream_gets_on(agent: Any) -> None:
     seen: Counter[int] = Counter()

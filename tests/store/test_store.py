@@ -376,6 +376,7 @@ async def test_value_that_contains_itself_is_kept_and_handed_out() -> None:
         await store.to_json()
 
 
+@pytest.mark.long
 async def test_value_too_deep_for_python_to_compare_changes_nothing() -> None:
     store = ContextStore({"a": nested(20_000)})
     with pytest.raises(RecursionError):
