@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import psutil
@@ -10,13 +9,6 @@ import pytest
 from anyio.from_thread import start_blocking_portal
 
 from agentloop.contrib.dask import Workers
-
-
-# All of them in one worker of pytest-xdist: the processes are as many as processors.
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.is_relative_to(os.path.dirname(__file__)):
-            item.add_marker(pytest.mark.xdist_group("dask"))
 
 
 @pytest.fixture(params=["asyncio", "trio"])
