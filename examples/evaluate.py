@@ -69,7 +69,7 @@ async def evaluate(client: httpx2.AsyncClient, questions: Sequence[str], path: P
     version = {"model": MODEL or "demo", "instruction": INSTRUCTION}
     # The first Ctrl-C lets what runs finish, and a second one cancels it. The journal has what has finished.
     async with drain_on_signals(loop):
-        print(f"{len(questions)} questions for {MODEL or 'demo'}", flush=True)
+        print(f"questions for {MODEL or 'demo'}: {len(questions)}", flush=True)
         async with Journal(journal_of(path), version=version) as journal, progress(loop, len(questions)):
             results = await loop.run_all(Invocation.map(ask, questions, "q"), journal=journal)
 

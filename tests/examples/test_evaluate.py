@@ -81,7 +81,7 @@ def test_second_run_asks_only_what_is_new_or_has_changed(backend: str, tmp_path:
     assert [answer["text"] for answer in answers(tmp_path)] == ["2 * 3 is 6.", "4 * 5 is 20.", "2 * 3 is 6."]
     ask(questions, ["What is 6 * 7?", "What is 4 * 5?", "What is 2 * 3?"])
     status, out, err = run(tmp_path, str(questions), "--backend", backend)
-    assert out.startswith("3 of 3 questions are answered in answers.jsonl\n")
+    assert out.startswith("questions for demo: 3\n3 of 3 questions are answered in answers.jsonl\n")
     assert figures(out) == {"before": (2, 28), "now": (1, 14)}
     assert "2 replayed" in err
     assert [answer["text"] for answer in answers(tmp_path)] == ["6 * 7 is 42.", "4 * 5 is 20.", "2 * 3 is 6."]
@@ -143,7 +143,7 @@ def test_real_model_is_asked_and_another_model_is_refused(tmp_path: Path) -> Non
         assert status == 0, err
         assert figures(out)["now"] == (1, 14)
         status, out, err = run(tmp_path, questions, OPENAI_MODEL="other", **variables)
-        assert (status, out) == (1, "")
+        assert (status, out) == (1, "questions for other: 1\n")
         assert re.match(r'error: .*"model": "mine".*"model": "other"', err)
         # A key that is refused stops it, and what failed is asked again.
         status, out, err = run(
