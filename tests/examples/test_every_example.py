@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,11 +25,21 @@ NEEDS = {
 ARGUMENTS = {"model_server": ["--port", "0"]}
 ASYNCIO_ALONE = {"pydantic_ai_agents"}
 
+# Those whose ends have something of their own. The others end by what all of them share.
+ALWAYS = {"evaluate", "observability", "quickstart", "serve"}
+
+
+def by_hand(*values: str) -> Any:
+    """Return parameters of a test that is run by hand for most examples."""
+    return pytest.param(*values, marks=() if values[0] in ALWAYS else pytest.mark.by_hand)
+
+
 every_example = pytest.mark.parametrize("name", SCRIPTS)
-on_every_backend = pytest.mark.parametrize(
+every_end = pytest.mark.parametrize("name", [by_hand(name) for name in SCRIPTS])
+every_end_on_every_backend = pytest.mark.parametrize(
     ("name", "backend"),
-    [(name, "asyncio") for name in SCRIPTS]
-    + [(name, "trio") for name in SCRIPTS if name not in ASYNCIO_ALONE],
+    [by_hand(name, "asyncio") for name in SCRIPTS]
+    + [by_hand(name, "trio") for name in SCRIPTS if name not in ASYNCIO_ALONE],
 )
 
 
@@ -75,7 +86,7 @@ def test_none_is_longer_than_a_person_reads_at_once(path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.usefixtures("children_hear_sigint")
-@on_every_backend
+@every_end_on_every_backend
 def test_ctrl_c_ends_it_with_130_and_no_traceback(name: str, backend: str, tmp_path: Path) -> None:
     process = start(name, "--backend", backend, *ARGUMENTS.get(name, []), cwd=tmp_path)
     assert process.stdout is not None
@@ -89,7 +100,7 @@ def test_ctrl_c_ends_it_with_130_and_no_traceback(name: str, backend: str, tmp_p
 
 
 @pytest.mark.long
-@every_example
+@every_end
 def test_reader_that_has_enough_ends_it_quietly(name: str, tmp_path: Path) -> None:
     process = start(name, *ARGUMENTS.get(name, []), cwd=tmp_path)
     assert process.stdout is not None
@@ -106,7 +117,7 @@ def test_reader_that_has_enough_ends_it_quietly(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.long
-@every_example
+@every_end
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_output_that_cannot_be_written_is_one_line(name: str, tmp_path: Path) -> None:
     if name in NEEDS:

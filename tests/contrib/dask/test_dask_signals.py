@@ -74,6 +74,7 @@ def test_ctrl_c_in_the_terminal_drains_the_batch_and_leaves_no_process(backend: 
     assert {*read(path, "delivered")} == {number for number in recorded(path) if number >= 0}
 
 
+@pytest.mark.by_hand
 def test_killed_driver_leaves_no_process_and_goes_on_where_it_was(tmp_path: Path) -> None:
     path, count = tmp_path / "night.db", 300
     with driver(path, "asyncio", count) as (process, pids):
