@@ -100,10 +100,11 @@ class Waiter:
     def end(self) -> None:
         """Wake the task or call the owner: the wait is over."""
         self.is_over = True
-        if self._woken is not None:
-            self._woken.set()
-        elif self._owner is not None:
+        if self._owner is not None:
             self._owner.wait_ended(self)
+        else:
+            assert self._woken is not None
+            self._woken.set()
 
     def set_alarm(self, at: float) -> None:
         """Wake its task at a time."""

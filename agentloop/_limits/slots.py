@@ -153,7 +153,6 @@ class Slot:
 
     def cancel_scope(self) -> anyio.CancelScope | None:
         """Return the scope of the attempt, if it has one."""
-        return None
 
     @property
     def is_on_loan(self) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 import anyio.from_thread
 import pytest
+from agents import run
 from anyio.lowlevel import checkpoint
 
 from agentloop import (
@@ -265,7 +266,70 @@ async def test_keyed_limiter_lends_within_the_key() -> None:
         assert all(result.success for result in await loop.run_all(jobs))
 
 
+# -- those around an agent that waits
+
+
+@pytest.mark.parametrize("verb", ["run_single", "run_all"])
+@pytest.mark.parametrize("keyed", [False, True])
+async def test_invocation_that_only_waits_for_one_that_waits_lends_its_slot_too(
+    verb: str, keyed: bool
+) -> None:
+    team = Keyed() if keyed else Team()
+    start = anyio.current_time()
+
+    async def lead() -> float:
+        nested = [Invocation("nested", wait_for, (team.store, "k"))]
+        assert (await run(verb, team.loop, nested))[0].success
+        began = anyio.current_time()
+        await team.work()
+        return began - start
+
+    # The slot is taken again when the agent around goes on.
+    jobs = [("lead", lead, (), {}), ("other", team.set, ("k", 2), {}), ("last", team.work, (5,), {})]
+    results = await team.loop.run_all(jobs)
+    assert [result.success for result in results] == [True] * 3
+    assert results[0].output in (2, 7)
+    assert team.peak == 1
+
+
+async def test_interrupt_does_not_wait_for_the_slot_of_an_agent_that_will_not_go_on() -> None:
+    team = Team()
+    start = anyio.current_time()
+
+    async def interrupt() -> None:
+        await wait_for(team.store, "k")
+        raise KeyboardInterrupt
+
+    async def lead() -> None:
+        await team.loop.run_single("nested", interrupt)
+
+    async def change() -> None:
+        await anyio.sleep(1)
+        await team.store.set("k", True)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(change)
+        with pytest.raises(KeyboardInterrupt):
+            await team.loop.run_single("lead", lead)
+
+    assert anyio.current_time() - start == 1
+    assert team.loop.statistics().running == team.loop.statistics().waiting == 0
+
+
 # -- places of a keyed limiter's total
+
+
+async def test_loan_waits_for_a_place() -> None:
+    team = Keyed()
+
+    async def lead() -> None:
+        results = await team.loop.run_all([("a", team.work, (), {}), ("b", team.work, (), {})])
+        assert all(result.success for result in results)
+
+    with anyio.fail_after(100):
+        (await team.loop.run_single("b", lead)).unwrap()
+
+    assert team.peak == 1
 
 
 class Keyed(Team):
@@ -500,12 +564,21 @@ async def impatient_natively(team: Team) -> None:
             await wait_for(team.store, "never")
 
 
+async def impatient_natively_while_it_comes_back(team: Team) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            await wait_for(team.store, "k")
+
+
+NATIVELY = [impatient_natively, impatient_natively_while_it_comes_back]
+
+
 @pytest.mark.parametrize(
-    "give_up", [impatient_in_a_scope, impatient_in_a_task, impatient_while_it_comes_back, impatient_natively]
+    "give_up", [impatient_in_a_scope, impatient_in_a_task, impatient_while_it_comes_back, *NATIVELY]
 )
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_agent_that_gives_up_waiting_has_a_slot_before_it_goes_on(backend: str, give_up: Any) -> None:
-    if give_up is impatient_natively and backend != "asyncio":
+    if give_up in NATIVELY and backend != "asyncio":
         pytest.skip("a native cancellation is asyncio's")
 
     async def main() -> None:
