@@ -121,9 +121,8 @@ class Job(Attempts[T]):
             self.bill = self.bill.again()
 
         assert self.failures is not None
-        known = partial(
-            _known, self.invocation.agent_id, self.attempts + 1, tuple(self.failures.errors), self._identify()
-        )
+        errors, key = tuple(self.failures.errors), self.idempotency_key()
+        known = partial(Attempt, self.invocation.agent_id, self.attempts + 1, errors, key)
         return LaterSlot(self.pool, self.outer, self.bill, known)
 
     def join_line(self, slot: Slot, owner: Owner | None = None) -> Waiter:
@@ -154,13 +153,10 @@ class Job(Attempts[T]):
 
     def idempotency_key(self) -> str:
         """Return the key that all attempts share. Worker threads may call this too."""
-        return idempotency_key(self._identify())
-
-    def _identify(self) -> int:
         with _identifying:
             self.id = self.id or new_id()
 
-        return self.id
+        return idempotency_key(self.id)
 
     # -- after an attempt
 
@@ -320,7 +316,3 @@ class Job(Attempts[T]):
         pool: Any = self.pool if keys is None else keys.home
         if (outer is not None and outer.hold is HELD and outer.pool is pool) or pool.encloses(outer):
             observer.nested[status] += 1
-
-
-def _known(agent_id: str, number: int, errors: tuple[Exception, ...], invocation_id: int) -> Attempt:
-    return Attempt(agent_id, number, errors, idempotency_key(invocation_id))
