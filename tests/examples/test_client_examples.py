@@ -107,6 +107,7 @@ def test_openai_questions_are_all_answered_through_every_fault() -> None:
     assert seen["InternalServerError"][0].startswith("transient): ")
 
 
+@pytest.mark.by_hand
 @every_backend
 def test_openai_stream_that_breaks_off_is_not_repeated_and_a_late_one_is(backend: str) -> None:
     # On trio, the SDK leaves generators of its own to the garbage collector, which says so when asked.
@@ -124,6 +125,7 @@ def test_openai_stream_that_breaks_off_is_not_repeated_and_a_late_one_is(backend
     assert re.search(r"first words came after \d+ ms \(median\), 1\d{3} ms \(slowest\)$", out)
 
 
+@pytest.mark.by_hand
 def test_openai_model_in_the_environment_is_asked_at_its_own_address() -> None:
     with real_server() as url:
         variables = {"OPENAI_MODEL": "mine", "OPENAI_BASE_URL": url, "OPENAI_API_KEY": "secret"}
@@ -165,6 +167,7 @@ def test_anthropic_questions_are_all_answered_through_every_fault() -> None:
     assert "\n6 of 6 answered; " in out
 
 
+@pytest.mark.by_hand
 @every_backend
 def test_anthropic_stream_comes_word_by_word_up_to_where_it_breaks_off(backend: str) -> None:
     out = output("anthropic_batch.py", "--stream", "--backend", backend)
@@ -175,6 +178,7 @@ def test_anthropic_stream_comes_word_by_word_up_to_where_it_breaks_off(backend: 
     assert "\n5 of 6 answered; " in out
 
 
+@pytest.mark.by_hand
 def test_anthropic_key_that_is_wrong_stops_the_batch() -> None:
     with real_server() as url:
         origin = url.removesuffix("/v1")
@@ -191,6 +195,7 @@ def test_anthropic_key_that_is_wrong_stops_the_batch() -> None:
 # a pipe
 
 
+@pytest.mark.by_hand
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX pipe")
 @pytest.mark.parametrize(
     "script", ["openai_batch.py", "anthropic_batch.py", "shared_context.py", "streaming.py"]
