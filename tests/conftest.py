@@ -34,6 +34,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def imported() -> Iterator[None]:
+    """Nor through what the tests of other modules import: a few of these import large clients."""
+    yield
+    pytest_collection_finish()
+
+
 @pytest.fixture
 async def quiet() -> AsyncIterator[None]:
     """Nothing is left in the event loop of an async test: no task, no open generator, no cancellation."""

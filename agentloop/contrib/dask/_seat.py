@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextvars import copy_context
+from functools import partial
 from typing import Any, cast
 
 import anyio
@@ -138,7 +139,8 @@ class Seat:
             with scope:
                 # An agent that leaves a scope open in its task breaks the group of this task, and no other.
                 async with anyio.create_task_group() as group:
-                    group.start_soon(self._answer, reply, *call)
+                    answer = partial(self._answer, reply, *call)
+                    group.start_soon(answer, name="remote agent")
 
         except Exception:
             *_, attempt, _ = call
