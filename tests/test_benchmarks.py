@@ -143,6 +143,7 @@ def simulated(backend: str, scenario: str, *policies: str) -> dict[str, list[str
     return {line[:24].strip(): line[24:].split() for line in out.splitlines()[3:]}
 
 
+@pytest.mark.by_hand
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_simulated_policy_gets_through_windows(backend: str) -> None:
     rows = simulated(backend, "window-short-told")
@@ -150,6 +151,7 @@ def test_every_simulated_policy_gets_through_windows(backend: str) -> None:
     assert {lost for _, _, lost, _ in rows.values()} == {"0"}
 
 
+@pytest.mark.by_hand
 def test_simulated_policies_do_without_what_their_names_say() -> None:
     rows = simulated("asyncio", "refused-60", "ours", "ours, no outages")
     assert int(rows["ours"][2]) < int(rows["ours, no outages"][2])
@@ -157,6 +159,7 @@ def test_simulated_policies_do_without_what_their_names_say() -> None:
     assert float(rows["ours"][0].rstrip("%")) > float(rows["ours, no probes"][0].rstrip("%"))
 
 
+@pytest.mark.by_hand
 def test_one_command_writes_a_table_of_all_on_both_backends() -> None:
     done = run(str(BENCHMARKS / "table.py"), "--quick")
     assert done.returncode == 0, done.stderr

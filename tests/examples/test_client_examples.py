@@ -234,6 +234,7 @@ def test_mcp_server_sees_the_time_outs_of_its_callers_as_cancellations(backend: 
 # pydantic_ai
 
 
+@pytest.mark.by_hand
 def test_pydantic_ai_agents_that_wait_for_others_neither_deadlock_nor_exceed_the_limit() -> None:
     out = output("pydantic_ai_agents.py")
     assert results(out).keys() == {"boats", "tides", "gulls"}

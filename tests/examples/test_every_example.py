@@ -26,7 +26,7 @@ ARGUMENTS = {"model_server": ["--port", "0"]}
 ASYNCIO_ALONE = {"pydantic_ai_agents"}
 
 # Those whose ends have something of their own. The others end by what all of them share.
-ALWAYS = {"evaluate", "serve"}
+ALWAYS = {"serve"}
 
 
 def by_hand(*values: str) -> Any:

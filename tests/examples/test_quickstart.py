@@ -188,6 +188,7 @@ def test_the_story_is_the_same_on_both_backends() -> None:
     assert story(output("--backend", "asyncio")) == story(output("--backend", "trio"))
 
 
+@pytest.mark.by_hand
 def test_the_same_seed_tells_the_same_story_again() -> None:
     _, again, _ = run(*SHORT)
     assert story(again) == story(output(*SHORT))
