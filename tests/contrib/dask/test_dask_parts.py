@@ -17,7 +17,7 @@ import remote_agents as there
 
 from agentloop import InvocationCancelled, LoopClosed, Verdict, VerdictKind, classify
 from agentloop._signs import is_sign_of_outage
-from agentloop.contrib.dask import RemoteError, WorkerLost, _seat
+from agentloop.contrib.dask import RemoteError, WorkerLost, _functions, _seat
 from agentloop.contrib.dask._courier import Courier
 from agentloop.contrib.dask._dispatcher import Call, Dispatcher, Link
 from agentloop.contrib.dask._engine import Engine, Settings
@@ -342,6 +342,11 @@ def test_module_whose_source_cannot_be_read_is_not_compared(agents: Path) -> Non
     assert load_function(Function(ask).define()) is ask
 
 
+@pytest.mark.parametrize("name", ["__main__", "sys", "not.imported"])
+def test_module_without_a_source_to_compare_has_no_hash(name: str) -> None:
+    assert _functions._source(name) == ""
+
+
 def test_reducers_of_the_application_are_used_and_those_of_dask_are_not() -> None:
     class Own(Exception):
         pass
@@ -372,10 +377,10 @@ class Question:
     def __init__(self, backend: str) -> None:
         self.seat = Seat(backend, 0)
 
-    async def call(self, number: int, fn: Any, *args: Any) -> None:
+    async def call(self, number: int, fn: Any, *args: Any, attempt: tuple[Any, ...] = ()) -> None:
         function = Function(fn)
         trace = {"traceparent": f"00-{1:032x}-{number:016x}-01"}
-        call = number, function.number, function.pack(args, {}), (), trace
+        call = number, function.number, function.pack(args, {}), attempt, trace
         await self.seat.give(dumps(({function.number: function.define()}, [call], [])))
 
     async def replies(self) -> Any:
@@ -422,6 +427,15 @@ async def test_seat_answers_and_cancels(anyio_backend: str) -> None:
     assert await question.replies() == [(2, False, b"")]
     assert "Python" in await question.seat.versions()
     await question.call(3, there.nap, 60)
+    await question.seat.close()
+
+
+async def test_agent_knows_its_attempt_there(anyio_backend: str) -> None:
+    question = Question(anyio_backend)
+    await question.call(1, there.tell_attempt, attempt=("a", 2, (pack_error(ValueError("boom"), ""),), "key"))
+    [(_, _, data)] = await question.replies()
+    agent_id, number, _, key = loads(data)
+    assert (agent_id, number, key) == ("a", 2, "key")
     await question.seat.close()
 
 
