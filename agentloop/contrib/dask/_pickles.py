@@ -10,6 +10,7 @@ import pickle
 from collections import ChainMap, UserDict
 from typing import Any, ClassVar
 
+# It has no types, for either checker.
 import cloudpickle as untyped  # type: ignore[import-untyped]  # pyright: ignore[reportMissingTypeStubs]
 
 loads = pickle.loads
