@@ -57,7 +57,11 @@ def test_ctrl_c_ends_all_processes_without_a_traceback(backend: str, lines: int)
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=20)
 
-    assert (process.returncode, err) == (130, "")
+    # It may have killed one of them by then.
+    rest = re.sub(
+        r"the worker process tcp://\S+ is lost, with \d+ calls, which are sent elsewhere\n", "", err
+    )
+    assert (process.returncode, rest) == (130, "")
     # One of multiprocessing's own ends a moment after its parent.
     began = time.monotonic()
     while any(is_alive(one, process.pid) for one in psutil.process_iter()):
