@@ -290,7 +290,7 @@ def test_error_that_does_not_pickle_is_a_remote_error() -> None:
 
 def test_error_of_a_module_that_is_missing_here_is_a_remote_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "elsewhere_only", module := ModuleType("elsewhere_only"))
-    module.Odd = type("Odd", (Exception,), {"__module__": "elsewhere_only"})  # type: ignore[attr-defined]
+    module.Odd = type("Odd", (Exception,), {"__module__": "elsewhere_only"})  # type: ignore[attr-defined]  # set on purpose
     packed = pack_error(module.Odd("so"), "there")
     monkeypatch.delitem(sys.modules, "elsewhere_only")
     got = unpack_error(packed)
