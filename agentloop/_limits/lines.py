@@ -69,9 +69,9 @@ class Waiter:
         # Why it will never be granted a slot. It keeps its place until it is withdrawn, so that no other
         # attempt of the same batch overtakes it.
         self.error: Exception | None = None
-        # Either an owner is called when the wait is over, or an event wakes a task.
+        # Either an owner is called when the wait is over, or an event wakes a task that waits.
         self._owner = owner
-        self._woken = anyio.Event() if owner is None else None
+        self._woken: anyio.Event | None = None
         # Whether the wait is over.
         self.is_over = False
         # When its task has to serve the pool; finite only for the head of the line.
@@ -82,9 +82,9 @@ class Waiter:
         self.bound: QueueBound | None = None
 
     def expire_at(self, at: float) -> None:
-        """Set the time at which it gives up."""
+        """Set the time at which it gives up, before it waits."""
         self.until = at
-        self.set_alarm(self.wake_at)
+        self.wake_at = min(at, self.wake_at)
 
     def count(self, bound: QueueBound) -> None:
         """Count as waiting until it leaves its line."""
@@ -92,18 +92,25 @@ class Waiter:
         bound.waiting += 1
 
     async def wait(self) -> None:
-        """Wait until this is over, or until its alarm."""
-        assert self._woken is not None
-        with anyio.CancelScope(deadline=self.wake_at) as self.scope:
-            await self._woken.wait()
+        """Wait until this is over, until its alarm, or until its first alarm is set."""
+        self._woken = woken = anyio.Event()
+        if self.is_over:
+            woken.set()
+
+        if self.wake_at == math.inf:
+            # Most waiters never get an alarm, and a scope takes longer than all other work of a wait.
+            self.scope = None
+            await woken.wait()
+        else:
+            with anyio.CancelScope(deadline=self.wake_at) as self.scope:
+                await woken.wait()
 
     def end(self) -> None:
         """Wake the task or call the owner: the wait is over."""
         self.is_over = True
         if self._owner is not None:
             self._owner.wait_ended(self)
-        else:
-            assert self._woken is not None
+        elif self._woken is not None:
             self._woken.set()
 
     def set_alarm(self, at: float) -> None:
@@ -113,6 +120,8 @@ class Waiter:
             self._owner.wake_at(self, at)
         elif self.scope is not None:
             self.scope.deadline = self.wake_at
+        elif self._woken is not None and self.wake_at < math.inf:
+            self._woken.set()
 
     def ask(self, lender: Slot | None) -> bool:
         """

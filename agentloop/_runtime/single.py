@@ -300,16 +300,10 @@ class Single(Generic[T]):
         job = self._job
         try:
             waiter = self._waiter or self._join_line(slot)
-            granted, limit = waiter.granted, self._options.total
-            if not granted:
-                with anyio.CancelScope(deadline=job.deadline):
-                    granted = await job.pool.wait(waiter)
-                    if waiter.error is not None:
-                        job.refuse(waiter.error)
-                        job.pool.withdraw(waiter)
-
-                    # In other states it was refused, or nothing is started any more.
-                    limit = self._options.queue if job.state is QUEUED and not job.attempts else None
+            granted = waiter.granted or await job.pool.wait(waiter)
+            if waiter.error is not None:
+                job.refuse(waiter.error)
+                job.pool.withdraw(waiter)
         finally:
             self._waiter = None
 
@@ -317,19 +311,22 @@ class Single(Generic[T]):
             slot.give_back()
             return False
 
-        if not granted and limit is not None:
-            job.expire(limit)
+        if not granted and waiter.error is None and job.state is QUEUED and self._stopped is None:
+            # It waited for too long.
+            is_late, options = job.pool.loop.now() >= job.deadline, self._options
+            job.expire(options.total if is_late and options.total is not None else options.queue)
 
         return granted
 
     def _join_line(self, slot: Slot) -> Waiter:
         """Join the line for a slot: a bounded one for a first slot that cannot be borrowed."""
-        job = self._job
+        job, until = self._job, self._job.deadline
         self._waiter = waiter = job.join_line(slot)
         if not (job.attempts or waiter.granted or waiter.lender is not None):
-            waiter.expire_at(job.queued_at + self._options.queue.seconds)
+            until = min(until, job.queued_at + self._options.queue.seconds)
             full = job.pool.bound(waiter)
             if full is not None:
                 job.refuse(full)
 
+        waiter.expire_at(until)
         return waiter
