@@ -139,11 +139,11 @@ def idempotency_key(number: int) -> str:
 
     :param number: the number of the invocation in events, unique in this process
     """
-    return f"{(_first_key(os.getpid()) + number) % 2**128:032x}"
+    return f"{_first_key(os.getpid()) + number:032x}"
 
 
 @functools.cache
 def _first_key(process: int) -> int:
-    # A forked process has another id, and so draws another key.
+    # A forked process has another id, and so draws another key. Half of the range is left to count in.
     del process
-    return uuid.uuid4().int
+    return uuid.uuid4().int >> 1

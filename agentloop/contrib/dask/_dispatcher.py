@@ -9,9 +9,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import anyio
+
 from ._courier import Courier
 from ._errors import WorkerLost, pack_error
 from ._functions import Function
+from ._pickles import dumps
 
 _numbers = itertools.count()
 # A call that saw as many processes die runs alone from then on: one may be the fault of its neighbours.
@@ -24,17 +27,24 @@ class Call:
 
     :param function: what is called
     :param call: its arguments and what else travels with it, as ``Seat`` takes it
-    :param caller: the courier to the event loop that waits
-    :param on_end: is called there with whether the call has failed, and what it returned or raised
+    :param caller: the courier to the current event loop, which waits
     """
 
-    def __init__(
-        self,
-        function: Function,
-        call: tuple[Any, ...],
-        caller: Courier,
-        on_end: Callable[[bool, bytes], object],
-    ) -> None:
+    __slots__ = (
+        "_caller",
+        "call",
+        "data",
+        "deaths",
+        "ended",
+        "function",
+        "is_cancelled",
+        "is_error",
+        "is_sent",
+        "link",
+        "number",
+    )
+
+    def __init__(self, function: Function, call: tuple[Any, ...], caller: Courier) -> None:
         self.number = next(_numbers)
         self.function = function
         self.call = call
@@ -42,13 +52,18 @@ class Call:
         self.link: Link | None = None
         """The process that it was given to."""
         self.is_sent = self.is_cancelled = False
+        self.ended = anyio.Event()
+        self.is_error = False
+        self.data = b""
+        """The pickle of what the call has returned, or of its error."""
         self._caller = caller
-        self._on_end = on_end
 
     def end(self, is_error: bool, data: bytes) -> None:
         """Tell the caller, if its event loop is still running."""
+        self.is_error = is_error
+        self.data = data
         try:
-            self._caller.send(self._on_end, is_error, data)
+            self._caller.send(self.ended.set)
         except RuntimeError:
             pass
 
@@ -87,8 +102,11 @@ class Link:
         self._cancelled.append(call.number)
         self._wake()
 
-    def pack(self) -> tuple[dict[int, bytes], list[tuple[Any, ...]], list[int]]:
-        """Return what is to be sent now, as ``Seat.give`` takes it."""
+    def pack(self) -> bytes:
+        """Return the message with all that is to be sent now; it is empty if that is nothing."""
+        if not self._unsent and not self._cancelled:
+            return b""
+
         calls, self._unsent = self._unsent, []
         cancelled, self._cancelled = self._cancelled, []
         definitions: dict[int, bytes] = {}
@@ -99,7 +117,8 @@ class Link:
                 self._defined.add(function.number)
                 definitions[function.number] = function.define()
 
-        return definitions, [(call.number, call.function.number, *call.call) for call in calls], cancelled
+        sent = [(call.number, call.function.number, *call.call) for call in calls]
+        return dumps((definitions, sent, cancelled))
 
 
 class Dispatcher:
@@ -213,7 +232,10 @@ class Dispatcher:
         elif self._quarantine is not None and not self._quarantine.open:
             self._quarantine = None
 
-        others = [link for link in self.links if link is not self._quarantine]
+        others = self.links
+        if self._quarantine is not None:
+            others = [link for link in self.links if link is not self._quarantine]
+
         while self.waiting and others:
             self._emptiest(others).assign(self.waiting.popleft())
 

@@ -21,7 +21,7 @@ from ._courier import Courier, courier_here
 from ._dispatcher import Call, Dispatcher, Link
 from ._errors import WorkerLost
 from ._functions import versions
-from ._pickles import dumps, loads
+from ._pickles import loads
 from ._seat import Seat
 
 _distributed: Any = distributed  # most of it has no types
@@ -246,14 +246,19 @@ class Engine:
     async def _give(self, seat: Any, link: Link, bell: _Bell) -> None:
         while True:
             await bell.wait()
-            # What comes within this time shares a message.
+            # Calls that come within this time share a message, which take() may have sent by then.
             await anyio.sleep(self._settings.linger_seconds)
-            await seat.give(dumps(link.pack()))
+            message = link.pack()
+            if message:
+                await seat.give(message)
 
     async def _take(self, seat: Any, link: Link) -> None:
         while True:
-            for number, is_error, data in loads(await seat.take()):
+            for number, is_error, data in loads(await seat.take(link.pack())):
                 self.dispatcher.ended(link, number, is_error, data)
+
+            # A message costs a hundred times as much as a call. New calls often follow on replies.
+            await anyio.sleep(self._settings.linger_seconds)
 
 
 class _Bell:

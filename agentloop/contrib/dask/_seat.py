@@ -64,20 +64,25 @@ class Seat:
         """
         self._send(self._accept, message)
 
-    async def take(self) -> bytes:
-        """Return replies, once there are any or a while has passed."""
+    async def take(self, message: bytes) -> bytes:
+        """
+        Return replies, once there are any or a while has passed.
+
+        :param message: as :meth:`give` takes it; it may be empty
+        """
         self._send(self._renew)
+        if message:
+            self._send(self._accept, message)
+
         event = anyio.Event()
         self._reader = courier_here(), event
         # Looked at only now: a reply that comes later sets the event.
         if not self._replies:
             with anyio.move_on_after(POLL_SECONDS):
                 await event.wait()
+                await anyio.sleep(self._linger)
 
         self._reader = None
-        if self._replies:
-            await anyio.sleep(self._linger)
-
         replies: list[tuple[int, bool, bytes]] = []
         while self._replies:
             replies.append(self._replies.popleft())

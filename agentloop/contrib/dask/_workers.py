@@ -141,40 +141,30 @@ class Workers:
         :raises TypeError: if ``fn`` is not an async function
         """
         check_async(fn)
-        function = Function(fn)
+        function, engine = Function(fn), self._engine
 
         async def call(*args: P.args, **kwargs: P.kwargs) -> T:
-            value: T = await self._call(function, args, kwargs)
+            function.define()
+            call = Call(
+                function, (function.pack(args, kwargs), _attempt_here(), trace_here()), courier_here()
+            )
+            engine.submit(call)
+            try:
+                await call.ended.wait()
+            except BaseException:
+                engine.cancel(call)
+                with anyio.move_on_after(_FAREWELL_SECONDS, shield=True):
+                    await call.ended.wait()
+
+                raise
+
+            if call.is_error:
+                raise unpack_error(call.data)
+
+            value: T = loads(call.data)
             return value
 
         return functools.update_wrapper(call, fn)
-
-    async def _call(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        function.define()
-        reply: list[tuple[bool, bytes]] = []
-        ended = anyio.Event()
-
-        def end(is_error: bool, data: bytes) -> None:
-            reply.append((is_error, data))
-            ended.set()
-
-        sent = function.pack(args, kwargs), _attempt_here(), trace_here()
-        call = Call(function, sent, courier_here(), end)
-        self._engine.submit(call)
-        try:
-            await ended.wait()
-        except BaseException:
-            self._engine.cancel(call)
-            with anyio.move_on_after(_FAREWELL_SECONDS, shield=True):
-                await ended.wait()
-
-            raise
-
-        is_error, data = reply[0]
-        if is_error:
-            raise unpack_error(data)
-
-        return loads(data)
 
     async def __aenter__(self) -> Self:
         if self._portal is not None:
@@ -228,5 +218,5 @@ def _attempt_here() -> tuple[Any, ...]:
     except RuntimeError:
         return ()
 
-    failures = tuple(pack_error(failure, "an earlier attempt") for failure in now.failures)
+    failures = now.failures and tuple(pack_error(failure, "an earlier attempt") for failure in now.failures)
     return now.agent_id, now.number, failures, now.idempotency_key

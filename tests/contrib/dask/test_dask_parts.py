@@ -34,15 +34,22 @@ class Caller:
     """The caller's side of some calls."""
 
     def __init__(self) -> None:
-        self.results: dict[str, object] = {}
+        self.calls: dict[str, Call] = {}
         # Delivers at once, in this thread.
         self.courier = Courier(SimpleNamespace(call_soon_threadsafe=lambda fn: fn()))
 
     def call(self, name: str) -> Call:
-        def end(is_error: bool, data: bytes) -> None:
-            self.results[name] = unpack_error(data) if is_error and data else data
+        call = self.calls[name] = Call(Function(there.nap), (name,), self.courier)
+        return call
 
-        return Call(Function(there.nap), (name,), self.courier, end)
+    @property
+    def results(self) -> dict[str, object]:
+        """What the calls that have ended returned or raised."""
+        ended = {name: call for name, call in self.calls.items() if call.ended.is_set()}
+        return {
+            name: unpack_error(call.data) if call.is_error and call.data else call.data
+            for name, call in ended.items()
+        }
 
 
 class Process(Link):
@@ -53,7 +60,7 @@ class Process(Link):
         self.cancelled: list[int] = []
 
     def send(self) -> set[str]:
-        _, calls, cancelled = self.pack()
+        _, calls, cancelled = loads(self.pack() or dumps(({}, [], [])))
         self.cancelled += cancelled
         return {name for _, _, name in calls}
 
@@ -83,11 +90,12 @@ def test_call_goes_to_the_process_with_the_fewest(caller: Caller) -> None:
 def test_definition_of_a_function_is_sent_once_to_each_process(caller: Caller) -> None:
     link, function = Process("one"), Function(there.nap)
     for _ in range(2):
-        link.assign(Call(function, (), caller.courier, lambda *_: None))
+        link.assign(Call(function, (), caller.courier))
 
-    assert [*link.pack()[0]] == [function.number]
-    link.assign(Call(function, (), caller.courier, lambda *_: None))
-    assert not link.pack()[0]
+    assert [*loads(link.pack())[0]] == [function.number]
+    link.assign(Call(function, (), caller.courier))
+    assert not loads(link.pack())[0]
+    assert not link.pack()
 
 
 def test_calls_of_a_lost_process_go_to_others_and_are_given_up_after_max_deaths(caller: Caller) -> None:
@@ -184,7 +192,7 @@ def refuse(fn: object) -> None:
 
 def test_caller_whose_event_loop_has_ended_is_not_told() -> None:
     courier = Courier(SimpleNamespace(call_soon_threadsafe=refuse))
-    call = Call(Function(there.nap), (), courier, lambda *_: None)
+    call = Call(Function(there.nap), (), courier)
     call.fail(LoopClosed("left"))
     with pytest.raises(RuntimeError, match="closed"):
         courier.send(print)
@@ -383,10 +391,10 @@ class Question:
         call = number, function.number, function.pack(args, {}), attempt, trace
         await self.seat.give(dumps(({function.number: function.define()}, [call], [])))
 
-    async def replies(self) -> Any:
+    async def replies(self, message: bytes = b"") -> Any:
         with anyio.fail_after(5):
-            while not (found := loads(await self.seat.take())):
-                pass
+            while not (found := loads(await self.seat.take(message))):
+                message = b""
 
         return found
 
@@ -423,8 +431,7 @@ async def test_seat_answers_and_cancels(anyio_backend: str) -> None:
 
     await question.call(2, there.nap, 60)
     # The second of these comes too late.
-    await question.seat.give(dumps(({}, [], [2, 1])))
-    assert await question.replies() == [(2, False, b"")]
+    assert await question.replies(dumps(({}, [], [2, 1]))) == [(2, False, b"")]
     assert "Python" in await question.seat.versions()
     await question.call(3, there.nap, 60)
     await question.seat.close()
@@ -455,7 +462,7 @@ async def test_seat_answers_nothing_after_a_while(
 ) -> None:
     monkeypatch.setattr(_seat, "POLL_SECONDS", 0.01)
     question = Question(anyio_backend)
-    assert loads(await question.seat.take()) == []
+    assert loads(await question.seat.take(b"")) == []
     await question.seat.close()
 
 
@@ -471,7 +478,7 @@ async def test_seat_that_is_asked_nothing_ends(
 
         with pytest.raises(RuntimeError):
             while True:
-                await question.seat.take()
+                await question.seat.take(b"")
                 await anyio.sleep(0.01)
 
 
