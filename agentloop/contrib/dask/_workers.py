@@ -218,5 +218,5 @@ def _attempt_here() -> tuple[Any, ...]:
     except RuntimeError:
         return ()
 
-    failures = now.failures and tuple(pack_error(failure, "an earlier attempt") for failure in now.failures)
+    failures = [pack_error(failure, "an earlier attempt") for failure in now.failures]
     return now.agent_id, now.number, failures, now.idempotency_key
