@@ -1,6 +1,6 @@
 """
-Spans and metrics of invocations. Needs the extra ``otel``, which is OpenTelemetry's API; the application
-brings the SDK and says where all goes::
+Spans and metrics of invocations. Needs the extra ``otel``, which installs OpenTelemetry's API. The
+application installs the SDK and sets up the exporters::
 
     loop = AgentLoop(on_event=OpenTelemetrySink())
 """
@@ -30,8 +30,8 @@ from agentloop import (
 
 SCOPE = "agentloop"
 
-# Names of the semantic conventions, of which those for GenAI still change:
-# https://github.com/open-telemetry/semantic-conventions-genai. What is called gen_ai.client is left to the
+# Names of the semantic conventions. Those for GenAI still change:
+# https://github.com/open-telemetry/semantic-conventions-genai. The gen_ai.client metrics are left to the
 # instrumentation of the SDK that calls the model.
 OPERATION = "invoke_agent"
 DURATION = "gen_ai.invoke_agent.duration"
@@ -64,22 +64,22 @@ ERROR = "agentloop.error"
 
 class OpenTelemetrySink:
     """
-    Makes a span for each invocation, and counts and times them: a function for ``AgentLoop(on_event=...)``,
-    which any number of loops may share.
+    Makes a span for each invocation, and counts and times them. Pass it as ``AgentLoop(on_event=...)``; any
+    number of loops may share one.
 
     A span, ``invoke_agent {agent_id}``, lasts from the first start to the end, as ``latency_ms`` does. Its
-    parent is the span that is current where the invocation was asked for, and it is itself the current span
-    inside the agent, so that what the agent traces, an HTTP client's spans say, becomes its child, in every
-    attempt. Retries, the attempts that follow them and the first chunk are events in it. What was skipped
-    has no span, and neither has what a journal has replayed.
+    parent is the span that is current where the caller calls the loop. Inside the agent it is the current
+    span in every attempt, so the spans that the agent makes (those of an HTTP client, for example) become its
+    children. Retries, the attempts that follow them and the first chunk are events in it. Skipped and
+    replayed invocations have no span.
 
-    Few metrics are kept, since an SDK takes some microseconds for each value. How many invocations ended, and
-    how, is the count of the histogram of their durations.
+    There are few metrics, since an SDK takes some microseconds for each value. The histogram of the durations
+    also counts the ended invocations by status.
 
-    :param tracer: what makes the spans; the global provider's if absent
-    :param meter: what makes the metrics; the global provider's if absent
-    :param agent_name: gives the name of an agent, of which there should be few. If absent, spans are named by
-        ``agent_id``, of which there may be many, and metrics do not tell agents apart
+    :param tracer: makes the spans; the global provider's if absent
+    :param meter: makes the metrics; the global provider's if absent
+    :param agent_name: returns the name of an invocation's agent; there should be few names. If absent,
+        ``agent_id`` names the spans, and the metrics have no agent name
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class OpenTelemetrySink:
         self._tracer = trace.get_tracer(SCOPE) if tracer is None else tracer
         meter = metrics.get_meter(SCOPE) if meter is None else meter
         self._agent_name = agent_name
-        # What was started and has not ended, by its id: its span, the context with that span in it, and
-        # what metrics say of it.
+        # By the id of each invocation that was started and has not ended: its span, the context with that
+        # span in it, and the attributes of its metrics.
         self._begun: dict[int, tuple[Span, Context, dict[str, str]]] = {}
 
         def histogram(name: str, description: str) -> metrics.Histogram:
@@ -111,7 +111,7 @@ class OpenTelemetrySink:
         )
 
     def __call__(self, event: Event) -> None:
-        """Take an event."""
+        """Record an event."""
         match event:
             case StartedEvent():
                 self._start(event)
@@ -122,7 +122,7 @@ class OpenTelemetrySink:
             case ResultEvent():
                 self._end(event)
             case _:
-                pass  # it waits for a slot, which is measured when it has one; or it is of no invocation
+                pass  # the wait for a slot is measured when it ends; other events belong to no invocation
 
     def _attributes(self, invocation: Invocation[Any]) -> dict[str, str]:
         return {} if self._agent_name is None else {AGENT_NAME: _encodable(self._agent_name(invocation))}
@@ -131,8 +131,8 @@ class OpenTelemetrySink:
         if event.id in self._begun:
             span, inside, _ = self._begun[event.id]
         else:
-            # Begun here, since this is called in the caller's context; where an invocation is queued may be
-            # a task of the loop's own.
+            # A StartedEvent is reported in the caller's context, a QueuedEvent perhaps in one of the loop's
+            # own tasks.
             attributes = self._attributes(event.invocation)
             name = attributes.get(AGENT_NAME) or _encodable(event.invocation.agent_id)
             span = self._tracer.start_span(
@@ -167,7 +167,7 @@ class OpenTelemetrySink:
 
         span, inside, attributes = self._begun.pop(event.id)
         self._active.add(-1, attributes)
-        # With its context, so that an SDK can link an example of a slow invocation to its span.
+        # With the context, an SDK can link the value of a slow invocation to its span (an exemplar).
         self._queue_duration.record(result.queue_ms / 1000, attributes, inside)
         if result.first_chunk_ms is not None:
             self._first_chunk.record(result.first_chunk_ms / 1000, attributes, inside)
@@ -177,7 +177,7 @@ class OpenTelemetrySink:
         try:
             span.set_attributes({STATUS: status, ATTEMPTS: result.retries + 1, CHUNKS: result.chunks})
             error = result.exception
-            # What was cancelled did not fail.
+            # A cancelled invocation did not fail.
             if error is not None and result.status in (Status.ERROR, Status.TIMEOUT):
                 attributes[ERROR_TYPE] = _name(error)
                 span.set_attribute(ERROR_TYPE, attributes[ERROR_TYPE])
@@ -190,7 +190,7 @@ class OpenTelemetrySink:
 
 def _name(error: BaseException) -> str:
     kind = type(error)
-    # Not kind.__module__, of which a metaclass may make a property.
+    # A metaclass may make a property of kind.__module__.
     module = vars(type)["__module__"].__get__(kind)
     return _encodable(kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}")
 
@@ -202,7 +202,7 @@ def _message(error: BaseException, line: str) -> str:
 
 
 def _exception(error: BaseException, line: str) -> dict[str, str]:
-    """Return what ``Span.record_exception()`` records, which fails if the error cannot say what it is."""
+    """Return the attributes that ``Span.record_exception()`` sets; that method raises if ``str()`` does."""
     try:
         stack = _encodable("".join(traceback.format_exception(error)))
     except (KeyboardInterrupt, SystemExit):
@@ -218,5 +218,5 @@ def _exception(error: BaseException, line: str) -> dict[str, str]:
 
 
 def _encodable(text: str) -> str:
-    """Return a text without half surrogate pairs, for which an exporter drops all that it sends with them."""
+    """Replace half surrogate pairs in a text: an exporter would drop the whole batch of spans for one."""
     return text.encode(errors="replace").decode()

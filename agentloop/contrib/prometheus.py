@@ -16,19 +16,19 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from agentloop import AgentLoop, Distribution, MetricsRecorder
 
-# The bounds of the buckets are 1, 2, 4 and so on to 2 ** 20 milliseconds, which is 17 minutes: powers of two
-# are bounds of the recorder's own buckets at every scale, so that no count is an estimate.
+# The bounds of the buckets are 1, 2, 4 and so on to 2 ** 20 milliseconds, which is 17 minutes. Powers of two
+# are bounds of the recorder's own buckets at every scale, so all counts are exact.
 OCTAVES = range(21)
 
 
 class LoopCollector:
     """
-    Reads the metrics of loops when Prometheus asks for them, in whatever thread; in between it does nothing,
-    so it costs an invocation nothing. A registry takes one, for all sources.
+    Reads the metrics of loops when Prometheus scrapes them, in any thread. It does nothing between scrapes,
+    so it costs an invocation nothing. Register one collector for all sources: a registry takes only one.
 
-    :param sources: what to read, by the name that it gets as the label ``loop``. A loop gives the metrics of
-        its recorder and its state at this moment, a recorder only the former. Sources that share a recorder
-        all count what it has recorded
+    :param sources: the loops and recorders to read, by the value of the label ``loop``. A loop gives the
+        metrics of its recorder and its present state, a recorder only the metrics. Sources that share a
+        recorder give the same counts
     :raises TypeError: if a source is neither a loop nor a recorder
     """
 
@@ -40,23 +40,23 @@ class LoopCollector:
         self._sources = dict(sources)
 
     def describe(self) -> Iterator[Metric]:
-        """Give the metrics without any values, so that a registry can refuse them a second time."""
+        """Yield the metrics without values, so that a registry can refuse a second collector."""
         return _collect({})
 
     def collect(self) -> Iterator[Metric]:
-        """Give the metrics."""
+        """Yield the metrics."""
         return _collect(self._sources)
 
 
 def _collect(sources: Mapping[str, AgentLoop | MetricsRecorder]) -> Iterator[Metric]:
     counts = CounterMetricFamily(
-        "agentloop_invocations", "Invocations that have ended, by how.", labels=["loop", "status"]
+        "agentloop_invocations", "Invocations that have ended, by status.", labels=["loop", "status"]
     )
     counters = {
         name: CounterMetricFamily(f"agentloop_{name}", text, labels=["loop"])
         for name, text in (
-            ("retries", "Retries that ended invocations made."),
-            ("overloads", "Attempts that failed by an overload."),
+            ("retries", "Retries of invocations that have ended."),
+            ("overloads", "Attempts that failed with an overload."),
         )
     }
     gauges = {
@@ -65,8 +65,8 @@ def _collect(sources: Mapping[str, AgentLoop | MetricsRecorder]) -> Iterator[Met
             ("in_flight", "Invocations that were started and have not ended."),
             ("running", "Slots in use."),
             ("waiting", "Invocations that wait for a slot or for their next retry."),
-            ("limit", "Slots that there are."),
-            ("limiter_held", "1 while nothing starts but probes, in a cool-off or a pause; else 0."),
+            ("limit", "Slots of the limiter at this moment."),
+            ("limiter_held", "1 in a cool-off (only probes start) or a pause; else 0."),
             ("limiter_outage", "1 while the provider is out; else 0."),
         )
     }
@@ -104,13 +104,13 @@ def _add_state(gauges: Mapping[str, GaugeMetricFamily], label: str, loop: AgentL
     gauges["running"].add_metric([label], now.running)
     gauges["waiting"].add_metric([label], now.waiting)
     gauges["limit"].add_metric([label], now.max_concurrency)
-    # Not for how long: that is told in seconds of the event loop's clock, which other threads cannot read.
+    # No duration: these times are on the event loop's clock, which other threads cannot read.
     gauges["limiter_held"].add_metric([label], limiter.paused_until is not None)
     gauges["limiter_outage"].add_metric([label], limiter.outage_since is not None)
 
 
 def _buckets(distribution: Distribution) -> list[tuple[str, float]]:
-    """Return how many durations there were up to each bound, in seconds."""
+    """Return the number of durations up to each bound; bounds are in seconds."""
     counts = dict.fromkeys(OCTAVES, 0)
     for index, count in distribution.buckets.items():
         # The bucket ends at 2 ** ((index + 1) / 2 ** scale) ms: the next power of two, rounded up.

@@ -44,10 +44,10 @@ _logger = logging.getLogger("agentloop")
 
 _FLUSH_BYTES = 1 << 16
 _SEPARATOR = b",\n"
-# What is shorter or changes oftener is left out.
+# Shorter waits are left out, and counters are written at most this often.
 _SHORTEST_US = 1000.0
 _MAX_TEXT = 500
-# Of the reserved colours of the trace viewer (catapult's color_scheme.html), which Perfetto leaves unused.
+# Reserved names of colours in Chrome's trace viewer (catapult's color_scheme.html). Perfetto ignores them.
 _COLOURS = {Status.ERROR: "terrible", Status.TIMEOUT: "bad", Status.CANCELLED: "grey"}
 _name_of_type: Callable[[type], str] = vars(type)["__name__"].__get__
 _encode = json.JSONEncoder(separators=(",", ":")).encode
@@ -55,27 +55,27 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 class Timeline:
     """
-    Writes a timeline of what loops do, as it happens::
+    Writes the events of loops to a timeline while they run::
 
         with Timeline("run.json") as timeline:
             loop = AgentLoop(on_event=timeline)
             ...
 
-    Each slot has a lane in which attempts follow each other, failed ones marked. Waits for a slot and
-    backoffs have tracks of their own, and so have the limit and how many run, wait, and wait to be retried. A
-    span ``held`` is a cool-off, in which nothing starts but probes, and a span ``outage`` a time in which the
-    provider was out. An agent that runs others keeps its lane, although it lends them its slot. Results of a
-    journal are not drawn. Memory is that of what is open: the file is written at the latest ``flush_seconds``
-    after each event, and is complete up to there if the process is killed.
+    Each slot has a lane. The attempts in it follow each other, and failed ones are marked. Waits for a slot
+    and backoffs have tracks, and so have the limit and the numbers of invocations that run, wait, and wait to
+    retry. A span ``held`` is a cool-off, in which only probes start. A span ``outage`` is a time in which the
+    provider was out. An agent that runs others keeps its lane, although it lends them its slot. Replayed
+    results are not drawn.
 
-    When the file cannot be written, what was to be written is lost, and the rest goes on once there is room
-    again. The file holds whole records at any time.
+    Each event is in the file after at most ``flush_seconds``, also if the process is killed then. So memory
+    grows with the number of open invocations only. The file holds whole records at any time. If it cannot be
+    written, the events of that time are lost. Once there is room again, later events are written.
 
-    Several runs, one after the other, follow each other in the file. Loops that share no limiter but the
-    file are told apart by :meth:`named`.
+    Runs that follow each other follow each other in the file. Give loops with different limiters a sink each
+    by :meth:`named`.
 
-    :param path: the file, which is overwritten
-    :param flush_seconds: how long an event may stay in memory
+    :param path: the file; it is overwritten
+    :param flush_seconds: the longest time that an event stays in memory
     :raises OSError: if the file cannot be opened
     """
 
@@ -84,7 +84,7 @@ class Timeline:
         self._file = io.FileIO(self._path, "w")
         self._buffer = bytearray()
         self._size = 0
-        # The loop's thread writes, and another one flushes.
+        # The event loop's thread writes, and the flusher's thread flushes.
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._flush_seconds = flush_seconds
@@ -114,15 +114,15 @@ class Timeline:
         Write one event.
 
         :raises ValueError: if the timeline has been closed
-        :raises OSError: if the file cannot be written; what was not written is lost
+        :raises OSError: if the file cannot be written; the events in memory are lost
         """
         self._default(event)
 
     def named(self, name: str) -> Callable[[Event], None]:
         """
-        Return a sink for loops that are shown apart, under a name of their own. Equal names are one sink.
+        Return a sink whose loops are drawn as a group with this name. The same name gives the same group.
 
-        :param name: what they are called in the timeline
+        :param name: the name of the group in the timeline
         :raises ValueError: if the timeline has been closed
         """
         with self._lock:
@@ -134,35 +134,35 @@ class Timeline:
 
         def sink(event: Event) -> None:
             if not isinstance(event, Event):
-                return  # of a later version
+                return  # an event of a later version
 
             with self._lock:
                 if not self._clock.has_begun:
-                    # What Chrome shows beside the name of a process; a report makes times of day of it.
+                    # Chrome shows labels beside the name of a process. A report reads the time of day.
                     began = f"began {datetime.now().astimezone().isoformat(timespec='seconds')}"
                     self.write(
                         {"name": "process_labels", "ph": "M", "pid": group.pid, "args": {"labels": began}}
                     )
 
                 is_idle = not any(group.open for group in self._groups.values())
-                group.tell(event, self._clock.read(event, is_idle))
+                group.handle(event, self._clock.read(event, is_idle))
 
         return sink
 
     def flush(self) -> None:
         """
-        Write what is still in memory.
+        Write the events that are still in memory.
 
-        :raises OSError: if the file cannot be written; what was not written is lost
+        :raises OSError: if the file cannot be written; these events are lost
         """
         with self._lock:
             self._flush()
 
     def close(self) -> None:
         """
-        Write the rest, and close the file. Closing it again does nothing.
+        Write the events that are still in memory, and close the file. A second call does nothing.
 
-        :raises OSError: if the file cannot be written; then it lacks its end, which viewers do not need
+        :raises OSError: if the file cannot be written; it lacks its end then, which viewers do not need
         """
         with self._lock:
             if self._closed.is_set():
@@ -180,10 +180,10 @@ class Timeline:
 
         self._flusher.join()
 
-    # -- for groups, with the lock held
+    # -- called by groups, with the lock acquired
 
     def new_tid(self) -> int:
-        """Return a number for a lane that no other lane in this file has."""
+        """Return a number that no other lane in this file has."""
         return next(self._tids)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -206,20 +206,20 @@ class Timeline:
             self._flush()
 
     def _flush(self) -> None:
-        # Separators come before a record, so that nothing but the bracket is missing at any time.
+        # A separator precedes its record, so that the file lacks only its closing bracket at any time.
         data = (_SEPARATOR if self._size else b"[\n") + self._buffer if self._buffer else b""
-        # Also if it cannot be written: a full disk is no reason to fill the memory.
+        # Clear it even if it cannot be written: a full disk must not fill the memory too.
         self._buffer.clear()
         self._append(data)
 
     def _append(self, data: bytes) -> None:
-        """Write all of the data, or nothing of it: half a record would spoil the file."""
+        """Write all of the data or none of it: half a record would make the file invalid."""
         left = memoryview(data)
         try:
             while left:
                 left = left[self._file.write(left) :]
         except OSError:
-            # A pipe or a device keeps what it has got.
+            # A pipe or a device cannot be truncated.
             with suppress(OSError):
                 self._file.truncate(self._size)
                 self._file.seek(self._size)
@@ -242,7 +242,11 @@ class Timeline:
 
 
 class _Clock:
-    """Makes one time, in microseconds since the first event, of the clocks of one run after the other."""
+    """
+    The time of the timeline, in microseconds since the first event.
+
+    It never goes back, although each run may have a clock of its own.
+    """
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -254,20 +258,20 @@ class _Clock:
         return self._epoch is not None
 
     def read(self, event: Event, is_idle: bool) -> float:
-        # Each run may have a clock with an epoch of its own, and a run begins with its limit.
+        # Each run may have a clock with an epoch of its own. The first event of a run is a LimitEvent.
         if self._epoch is None:
             self._epoch, self._began = event.at, time.perf_counter()
         elif isinstance(event, LimitEvent) and (is_idle or (event.at - self._epoch) * 1e6 < self.now):
             elapsed = max(self.now / 1e6, time.perf_counter() - self._began)
             self._epoch = event.at - elapsed
 
-        # An input of a sequence is queued since its batch began, which is before what was told last.
+        # An input of a sequence is queued since its batch began, so its event may have an earlier time.
         self.now = max(self.now, round((event.at - self._epoch) * 1e6, 1))
         return self.now
 
 
-class _Free:
-    """Numbers from 1 on, of which the smallest free one is given."""
+class _Numbers:
+    """Numbers from 1 on. ``take()`` returns the smallest one that is free."""
 
     def __init__(self) -> None:
         self.highest = 0
@@ -284,7 +288,7 @@ class _Free:
         heapq.heappush(self._free, number)
 
 
-class _Open:
+class _OpenInvocation:
     """An invocation that has not ended."""
 
     __slots__ = ("delay_us", "lane", "since", "status", "wait")
@@ -301,16 +305,16 @@ class _Group:
 
     def __init__(self, timeline: Timeline, pid: int) -> None:
         self.pid = pid
-        self.open: dict[int, _Open] = {}
+        self.open: dict[int, _OpenInvocation] = {}
         self._timeline = timeline
-        self._lanes = _Free()
+        self._lanes = _Numbers()
         self._tids: list[int] = []
-        # As with lanes: viewers have as few tracks to draw as there were waits at once.
-        self._waits = _Free()
+        # A wait takes the smallest free number, so viewers draw as few tracks as there were waits at once.
+        self._waits = _Numbers()
         self._now = {"running": 0, "waiting": 0, "retrying": 0}
         self._counted = dict(self._now)
         self._counted_at = self._changed_at = 0.0
-        # When each span of trouble began that has not ended, and when the cool-off ends by itself.
+        # The begin of each open span of trouble, by kind, and the time at which the cool-off ends by itself.
         self._troubles: dict[str, float] = {}
         self._held_until = math.inf
 
@@ -318,19 +322,19 @@ class _Group:
     def running(self) -> int:
         return self._now["running"]
 
-    def tell(self, event: Event, now: float) -> None:
+    def handle(self, event: Event, now: float) -> None:
         if now >= self._held_until:
             self._end_trouble("held", now)
 
         match event:
             case LimitEvent():
                 self._write("limit", "C", now, args={"slots": event.limit})
-                self._tell_trouble(event, now)
+                self._handle_trouble(event, now)
             case StopEvent():
                 reason = {"reason": _clip(event.reason)}
                 self._write("batch stopped", "i", now, cat="stop", s="g", cname="terrible", args=reason)
             case QueuedEvent():
-                opened = self.open[event.id] = _Open(now)
+                opened = self.open[event.id] = _OpenInvocation(now)
                 opened.wait = self._waits.take()
                 self._move(opened, None, "waiting", now)
             case StartedEvent():
@@ -343,7 +347,7 @@ class _Group:
                     "reason": _reason(event.error),
                     "error": _clip(event.reason),
                 }
-                # By type() and not by isinstance(), which may ask the error itself for its class.
+                # By type(): isinstance() may call a property of the error.
                 is_timeout = issubclass(type(event.error), InvocationTimeout)
                 status = Status.TIMEOUT if is_timeout else Status.ERROR
                 self._end(opened, status, args, now)
@@ -354,11 +358,11 @@ class _Group:
                 tid = self._tids[self.open[event.id].lane - 1]
                 self._write("first chunk", "i", now, tid=tid, cat="chunk", s="t")
             case ResultEvent() if event.result.replayed:
-                pass  # it is of an earlier run
+                pass  # an earlier run ended it
             case _:  # ResultEvent
                 self._finish(event, self.open.pop(event.id), now)
 
-    def _start(self, event: StartedEvent, opened: _Open, now: float) -> None:
+    def _start(self, event: StartedEvent, opened: _OpenInvocation, now: float) -> None:
         name = _clip(event.invocation.agent_id)
         self._write_wait(opened, name, now)
         opened.lane = self._lanes.take()
@@ -374,7 +378,7 @@ class _Group:
         self._write(name, "B", now, tid=self._tids[opened.lane - 1], cat=category, args=args)
         self._move(opened, opened.status, "running", now)
 
-    def _finish(self, event: ResultEvent, opened: _Open, now: float) -> None:
+    def _finish(self, event: ResultEvent, opened: _OpenInvocation, now: float) -> None:
         result = event.result
         args: dict[str, Any] = {}
         if result.exception is not None:
@@ -388,7 +392,7 @@ class _Group:
         else:
             name = _clip(result.agent_id)
             self._write_wait(opened, name, now)
-            # What was skipped is told by the stop, once for all.
+            # The StopEvent stands for all skipped invocations.
             if result.status is not Status.SKIPPED:
                 args = {"agent": name, "status": result.status, **args}
                 colour = _COLOURS.get(result.status, "grey")
@@ -396,20 +400,20 @@ class _Group:
 
         self._move(opened, opened.status, None, now)
 
-    def _end(self, opened: _Open, status: Status, args: dict[str, Any], now: float) -> None:
+    def _end(self, opened: _OpenInvocation, status: Status, args: dict[str, Any], now: float) -> None:
         """End an attempt, and mark it if it failed."""
         tid = self._tids[opened.lane - 1]
         self._lanes.give_back(opened.lane)
         if status is not Status.SUCCESS:
-            # Before the end, so that viewers show it in the attempt.
+            # Written before the end, so that viewers draw it inside the attempt.
             title = status if status is Status.CANCELLED else f"{status}: {args.get('reason')}"
             self._write(title, "i", now, tid=tid, cat=status, s="t", cname=_COLOURS.get(status, "grey"))
 
-        # Without a name: viewers end what is open in the lane.
+        # Without a name: viewers end the open event of the lane.
         self._write(None, "E", now, tid=tid, args={"status": status, **args})
 
-    def _write_wait(self, opened: _Open, name: str, now: float) -> None:
-        """Write how long something has waited, now that it is over: most waits are too short to be seen."""
+    def _write_wait(self, opened: _OpenInvocation, name: str, now: float) -> None:
+        """Write a wait once it has ended, unless it was too short: most waits are."""
         due = min(opened.since + opened.delay_us, now)
         for kind, begin, end in ("backoff", opened.since, due), ("queued", due, now):
             if end - begin >= _SHORTEST_US:
@@ -419,8 +423,8 @@ class _Group:
 
         self._waits.give_back(opened.wait)
 
-    def _move(self, opened: _Open, source: str | None, target: str | None, now: float) -> None:
-        # What changes back within a millisecond is not written.
+    def _move(self, opened: _OpenInvocation, source: str | None, target: str | None, now: float) -> None:
+        # A change that is undone within a millisecond is not written.
         if now >= self._counted_at + _SHORTEST_US:
             self.count(self._changed_at)
 
@@ -433,8 +437,8 @@ class _Group:
 
         self._changed_at = now
 
-    def _tell_trouble(self, event: LimitEvent, now: float) -> None:
-        # All keys of a limiter paused are no cool-off.
+    def _handle_trouble(self, event: LimitEvent, now: float) -> None:
+        # Infinite while all keys of a KeyedLimiter are paused; a pause is no cool-off.
         if event.held_until is None or event.held_until == math.inf:
             self._end_trouble("held", now)
         else:
@@ -445,17 +449,17 @@ class _Group:
         if event.outage_since is None:
             self._end_trouble("outage", now)
         else:
-            # That it is one is known only after some failures.
+            # An outage is recognized after some failures, but began with the first of them.
             self._begin_trouble("outage", max(0.0, now - (event.at - event.outage_since) * 1e6), {})
 
     def _begin_trouble(self, kind: str, at: float, args: dict[str, Any]) -> None:
-        # Written now, since it is what a run that was killed may have died of.
+        # Written at once: if the run is killed, it may be the cause.
         if kind not in self._troubles:
             self._troubles[kind] = at
             self._write(kind, "b", at, cat=kind, id=f"{self.pid}.{kind}", args=args)
 
     def _end_trouble(self, kind: str, now: float) -> None:
-        # With the last invocation, if there is none now: a new run begins, or nobody has felt it since.
+        # If no invocation is open, the span ends with the last one: later, there was nothing to hold back.
         at = now if self.open else self._changed_at
         if kind == "held":
             at, self._held_until = min(at, self._held_until), math.inf
@@ -464,13 +468,13 @@ class _Group:
             self._write(kind, "e", max(at, self._troubles.pop(kind)), cat=kind, id=f"{self.pid}.{kind}")
 
     def close(self, now: float) -> None:
-        """Write what is known only at the end, or was not worth writing yet."""
+        """Write the last counts, and end the open spans of trouble."""
         self.count(now)
         for kind in tuple(self._troubles):
             self._end_trouble(kind, now)
 
     def count(self, now: float) -> None:
-        """Write how many there are of what, if that has changed."""
+        """Write the numbers of invocations by state, if they have changed."""
         if self._counted != self._now:
             self._counted, self._counted_at = dict(self._now), now
             self._write("invocations", "C", now, args=self._counted)
@@ -481,8 +485,8 @@ class _Group:
 
 
 def _reason(exc: BaseException) -> str:
-    """Return what kind of failure it is: the type, and the status of the response if it has one."""
-    # Not type(exc).__name__, of which a metaclass may make a property.
+    """Return the type of an error, and the status of its response if it has one."""
+    # A metaclass may make a property of type(exc).__name__.
     name, status = _name_of_type(type(exc)), response_status(exc)
     return name if status is None else f"{name} {status}"
 
