@@ -1,5 +1,5 @@
 """
-How far a loop is, shown while it runs. Needs the extra ``progress``::
+A display of the progress of a loop. Needs the extra ``progress``::
 
     async with progress(loop, total=len(jobs)):
         results = await loop.run_all(jobs)
@@ -31,26 +31,26 @@ async def progress(
     console: Console | None = None,
 ) -> AsyncGenerator[None]:
     """
-    Show how far a loop is while the block runs: results, what runs and waits, retries, failures, the rate,
-    the time to go, and percentiles of the latency. In an outage, while a server has asked to wait (with the
-    seconds that are left, and whether a probe is under way) and in a pause, it says so.
+    Show the progress of a loop while the block runs: results, running and waiting invocations, retries,
+    failures, the rate, the estimated time to the end, and percentiles of the latency. It also shows an
+    outage, a cool-off (with the seconds that are left, and whether a probe runs) and a pause.
 
-    The figures are those of ``loop.metrics`` and ``loop.statistics()``, which are looked at a few times a
-    second, so showing them costs an invocation nothing. Results and failures are those of the invocations
-    that the block starts, with those of a journal. Invocations that these run on the same loop are counted
-    apart, as "nested". Retries are those of all, and percentiles those since the recorder was made or reset.
+    The display reads ``loop.metrics`` and ``loop.statistics()`` a few times a second, so it costs an
+    invocation nothing. It counts the results and failures of the invocations that the block starts, replayed
+    ones too. Invocations that these run on the same loop are counted apart, as "nested". Retries include
+    those of nested invocations. Percentiles are those since the recorder was made or reset.
 
-    On a terminal it is drawn in place, below all that is printed and logged meanwhile, to standard output
-    too; several displays stand below each other. A notebook updates it in place. Elsewhere it is a line every
-    few seconds, and one at the end. However the block is left, the last state stays to be read, and what the
-    block raises is raised unchanged. When the display cannot be written any more, because the disk is full or
-    the reader of a pipe has left, it says so once in the log (logger ``agentloop``), and the run goes on.
+    A terminal shows the display in place, below all that is printed and logged meanwhile, also to standard
+    output. Several displays stand below each other. A notebook updates it in place. Any other file gets a
+    line every few seconds, and one at the end. After the block the last state stays visible. An exception of
+    the block is raised unchanged. If the display cannot be written, because the disk is full or the reader of
+    a pipe has closed it, an error is logged once (logger ``agentloop``), and the run goes on without it.
 
-    :param loop: the loop to look at
-    :param total: how many results there will be, or something as long as that, such as the list of inputs
-    :param interval_seconds: the time between two looks, at least 0.1; if absent, 0.2 on a terminal, 1 in a
+    :param loop: the loop to show
+    :param total: how many results there will be, or a collection of that length, such as the list of inputs
+    :param interval_seconds: the time between two updates, at least 0.1; if absent, 0.2 on a terminal, 1 in a
         notebook, else 5
-    :param console: where to show it; if absent, on standard error
+    :param console: the console to write to; standard error if absent
     :raises TypeError: if ``total`` is neither a number nor has a length
     :raises ValueError: if ``total`` is negative, ``interval_seconds`` is too short, or the loop has
         ``collect_metrics=False``
@@ -60,7 +60,7 @@ async def progress(
         raise ValueError(f"interval_seconds must be finite and at least 0.1, got {interval_seconds!r}")
 
     if not loop.config.collect_metrics:
-        raise ValueError("there is nothing to show of a loop with collect_metrics=False")
+        raise ValueError("progress needs a loop that collects metrics, got one with collect_metrics=False")
 
     display = make_display(console, Meter(loop, count))
     seconds = display.interval_seconds if interval_seconds is None else interval_seconds
@@ -75,7 +75,7 @@ async def progress(
         except anyio.get_cancelled_exc_class():
             raise
         except BaseException as exc:
-            # Ctrl-C interrupts whatever runs, on trio.
+            # On trio, Ctrl-C is raised in the task that runs: perhaps this one.
             raised = exc
             group.cancel_scope.cancel("the display was interrupted")
 
@@ -91,7 +91,7 @@ async def progress(
                 if raised is None:
                     raised = exc
 
-            # Shielded for the moment that it takes: a cancellation that comes now would replace the error.
+            # Shielded while the display's task ends: otherwise a cancellation could replace the error.
             group.cancel_scope.shield = True
             group.cancel_scope.cancel("the block was left")
     finally:
@@ -101,7 +101,7 @@ async def progress(
         try:
             raise raised
         finally:
-            # Its traceback refers to this frame.
+            # The traceback of the error refers to this frame, and this frame to the error.
             del raised
 
 

@@ -1,4 +1,4 @@
-"""Where a meter is shown: in lines of a log, in a notebook, or at the lower end of a terminal."""
+"""Displays of a meter: lines of a log, an output of a notebook, lines at the lower end of a terminal."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _logger = logging.getLogger("agentloop")
 
 class Display(ABC):
     """
-    Shows how far a loop is. What goes wrong with that harms no run; the first error is logged.
+    Shows the progress of a loop. After an error it shows nothing more; the error is logged, not raised.
 
-    The console only renders. It never writes, since it would end the process at a broken pipe.
+    The console only renders, and the display writes: a console exits the process at a broken pipe.
     """
 
     interval_seconds: float
@@ -49,11 +49,11 @@ class Display(ABC):
                 _logger.exception("progress cannot be shown any more")
 
     def open(self) -> None:
-        """Show the first state, where it can be drawn over."""
+        """Show the first state."""
         self.draw()
 
     def close(self) -> None:
-        """Show the last state, which stays."""
+        """Show the last state. It stays visible."""
         self.draw()
 
     @abstractmethod
@@ -61,7 +61,7 @@ class Display(ABC):
         """Write the state."""
 
     def _render(self) -> list[str]:
-        """Return the state as lines for a screen."""
+        """Return the state as lines, with escape codes for their styles."""
         console = self._console
         system = COLOR_SYSTEMS.get(console.color_system or "")
         lines: Iterable[Iterable[Segment]] = console.render_lines(_Frame(self._meter.read()), pad=False)
@@ -75,12 +75,12 @@ class Display(ABC):
 
 
 class _Lines(Display):
-    """A line each time."""
+    """A line at each update."""
 
     interval_seconds = 5.0
 
     def open(self) -> None:
-        """There is nothing to say yet."""
+        """Show nothing yet: this line would stay."""
 
     def _show(self) -> None:
         state = self._meter.read()
@@ -91,7 +91,7 @@ class _Lines(Display):
 
 
 class _Notebook(Display):
-    """An output of a notebook's cell, which is updated."""
+    """An output of a notebook's cell, updated in place."""
 
     interval_seconds = 1.0
 
@@ -109,7 +109,7 @@ class _Notebook(Display):
 
 
 class _Frames(Display):
-    """A few lines at the lower end of a terminal, which are drawn over and over."""
+    """A few lines at the lower end of a terminal, drawn again at each update."""
 
     interval_seconds = 0.2
 
@@ -119,9 +119,9 @@ class _Frames(Display):
 
     def close(self) -> None:
         try:
-            self._try(lambda: self._terminal.leave(self, self._render()))
+            self._try(lambda: self._terminal.print_last(self, self._render()))
         finally:
-            # In any case: it gives the standard streams back.
+            # In any case: remove() restores the standard streams.
             self._terminal.remove(self)
 
     def _show(self) -> None:
@@ -129,7 +129,7 @@ class _Frames(Display):
 
 
 class _Frame:
-    """The state as a bar and a few lines, as wide as there is room."""
+    """Renders the state as a bar and a few lines, in the width of the console."""
 
     def __init__(self, state: State) -> None:
         self._state = state
@@ -152,7 +152,7 @@ class _Frame:
 
 
 def _packed(items: Sequence[Text], width: int) -> Iterator[Text]:
-    """Put items into as few lines as there have to be, without breaking any."""
+    """Yield the items in lines of at most ``width`` cells, without breaking an item."""
     line = Text()
     for item in items:
         if line and line.cell_len + 2 + item.cell_len > width:
@@ -168,11 +168,11 @@ def make_display(console: Console | None, meter: Meter) -> Display:
     """
     Return the display that suits a console.
 
-    :param console: where to show it; if absent, on standard error
+    :param console: the console to write to; standard error if absent
     """
     if console is None:
         console = Console(stderr=True)
-        # That colours are forced, as some CI services do, makes no terminal of a file.
+        # Some CI services force colours; rich then takes a file for a terminal.
         can_draw = is_terminal(console.file)
     else:
         can_draw = True
@@ -180,7 +180,7 @@ def make_display(console: Console | None, meter: Meter) -> Display:
     if console.is_jupyter:
         return _Notebook(console, meter)
 
-    # On an old console of Windows there are no commands that could be written.
+    # An old console of Windows understands no escape codes.
     if can_draw and console.is_interactive and console.is_terminal and not console.legacy_windows:
         return _Frames(console, meter)
 

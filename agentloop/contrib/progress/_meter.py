@@ -1,4 +1,4 @@
-"""How far a loop is, as figures and as words."""
+"""The progress of a loop, as figures and as texts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import attrs
 
 from agentloop import AgentLoop, Status, current_attempt
 
-# The rate is that of the last half minute, or of the last results if that is longer.
+# The rate is that of the last half minute, or of the last 20 results if they took longer.
 _RATE_SECONDS, _RATE_RESULTS = 30.0, 20
 
 
 @attrs.frozen
 class State:
-    """How far a loop is."""
+    """The progress of a loop at one moment."""
 
     elapsed: float
     done: int
@@ -37,14 +37,14 @@ class State:
     p50_ms: float
     p95_ms: float
     held_seconds: float | None
-    """For how long nothing new will start but probes; infinite if the limiter is paused."""
+    """How long only probes will start; infinite if the limiter is paused."""
     outage_seconds: float | None
-    """For how long the provider has been out."""
+    """How long the provider has been out."""
     probing: bool
 
     @property
     def eta(self) -> float | None:
-        """How many seconds there are to go, if that can be known."""
+        """The estimated seconds to the end; ``None`` if it cannot be estimated."""
         if self.drained or self.total is None or (self.held_seconds, self.outage_seconds) != (None, None):
             return None
 
@@ -52,11 +52,11 @@ class State:
         return left / self.rate if left > 0 and self.rate else None
 
     def items(self) -> Iterator[tuple[str, str]]:
-        """Yield what all wait for and the figures, each with its style."""
+        """Yield the troubles of the provider and the figures, each as a text and its style."""
         if self.outage_seconds is not None:
             yield f"outage for {_span(math.floor(self.outage_seconds))}", "bold red"
 
-        # It is of no interest where nothing waits, as at the end.
+        # A cool-off holds nothing back if no invocation waits, at the end for example.
         if self.held_seconds is not None and self.waiting:
             if self.held_seconds == math.inf:
                 yield "paused", "yellow"
@@ -94,12 +94,12 @@ class State:
             yield f"p95 {_duration(self.p95_ms)}", ""
 
     def times(self) -> str:
-        """Return how long it took and will take."""
+        """Return the elapsed time, and the estimated time to the end if there is one."""
         elapsed = _clock(int(self.elapsed))
         return elapsed if self.eta is None else f"{elapsed}, ETA {_clock(math.ceil(self.eta))}"
 
     def counts(self) -> str:
-        """Return how many are done."""
+        """Return the number of results, of the total if it is known."""
         if self.total is None:
             return f"{self.done} done"
 
@@ -108,17 +108,17 @@ class State:
 
 
 class Meter:
-    """Reads how far a loop is."""
+    """Reads the progress of a loop."""
 
     def __init__(self, loop: AgentLoop, total: int | None) -> None:
         self._loop = loop
         self._total = total
-        # In an agent, all that the block starts is nested.
+        # In an agent, every invocation that the block starts is nested, so nested ones are its own.
         self._counts_nested = _in_agent()
         self._before, self._retries_before = self._count(), loop.metrics.snapshot().retries
         self._began = anyio.current_time()
-        # When there were how many results; no more than a few hundred.
-        self._seen = deque([(self._began, 0)])
+        # Times and the number of results at each; at most a few hundred entries.
+        self._history = deque([(self._began, 0)])
 
     def read(self) -> State:
         now, so_far = anyio.current_time(), self._loop.metrics.snapshot()
@@ -126,7 +126,7 @@ class Meter:
         counts = {name: max(0, count - self._before[name]) for name, count in self._count().items()}
         loop, limiter = self._loop.statistics(), self._loop.limiter.statistics()
         failures = counts[Status.ERROR] + counts[Status.TIMEOUT]
-        # What was cancelled or skipped is not done, so that an interrupted run does not look complete.
+        # Cancelled and skipped invocations are not done, so an interrupted run does not look complete.
         done = counts[Status.SUCCESS] + failures
         return State(
             now - self._began,
@@ -150,7 +150,7 @@ class Meter:
         )
 
     def _count(self) -> dict[str, int]:
-        """Return how many results there are so far, by status, and how many are replayed and nested."""
+        """Return the numbers of results so far: by status, replayed, and nested."""
         loop = self._loop.statistics()
         nested: dict[Status, int] = {} if self._counts_nested else loop.nested
         counts = self._loop.metrics.snapshot().counts
@@ -158,14 +158,14 @@ class Meter:
         return {**own, "replayed": loop.replayed, "nested": sum(nested.values())}
 
     def _rate(self, now: float, done: int) -> float:
-        seen = self._seen
-        if done != seen[-1][1]:
-            seen.append((now, done))
+        past = self._history
+        if done != past[-1][1]:
+            past.append((now, done))
 
-        while len(seen) > 1 and now - seen[1][0] >= _RATE_SECONDS and done - seen[1][1] >= _RATE_RESULTS:
-            seen.popleft()
+        while len(past) > 1 and now - past[1][0] >= _RATE_SECONDS and done - past[1][1] >= _RATE_RESULTS:
+            past.popleft()
 
-        since, count = seen[0]
+        since, count = past[0]
         return max(0, done - count) / (now - since) if now > since else 0.0
 
 

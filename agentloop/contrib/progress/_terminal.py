@@ -1,4 +1,4 @@
-"""The lower end of a terminal, which is drawn over and over below all that is printed meanwhile."""
+"""Draws displays at the lower end of a terminal, below all that is printed meanwhile."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Terminal:
     """
     Draws the lines of displays below each other, and moves them down when something is printed.
 
-    Each stream that writes to the terminal gets a ``write()`` of ours while something is shown. The stream
-    stays the object that it was, so log handlers, consoles and others that refer to it go through that too. A
-    line that is printed in pieces goes on where it was, above the displays.
+    While a display is shown, each stream that writes to the terminal has its ``write()`` replaced. The stream
+    stays the same object, so log handlers and consoles that refer to it use the new ``write()`` too. A line
+    that is printed in pieces continues above the displays.
 
-    Any thread may print, and threads with event loops of their own may show something.
+    Any thread may print, and threads with event loops of their own may have displays.
 
-    :param console: knows the stream and its size
+    :param console: the console of the first display: its file, and its size
     """
 
     _all: ClassVar[dict[object, Terminal]] = {}
@@ -37,22 +37,22 @@ class Terminal:
         self._console = console
         self._file = console.file
         self._write: Callable[[str], object] = self._file.write
-        # By the display that shows them.
+        # The lines of each display.
         self._shown: dict[object, list[str]] = {}
         self._streams: list[tuple[dict[str, Any], Any]] = []
         self._drawn = 0
-        # What was printed since the last end of a line.
+        # The text that was printed since the last newline.
         self._line = ""
 
     @classmethod
     def of(cls, console: Console) -> Terminal:
-        """Return the one that a console writes to, of which there is one."""
+        """Return the terminal of a console. Consoles that write to the same terminal share one object."""
         with cls._lock:
             return cls._all.setdefault(_key(console.file), cls(console))
 
     def show(self, display: object, lines: list[str]) -> None:
         """
-        Draw the lines of a display in the place of those that it had.
+        Draw the lines of a display, in the place of its earlier ones.
 
         :raises OSError: if the terminal cannot be written
         """
@@ -64,9 +64,9 @@ class Terminal:
             self._write(self._erasure() + self._drawing())
             self._file.flush()
 
-    def leave(self, display: object, lines: list[str]) -> None:
+    def print_last(self, display: object, lines: list[str]) -> None:
         """
-        Print the last lines of a display, which stay.
+        Print the last lines of a display above the other displays. They stay visible.
 
         :raises OSError: if the terminal cannot be written
         """
@@ -78,7 +78,7 @@ class Terminal:
             self._file.flush()
 
     def remove(self, display: object) -> None:
-        """Forget a display, and give the streams back after the last one."""
+        """Remove a display, and restore the streams after the last one."""
         with self._lock:
             self._shown.pop(display, None)
             if not self._shown:
@@ -106,7 +106,7 @@ class Terminal:
         self._streams.clear()
 
     def _print(self, stream: IO[str], write: Callable[[str], int], text: str) -> int:
-        """Print what somebody prints, above the displays."""
+        """Print a text above the displays. It replaces ``write()`` of a stream."""
         with self._lock:
             if not self._shown or not text:
                 return write(text)
@@ -123,11 +123,11 @@ class Terminal:
             self._write(text)
             self._file.flush()
         except Exception:
-            # Whoever prints is not to suffer from it; the next time that a display is shown says it.
+            # The caller of print() gets no error of ours: show() will raise and report it.
             self._drawn = 0
 
     def _drawing(self) -> str:
-        """Return what draws the displays below the cursor, and leaves it at their end."""
+        """Return the text that draws the displays below the cursor, and leaves the cursor at their end."""
         lines = [line for lines in self._shown.values() for line in lines]
         lines = lines[: max(1, self._console.height - 2)]
         column = self._column()
@@ -138,7 +138,7 @@ class Terminal:
         return ("\n" if column else "") + "\n".join(lines)
 
     def _erasure(self) -> str:
-        """Return what takes the displays away, and moves the cursor back to where printing goes on."""
+        """Return the text that erases the displays, and moves the cursor to the end of the printed text."""
         if not self._drawn:
             return ""
 
@@ -148,7 +148,7 @@ class Terminal:
         return "\r" + (f"\x1b[{up}A" if up else "") + (f"\x1b[{column}C" if column else "") + "\x1b[J"
 
     def _column(self) -> int | None:
-        """Return where an unfinished line has come to; ``None`` if the cursor cannot get back there."""
+        """Return the column where an unfinished line ends; ``None`` if the cursor cannot return there."""
         text = _STYLES.sub("", self._line)
         if not text.isprintable():
             return None
@@ -156,14 +156,14 @@ class Terminal:
         width, column = self._console.width, 0
         for char in text:
             cells = cell_len(char)
-            # What is too wide for the end of a row stands at the beginning of the next one.
+            # A wide character that does not fit at the end of a row goes to the next one.
             column = cells if column + cells > width else column + cells
 
         return None if column == width else column
 
 
 def is_terminal(file: IO[str]) -> bool:
-    """Return whether a file is a terminal, and not closed."""
+    """Return whether a file is a terminal and open."""
     try:
         return file.isatty()
     except (AttributeError, ValueError):
@@ -171,5 +171,5 @@ def is_terminal(file: IO[str]) -> bool:
 
 
 def _key(file: IO[str]) -> object:
-    # There is one terminal, whichever of the standard streams writes to it.
+    # All standard streams write to the same terminal.
     return None if is_terminal(file) else id(file)
