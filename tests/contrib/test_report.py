@@ -17,7 +17,7 @@ from made_up_run import HOSTILE, make_up
 from agentloop import InvocationResult, MetricsRecorder, Status
 from agentloop._metrics.recorder import meters_of
 from agentloop.contrib.report import render_report, write_report
-from agentloop.contrib.report._story import Story
+from agentloop.contrib.report._history import RunHistory
 
 VOID = {"meta", "i"}
 
@@ -326,13 +326,13 @@ def test_memory_is_bounded_however_much_is_told(monkeypatch: pytest.MonkeyPatch)
             assert 0 < size <= 1 << 17
             return super().readline(size)
 
-    monkeypatch.setattr("agentloop.contrib.report._story._MAX_KNOWN", 5)
+    monkeypatch.setattr("agentloop.contrib.report._history._MAX_KNOWN", 5)
     fields = '"name":"process_name","cat":"held","args":{"name":"n","running":1}'
-    story = Story()
-    story.read(
+    history = RunHistory()
+    history.read(
         Lines("".join(f'{{"ph":"{kind}","pid":{pid},{fields}}},\n' for pid in range(9) for kind in "BCbM"))
     )
-    assert len(story.groups) == 5
+    assert len(history.groups) == 5
 
 
 def test_cool_off_that_a_killed_run_began_last_is_drawn(tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_report_without_a_timeline_says_what_is_missing() -> None:
     recorder.record(InvocationResult("a", Status.ERROR, latency_ms=1.0))
     meters_of(recorder).tell_in_flight(1)
     text = Page(render_report(recorder.snapshot())).text
-    assert "Why they failed is told by a timeline" in text
+    assert "A timeline has the reasons" in text
     assert "50 % succeeded" in text
     assert "still running" in text
 

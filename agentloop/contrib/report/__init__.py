@@ -1,8 +1,8 @@
 """
-A report of a run: one HTML file that needs no network, no script and nothing else.
+A report of a run: one HTML file that needs no network and no script.
 
-What it shows of durations comes from a snapshot; what happened when, and why, comes from the file of a
-:class:`agentloop.contrib.timeline.Timeline`. Its size depends on neither.
+Counts and durations come from a snapshot. Times and reasons come from the file of a
+:class:`agentloop.contrib.timeline.Timeline`. The size of the report is bounded, however long the run was.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import TypeAlias
 
 from agentloop import MetricsSnapshot
 
+from ._history import RunHistory
 from ._sections import concurrency, durations, failures, headline, latency_section, throughput
-from ._story import Story
 from ._text import safe
 
 _Path: TypeAlias = str | os.PathLike[str]
@@ -28,10 +28,10 @@ def write_report(
     """
     Write a report.
 
-    :param path: the file, which is overwritten
-    :param snapshot: what a recorder has recorded
-    :param timeline: the file of a timeline, which may lack its end
-    :param title: what it is called
+    :param path: the file to write; it is overwritten
+    :param snapshot: the snapshot of a recorder
+    :param timeline: the file of a timeline; it may lack its end
+    :param title: the title of the page
     :raises OSError: if a file cannot be read or written
     """
     page = render_report(snapshot, timeline, title=title)
@@ -45,26 +45,26 @@ def render_report(
     """
     Return a report as HTML.
 
-    :param snapshot: what a recorder has recorded
-    :param timeline: the file of a timeline, which may lack its end
-    :param title: what it is called
+    :param snapshot: the snapshot of a recorder
+    :param timeline: the file of a timeline; it may lack its end
+    :param title: the title of the page
     :raises OSError: if the timeline cannot be read
     """
-    story = Story()
+    history = RunHistory()
     if timeline is not None:
         with open(timeline, encoding="utf-8", errors="replace") as file:
-            story.read(file)
+            history.read(file)
 
     style = files(__name__).joinpath("style.css").read_text("utf-8")
-    sections = [headline(snapshot, story), latency_section(snapshot.latency)]
-    if story.bins.end:
-        sections += [concurrency(story), throughput(story)]
+    sections = [headline(snapshot, history), latency_section(snapshot.latency)]
+    if history.bins.end:
+        sections += [concurrency(history), throughput(history)]
 
-    sections += [failures(snapshot, story, timeline is not None), durations(snapshot)]
+    sections += [failures(snapshot, history, timeline is not None), durations(snapshot)]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        # Should any text get past the escaping, it can still do nothing.
+        # A second defence: a text that got past the escaping could load and run nothing.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "style-src 'unsafe-inline'\">\n"
         f"<title>{safe(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"

@@ -1,4 +1,4 @@
-"""Charts, as SVG."""
+"""Draws charts as SVG."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _WIDTHS = {"wide": 900, "narrow": 340}
 
 
 class Chart:
-    """An SVG with axes. Places are from 0 at the left to 1 at the right, heights are values."""
+    """An SVG with axes. Places run from 0 at the left to 1 at the right; heights are values."""
 
-    # Above are a unit, and up to three marks.
+    # The margin at the top has room for the unit and up to three marks.
     TOP, BOTTOM, LEFT, RIGHT, HEIGHT = 54.0, 26.0, 48.0, 14.0, 240.0
 
     def __init__(self, width: float, spoken: str) -> None:
@@ -37,7 +37,7 @@ class Chart:
         self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{safe(text)}</text>')
 
     def y_axis(self, top: float, unit: str) -> None:
-        step = max(_step(top), 1.0)  # there are no halves of invocations
+        step = max(_step(top), 1.0)  # numbers of invocations are whole
         self.top_value = step * math.ceil(top / step)
         for number in range(round(self.top_value / step) + 1):
             y = self.y(number * step)
@@ -47,7 +47,7 @@ class Chart:
         self.label(6, 14, unit, "start")
 
     def x_axis(self, ticks: Sequence[tuple[float, str]]) -> None:
-        # No more labels than there is room for.
+        # A label for each 90 pixels at most.
         every = -(-len(ticks) // max(2, int(self.width / 90)))
         for place, text in ticks[::every]:
             anchor = "start" if place < 0.03 else "end" if place > 0.95 else "middle"
@@ -75,12 +75,12 @@ class Chart:
         self.parts.append(f'<path class="line {kind}" d="{start}{self._path(edges, values)}"/>')
 
     def bands(self, edges: Sequence[float], shares: Sequence[float], row: int, kind: str) -> None:
-        """Tint the times in which there was something, and mark them above the chart, in one of two rows."""
+        """Tint the times with a share above 0, and mark them above the chart, in one of two rows."""
         spans: list[tuple[float, float]] = []
         index = 0
-        for is_there, neighbours in groupby(shares, bool):
+        for is_tinted, neighbours in groupby(shares, bool):
             begin, index = index, index + len(list(neighbours))
-            if is_there:
+            if is_tinted:
                 spans.append((self.x(edges[begin]), self.x(edges[index])))
 
         above, base = self.TOP - 4 - 6 * row, self.HEIGHT - self.BOTTOM
@@ -99,7 +99,7 @@ class Chart:
 
 
 def draw_charts(spoken: str, draw: Callable[[Chart], None]) -> str:
-    """Draw a chart for wide screens and one for narrow ones, whose letters are of the same size."""
+    """Draw a chart for wide screens and one for narrow ones. Both have letters of the same size."""
     drawn: list[str] = []
     for name, width in _WIDTHS.items():
         chart = Chart(width, spoken)
@@ -118,13 +118,13 @@ def _short(value: float) -> str:
 
 
 def _step(top: float) -> float:
-    """Return a round step, of which four or five reach the top."""
+    """Return a round step. Four or five steps reach the top."""
     power: float = 10.0 ** math.floor(math.log10(top / 4))
     return power * next(digit for digit in (1.0, 2.0, 2.5, 5.0, 10.0) if power * digit * 5 >= top)
 
 
 def decades(low: float, high: float) -> Iterator[float]:
-    """Yield 1, 2 and 5 times the powers of ten, or only these where there are many."""
+    """Yield 1, 2 and 5 times the powers of ten in a range; only the powers in a range of 1000 or more."""
     digits = (1, 2, 5) if high / low < 1000 else (1,)
     for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
         for digit in digits:

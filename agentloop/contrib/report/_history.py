@@ -1,8 +1,8 @@
-"""What a timeline tells, in bounded memory."""
+"""Reads the file of a timeline into totals, in bounded memory."""
 
 from __future__ import annotations
 
-__all__ = ["LEVELS", "TROUBLES", "Story"]
+__all__ = ["LEVELS", "TROUBLES", "RunHistory"]
 
 import json
 import math
@@ -21,7 +21,7 @@ TROUBLES: Sequence[str] = ("held", "outage")
 _BINS = 240
 _MAX_REASONS = 1000
 _SHOWN_OUTAGES = 3
-# More than a timeline of ours holds: characters of a line, lanes and groups, how many there are of what.
+# Bounds that no timeline of ours reaches: characters of a line, lanes and groups, invocations in a state.
 _LONGEST_LINE, _MAX_KNOWN, _HIGHEST_LEVEL = 1 << 17, 1 << 16, 1e12
 _MAX_TEXT = 500
 _COUNTERS = (*LEVELS, "slots")
@@ -32,7 +32,7 @@ _V = TypeVar("_V")
 
 
 class _Bins:
-    """Levels and counts over time, in a bounded number of bins, which get wider as time goes on."""
+    """Levels and counts over time, in a bounded number of bins. Their width doubles when they are full."""
 
     def __init__(self) -> None:
         self.width = 1.0
@@ -40,7 +40,7 @@ class _Bins:
         self.rows: list[dict[str, float]] = []
 
     def add(self, levels: Mapping[str, float], begin: float, end: float) -> None:
-        """Add levels that lasted from one time to another, in microseconds."""
+        """Add levels that lasted from ``begin`` to ``end``, in microseconds."""
         self._reach(end)
         for index in range(int(begin / self.width), int(end / self.width) + 1):
             part = min(end, (index + 1) * self.width) - max(begin, index * self.width)
@@ -49,7 +49,7 @@ class _Bins:
                 row[name] = row.get(name, 0.0) + level * part
 
     def count(self, name: str, at: float) -> None:
-        """Count something that happened at a time."""
+        """Count one event at a time in microseconds."""
         self._reach(at)
         row = self.rows[int(at / self.width)]
         row[name] = row.get(name, 0.0) + 1
@@ -58,7 +58,7 @@ class _Bins:
         return row.get(name, 0.0) / (row.get("time") or math.inf)
 
     def merged(self, most: int) -> list[dict[str, float]]:
-        """Return the counts in fewer bins."""
+        """Return the bins merged into at most ``most``."""
         size = -(-len(self.rows) // most) or 1
         return [_sum(self.rows[start : start + size]) for start in range(0, len(self.rows), size)]
 
@@ -82,12 +82,12 @@ class _Reason:
 
 
 class _Group:
-    """What the loops that share a limiter have seen of their provider."""
+    """The cool-offs and outages that one group of loops met."""
 
     def __init__(self) -> None:
         self.name = ""
         self.outages: list[tuple[float, float]] = []
-        """Begin and end of the first few, in microseconds."""
+        """Begin and end of the first few outages, in microseconds."""
         self.counts = dict.fromkeys(TROUBLES, 0)
         self.totals_us = dict.fromkeys(TROUBLES, 0.0)
 
@@ -99,8 +99,8 @@ class _Group:
             self.outages.append((begin, end))
 
 
-class Story:
-    """What a timeline tells, in bounded memory however long it is."""
+class RunHistory:
+    """The totals of a timeline, in bounded memory."""
 
     def __init__(self) -> None:
         self.bins = _Bins()
@@ -110,29 +110,29 @@ class Story:
         self.groups: dict[str, _Group] = {}
         self._troubles: dict[_Key, float] = {}
         self._levels: dict[_Key, float] = {}
-        # Of the levels, over all groups.
+        # The sum of each level over all groups, and the time up to which it is in the bins.
         self._totals: defaultdict[str, float] = defaultdict(float)
-        self._held_since = 0.0
+        self._added_until = 0.0
         self._agents: dict[tuple[Any, Any], str] = {}
 
     def read(self, file: TextIO) -> None:
         """
-        Read a file, each line of which is a record. Others may have written or damaged it, so no line, number
-        or name in it costs more than a bounded amount of time and memory.
+        Read a file with one record per line. It may be damaged or come from another program, so each line,
+        number and name costs a bounded amount of time and memory.
         """
         while line := file.readline(_LONGEST_LINE):
             try:
-                self._tell(json.loads(line.strip().rstrip(",")))
+                self._add_record(json.loads(line.strip().rstrip(",")))
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-                pass  # a bracket, half a line at the end of a killed run, or somebody else's record
+                pass  # a bracket, half a line at the end of a killed run, or another program's record
 
         end = max([self.bins.end, *self._troubles.values()])
-        self._hold(end)
+        self._add_levels(end)
         for key, begin in self._troubles.items():
             self._add_trouble(key, begin, end)
 
     def moment(self, at: float) -> str:
-        """Return a time, in microseconds, as people say it."""
+        """Return a time in microseconds as a time of day, if the timeline has one."""
         if at >= self.bins.end:
             return "the end"
 
@@ -143,12 +143,12 @@ class Story:
         date = "" if self.began.date() == last.date() else "%Y-%m-%d "
         return f"{self.began + at * _MICROSECOND:{date}%H:%M:%S}"
 
-    def _tell(self, record: dict[str, Any]) -> None:
+    def _add_record(self, record: dict[str, Any]) -> None:
         phase, lane = record["ph"], (record["pid"], record.get("tid"))
-        # As exact as ours are.
+        # Rounded as Timeline rounds.
         at = round(max(0.0, float(record.get("ts", 0.0))), 1)
         if at > _LONGEST / _MICROSECOND:
-            raise ValueError("nothing takes so long")
+            raise ValueError("the time is beyond any run")
 
         if phase == "B":
             _put(self._agents, lane, str(record["name"])[:_MAX_TEXT])
@@ -157,9 +157,9 @@ class Story:
         elif phase == "C":
             levels = {name: float(record["args"][name]) for name in _COUNTERS if name in record["args"]}
             if not all(0 <= level <= _HIGHEST_LEVEL for level in levels.values()):
-                raise ValueError("there are never so many")
+                raise ValueError("a level is negative or beyond any run")
 
-            self._hold(at)
+            self._add_levels(at)
             for name, level in levels.items():
                 before = self._levels.get((str(record["pid"]), name), 0.0)
                 _put(self._levels, (str(record["pid"]), name), level)
@@ -178,7 +178,7 @@ class Story:
             self._group(str(record["pid"])).name = str(record["args"]["name"])[:_MAX_TEXT]
         elif phase == "M" and record["name"] == "process_labels":
             began = datetime.fromisoformat(record["args"]["labels"].removeprefix("began "))
-            # Raises where later moments would be beyond the end of the calendar.
+            # Raises OverflowError if a later moment could be beyond the end of the calendar.
             self.began = began + _LONGEST - _LONGEST
 
     def _group(self, pid: str) -> _Group:
@@ -208,20 +208,20 @@ class Story:
         else:
             reason.final += 1
 
-    def _hold(self, at: float) -> None:
-        if at > self._held_since:
-            self.bins.add({"time": 1.0, **self._totals}, self._held_since, at)
-            self._held_since = at
+    def _add_levels(self, until: float) -> None:
+        if until > self._added_until:
+            self.bins.add({"time": 1.0, **self._totals}, self._added_until, until)
+            self._added_until = until
 
 
 def _put(known: dict[_K, _V], key: _K, value: _V) -> None:
     """
-    Set a value, unless there are too many.
+    Set a value.
 
-    :raises ValueError: if there are
+    :raises ValueError: if the key is new and there are ``_MAX_KNOWN`` already
     """
     if key not in known and len(known) >= _MAX_KNOWN:
-        raise ValueError("no run has so many")
+        raise ValueError("there are too many keys")
 
     known[key] = value
 

@@ -1,4 +1,4 @@
-"""The parts of a report, each as HTML."""
+"""Renders each section of a report as HTML."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Iterator, Sequence
 from agentloop import Distribution, MetricsSnapshot, Status
 
 from ._chart import Chart, decades, draw_charts
-from ._story import LEVELS, TROUBLES, Story
+from ._history import LEVELS, TROUBLES, RunHistory
 from ._text import class_of, duration, percent, safe
 
 _BARS = 48
 _SHOWN_REASONS = 20
 
 
-def headline(snapshot: MetricsSnapshot, story: Story) -> str:
+def headline(snapshot: MetricsSnapshot, history: RunHistory) -> str:
     total = sum(snapshot.counts.values())
     finished = total - snapshot.counts[Status.SKIPPED] - snapshot.counts[Status.CANCELLED]
     share = f"{percent(snapshot.counts[Status.SUCCESS], finished)} succeeded" if finished else "none finished"
@@ -31,8 +31,8 @@ def headline(snapshot: MetricsSnapshot, story: Story) -> str:
             f"95 % within {duration(snapshot.latency.p95_ms)}",
         ),
     ]
-    if story.bins.end:
-        seconds = story.bins.end / 1e6
+    if history.bins.end:
+        seconds = history.bins.end / 1e6
         figures.append(("took", duration(seconds * 1000), f"{total / seconds:,.3g} a second"))
 
     if snapshot.in_flight:
@@ -45,22 +45,22 @@ def headline(snapshot: MetricsSnapshot, story: Story) -> str:
     parts = [(status, snapshot.counts[status]) for status in Status if snapshot.counts[status]]
     bar = "".join(f'<i class="{status}" style="flex-grow:{count}"></i>' for status, count in parts)
     legend = _legend([(status, f"{count:,} {status}") for status, count in parts])
-    began = f'<p class="note">Began {story.began:%Y-%m-%d %H:%M:%S %Z}.</p>\n' if story.began else ""
-    stops = "".join(f'<p class="stop">Stopped: {safe(reason)}</p>' for reason in story.stops)
-    troubles = "".join(f'<p class="trouble">{safe(sentence)}</p>' for sentence in _troubles(story))
+    began = f'<p class="note">Began {history.began:%Y-%m-%d %H:%M:%S %Z}.</p>\n' if history.began else ""
+    stops = "".join(f'<p class="stop">Stopped: {safe(reason)}</p>' for reason in history.stops)
+    troubles = "".join(f'<p class="trouble">{safe(sentence)}</p>' for sentence in _troubles(history))
     return (
         f'{began}<dl class="cards">{cards}</dl>\n'
         f'<div class="outcomes" aria-hidden="true">{bar}</div>{legend}{stops}{troubles}'
     )
 
 
-def _troubles(story: Story) -> Iterator[str]:
+def _troubles(history: RunHistory) -> Iterator[str]:
     """Yield a sentence for each provider that was in trouble."""
-    concerned = [group for group in story.groups.values() if any(group.counts.values())]
+    concerned = [group for group in history.groups.values() if any(group.counts.values())]
     for group in concerned[:5]:
         facts: list[str] = []
         if group.outages:
-            times = [f"from {story.moment(begin)} to {story.moment(end)}" for begin, end in group.outages]
+            times = [f"from {history.moment(begin)} to {history.moment(end)}" for begin, end in group.outages]
             count, total = group.counts["outage"], duration(group.totals_us["outage"] / 1000)
             when = " and ".join(filter(None, [", ".join(times[:-1]), times[-1]]))
             if count > len(times):
@@ -72,8 +72,8 @@ def _troubles(story: Story) -> Iterator[str]:
             facts.append(f"calls were held for {duration(group.totals_us['held'] / 1000)} in total")
 
         sentence = "; ".join(facts)
-        # Of whom that is said, where there are several.
-        several = len(story.groups) > 1
+        # With several limiters, the sentence names its own.
+        several = len(history.groups) > 1
         yield f"{group.name}: {sentence}." if several else f"{sentence[0].upper()}{sentence[1:]}."
 
 
@@ -84,13 +84,13 @@ def latency_section(latency: Distribution) -> str:
     if not latency.buckets:
         return _section("Latency", f"<p>All {latency.count:,} took less than a nanosecond.</p>")
 
-    # Neighbouring buckets are put together, two by two, until they are few enough.
+    # Merge neighbouring buckets in pairs until there are fewer than _BARS.
     shift = 0
     low, high = min(latency.buckets), max(latency.buckets)
     while (high >> shift) - (low >> shift) >= _BARS:
         shift += 1
 
-    # A few more bars at either side, lest a single value be one wall.
+    # One more bar at either side, so that a single value does not fill the whole width.
     first, last = (low >> shift) - 1, (high >> shift) + 1
     heights = [0] * (last - first + 1)
     for index, count in latency.buckets.items():
@@ -99,7 +99,7 @@ def latency_section(latency: Distribution) -> str:
     per_octave = math.exp2(latency.scale - shift)
 
     def place(value: float) -> float:
-        """Return where a duration is, from 0 at the left to 1 at the right."""
+        """Return the place of a duration, from 0 at the left to 1 at the right."""
         return (math.log2(value) * per_octave - first) / len(heights)
 
     bounds = [math.exp2((first + i) / per_octave) for i in range(len(heights) + 1)]
@@ -126,8 +126,8 @@ def latency_section(latency: Distribution) -> str:
     return _section("Latency", draw_charts(f"Histogram of {latency.count:,} latencies: {spoken}", draw), note)
 
 
-def concurrency(story: Story) -> str:
-    bins = story.bins
+def concurrency(history: RunHistory) -> str:
+    bins = history.bins
     # The last bin may have been entered by an instant only.
     rows = [row for row in bins.rows if row.get("time")]
     stacked = [[bins.mean(row, name) for name in LEVELS] for row in rows]
@@ -163,16 +163,16 @@ def concurrency(story: Story) -> str:
     return _section("Concurrency", draw_charts(spoken, draw) + legend, note)
 
 
-def throughput(story: Story) -> str:
-    rows = story.bins.merged(_BARS)
+def throughput(history: RunHistory) -> str:
+    rows = history.bins.merged(_BARS)
     counts = [(row.get("succeeded", 0.0), row.get("failed", 0.0)) for row in rows]
-    width = story.bins.width * -(-len(story.bins.rows) // _BARS)
+    width = history.bins.width * -(-len(history.bins.rows) // _BARS)
     top = max(map(sum, counts))
 
     def draw(chart: Chart) -> None:
         chart.y_axis(top or 1.0, "attempts")
-        chart.time_axis(story.bins.end)
-        span = max(story.bins.end / width, 1e-9)
+        chart.time_axis(history.bins.end)
+        span = max(history.bins.end / width, 1e-9)
         for i, (good, bad) in enumerate(counts):
             begin, end = min(i / span, 1.0), min((i + 1) / span, 1.0)
             tip = f"from {duration(i * width / 1000)}: {good:,.0f} succeeded, {bad:,.0f} failed"
@@ -187,14 +187,14 @@ def throughput(story: Story) -> str:
     )
 
 
-def failures(snapshot: MetricsSnapshot, story: Story, has_timeline: bool) -> str:
-    if not story.reasons:
+def failures(snapshot: MetricsSnapshot, history: RunHistory, has_timeline: bool) -> str:
+    if not history.reasons:
         if snapshot.failures and not has_timeline:
-            return _section("Failures", "<p>Why they failed is told by a timeline; this report has none.</p>")
+            return _section("Failures", "<p>A timeline has the reasons; this report has no timeline.</p>")
 
         return _section("Failures", "<p>Nothing failed.</p>" if not snapshot.failures else "<p>Unknown.</p>")
 
-    ranked = sorted(story.reasons.items(), key=lambda item: -(item[1].final + item[1].retried))
+    ranked = sorted(history.reasons.items(), key=lambda item: -(item[1].final + item[1].retried))
     most = ranked[0][1].final + ranked[0][1].retried
     rows = "".join(
         f'<tr><th scope="row"><span class="dot {class_of(status)}"></span>{safe(kind)}'

@@ -1,4 +1,4 @@
-"""Texts that are safe in HTML, and numbers that are short to read."""
+"""Makes texts safe for HTML, and numbers short."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from agentloop import Status
 
 
 def safe(text: str) -> str:
-    """Return a text that is safe in HTML, and that neither reorders nor hides what stands around it."""
+    """Return a text that is safe in HTML. It neither reorders nor hides the text around it."""
     return escape("".join(char if _is_harmless(char) else "\ufffd" for char in text[:500]))
 
 
 def _is_harmless(char: str) -> bool:
-    # Scripts and emojis need joiners, wide spaces and tags. Marks of direction, such as those of category Cf
-    # that are not neutral to the boundary, reorder what stands around them.
+    # Scripts and emojis need joiners, wide spaces and tags: those have the bidirectional class BN. The other
+    # characters of category Cf are marks of direction, which reorder the text around them.
     category = unicodedata.category(char)
     return (
         char.isprintable()
@@ -32,7 +32,7 @@ def class_of(status: str) -> str:
 
 
 def percent(part: int, whole: int) -> str:
-    # 99.99 % is not all of it.
+    # Rounded down: 99.99 % must not read 100 %.
     percent = math.floor(1000 * part / whole) / 10
     return f"{percent:g} %"
 
