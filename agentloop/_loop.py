@@ -81,7 +81,7 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
         if self._sink is not None:
             self._limiter.tell(self._sink)
 
-        self._plan = self._make_plan()
+        self._options = self._make_options()
 
     def __repr__(self) -> str:
         now = self.statistics()
@@ -122,10 +122,10 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
         view = AgentLoop.__new__(AgentLoop)
         vars(view).update(vars(self))
         view._config = config
-        view._plan = view._make_plan()
+        view._options = view._make_options()
         return view
 
-    def _make_plan(self) -> RunOptions:
+    def _make_options(self) -> RunOptions:
         metrics = self._metrics if self._config.collect_metrics else None
         return RunOptions(self._config, Observer(metrics, self._sink, self._lifetime.nested))
 
@@ -167,7 +167,7 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
         """
         lifetime = self._lifetime
         stopped = lifetime.check() if lifetime.is_left or lifetime.drained is not None else None
-        single = Single(make_invocation(agent_id, fn, args, kwargs), self._limiter, self._plan)
+        single = Single(make_invocation(agent_id, fn, args, kwargs), self._limiter, self._options)
         if stopped is not None:
             return await single.refuse(stopped)
 
@@ -205,7 +205,7 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
         check_inputs(invocations)
         check_journal(journal)
         stopped = self._lifetime.check()
-        batch = collecting(invocations, self._limiter, self._plan, journal, self._lifetime.count_replayed)
+        batch = collecting(invocations, self._limiter, self._options, journal, self._lifetime.count_replayed)
         if stopped is not None:
             batch.wind_down(stopped, None)
 
@@ -249,7 +249,7 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
         replayed = self._lifetime.count_replayed
         return BatchReader(
             "as_completed",
-            lambda: completing(invocations, self._limiter, self._plan, journal, replayed),
+            lambda: completing(invocations, self._limiter, self._options, journal, replayed),
             self._lifetime,
         )
 
@@ -284,7 +284,7 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
         invocation = Invocation[T](agent_id, stream_fn, args, kwargs)
         return AgentStream(
             agent_id,
-            lambda: Streaming[T](invocation, self._limiter, self._plan),
+            lambda: Streaming[T](invocation, self._limiter, self._options),
             self._lifetime,
         )
 
@@ -317,7 +317,7 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
         check_inputs(invocations)
         return BatchReader(
             "stream_all",
-            lambda: StreamBatch[T](cast("Inputs[None]", invocations), self._limiter, self._plan),
+            lambda: StreamBatch[T](cast("Inputs[None]", invocations), self._limiter, self._options),
             self._lifetime,
         )
 
