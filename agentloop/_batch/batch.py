@@ -33,7 +33,7 @@ class Batch(Bookkeeping[T]):
         self._began = self.pool.loop.now()
         self.pool.claim()
         self.pool.begin_call(self, self.outer)
-        self.pool.on_raise.add(self._resized)
+        self.pool.on_resize.add(self._resized)
         self.source.count_to_come(1)
         try:
             while not self.done:
@@ -44,7 +44,7 @@ class Batch(Bookkeeping[T]):
 
             self.ending.complete()
         finally:
-            self.pool.on_raise.discard(self._resized)
+            self.pool.on_resize.discard(self._resized)
             self.source.count_to_come(-1)
             self.pool.users -= 1
             self._abandon()

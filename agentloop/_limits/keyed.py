@@ -242,7 +242,7 @@ class KeyedLimiter(Limiter):
     def _recount(self) -> None:
         self._max_concurrency = sum(limiter.max_concurrency for limiter in self._limiters.values())
         if self._pools.state is not None:
-            for callback in tuple(self._pools.state.on_raise):
+            for callback in tuple(self._pools.state.on_resize):
                 callback()
 
     def _pass_on(self, event: Event) -> None:

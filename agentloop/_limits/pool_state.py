@@ -43,8 +43,8 @@ class PoolState(LoopState):
         self.admission = admission
         self.pending = 0
         """How many invocations wait to be retried, and how many inputs of batches wait to be pulled."""
-        self.on_raise: set[Callable[[], None]] = set()
-        """Called when the limit was raised, so that a batch can start more workers."""
+        self.on_resize: set[Callable[[], None]] = set()
+        """Called when the limit or the number of agents that are away has changed: it sizes batches."""
         self.selective = bool(admission.meters)
         """Whether an invocation must be known before it gets a slot."""
         self.limit = max_concurrency
@@ -93,7 +93,7 @@ class PoolState(LoopState):
             provider.limit.resize(max_concurrency)
             self._follow()
 
-        for callback in tuple(self.on_raise):
+        for callback in tuple(self.on_resize):
             callback()
 
     def pause(self) -> None:
@@ -241,7 +241,9 @@ class PoolState(LoopState):
 
     def tell_away(self) -> None:
         """Tell batches that the number of agents that have stepped aside has changed."""
-        for callback in tuple(self.on_raise) + (() if self.keys is None else tuple(self.keys.home.on_raise)):
+        for callback in tuple(self.on_resize) + (
+            () if self.keys is None else tuple(self.keys.home.on_resize)
+        ):
             callback()
 
     @property

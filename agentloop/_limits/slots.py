@@ -77,7 +77,7 @@ class Pool(Protocol):
     route: Callable[[Invocation[Any]], Any] | None
     keys: Any
     is_current: Callable[[], bool]
-    on_raise: set[Callable[[], None]]
+    on_resize: set[Callable[[], None]]
     limit: int
     work: Work
 

@@ -231,11 +231,11 @@ class _Places:
     def _following(self, pool: Pool) -> Generator[None]:
         """Change the number of places when the limit changes, during the block."""
         follow = partial(self._resize, pool)
-        pool.on_raise.add(follow)
+        pool.on_resize.add(follow)
         try:
             yield
         finally:
-            pool.on_raise.discard(follow)
+            pool.on_resize.discard(follow)
 
     @contextmanager
     def _untimed(self, slot: AttemptSlot) -> Generator[None]:

@@ -117,7 +117,7 @@ def assert_idle(limiter: Limiter, pool: Any) -> None:
     now = limiter.statistics()
     assert now.running == 0, "a slot was not given back"
     assert now.waiting == 0, "something still waits for a slot or a retry"
-    assert not pool.on_raise, "a batch still listens to its limiter"
+    assert not pool.on_resize, "a batch still listens to its limiter"
     assert pool.users == 0, "a call that has ended still counts as a user"
 
 
