@@ -75,7 +75,7 @@ class Batch(Bookkeeping[T]):
         if until is not None:
             self.start_timer(until, lambda: self.cancel(stopped.reason, None))
 
-    def drain(self) -> None:
+    def on_block_left(self) -> None:
         """Do nothing: a caller waits for the whole batch, so none of its work is new."""
 
     def may_go_on(self, keys: Any) -> bool:

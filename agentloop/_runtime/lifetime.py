@@ -27,8 +27,8 @@ class Call(Protocol):
         """The slot of the invocation that made the call; ``None`` outside of an agent."""
         ...
 
-    def drain(self) -> None:
-        """Start no invocation that no caller waits for; let running ones finish."""
+    def on_block_left(self) -> None:
+        """The loop's block is left: start no invocation that no caller waits for; let running ones finish."""
 
     def wind_down(self, stopped: BatchStopped, until: float | None) -> None:
         """Start and retry nothing any more, and cancel running invocations at a given time."""
@@ -170,7 +170,7 @@ class Lifetime:
                 self._cancel(exc)
 
             for call in tuple(self._calls):
-                call.drain()
+                call.on_block_left()
 
             await self._wait_idle()
         except BaseException as cancelled:

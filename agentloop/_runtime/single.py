@@ -232,7 +232,7 @@ class Single(Generic[T]):
         moves = self._retry_wait is not None or (waiter is not None and waiter.is_over)
         return moves or job.pool.keys is not keys
 
-    def drain(self) -> None:
+    def on_block_left(self) -> None:
         """Do nothing: a retry of this invocation is no new work."""
 
     def cancel(self, reason: str, cause: BaseException) -> None:

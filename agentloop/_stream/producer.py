@@ -174,10 +174,10 @@ class Background:
                 # The traceback refers to this frame; the frame must not refer back.
                 del self
 
-    def drain(self) -> None:
+    def on_block_left(self) -> None:
         """Start nothing new, since there may be no reader; running agents finish."""
         if self._reader_slot is None or self._reader_slot.is_released:
-            self._producer.drain()
+            self._producer.on_block_left()
 
     @property
     def outer(self) -> Slot | None:

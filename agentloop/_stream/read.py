@@ -73,7 +73,7 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
         self.scope.cancel(reason)
         self.channel.abandon()
 
-    def drain(self) -> None:
+    def on_block_left(self) -> None:
         """Start nothing new, and wait for the reader for a limited time."""
         self.stop("the loop was left", LoopClosed("the loop was left"))
         self.channel.limit_patience(

@@ -96,7 +96,7 @@ class Streaming(Generic[T]):
         self.channel.close()
         raise stopped.with_traceback(None)
 
-    def drain(self) -> None:
+    def on_block_left(self) -> None:
         self.channel.limit_patience(lambda: self._cancel("the loop was left, and the stream was not read"))
 
     def cancel(self, reason: str, cause: BaseException) -> None:
