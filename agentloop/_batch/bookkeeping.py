@@ -22,11 +22,11 @@ from .._runtime.options import RunOptions
 from .._runtime.outcome import Outcome
 from .._verdict import VerdictKind
 from .by_key import ByKey
+from .crew import Crew
 from .ending import BUDGET_HINT, FATAL_HINT, PATIENCE_HINT, RULE_HINT, Ending, Judge, blame
 from .inputs import InputSource
 from .retry_queue import RetryQueue
 from .timer import Timer
-from .workers import Crew
 
 T = TypeVar("T")
 
@@ -107,12 +107,12 @@ class Bookkeeping(Generic[T]):
         self.changed()
 
     def changed(self) -> None:
-        """Call a worker, and wake the feeder, if there is work for them and no other task does it."""
+        """Activate a worker, and wake the feeder, if there is work for them and no other task does it."""
         if not self.done and self.tasks is not None:
             if self.source.feeder is not None:
                 self.source.feeder.wake(self.source)
 
-            self.crew.call()
+            self.crew.activate()
 
     def _resized(self) -> None:
         self.source.limit = self._limiter.batch_size + self.pool.all_away

@@ -46,7 +46,7 @@ class ByKey(Generic[T]):
         # The time at which each pool has to be served.
         self._alarms: dict[Pool, float] = {}
         self._changed: anyio.Event | None = None
-        self._call: Callable[[], object] | None = None
+        self._activate: Callable[[], object] | None = None
         self._spend: Callable[[Job[T], BudgetSpent], object] | None = None
         self._start: Callable[[Callable[[], Coroutine[Any, Any, None]], str], object] | None = None
 
@@ -99,8 +99,8 @@ class ByKey(Generic[T]):
         if job is not None:
             self._source.take_back(job)
             self._source.give_out(job)
-            if self._call is not None:
-                self._call()
+            if self._activate is not None:
+                self._activate()
 
     def stop(self, pool: Pool) -> list[Job[T]]:
         """
@@ -121,17 +121,17 @@ class ByKey(Generic[T]):
 
     def open(
         self,
-        call: Callable[[], object],
+        activate: Callable[[], object],
         spend: Callable[[Job[T], BudgetSpent], object],
         start: Callable[[Callable[[], Coroutine[Any, Any, None]], str], object],
     ) -> None:
         """
         Start the task when it is needed, from now on.
 
-        :param call: calls a worker, if there is work
+        :param activate: activates a worker, if there is work
         :param spend: stops a key whose budget is spent
         """
-        self._call = call
+        self._activate = activate
         self._spend = spend
         self._start = start
         self._changed = None
@@ -140,13 +140,13 @@ class ByKey(Generic[T]):
     def close(self) -> None:
         """End the task."""
         # These refer to the batch, which refers to this object.
-        self._call = self._spend = self._start = None
+        self._activate = self._spend = self._start = None
         if self._changed is not None:
             self._changed.set()
 
     def abandon(self) -> None:
         """Leave all lines, and give back all unused slots. No job is given out any more."""
-        self._call = None
+        self._activate = None
         for waiter in tuple(self._jobs):
             waiter.slot.pool.withdraw(waiter)
 

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 class Worker(Generic[T]):
     """
-    Takes a job, waits for a slot, runs one attempt, and goes on with the next. ``workers`` has the theory.
+    Takes a job, waits for a slot, runs one attempt, and goes on with the next. ``crew`` has the theory.
 
     A worker keeps two things from one job to the next, since making each costs as much as all other work of a
     short attempt: the scope that times attempts out, and the slot, if no waiter needs one. It leaves the

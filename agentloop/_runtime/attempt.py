@@ -24,7 +24,7 @@ from .._verdict import Verdict
 from .current import AttemptSlot, LaterSlot, Timing
 from .options import RunOptions
 from .outcome import Failures, Outcome, leave, outcome_of, without_cancellation
-from .states import ENDED, RUNNING, Helpers, Progress, State
+from .states import ENDED, RUNNING, OtherWorkers, Progress, State
 from .tracebacks import plumbing, trim
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ class Attempts(AttemptSlot, Generic[T]):
         scope: AttemptScope,
         new_context: Callable[[], Context],
         now: float,
-        crew: Helpers | None = None,
+        crew: OtherWorkers | None = None,
         caller: CallersCancellation | None = None,
     ) -> Generator[Any, Any, float]:
         """
@@ -108,7 +108,7 @@ class Attempts(AttemptSlot, Generic[T]):
 
         :param slot: its slot; given back if the attempt fails, left to the caller if it succeeds
         :param scope: times the attempt out; stays open if the agent returned
-        :param crew: calls another worker when the agent waits
+        :param crew: activates another worker when the agent waits
         :param caller: notices native cancellations, if this task is the caller's
         :return: when it ended; ``failures.last`` holds the outcome of a failure
         :raises BaseException: cancellation of the caller, or an agent's error that is no ``Exception``
@@ -131,8 +131,8 @@ class Attempts(AttemptSlot, Generic[T]):
             # No bound methods in local names: the collector would visit them as long as the agent waits.
             step = context.run(_send, coroutine, None)
             self.waited = True
-            if crew is not None and not crew.seeking and crew.can_call:
-                crew.call()
+            if crew is not None and not crew.seeking and crew.can_activate:
+                crew.activate()
 
             while True:
                 sent = thrown = None

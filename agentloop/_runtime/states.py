@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ENDED", "QUEUED", "RETRYING", "RUNNING", "Helpers", "Progress", "State"]
+__all__ = ["ENDED", "QUEUED", "RETRYING", "RUNNING", "OtherWorkers", "Progress", "State"]
 
 import enum
 from typing import Protocol
@@ -23,16 +23,16 @@ class Progress:
         self.first_at = first_at
 
 
-class Helpers(Protocol):
-    """Calls another worker of a batch when an agent waits."""
+class OtherWorkers(Protocol):
+    """The part of a batch's crew that an attempt uses: it activates another worker when the agent waits."""
 
     seeking: int
-    """How many workers look for a job already."""
-    can_call: bool
-    """Whether there is another worker to call."""
+    """How many workers are between two attempts, and will look for a job."""
+    can_activate: bool
+    """Whether a worker is parked or can be hired."""
 
-    def call(self) -> None:
-        """Call a worker, if there is work."""
+    def activate(self) -> None:
+        """Wake or hire a worker, if there is work and no worker is seeking."""
 
 
 class State(enum.Enum):

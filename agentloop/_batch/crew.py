@@ -1,17 +1,18 @@
 """
-The workers of a batch, and when each is hired, parked and woken.
+The crew of a batch: its workers, and when each is hired, parked and woken.
 
 **A worker** is a task that takes an invocation, waits for a slot, runs one attempt, and goes on with the
 next. There are at most as many as the limiter has slots.
 
-**Called on demand.** A worker that has begun an attempt runs alone until its agent waits. Only then it calls
-another one (``call()``), if there is work left: a parked one, else a new one. So agents that never wait need
-a single worker, and a batch of ten needs ten at most.
+**Activated on demand.** A worker that has begun an attempt runs alone until its agent waits. Only then it
+activates another one (``activate()``), if there is work left: it wakes a parked one, else it hires a new one.
+So agents that never wait need a single worker, and a batch of ten needs ten at most.
 
 **Seeking.** A worker between two attempts is *seeking*: it is about to look for a job. While one is seeking,
-no other is called, since that one takes the next job, and its agent then calls the next worker. ``seeking``
-changes in the same step as the worker, so that no worker counts twice: a worker that begins an attempt stops
-seeking, one that ends it seeks again, and a called worker seeks from the call on, before its task runs.
+no other is activated, since that one takes the next job, and activates the next worker when its agent waits.
+``seeking`` changes in the same step as the worker, so that no worker counts twice: a worker that begins an
+attempt stops seeking, one that ends it seeks again, and an activated worker seeks at once, before its task
+runs.
 
 **Parked.** A worker that finds no job waits on an event of its own. The caller that sets the event counts the
 worker as seeking. ``close()`` wakes all of them, and they end.
@@ -49,7 +50,7 @@ class Crew:
         self.size = size
         self.seeking = 0
         """How many workers are between two attempts."""
-        self.can_call = False
+        self.can_activate = False
         """Whether a worker is parked or can be hired."""
         self.spoilt = 0
         """In how many workers an agent has left a scope open."""
@@ -91,9 +92,9 @@ class Crew:
         self.size = size
         self._count()
 
-    def call(self) -> None:
+    def activate(self) -> None:
         """Wake or hire a worker, if there is work and no worker is seeking."""
-        if self.seeking or not self.can_call or self._has_work is None or not self._has_work():
+        if self.seeking or not self.can_activate or self._has_work is None or not self._has_work():
             return
 
         self.seeking += 1
@@ -106,7 +107,7 @@ class Crew:
         self._count()
 
     async def park(self) -> None:
-        """Wait until called, or closed."""
+        """Wait until activated or closed."""
         if self._tasks is None:
             return
 
@@ -150,4 +151,4 @@ class Crew:
         self._tasks.start_once(self._work(), "agentloop worker")
 
     def _count(self) -> None:
-        self.can_call = self._tasks is not None and (bool(self._parked) or self._hired < self.size)
+        self.can_activate = self._tasks is not None and (bool(self._parked) or self._hired < self.size)
