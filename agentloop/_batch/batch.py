@@ -49,7 +49,7 @@ class Batch(Bookkeeping[T]):
             self.pool.users -= 1
             self._abandon()
             self.pool.end_call(self, self.outer)
-            self.ending.forget_judge()
+            self.ending.forget_tally()
             self.source.close()
             if self.holds_caller and self.outer is not None:
                 await come_back(self.outer)

@@ -23,7 +23,7 @@ from .._runtime.outcome import Outcome
 from .._verdict import VerdictKind
 from .by_key import ByKey
 from .crew import Crew
-from .ending import BUDGET_HINT, FATAL_HINT, PATIENCE_HINT, RULE_HINT, Ending, Judge, blame
+from .ending import BUDGET_HINT, FATAL_HINT, PATIENCE_HINT, RULE_HINT, Ending, RuleTally, blame
 from .inputs import InputSource
 from .retry_queue import RetryQueue
 from .timer import Timer
@@ -330,13 +330,13 @@ class Bookkeeping(Generic[T]):
             if not self.crew.seeking or source.feeder is not None:
                 self.changed()
 
-        if self.ending.judge is not None:
-            self._apply(self.ending.judge, result)
+        if self.ending.tally is not None:
+            self._apply_rule(self.ending.tally, result)
 
         if source.exhausted:
             self.check_done()
 
-    def _apply(self, judge: Judge, result: InvocationResult[T]) -> None:
-        reason = judge.judge(result)
+    def _apply_rule(self, tally: RuleTally, result: InvocationResult[T]) -> None:
+        reason = tally.add(result)
         if reason is not None:
-            self.stop(reason, judge.error, RULE_HINT, judge.rule.grace_seconds)
+            self.stop(reason, tally.error, RULE_HINT, tally.rule.grace_seconds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BUDGET_HINT", "FATAL_HINT", "PATIENCE_HINT", "RULE_HINT", "Ending", "Judge", "blame"]
+__all__ = ["BUDGET_HINT", "FATAL_HINT", "PATIENCE_HINT", "RULE_HINT", "Ending", "RuleTally", "blame"]
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def blame(job: Job[Any], failed: Outcome) -> str:
     return f"{job.invocation.agent_id!r} failed with {describe(failed.error)}"
 
 
-class Judge:
+class RuleTally:
     """
     Applies a rule to the results of one batch, in the order in which they end.
 
@@ -41,9 +41,9 @@ class Judge:
         """The error of the last invocation that failed."""
         self._ended = 0
         self._failed = 0
-        self._row = 0
+        self._in_a_row = 0
 
-    def judge(self, result: InvocationResult[Any]) -> str | None:
+    def add(self, result: InvocationResult[Any]) -> str | None:
         """Count a result, and return why the batch is to stop, if it is."""
         status, rule = result.status, self.rule
         if status is Status.CANCELLED or status is Status.SKIPPED:
@@ -51,13 +51,13 @@ class Judge:
 
         self._ended += 1
         if status is Status.SUCCESS:
-            self._row = 0
+            self._in_a_row = 0
         else:
             self.error = result.exception
             self._failed += 1
-            self._row += 1
+            self._in_a_row += 1
 
-        failed, row, ended = self._failed, self._row, self._ended
+        failed, row, ended = self._failed, self._in_a_row, self._ended
         if rule.failures is not None and failed >= rule.failures:
             return f"{failed} failed"
 
@@ -87,7 +87,7 @@ class Ending:
     """
 
     def __init__(self, rule: StopRule | None) -> None:
-        self.judge = None if rule is None else Judge(rule)
+        self.tally = None if rule is None else RuleTally(rule)
         """Decides for each result whether it stops the batch."""
         self.stopped: BatchStopped | None = None
         """Why no job is started any more; ``None`` while jobs may start."""
@@ -138,9 +138,9 @@ class Ending:
         """Note that every pulled input has its result."""
         self._complete = True
 
-    def forget_judge(self) -> None:
+    def forget_tally(self) -> None:
         """Drop the rule's last error, whose frames may refer to the batch."""
-        self.judge = None
+        self.tally = None
 
     def end_job(self, job: Job[Any]) -> None:
         """Make a job final that a stopped batch does not start or retry, unless it has ended already."""

@@ -36,7 +36,7 @@ from .._runtime.options import RunOptions
 from .batch import Batch
 from .bookkeeping import Bookkeeping
 from .collect import CollectingBatch
-from .ending import Judge
+from .ending import RuleTally
 
 T = TypeVar("T")
 
@@ -272,9 +272,9 @@ class Journaled(Batch[T]):
         del now
         self.recording.take(job, result)
 
-    def _apply(self, judge: Judge, result: InvocationResult[T]) -> None:
+    def _apply_rule(self, tally: RuleTally, result: InvocationResult[T]) -> None:
         if not result.replayed:
-            super()._apply(judge, result)
+            super()._apply_rule(tally, result)
 
     def check_done(self) -> None:
         if not self.recording.pending:
