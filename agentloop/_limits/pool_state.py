@@ -131,7 +131,7 @@ class PoolState(LoopState):
             self.admission.settle(bill, result, self.loop.now())
             self.serve()
 
-    def judge(self, verdict: Verdict, error: Exception, timed_out: bool) -> Verdict:
+    def revise(self, verdict: Verdict, error: Exception, timed_out: bool) -> Verdict:
         """
         Return the verdict to act on: in an outage, an overload.
 
@@ -139,7 +139,7 @@ class PoolState(LoopState):
         """
         provider = self.admission.provider
         # The slot is released in the same step, and the pool follows the provider then.
-        return verdict if provider is None else provider.judge(verdict, error, timed_out, self.loop.now())
+        return verdict if provider is None else provider.revise(verdict, error, timed_out, self.loop.now())
 
     def learn(self, slot: Slot, verdict: Verdict | None, longest_hold: float) -> None:
         """

@@ -57,7 +57,7 @@ class Provider:
 
     # -- after an attempt
 
-    def judge(self, verdict: Verdict, error: Exception, timed_out: bool, now: float) -> Verdict:
+    def revise(self, verdict: Verdict, error: Exception, timed_out: bool, now: float) -> Verdict:
         """
         Return the verdict to act on: in an outage, a failure of the provider is an overload.
 

@@ -312,9 +312,9 @@ class Attempts(AttemptSlot, Generic[T]):
 
         failures = self.failures
         failures.add(outcome)
-        verdict = failures.judge(options.config, options.observer.log_classify)
+        verdict = failures.classify(options.config, options.observer.log_classify)
         if verdict is not None and failures.progress is None:
-            outcome.verdict = verdict = self.pool.judge(
+            outcome.verdict = verdict = self.pool.revise(
                 verdict, outcome.error, outcome.status is Status.TIMEOUT
             )
 

@@ -178,7 +178,7 @@ class Failures:
         """Note the outcome of an invocation that gets no further attempt."""
         self.last = outcome
 
-    def judge(self, config: LoopConfig, log: Callable[[object], object]) -> Verdict | None:
+    def classify(self, config: LoopConfig, log: Callable[[object], object]) -> Verdict | None:
         """
         Return the verdict on the failure of the last attempt, if it is judged.
 

@@ -165,13 +165,13 @@ def test_call_that_began_before_the_failures_says_nothing_about_the_provider_sin
     before = provider.limit.epoch
     kinds = []
     for second in range(9):
-        kinds.append(provider.judge(TRANSIENT, ConnectionError(), False, float(second)).kind)
+        kinds.append(provider.revise(TRANSIENT, ConnectionError(), False, float(second)).kind)
         # What had begun before the network was gone comes to its end meanwhile.
         provider.answered(before, float(second))
 
     assert kinds == [VerdictKind.TRANSIENT] * 7 + [VerdictKind.OVERLOAD] * 2
     provider.answered(provider.limit.epoch, 9.0)
-    assert provider.judge(TRANSIENT, ConnectionError(), False, 10.0).kind is VerdictKind.TRANSIENT
+    assert provider.revise(TRANSIENT, ConnectionError(), False, 10.0).kind is VerdictKind.TRANSIENT
 
 
 async def test_other_failures_neither_count_nor_end_a_row() -> None:

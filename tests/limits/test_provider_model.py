@@ -136,7 +136,7 @@ def test_provider_says_when_calls_may_start_and_what_their_failures_are_as_the_a
                 error, timed_out = rng.choice(ERRORS), rng.random() < 0.5
                 speaks = timed_out or isinstance(error, OSError)
                 expected = account.judge(verdict, speaks, timed_out, limit.limit, now)
-                assert provider.judge(verdict, error, timed_out, now) == Verdict(
+                assert provider.revise(verdict, error, timed_out, now) == Verdict(
                     expected, verdict.retry_after
                 )
                 if expected is VerdictKind.OVERLOAD:

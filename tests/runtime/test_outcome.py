@@ -211,7 +211,7 @@ def test_classify_judges_an_error_once() -> None:
         return OVERLOAD
 
     config, known = LoopConfig(classify=classify), failures()
-    assert [known.judge(config, pytest.fail) for _ in range(2)] == [OVERLOAD] * 2
+    assert [known.classify(config, pytest.fail) for _ in range(2)] == [OVERLOAD] * 2
     assert judged == [ERROR]
 
 
@@ -229,7 +229,7 @@ def test_classify_is_not_asked_where_the_outcome_says_what_it_means(
 ) -> None:
     known = Failures(0)
     known.add(outcome)
-    assert known.judge(LoopConfig(classify=pytest.fail), pytest.fail) == verdict
+    assert known.classify(LoopConfig(classify=pytest.fail), pytest.fail) == verdict
 
 
 async def judge_later() -> Verdict:
@@ -248,7 +248,7 @@ def test_classify_that_fails_makes_the_failure_final_and_says_so(classify: Any, 
     logged: list[object] = []
     error = OSError("x")
     config, known = LoopConfig(classify=classify), failures(error)
-    assert [known.judge(config, logged.append) for _ in range(2)] == [PERMANENT] * 2
+    assert [known.classify(config, logged.append) for _ in range(2)] == [PERMANENT] * 2
     assert logged == [classify]
     assert len(error.__notes__) == 1
     assert error.__notes__[0].startswith(f"not retried: classify failed with {failed_with}")
@@ -259,7 +259,7 @@ def test_interrupt_in_classify_is_raised() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        failures().judge(LoopConfig(classify=classify), pytest.fail)
+        failures().classify(LoopConfig(classify=classify), pytest.fail)
 
 
 # --- whether it is retried, and when
