@@ -51,7 +51,7 @@ class Batch(Bookkeeping[T]):
             self.pool.end_call(self, self.outer)
             self.ending.forget_tally()
             self.source.close()
-            if self.holds_caller and self.outer is not None:
+            if self.caller_waits and self.outer is not None:
                 await come_back(self.outer)
 
     @property
@@ -60,7 +60,7 @@ class Batch(Bookkeeping[T]):
         return self.source.outer
 
     @property
-    def holds_caller(self) -> bool:
+    def caller_waits(self) -> bool:
         """Whether the caller waits for the end of the batch."""
         return self.skips_remaining
 

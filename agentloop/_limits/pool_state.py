@@ -255,7 +255,7 @@ class PoolState(LoopState):
     def waits_for_calls(self, slot: Slot) -> bool:
         """Return whether the agent of an attempt has made calls, and goes on only when one of them ends."""
         calls: list[Any] = self.work.calls_of(slot)
-        return bool(calls) and all(call.holds_caller for call in calls)
+        return bool(calls) and all(call.caller_waits for call in calls)
 
     @abstractmethod
     def serve(self) -> None:

@@ -202,7 +202,7 @@ class Single(Generic[T]):
         return self._job.outer
 
     @property
-    def holds_caller(self) -> bool:
+    def caller_waits(self) -> bool:
         """Whether the caller waits for the end of the invocation."""
         return not self._own_task
 
