@@ -102,9 +102,9 @@ class InputSource(Generic[T]):
     # -- the next job
 
     @property
-    def selective(self) -> bool:
-        """Whether a job must be resolved before it gets a slot."""
-        return self._pool.selective or self.new_job is not Job
+    def must_resolve(self) -> bool:
+        """Whether a job must be resolved (key, cost, entry of a journal) before it gets a slot."""
+        return self._pool.must_resolve or self.new_job is not Job
 
     def has_work(self) -> bool:
         """Return whether :meth:`next_job` would give a job or pull one; if not, let the feeder pull."""

@@ -47,7 +47,7 @@ class Worker(Generic[T]):
         pool, crew, source, ending = batch.pool, batch.crew, batch.source, batch.ending
         loop, options, new_context, next_job = pool.loop, batch.options, batch.new_context, batch.next_job
         now_at, pace, cancellations = loop.now, loop.pace, loop.count_cancellations()
-        admission, selective = pool.admission, source.selective
+        admission, must_resolve = pool.admission, source.must_resolve
         async with self:
             while not batch.done:
                 job: Job[T] | None = None
@@ -70,10 +70,10 @@ class Worker(Generic[T]):
                         await crew.park()
                         continue
 
-                    fresh = source.is_fresh and not selective
+                    fresh = source.is_fresh and not must_resolve
                     if not (fresh and self._has_slot and admission.is_open and pool.running <= pool.limit):
                         self._give_back()
-                        slot = await self._acquire(job, selective)
+                        slot = await self._acquire(job, must_resolve)
                     elif ending.stopped is None:
                         slot = job
                         self._has_slot = False
@@ -135,7 +135,7 @@ class Worker(Generic[T]):
 
         return await self._tasks.leave_by(exc)
 
-    async def _acquire(self, job: Job[T], selective: bool) -> Slot | None:
+    async def _acquire(self, job: Job[T], must_resolve: bool) -> Slot | None:
         """
         Return a slot for the next attempt of a job.
 
@@ -144,7 +144,7 @@ class Worker(Generic[T]):
         if self._batch.by_key is not None:
             return self._batch.by_key.acquire(job)
 
-        if self._batch.ending.stopped is not None or (selective and not job.resolve()):
+        if self._batch.ending.stopped is not None or (must_resolve and not job.resolve()):
             return None
 
         slot = job.next_slot() if job.attempts else job

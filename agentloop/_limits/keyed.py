@@ -225,7 +225,7 @@ class KeyedLimiter(Limiter):
     def _enter_run(self) -> SlotPool:
         pool = super()._enter_run()
         pool.route = self._route
-        pool.selective = True
+        pool.must_resolve = True
         pool.keys = Keys(pool, math.inf if self._total is None else self._total)
         return pool
 

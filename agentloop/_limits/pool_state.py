@@ -45,8 +45,8 @@ class PoolState(LoopState):
         """How many invocations wait to be retried, and how many inputs of batches wait to be pulled."""
         self.on_resize: set[Callable[[], None]] = set()
         """Called when the limit or the number of agents that are away has changed: it sizes batches."""
-        self.selective = bool(admission.meters)
-        """Whether an invocation must be known before it gets a slot."""
+        self.must_resolve = bool(admission.meters)
+        """Whether ``Job.resolve()`` must find the key or the cost of an invocation before it gets a slot."""
         self.limit = max_concurrency
         self.running = 0
         self._tell_limit = tell_limit

@@ -70,7 +70,7 @@ class Single(Generic[T]):
         self._pool.claim()
         try:
             self._begin()
-            if (not self._pool.selective or self._job.resolve()) and self._stopped is None:
+            if (not self._pool.must_resolve or self._job.resolve()) and self._stopped is None:
                 self._join_line(self._job)
         except BaseException:
             self._job.cancel(self.reason)
@@ -97,7 +97,7 @@ class Single(Generic[T]):
             now, ready = job.queued_at, True
             if own_task:
                 ready = self._waiter is not None
-            elif pool.selective:
+            elif pool.must_resolve:
                 ready = job.resolve()
                 # The user's cost function may have taken some time.
                 now = loop.now()
