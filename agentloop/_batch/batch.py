@@ -85,7 +85,7 @@ class Batch(Bookkeeping[T]):
             return True
 
         # It may wait for a reader that has not taken all results, and for an async input.
-        attempts = source.pulled - self._ended - len(retries.in_line)
+        attempts = source.pulled - self._ended - len(retries.waiters)
         in_room = 0 if retries.room is None else retries.room.in_room
         return source.live > attempts + in_room or (source.feeder is not None and not source.exhausted)
 

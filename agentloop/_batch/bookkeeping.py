@@ -158,7 +158,7 @@ class Bookkeeping(Generic[T]):
             self.ending.end_job(job)
             self.finish(job, now)
 
-        for job, waiter in tuple(self.retries.in_line.items()):
+        for job, waiter in tuple(self.retries.waiters.items()):
             # The task of a granted waiter checks for the stop itself.
             if not waiter.granted:
                 job.pool.withdraw(waiter)
@@ -302,7 +302,7 @@ class Bookkeeping(Generic[T]):
     def _expire(self, job: Job[T], now: float) -> None:
         """End a job that has waited until its total time was up."""
         assert self.options.total is not None
-        waiter = self.retries.in_line.get(job)
+        waiter = self.retries.waiters.get(job)
         if waiter is None:
             self.source.take_back(job)
             job.expire(self.options.total)

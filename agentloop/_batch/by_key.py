@@ -56,20 +56,20 @@ class ByKey(Generic[T]):
 
         :return: ``None`` if the job gets no further attempt, or waits in line
         """
-        waiter = self._retries.in_line.get(job)
+        waiter = self._retries.waiters.get(job)
         if waiter is None:
             waiter_or_slot = self._ask(job)
             if not isinstance(waiter_or_slot, Waiter):
                 return waiter_or_slot
 
             waiter = waiter_or_slot
-            self._retries.join_line(job, waiter)
+            self._retries.add_waiter(job, waiter)
             if not waiter.is_over:
                 self._jobs[waiter] = job
                 self._source.set_aside(job)
                 return None
 
-        self._retries.leave_line(job)
+        self._retries.remove_waiter(job)
         if waiter.granted and self._ending.stopped_for(job) is None:
             return waiter.slot
 
@@ -150,8 +150,8 @@ class ByKey(Generic[T]):
         for waiter in tuple(self._jobs):
             waiter.slot.pool.withdraw(waiter)
 
-        for job, waiter in tuple(self._retries.in_line.items()):
-            self._retries.leave_line(job)
+        for job, waiter in tuple(self._retries.waiters.items()):
+            self._retries.remove_waiter(job)
             if waiter.granted:
                 waiter.slot.give_back()
 

@@ -33,7 +33,7 @@ class RetryQueue:
         """How many jobs wait to be retried."""
         self.due: dict[Job[Any], None] = {}
         """The jobs whose next attempt may begin."""
-        self.in_line: dict[Job[Any], Waiter] = {}
+        self.waiters: dict[Job[Any], Waiter] = {}
         """The jobs that wait for a slot, each with its waiter."""
         self.room: KeyRoom | None = None
         """Counts the waiting jobs of each key, if each key has a limiter of its own."""
@@ -94,13 +94,13 @@ class RetryQueue:
         heapq.heapify(self._heap)
         return jobs
 
-    def join_line(self, job: Job[Any], waiter: Waiter) -> None:
+    def add_waiter(self, job: Job[Any], waiter: Waiter) -> None:
         """Note that a job waits in line for a slot."""
-        self.in_line[job] = waiter
+        self.waiters[job] = waiter
 
-    def leave_line(self, job: Job[Any]) -> None:
+    def remove_waiter(self, job: Job[Any]) -> None:
         """Note that a job waits for a slot no more."""
-        del self.in_line[job]
+        del self.waiters[job]
 
     def _drop_stale(self) -> None:
         """Bound the heap to a multiple of its live entries, once a job has left it."""
@@ -109,7 +109,7 @@ class RetryQueue:
             self._heap = [
                 (at, order, job)
                 for at, order, job in self._heap
-                if job in self.due or job in self.in_line or at == job.wake_at
+                if job in self.due or job in self.waiters or at == job.wake_at
             ]
             heapq.heapify(self._heap)
             self._stale = 0
@@ -164,7 +164,7 @@ class RetryQueue:
             elif job in self.due:
                 self._take(job)
                 on_late(job, now)
-            elif job in self.in_line:
+            elif job in self.waiters:
                 on_late(job, now)
 
         on_due()

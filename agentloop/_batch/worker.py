@@ -100,7 +100,7 @@ class Worker(Generic[T]):
                         else:
                             slot.release(None, True)
                             batch.finish(job, now)
-                    elif job not in batch.retries.in_line:
+                    elif job not in batch.retries.waiters:  # else it waits in the line of its key
                         ending.end_job(job)
                         batch.finish(job, now)
 
@@ -172,7 +172,7 @@ class Worker(Generic[T]):
         """Wait for the slot and return it; ``None`` if it was not granted, or the batch was stopped."""
         batch = self._batch
         waiter = job.join_line(slot)
-        batch.retries.join_line(job, waiter)
+        batch.retries.add_waiter(job, waiter)
         try:
             granted = await job.pool.wait(waiter)
             if isinstance(waiter.error, BudgetSpent):
@@ -183,7 +183,7 @@ class Worker(Generic[T]):
             batch.source.put_back(job)
             raise
         finally:
-            batch.retries.leave_line(job)
+            batch.retries.remove_waiter(job)
 
         if granted and batch.ending.stopped is not None:
             slot.give_back()
