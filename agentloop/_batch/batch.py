@@ -34,7 +34,7 @@ class Batch(Bookkeeping[T]):
         self.pool.claim()
         self.pool.begin_call(self, self.outer)
         self.pool.on_resize.add(self._resized)
-        self.source.count_to_come(1)
+        self.source.count_unpulled(+1)
         try:
             while not self.done:
                 await self._run_tasks()
@@ -45,7 +45,7 @@ class Batch(Bookkeeping[T]):
             self.ending.complete()
         finally:
             self.pool.on_resize.discard(self._resized)
-            self.source.count_to_come(-1)
+            self.source.count_unpulled(-1)
             self.pool.users -= 1
             self._abandon()
             self.pool.end_call(self, self.outer)

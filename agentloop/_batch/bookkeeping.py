@@ -190,14 +190,14 @@ class Bookkeeping(Generic[T]):
         if self.by_key is not None:
             self.by_key.abandon()
 
-        for job in (*self.source.pop_all(), *self._pop_retries()):
+        for job in (*self.source.pop_ready(), *self._pop_retries()):
             job.cancel(self.ending.reason)
             self.finish(job, now)
 
     def _pop_retries(self) -> list[Job[T]]:
         jobs = self.retries.pop_all()
         for job in jobs:
-            self.source.take_back(job)
+            self.source.use_room(job)
 
         return jobs
 
@@ -291,7 +291,7 @@ class Bookkeeping(Generic[T]):
 
     def _retry(self, job: Job[T], now: float) -> None:
         wake_at = job.schedule_retry(self.options.observer, now)
-        self.source.set_aside(job)
+        self.source.free_room(job)
         if self.retries.push(job, wake_at):
             assert self.tasks is not None
             self.tasks.start_soon(self.retries.watch, "agentloop retries")
@@ -304,7 +304,7 @@ class Bookkeeping(Generic[T]):
         assert self.options.total is not None
         waiter = self.retries.waiters.get(job)
         if waiter is None:
-            self.source.take_back(job)
+            self.source.use_room(job)
             job.expire(self.options.total)
             self.finish(job, now)
         elif not waiter.granted:

@@ -26,10 +26,10 @@ class ByKey(Generic[T]):
     Jobs in the lines of their keys, each without a worker, so that no key holds up another.
 
     A worker that takes a job whose key has no slot leaves it in that key's line, and takes the next one. When
-    the wait is over, the job is given out again. One task serves the pools in which the head of the line
+    the wait is over, the job is ready again. One task serves the pools in which the head of the line
     waits for a time.
 
-    :param source: gives out jobs, and takes back those whose wait has ended
+    :param source: counts the jobs in line as not live, and takes those whose wait has ended
     :param retries: knows which jobs are in line
     :param ending: knows which keys were stopped
     :param now: returns the time
@@ -66,7 +66,7 @@ class ByKey(Generic[T]):
             self._retries.add_waiter(job, waiter)
             if not waiter.is_over:
                 self._jobs[waiter] = job
-                self._source.set_aside(job)
+                self._source.free_room(job)
                 return None
 
         self._retries.remove_waiter(job)
@@ -97,8 +97,8 @@ class ByKey(Generic[T]):
     def wait_ended(self, waiter: Waiter) -> None:
         job = self._jobs.pop(waiter, None)
         if job is not None:
-            self._source.take_back(job)
-            self._source.give_out(job)
+            self._source.use_room(job)
+            self._source.add_ready(job)
             if self._activate is not None:
                 self._activate()
 
@@ -106,11 +106,11 @@ class ByKey(Generic[T]):
         """
         Take out the waiting jobs of a key, which is neither to start nor to retry any more.
 
-        :return: those that waited to be retried; those that were in line are given out again
+        :return: the jobs that waited to be retried; those that were in line are ready again
         """
         jobs = self._retries.pop_of(pool)
         for job in jobs:
-            self._source.take_back(job)
+            self._source.use_room(job)
 
         for waiter in [waiter for waiter in self._jobs if waiter.slot.pool is pool]:
             pool.withdraw(waiter)
@@ -145,7 +145,7 @@ class ByKey(Generic[T]):
             self._changed.set()
 
     def abandon(self) -> None:
-        """Leave all lines, and give back all unused slots. No job is given out any more."""
+        """Leave all lines, and give back all unused slots. No job becomes ready any more."""
         self._activate = None
         for waiter in tuple(self._jobs):
             waiter.slot.pool.withdraw(waiter)

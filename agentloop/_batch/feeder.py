@@ -26,7 +26,7 @@ class Fed(Protocol[T_contra]):
     """The receiver of the items: an :class:`InputSource`."""
 
     @property
-    def has_fed(self) -> bool: ...
+    def has_ready(self) -> bool: ...
     def may_pull(self) -> bool: ...
     def feed(self, item: Input[T_contra]) -> None: ...
     def exhaust(self, error: Exception | None = None, cut_short: bool = False) -> None: ...
@@ -93,7 +93,7 @@ class Feeder(Generic[T]):
 
     async def _wait_for_room(self, source: Fed[T]) -> None:
         # Once the input counts as exhausted, there is no room, and this task is about to be cancelled.
-        while source.has_fed or not source.may_pull():
+        while source.has_ready or not source.may_pull():
             self._room = anyio.Event()
             try:
                 await self._room.wait()

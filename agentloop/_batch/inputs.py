@@ -29,7 +29,11 @@ ASLEEP_PER_SLOT = 8
 
 class InputSource(Generic[T]):
     """
-    Makes jobs of inputs, as long as there is room, and gives jobs out to workers.
+    Makes jobs of inputs, as long as there is room, and returns the next job to a worker.
+
+    A job is *live* from the pull until its result is taken, except while it waits without a worker: for a
+    retry, or for a slot of its key. There is *room* for an input while fewer jobs are live than the limit. A
+    pulled job that waits for a worker is *ready*.
 
     Workers pull a sync input, all in the same context; a :class:`Feeder` pulls an async one.
 
@@ -58,7 +62,7 @@ class InputSource(Generic[T]):
         self.pulled = 0
         self.exhausted = False
         self.is_fresh = False
-        """Whether the job that was given out last was pulled for that."""
+        """Whether the last :meth:`next_job` has pulled its job in that step."""
         self.cut_short = False
         """Whether pulling stopped before the input was exhausted."""
         self.error: Exception | None = None
@@ -84,20 +88,20 @@ class InputSource(Generic[T]):
         self._sized: object = inputs if isinstance(inputs, Mapped) else self._iterator
         # The inputs of a sequence all exist at the call, so their wait begins then.
         self._began = pool.loop.now() if wait_from_start and isinstance(inputs, Sequence) else None
-        self._to_come = 0 if self._began is None else len(cast("Sequence[Any]", inputs))
+        self._unpulled = 0 if self._began is None else len(cast("Sequence[Any]", inputs))
         if pool.route is not None:
             retries.room = KeyRoom(bounded=self._began is None)
 
         # Whether pulling a job has to be reported.
-        self._reports = self._to_come > 0 or not observer.is_plain
+        self._reports = self._unpulled > 0 or not observer.is_plain
         # The iterator that workers pull; None once it is exhausted.
         self._to_pull = self._iterator
-        # Jobs that were pulled and wait for a worker, not for a retry.
-        self._fed: deque[Job[T]] = deque()
+        # The ready jobs.
+        self._ready: deque[Job[T]] = deque()
 
-    def count_to_come(self, sign: int) -> None:
-        """Count the inputs that are still to be pulled as waiting in the limiter, or take them out again."""
-        self._pool.pending += sign * self._to_come
+    def count_unpulled(self, sign: int) -> None:
+        """Count the unpulled inputs of a sequence as waiting in the pool (+1), or no more (-1)."""
+        self._pool.pending += sign * self._unpulled
 
     # -- the next job
 
@@ -111,15 +115,15 @@ class InputSource(Generic[T]):
         if self.feeder is not None:
             self.feeder.wake(self)
 
-        if self._fed or (self._retries.due and self.live < self.limit):
+        if self._ready or (self._retries.due and self.live < self.limit):
             return True
 
         return self._to_pull is not None and self.may_pull()
 
     @property
-    def has_fed(self) -> bool:
+    def has_ready(self) -> bool:
         """Whether a pulled job waits for a worker."""
-        return bool(self._fed)
+        return bool(self._ready)
 
     def may_pull(self) -> bool:
         """Return whether there is room for one more input."""
@@ -130,10 +134,10 @@ class InputSource(Generic[T]):
         return self._retries.room is not None or self._retries.count < ASLEEP_PER_SLOT * limit
 
     def next_job(self) -> Job[T] | None:
-        """Return the next job, if there is one: from the feeder, from the retry queue, or pulled now."""
+        """Return the next job, if there is one: a ready one, one that is due for a retry, or a pulled one."""
         iterator = self._to_pull
-        if iterator is None or self._fed or self._retries.count or self.live >= self.limit:
-            job = self._next_job()
+        if iterator is None or self._ready or self._retries.count or self.live >= self.limit:
+            job = self._next_pulled()
             if job is not None or iterator is None or not self.may_pull():
                 return job
 
@@ -166,41 +170,41 @@ class InputSource(Generic[T]):
 
         return job
 
-    def _next_job(self) -> Job[T] | None:
-        """Return a job that was pulled before."""
+    def _next_pulled(self) -> Job[T] | None:
+        """Return the next job that was pulled before: a ready one, or one that is due for a retry."""
         self.is_fresh = False
-        if self._fed:
-            return self._fed.popleft()
+        if self._ready:
+            return self._ready.popleft()
 
         if self._retries.due and self.live < self.limit:
             job = self._retries.pop()
-            self.take_back(job)
+            self.use_room(job)
             return job
 
         return None
 
-    def set_aside(self, job: Job[T]) -> None:
-        """Make room for one more input, while a job waits without a worker."""
-        if self._retries.room is None or self._retries.room.set_aside(job.pool):
+    def free_room(self, job: Job[T]) -> None:
+        """Make room for one more input: a job begins to wait without a worker."""
+        if self._retries.room is None or self._retries.room.add_waiting(job.pool):
             self.live -= 1
 
-    def take_back(self, job: Job[T]) -> None:
+    def use_room(self, job: Job[T]) -> None:
         """Count a job as live again after its wait."""
-        if self._retries.room is None or self._retries.room.take_back(job.pool):
+        if self._retries.room is None or self._retries.room.remove_waiting(job.pool):
             self.live += 1
 
-    def give_out(self, job: Job[T]) -> None:
-        """Give a job out before the next input is pulled."""
-        self._fed.append(job)
+    def add_ready(self, job: Job[T]) -> None:
+        """Add a ready job. It comes before the next input."""
+        self._ready.append(job)
 
     def put_back(self, job: Job[T]) -> None:
-        """Give a job out again before all others."""
-        self._fed.appendleft(job)
+        """Put a job back, before the other ready ones."""
+        self._ready.appendleft(job)
 
-    def pop_all(self) -> list[Job[T]]:
-        """Remove and return the pulled jobs that wait for a worker."""
-        jobs = [*self._fed]
-        self._fed.clear()
+    def pop_ready(self) -> list[Job[T]]:
+        """Remove and return all ready jobs."""
+        jobs = [*self._ready]
+        self._ready.clear()
         return jobs
 
     def feed(self, item: Input[T]) -> None:
@@ -209,7 +213,7 @@ class InputSource(Generic[T]):
         self.pulled += 1
         self.live += 1
         self._report(job)
-        self._fed.append(job)
+        self._ready.append(job)
 
     def exhaust(self, error: Exception | None = None, cut_short: bool = False) -> None:
         """
@@ -225,11 +229,11 @@ class InputSource(Generic[T]):
 
     def _report(self, job: Job[T]) -> None:
         job.queue(self._observer)
-        if self._to_come:
-            self._to_come -= 1
+        if self._unpulled:
+            self._unpulled -= 1
             self._pool.pending -= 1
 
-    # -- its end
+    # -- the end of the input
 
     def cut(self) -> None:
         """Pull no more."""

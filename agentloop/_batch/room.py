@@ -27,7 +27,7 @@ class KeyRoom:
         """How many invocations take room, over all keys."""
         return sum(self._in_room.values())
 
-    def set_aside(self, pool: Pool) -> bool:
+    def add_waiting(self, pool: Pool) -> bool:
         """
         Count one more waiting invocation.
 
@@ -40,7 +40,7 @@ class KeyRoom:
         self._in_room[pool] = self._in_room.get(pool, 0) + 1
         return False
 
-    def take_back(self, pool: Pool) -> bool:
+    def remove_waiting(self, pool: Pool) -> bool:
         """
         Count one waiting invocation fewer.
 

@@ -28,7 +28,7 @@ class Worker(Generic[T]):
     short attempt: the scope that times attempts out, and the slot, if no waiter needs one. It leaves the
     scope and releases the slot before it awaits anything but an agent.
 
-    :param batch: the batch that gives out jobs
+    :param batch: the batch
     :param tasks: the tasks of the batch
     """
 
@@ -179,7 +179,7 @@ class Worker(Generic[T]):
                 batch.spend(job, waiter.error)
                 job.pool.withdraw(waiter)
         except BaseException:
-            # The job was not started, so it is given out again if the batch goes on.
+            # The job was not started, so it is ready again if the batch goes on.
             batch.source.put_back(job)
             raise
         finally:

@@ -396,7 +396,7 @@ the retries that a cancelled batch had yet to make are forgotten
 
 a job that waits to be retried takes up room for input
 @ Bookkeeping._retry, asyncio 13, trio 14
-- self.source.set_aside(job)
+- self.source.free_room(job)
 
 a job that has ended takes up room for input
 @ Bookkeeping.finish, asyncio 13, trio 13
