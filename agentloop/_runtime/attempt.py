@@ -117,9 +117,9 @@ class Attempts(AttemptSlot, Generic[T]):
         if self.state is not RUNNING:
             yield from wait_for_cancellation().__await__()
 
-        fn, args, kwargs, act = self.invocation.fn, self.invocation.args, self.invocation.kwargs, options.act
-        if act is not None:
-            fn, args, kwargs = act, (self, slot, options, scope), {}
+        fn, args, kwargs, run = self.invocation.fn, self.invocation.args, self.invocation.kwargs, options.run
+        if run is not None:
+            fn, args, kwargs = run, (self, slot, options, scope), {}
 
         coroutine: Any = None
         ended_at: float | None = None
@@ -166,7 +166,7 @@ class Attempts(AttemptSlot, Generic[T]):
         if ended_at is None:
             ended_at = scope.now()
             # The scope may have been cancelled before the agent returned; and a stream moves the deadline.
-            if (ended_at >= scope.until or act is not None) and not scope.children:
+            if (ended_at >= scope.until or run is not None) and not scope.children:
                 scope.leave()
 
             if scope.children:
@@ -201,7 +201,7 @@ class Attempts(AttemptSlot, Generic[T]):
                 return context
 
             context.run(_set_slot, slot)
-            self.scope = scope if options.act is None else None
+            self.scope = scope if options.run is None else None
             attempts = self.attempts
             self.attempts = attempts + 1
             self.state = RUNNING

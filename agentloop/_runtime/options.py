@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Act", "RunOptions"]
+__all__ = ["AttemptRunner", "RunOptions"]
 
 import math
 from collections.abc import Callable, Coroutine
@@ -13,9 +13,9 @@ from .._errors import InvocationTimeout, QueueTimeout
 from .._eventloop.deadlines import TimeLimit
 from .observer import Observer
 
-Act: TypeAlias = Callable[..., Coroutine[Any, Any, Any]]
+AttemptRunner: TypeAlias = Callable[..., Coroutine[Any, Any, Any]]
 """
-The async function that runs an attempt, in the agent's context, given the job, its slot, the options and the
+An async function that runs an attempt in the agent's context. It gets the job, its slot, the options and the
 scope that times it out.
 """
 
@@ -26,15 +26,15 @@ class RunOptions:
 
     :param config: the settings
     :param observer: reports what happens
-    :param act: runs an attempt; if absent, the agent is called, and its awaitable awaited
+    :param run: runs the attempts of a stream; absent, the agent is called, and its awaitable awaited
     """
 
-    __slots__ = ("act", "config", "limit", "longest_hold", "observer", "queue", "timeout", "total")
+    __slots__ = ("config", "limit", "longest_hold", "observer", "queue", "run", "timeout", "total")
 
-    def __init__(self, config: LoopConfig, observer: Observer, act: Act | None = None) -> None:
+    def __init__(self, config: LoopConfig, observer: Observer, run: AttemptRunner | None = None) -> None:
         self.config = config
         self.observer = observer
-        self.act = act
+        self.run = run
         self.timeout = math.inf if config.timeout_seconds is None else config.timeout_seconds
         self.limit = TimeLimit(InvocationTimeout, self.timeout)
         total = config.total_timeout_seconds

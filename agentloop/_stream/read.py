@@ -149,14 +149,14 @@ class StreamBatch(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
 
     def begin(self, start_soon: StartSoon) -> None:
         """Prepare to run."""
-        act = partial(carry, self.channel, _chunk_event, start_soon)
-        self.options = RunOptions(self.options.config, self.options.observer, act)
+        run = partial(carry, self.channel, _chunk_event, start_soon)
+        self.options = RunOptions(self.options.config, self.options.observer, run)
 
     def end(self) -> None:
         """End the channel for the reader."""
         super().end()
         # It refers to the task's owner, which refers to this object.
-        self.options.act = None
+        self.options.run = None
 
     def stop(
         self,

@@ -67,7 +67,7 @@ class Streaming(Generic[T]):
             raise
 
         self._start_soon = start_soon
-        self._options.act = partial(carry, self.channel, _as_it_is, start_soon)
+        self._options.run = partial(carry, self.channel, _as_it_is, start_soon)
 
     def run(self) -> Coroutine[Any, Any, object]:
         return self._single.run()
@@ -76,7 +76,7 @@ class Streaming(Generic[T]):
         # Taken out of their objects to avoid cycles: the result may refer to a frame of the task, which
         # refers to the Single, and the options refer to the task's owner, which refers to this object.
         self.result, self._single.ended = self._single.ended, None
-        self._options.act = self._start_soon = None
+        self._options.run = self._start_soon = None
         while self._timers:
             self._timers.pop().stop()
 

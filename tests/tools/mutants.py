@@ -294,7 +294,7 @@ a result that was ready is thrown away
 @ Attempts.run, asyncio 19, trio 71
 + if scope.scope.cancel_called:
 +     return (yield from self._conclude(slot, options, scope, caller, None).__await__())
-  if (ended_at >= scope.until or act is not None) and not scope.children:
+  if (ended_at >= scope.until or run is not None) and not scope.children:
       ...
 
 attempts share a context
