@@ -39,7 +39,7 @@ class Single(Generic[T]):
 
     reason = "the caller was cancelled"
     """The reason that a cancelled invocation gives."""
-    ended: InvocationResult[T] | None = None
+    result: InvocationResult[T] | None = None
     """The result, if it was cancelled or runs in a task of its own."""
     left_open = False
     """Whether the agent has left a cancel scope or a task group open in the task."""
@@ -47,8 +47,8 @@ class Single(Generic[T]):
     # Why nothing is started or retried any more; None while attempts may start.
     _stopped: BatchStopped | None = None
     _attempt: AttemptScope | None = None
-    # The slot of the invocation that runs this one; None outside of an agent.
-    _caller: Slot | None = None
+    # As outer; None until _begin(), and in plain cases.
+    _outer: Slot | None = None
     _retry_wait: anyio.CancelScope | None = None
     # Its waiter, while it waits for a slot.
     _waiter: Waiter | None = None
@@ -133,8 +133,8 @@ class Single(Generic[T]):
                 await cancel_shielded_checkpoint()
         except BaseException:
             job.cancel(self.reason, scope.cause)
-            self.ended = self._end(scope, loop.now())
-            await self._return()
+            self.result = self._end(scope, loop.now())
+            await self._come_back()
             raise
 
         if scope.is_spoilt and not own_task:
@@ -144,8 +144,8 @@ class Single(Generic[T]):
 
         # No local name for the result: an error in it refers to this frame by its traceback.
         if own_task or not job.is_plain or job.pool is not pool:
-            is_away = not own_task and self._caller is not None and self._caller.hold is not HELD
-            return await self._end_and_return(scope, now) if is_away else self._end(scope, now)
+            is_away = not own_task and self._outer is not None and self._outer.hold is not HELD
+            return await self._end_and_come_back(scope, now) if is_away else self._end(scope, now)
 
         # As _end() does; inlined for speed.
         self._attempt = None
@@ -158,21 +158,21 @@ class Single(Generic[T]):
 
         return job.finish(options.observer, now)
 
-    async def _end_and_return(self, scope: AttemptScope, now: float) -> InvocationResult[T]:
+    async def _end_and_come_back(self, scope: AttemptScope, now: float) -> InvocationResult[T]:
         try:
             return self._end(scope, now)
         finally:
-            await self._return()
+            await self._come_back()
 
-    async def _return(self) -> None:
-        """Wait for a slot for the invocation around this one, if it has stepped aside."""
-        if self._caller is not None and not self._own_task:
-            await come_back(self._caller)
+    async def _come_back(self) -> None:
+        """Wait for a slot for the outer invocation, if it has stepped aside. ``away`` has the theory."""
+        if self._outer is not None and not self._own_task:
+            await come_back(self._outer)
 
     def _begin(self) -> None:
-        # Kept here, since the job drops it once that invocation has ended.
-        self._caller = self._job.outer
-        self._pool.begin_call(self, self._caller)
+        # Kept here, since the job drops an outer slot once its invocation has ended.
+        self._outer = self._job.outer
+        self._pool.begin_call(self, self._outer)
         if not self._options.observer.is_plain:
             self._job.queue(self._options.observer)
 
@@ -185,8 +185,8 @@ class Single(Generic[T]):
             # Leaving this scope fails too, because a scope inside it was left open.
             raise (LeftOpenError(self._job.invocation.agent_id) if self.left_open else exc) from None
 
-        assert self.ended is not None
-        return self.ended
+        assert self.result is not None
+        return self.result
 
     async def refuse(self, stopped: BatchStopped) -> InvocationResult[T]:
         """Return the result of an invocation that must not begin."""
@@ -263,7 +263,7 @@ class Single(Generic[T]):
 
         job, observer = self._job, self._options.observer
         self._pool.users -= 1
-        self._pool.end_call(self, self._caller)
+        self._pool.end_call(self, self._outer)
         result = job.finish(observer, now)
         if not observer.count_result() % COUNTED_AT_ONCE:
             observer.count()
@@ -272,7 +272,7 @@ class Single(Generic[T]):
             job.settle(result, self._pool)
 
         if self._own_task:
-            self.ended = result
+            self.result = result
 
         return result
 

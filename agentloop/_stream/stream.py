@@ -75,7 +75,7 @@ class Streaming(Generic[T]):
     def end(self) -> None:
         # Taken out of their objects to avoid cycles: the result may refer to a frame of the task, which
         # refers to the Single, and the options refer to the task's owner, which refers to this object.
-        self.result, self._single.ended = self._single.ended, None
+        self.result, self._single.result = self._single.result, None
         self._options.run = self._start_soon = None
         while self._timers:
             self._timers.pop().stop()
