@@ -104,7 +104,7 @@ class Batch(Bookkeeping[T]):
                     tasks.start_soon(self._feed, "agentloop feeder")
 
                 if self.deadlines is not None:
-                    tasks.start_soon(self.deadlines.watch_scopes, "agentloop timer")
+                    tasks.start_soon(self.deadlines.watch_scopes, "agentloop deadlines")
 
                 self._start_rule()
                 self._resized()

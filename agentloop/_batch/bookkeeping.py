@@ -174,7 +174,7 @@ class Bookkeeping(Generic[T]):
         if not self.done and self.tasks is not None:
             timer = Timer(at, action)
             self.timers.append(timer)
-            self.tasks.start_soon(timer.run, "agentloop stop")
+            self.tasks.start_soon(timer.run, "agentloop timer")
 
     def cancel(self, reason: str, cause: BaseException | None) -> None:
         """

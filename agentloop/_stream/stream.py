@@ -90,7 +90,7 @@ class Streaming(Generic[T]):
         if until is not None and self._start_soon is not None:
             timer = Timer(until, lambda: self._cancel(stopped.reason))
             self._timers.append(timer)
-            self._start_soon(timer.run, "agentloop stop")
+            self._start_soon(timer.run, "agentloop timer")
 
     def refuse(self, stopped: BatchStopped) -> None:
         self.channel.close()
