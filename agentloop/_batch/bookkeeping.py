@@ -218,8 +218,8 @@ class Bookkeeping(Generic[T]):
 
     # -- the jobs
 
-    def lose(self, job: Job[T], scope: AttemptScope) -> None:
-        """End a job whose attempt was cancelled with the batch, or whose error ended the batch."""
+    def finish_cancelled(self, job: Job[T], scope: AttemptScope) -> None:
+        """Finish a job whose attempt was cancelled with the batch, or whose error ends the batch."""
         job.cancel(self.ending.reason, scope.cause)
         if scope.is_spoilt:
             self.crew.replace()

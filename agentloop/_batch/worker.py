@@ -86,7 +86,7 @@ class Worker(Generic[T]):
                             now = await job.run(slot, options, scope, new_context, now, crew)
                         except BaseException:
                             crew.seeking += 1
-                            batch.lose(job, scope)
+                            batch.finish_cancelled(job, scope)
                             raise
 
                         crew.seeking += 1
