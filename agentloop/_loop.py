@@ -12,7 +12,7 @@ from typing import ParamSpec, Self, TypeVar, Unpack, cast
 import attrs
 
 from . import _validators as must
-from ._batch.journaled import AnyJournal, check_journal, collecting
+from ._batch.journaled import AnyJournal, check_journal, collecting_batch
 from ._config import ConfigChanges, LoopConfig
 from ._events import ChunkEvent, Event, ResultEvent
 from ._invocation import Inputs, Invocation, StreamInputs, check_inputs, make_invocation
@@ -25,7 +25,7 @@ from ._runtime.lifetime import Lifetime
 from ._runtime.observer import Observer, Sink
 from ._runtime.options import RunOptions
 from ._runtime.single import Single
-from ._stream.read import BatchReader, StreamBatch, completing
+from ._stream.read import BatchReader, StreamBatch, completion_batch
 from ._stream.stream import AgentStream, Streaming
 
 P = ParamSpec("P")
@@ -205,7 +205,9 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
         check_inputs(invocations)
         check_journal(journal)
         stopped = self._lifetime.check()
-        batch = collecting(invocations, self._limiter, self._options, journal, self._lifetime.count_replayed)
+        batch = collecting_batch(
+            invocations, self._limiter, self._options, journal, self._lifetime.count_replayed
+        )
         if stopped is not None:
             batch.wind_down(stopped, None)
 
@@ -249,7 +251,7 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
         replayed = self._lifetime.count_replayed
         return BatchReader(
             "as_completed",
-            lambda: completing(invocations, self._limiter, self._options, journal, replayed),
+            lambda: completion_batch(invocations, self._limiter, self._options, journal, replayed),
             self._lifetime,
         )
 

@@ -15,7 +15,7 @@ more, and the batch ends with a ``JournalError``.
 
 from __future__ import annotations
 
-__all__ = ["AnyJournal", "Journaled", "Session", "check_journal", "collecting"]
+__all__ = ["AnyJournal", "Journaled", "Session", "check_journal", "collecting_batch"]
 
 from abc import ABC, abstractmethod
 from array import array
@@ -323,7 +323,7 @@ class JournaledCollecting(Journaled[T], CollectingBatch[T]):
             self.recording.session.release(row)
 
 
-def collecting(
+def collecting_batch(
     inputs: Inputs[T],
     limiter: Limiter,
     options: RunOptions,

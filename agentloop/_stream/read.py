@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BatchReader", "StreamBatch", "completing"]
+__all__ = ["BatchReader", "StreamBatch", "completion_batch"]
 
 from collections.abc import Callable
 from functools import partial
@@ -126,7 +126,7 @@ class JournaledCompletion(Journaled[T], CompletionBatch[T]):
         self.recording.forget_error()
 
 
-def completing(
+def completion_batch(
     inputs: Inputs[T],
     limiter: Limiter,
     options: RunOptions,
