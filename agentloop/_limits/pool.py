@@ -61,8 +61,8 @@ class SlotPool(PoolState):
 
         # As _take() does; inlined for speed.
         self.running = running + 1
-        if running >= self.guard.borrowed:
-            self.guard.borrow()
+        if running >= self.guard.taken:
+            self.guard.take()
 
         return True
 
@@ -230,8 +230,8 @@ class SlotPool(PoolState):
             self.keys.take(slot)
 
         self.running += 1
-        if self.running > self.guard.borrowed:
-            self.guard.borrow()
+        if self.running > self.guard.taken:
+            self.guard.take()
 
         if self.admission.recovers:
             self.admission.begin(self.running)

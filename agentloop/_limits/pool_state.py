@@ -12,10 +12,11 @@ from .._eventloop.handover import Handover, LoopState
 from .._result import InvocationResult
 from .._verdict import Verdict, VerdictKind
 from .admission import Admission, Bill
+from .guard import Guard
 from .keys import Keys
 from .lines import Lines
 from .slots import Slot
-from .work import Guard, Work
+from .work import Work
 
 
 class PoolState(LoopState):

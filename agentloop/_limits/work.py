@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["Guard", "Work"]
+__all__ = ["Work"]
 
 import math
 from collections.abc import Iterable
 from typing import Protocol
-
-import anyio
 
 # For how long a stream whose reader takes nothing counts as at work: the reader may wait for it in turn.
 READER_SECONDS = 5.0
@@ -85,30 +83,3 @@ class Work:
 
 def _unended(calls: dict[object, Attempt]) -> set[Attempt]:
     return {attempt for attempt in calls.values() if not attempt.is_released}
-
-
-class Guard:
-    """
-    Checks that never more slots are in use than the limit, by tokens of AnyIO's limiter.
-
-    It keeps each borrowed token for the next attempt, since returning and borrowing a token takes longer than
-    all other work of a slot.
-
-    :param limit: how many slots there are
-    """
-
-    __slots__ = ("_tokens", "borrowed")
-
-    def __init__(self, limit: int) -> None:
-        self._tokens = anyio.CapacityLimiter(limit)
-        self.borrowed = 0
-
-    def resize(self, limit: int) -> None:
-        """Change how many slots there are."""
-        self._tokens.total_tokens = limit
-
-    def borrow(self) -> None:
-        """Borrow one more token, or raise if there is none."""
-        # A new object each time, since AnyIO refuses equal or repeated borrowers.
-        self._tokens.acquire_on_behalf_of_nowait(object())
-        self.borrowed += 1
