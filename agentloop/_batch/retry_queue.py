@@ -71,14 +71,14 @@ class RetryQueue:
             # Called while the job is due, so that its total time stays in the heap while it waits in line.
             self._drop_stale()
 
-        self._take(job)
+        self._remove(job)
         return job
 
     def pop_all(self) -> list[Job[Any]]:
         """Remove and return all jobs, due or not."""
         jobs = [*self.due, *(job for at, _, job in self._heap if at == job.wake_at)]
         for job in jobs:
-            self._take(job)
+            self._remove(job)
 
         self._heap.clear()
         return jobs
@@ -88,7 +88,7 @@ class RetryQueue:
         jobs = [job for job in self.due if job.pool is pool]
         jobs += [job for at, _, job in self._heap if at == job.wake_at and job.pool is pool]
         for job in jobs:
-            self._take(job)
+            self._remove(job)
 
         self._heap = [entry for entry in self._heap if entry[2].pool is not pool]
         heapq.heapify(self._heap)
@@ -146,7 +146,7 @@ class RetryQueue:
 
         self._wake = None
 
-    def _take(self, job: Job[Any]) -> None:
+    def _remove(self, job: Job[Any]) -> None:
         self.due.pop(job, None)
         self.count -= 1
         job.wake()
@@ -162,7 +162,7 @@ class RetryQueue:
                 if job.deadline < math.inf:
                     heapq.heappush(self._heap, (job.deadline, next(self._sequence), job))
             elif job in self.due:
-                self._take(job)
+                self._remove(job)
                 on_late(job, now)
             elif job in self.waiters:
                 on_late(job, now)

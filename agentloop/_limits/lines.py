@@ -146,7 +146,7 @@ class Waiter:
         """Note that it has its slot."""
         self.granted = True
         self.has_loan = False
-        self.slot.take(epoch)
+        self.slot.note_grant(epoch)
 
     def refuse(self, error: Exception) -> None:
         """End the wait without a slot, but keep the place in line."""

@@ -59,7 +59,7 @@ class SlotPool(PoolState):
         if running >= self.limit or self.in_line:
             return False
 
-        # As _take() does; inlined for speed.
+        # As _count_running() does; inlined for speed.
         self.running = running + 1
         if running >= self.guard.taken:
             self.guard.take()
@@ -89,12 +89,12 @@ class SlotPool(PoolState):
             admission.open_gate(now)
 
         if lender is None:
-            self._take(slot)
+            self._count_running(slot)
         else:
             lender.lend(slot)
 
-        self._note(slot)
-        slot.take(admission.epoch)
+        self._note_nested(slot)
+        slot.note_grant(admission.epoch)
         if returning and admission.gated:
             # The head of the line may have counted on this slot while it waits for a time.
             self.serve()
@@ -210,7 +210,7 @@ class SlotPool(PoolState):
             # The agent around it may now wait only for a slot that never becomes free.
             self.refuse_deadlocked()
 
-    def _note(self, slot: Slot) -> None:
+    def _note_nested(self, slot: Slot) -> None:
         if self.keys is not None and slot.outer is not None:
             self.keys.held[slot] = None
 
@@ -224,7 +224,7 @@ class SlotPool(PoolState):
             waiter.refuse(DeadlockError(key, other))
             waiter.slot.pool.withdraw(waiter)
 
-    def _take(self, slot: Slot) -> None:
+    def _count_running(self, slot: Slot) -> None:
         """Count one more slot as running."""
         if self.keys is not None:
             self.keys.take(slot)
@@ -265,7 +265,7 @@ class SlotPool(PoolState):
         while (
             served < most and lines.returning and self._has_slot((first := next(iter(lines.returning))).slot)
         ):
-            self._take(first.slot)
+            self._count_running(first.slot)
             self._grant(first)
             served += 1
 
@@ -274,7 +274,7 @@ class SlotPool(PoolState):
         if not admission.gated:
             while served < most and (waiter := self._first()) is not None:
                 if not waiter.has_loan:
-                    self._take(waiter.slot)
+                    self._count_running(waiter.slot)
 
                 self._grant(waiter)
                 served += 1
@@ -297,7 +297,7 @@ class SlotPool(PoolState):
 
             admission.reserve(waiter.slot, waiter.slot.bill, now)
             if not waiter.has_loan:
-                self._take(waiter.slot)
+                self._count_running(waiter.slot)
 
             self._grant(waiter)
             served += 1
@@ -333,7 +333,7 @@ class SlotPool(PoolState):
         return next(nested, None) or self.lines.first(False)
 
     def _grant(self, waiter: Waiter) -> None:
-        self._note(waiter.slot)
+        self._note_nested(waiter.slot)
         waiter.grant(self.admission.epoch)
         self._leave(waiter)
 

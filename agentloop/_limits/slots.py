@@ -164,7 +164,7 @@ class Slot:
         """When the attempt began, if it is the first one of its invocation."""
         return None
 
-    def take(self, epoch: int) -> None:
+    def note_grant(self, epoch: int) -> None:
         """Note that the slot was granted, in an epoch of the limit."""
         self.hold = HELD
         self.epoch = epoch

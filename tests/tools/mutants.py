@@ -193,8 +193,8 @@ a waiter with a slot on loan takes another when a cool-off ends early
 @ SlotPool.serve_some, test_cool_off.py
   while served < most and (waiter := self._first()) is not None:
 -     if not waiter.has_loan:
--         self._take(waiter.slot)
-+     self._take(waiter.slot)
+-         self._count_running(waiter.slot)
++     self._count_running(waiter.slot)
       self._grant(waiter)
       served += 1
 
