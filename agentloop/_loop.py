@@ -204,10 +204,8 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
         """
         check_inputs(invocations)
         check_journal(journal)
-        stopped = self._lifetime.check()
-        batch = collecting_batch(
-            invocations, self._limiter, self._options, journal, self._lifetime.count_replayed
-        )
+        stopped, replayed = self._lifetime.check(), self._lifetime.count_replayed
+        batch = collecting_batch(invocations, self._limiter, self._options, journal, replayed)
         if stopped is not None:
             batch.wind_down(stopped, None)
 

@@ -38,8 +38,7 @@ class Attempts(AttemptSlot, Generic[T]):
     """
     The attempts at one invocation, one after the other, and the slot of the first of them.
 
-    The object is its own first slot because most invocations need no other, and one object for each is faster
-    than two. Only its own methods write it.
+    Most invocations need no other slot, and one object is faster than two. Only its own methods write it.
     """
 
     __slots__ = (
