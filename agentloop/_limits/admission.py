@@ -115,18 +115,18 @@ class Admission:
         self._settle_failed = False
         self._shared = False
 
-    def _look(self) -> None:
+    def _update_is_open(self) -> None:
         self.is_open = not (self.gated or self.paused or self.listens or self._shared)
 
     def share(self) -> None:
         """Note that an attempt also needs a place, which limiters of other keys share."""
         self._shared = True
-        self._look()
+        self._update_is_open()
 
     def pause(self, paused: bool) -> None:
         """Let only attempts on a borrowed slot begin, or all again."""
         self.paused = paused
-        self._look()
+        self._update_is_open()
 
     # -- before an attempt
 
@@ -197,11 +197,11 @@ class Admission:
         if self.provider is not None:
             self.provider.cool_off.end(attempt)
 
-    def open_gate(self, now: float) -> None:
-        """Note that no attempt waits for a time. Without rates or a hold, attempts then need only a slot."""
+    def update_gate(self, now: float) -> None:
+        """Update :attr:`gated`, once no attempt waits for a time: only rates and cool-offs shut the gate."""
         if not self.meters and self.provider is not None:
             self.gated = self.provider.holds(now)
-            self._look()
+            self._update_is_open()
 
     # -- once it begins, and afterwards
 
@@ -302,7 +302,7 @@ class Admission:
         self.recovers = provider.limit.recovers
         self.listens = provider.listens or self._always_listens
         self.gated = bool(self.meters) or provider.holds(now)
-        self._look()
+        self._update_is_open()
 
     def may_retry(self, now: float) -> bool:
         """Count a retry, if the budget has one left."""

@@ -73,7 +73,7 @@ class SlotPool(PoolState):
         ):
             lender = None
 
-        self._look_for_break()
+        self._note_break()
         admission = self.admission
         if lender is None and (
             not self._has_slot(slot) or self.in_line or (admission.paused and not returning)
@@ -86,7 +86,7 @@ class SlotPool(PoolState):
                 return False
 
             admission.reserve(slot, slot.bill, now)
-            admission.open_gate(now)
+            admission.update_gate(now)
 
         if lender is None:
             self._count_running(slot)
@@ -119,7 +119,7 @@ class SlotPool(PoolState):
 
         return waiter
 
-    def bound(self, waiter: Waiter) -> QueueFull | None:
+    def refuse_if_full(self, waiter: Waiter) -> QueueFull | None:
         """
         Count a waiter without a slot; withdraw it if too many wait already.
 
@@ -304,7 +304,7 @@ class SlotPool(PoolState):
 
         if served < most:
             lines.set_alarm(None, math.inf)
-            admission.open_gate(now)
+            admission.update_gate(now)
 
         return served > 0
 

@@ -201,7 +201,7 @@ class PoolState(LoopState):
                 # A waiter may have counted on a budget that the outer invocation was to give back.
                 pool.serve()
 
-        self._look_for_break()
+        self._note_break()
 
     def end_call(self, call: object, outer: Slot | None) -> None:
         """Note that a call has ended."""
@@ -225,7 +225,8 @@ class PoolState(LoopState):
         if self.admission.provider is not None:
             self.admission.provider.outage.use(self.loop.now())
 
-    def _look_for_break(self) -> None:
+    def _note_break(self) -> None:
+        """Note that the limiter is used again, if nothing ran or waited until now."""
         if self.admission.provider is not None and not self.running and not self.waiting:
             self.admission.provider.outage.begin(self.loop.now())
 

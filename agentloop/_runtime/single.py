@@ -324,7 +324,7 @@ class Single(Generic[T]):
         self._waiter = waiter = job.join_line(slot)
         if not (job.attempts or waiter.granted or waiter.lender is not None):
             until = min(until, job.queued_at + self._options.queue.seconds)
-            full = job.pool.bound(waiter)
+            full = job.pool.refuse_if_full(waiter)
             if full is not None:
                 job.refuse(full)
 
