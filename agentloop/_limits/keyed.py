@@ -248,9 +248,9 @@ class KeyedLimiter(Limiter):
     def _pass_on(self, event: Event) -> None:
         # The events of single keys are replaced by one about the sum, since running counts are sums too.
         if isinstance(event, LimitEvent) and self._pools.state is not None:
-            self._tell_limit(self._pools.state)
+            self._report_limit(self._pools.state)
 
-    def _tell_limit(self, pool: SlotPool) -> None:
+    def _report_limit(self, pool: SlotPool) -> None:
         now = self.statistics()
         for sink in tuple(self._sinks):
             sink(LimitEvent(now.limit, pool.loop.now(), now.paused_until, now.outage_since))

@@ -289,7 +289,7 @@ class Limiter(OfOneProcess, since="it limits one process, and a copy would allow
         if self._paused:
             pool.pause()
 
-        self._tell_limit(pool)
+        self._report_limit(pool)
         return pool
 
     def _make_pool(self) -> SlotPool:
@@ -305,10 +305,10 @@ class Limiter(OfOneProcess, since="it limits one process, and a copy would allow
                 None if self._retry_budget is None else RetryLedger(self._retry_budget),
                 None if self._max_waiting is None else QueueBound(self._max_waiting),
             ),
-            self._tell_limit,
+            self._report_limit,
         )
 
-    def _tell_limit(self, pool: SlotPool) -> None:
+    def _report_limit(self, pool: SlotPool) -> None:
         for sink in tuple(self._sinks):
             sink(LimitEvent(pool.limit, pool.loop.now(), pool.held_until, pool.outage_since))
 

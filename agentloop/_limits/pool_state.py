@@ -26,7 +26,7 @@ class PoolState(LoopState):
     :param pools: hands the limiter over from one event loop to the next
     :param max_concurrency: how many slots there are
     :param admission: the other conditions for an attempt
-    :param tell_limit: called when the limit, a cool-off or an outage has changed
+    :param report_limit: called when the limit, a cool-off or an outage has changed
     """
 
     keys: Keys | None = None
@@ -37,7 +37,7 @@ class PoolState(LoopState):
         pools: Handover[Any],
         max_concurrency: int,
         admission: Admission,
-        tell_limit: Callable[[Any], None],
+        report_limit: Callable[[Any], None],
     ) -> None:
         super().__init__(pools)
         self.loop = self.kind(self.token)
@@ -50,7 +50,7 @@ class PoolState(LoopState):
         """Whether ``Job.resolve()`` must find the key or the cost of an invocation before it gets a slot."""
         self.limit = max_concurrency
         self.running = 0
-        self._tell_limit = tell_limit
+        self._report_limit = report_limit
         self.guard = Guard(max_concurrency)
         self.in_line = 0
         """How many attempts wait for a slot, and have none on loan."""
@@ -181,7 +181,7 @@ class PoolState(LoopState):
     def _set_limit(self, limit: int) -> None:
         self.limit = limit
         self.guard.resize(limit)
-        self._tell_limit(self)
+        self._report_limit(self)
         self.serve()
 
     # -- patience
@@ -241,8 +241,8 @@ class PoolState(LoopState):
 
     # -- agents that have stepped aside
 
-    def tell_away(self) -> None:
-        """Tell batches that the number of agents that have stepped aside has changed."""
+    def report_away(self) -> None:
+        """Report to batches that the number of agents that have stepped aside has changed."""
         for callback in tuple(self.on_resize) + (
             () if self.keys is None else tuple(self.keys.home.on_resize)
         ):

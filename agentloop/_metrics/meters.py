@@ -1,6 +1,6 @@
 """The counters and histograms behind a recorder."""
 
-__all__ = ["TOLD_AT_MOST", "Meters"]
+__all__ = ["REPORTS_AT_MOST", "Meters"]
 
 import threading
 from collections import deque
@@ -17,17 +17,17 @@ T = TypeVar("T")
 
 # The status, retries, latency, queue and first chunk of a result.
 _Record: TypeAlias = tuple[Status, int, float | None, float, float | None]
-TOLD_AT_MOST = 1000
+REPORTS_AT_MOST = 1000
 
 
-def _taken(told: deque[T]) -> list[T]:
+def _taken(reported: deque[T]) -> list[T]:
     """Remove and return the current items; another thread may add some meanwhile."""
-    return list(map(call, repeat(told.popleft, len(told))))
+    return list(map(call, repeat(reported.popleft, len(reported))))
 
 
 class Meters:
     """
-    Counts the events of invocations. Any thread may call the ``tell_`` and ``add_`` methods.
+    Counts the events of invocations. Any thread may call the ``report_`` and ``add_`` methods.
 
     :param scale: the scale of the histograms
     """
@@ -41,15 +41,15 @@ class Meters:
     def _prepare(self) -> None:
         self._lock = threading.Lock()
         # Reports that are not counted yet. Appending is thread-safe, and counting many at once is faster.
-        self._told: deque[_Record] = deque()
-        self._in_flight_told: deque[int] = deque()
-        self._latencies_told: deque[float] = deque()
-        self._queues_told: deque[float] = deque()
-        self.tell_in_flight: Callable[[int], None] = self._in_flight_told.append
+        self._results_reported: deque[_Record] = deque()
+        self._in_flight_reported: deque[int] = deque()
+        self._latencies_reported: deque[float] = deque()
+        self._queues_reported: deque[float] = deque()
+        self.report_in_flight: Callable[[int], None] = self._in_flight_reported.append
         """Takes 1 for an invocation that begins, and -1 for one that ends."""
-        self.tell_latency: Callable[[float], None] = self._latencies_told.append
+        self.report_latency: Callable[[float], None] = self._latencies_reported.append
         """Takes the latency of an invocation that has succeeded at its first attempt, as most do."""
-        self.tell_queue: Callable[[float], None] = self._queues_told.append
+        self.report_queue: Callable[[float], None] = self._queues_reported.append
         """Takes the queue time of such an invocation, if it was queued."""
 
     def clear(self) -> None:
@@ -75,7 +75,7 @@ class Meters:
         return {
             name: value
             for name, value in vars(self).items()
-            if name != "_lock" and "tell_" not in name and "told" not in name
+            if name != "_lock" and "report_" not in name and "reported" not in name
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -115,12 +115,12 @@ class Meters:
         """Hold the lock, with all earlier reports counted."""
         with self._lock:
             # A single attempt took as long as its invocation, so most invocations are recorded only once.
-            latencies = _taken(self._latencies_told)
-            self.in_flight += sum(_taken(self._in_flight_told)) - len(latencies)
+            latencies = _taken(self._latencies_reported)
+            self.in_flight += sum(_taken(self._in_flight_reported)) - len(latencies)
             self.successes += len(latencies)
             self.latency.add_all(latencies)
-            self.queue.add_all(_taken(self._queues_told))
-            for status, retries, latency, queue, first_chunk in _taken(self._told):
+            self.queue.add_all(_taken(self._queues_reported))
+            for status, retries, latency, queue, first_chunk in _taken(self._results_reported):
                 self.retries += retries
                 if status is Status.SUCCESS:
                     self.successes += 1
@@ -147,7 +147,7 @@ class Meters:
         with self.counted():
             pass
 
-    def tell_result(
+    def report_result(
         self, status: Status, retries: int, latency: float | None, queue: float, first_chunk: float | None
     ) -> None:
         """
@@ -156,8 +156,8 @@ class Meters:
         :param latency: in milliseconds, as all durations are; ``None`` if the invocation was not started
         :param queue: how long it waited for its first slot; 0 if it never started, unless it waited too long
         """
-        self._told.append((status, retries, latency, queue, first_chunk))
-        if len(self._told) >= TOLD_AT_MOST:
+        self._results_reported.append((status, retries, latency, queue, first_chunk))
+        if len(self._results_reported) >= REPORTS_AT_MOST:
             self.count()
 
     def add_attempt(self, attempt_ms: float) -> None:

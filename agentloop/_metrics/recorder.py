@@ -107,7 +107,7 @@ class MetricsRecorder:
         if not (started or expired):
             queue = 0.0
 
-        self._meters.tell_result(status, result.retries, latency if started else None, queue, first_chunk)
+        self._meters.report_result(status, result.retries, latency if started else None, queue, first_chunk)
 
     def snapshot(self) -> MetricsSnapshot:
         """Return the figures so far."""

@@ -206,8 +206,8 @@ class Attempts(AttemptSlot, Generic[T]):
             self.state = RUNNING
             if observer.is_plain and not attempts:
                 self.started_at = now
-                tell = observer.tell_in_flight
-                tell(1)
+                report = observer.report_in_flight
+                report(1)
             else:
                 self._report_start(slot, options, scope, now, context)
 

@@ -244,11 +244,11 @@ class Job(Attempts[T]):
         if latency < 0.0:
             latency = 0.0  # the clock went back
 
-        tell = observer.tell_latency
-        tell(latency)
+        report = observer.report_latency
+        report(latency)
         if queue > 0.0:
-            tell = observer.tell_queue
-            tell(queue)
+            report = observer.report_queue
+            report(queue)
         else:
             queue = 0.0
 

@@ -74,9 +74,9 @@ class Observer:
         "count_result",
         "is_plain",
         "nested",
-        "tell_in_flight",
-        "tell_latency",
-        "tell_queue",
+        "report_in_flight",
+        "report_latency",
+        "report_queue",
     )
 
     def __init__(
@@ -92,9 +92,9 @@ class Observer:
         # Whether there is no sink, and no recorder of a subclass. The recorder then needs only three figures
         # of most invocations: how many are in flight, their latency, and their time in the queue.
         self.is_plain = sink is None and (metrics is None or type(metrics) is MetricsRecorder)
-        self.tell_in_flight: Callable[[int], object] = id if meters is None else meters.tell_in_flight
-        self.tell_latency: Callable[[float], object] = id if meters is None else meters.tell_latency
-        self.tell_queue: Callable[[float], object] = id if meters is None else meters.tell_queue
+        self.report_in_flight: Callable[[int], object] = id if meters is None else meters.report_in_flight
+        self.report_latency: Callable[[float], object] = id if meters is None else meters.report_latency
+        self.report_queue: Callable[[float], object] = id if meters is None else meters.report_queue
 
     def count(self) -> None:
         """Let the recorder count the results that it was given so far."""
@@ -132,7 +132,7 @@ class Observer:
         """
         if self._meters is not None:
             if attempt == 1:
-                self.tell_in_flight(1)
+                self.report_in_flight(1)
             else:
                 self._meters.add_attempt(attempt_ms)
 
@@ -185,7 +185,7 @@ class Observer:
         meters = self._meters
         if meters is not None:
             if attempts:
-                self.tell_in_flight(-1)
+                self.report_in_flight(-1)
 
             if failures is not None:
                 began = failures.attempt_at

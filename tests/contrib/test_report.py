@@ -390,7 +390,7 @@ def test_levels_of_all_groups_add_up_over_time(tmp_path: Path) -> None:
 def test_report_without_a_timeline_says_what_is_missing() -> None:
     recorder = recorded(5.0)
     recorder.record(InvocationResult("a", Status.ERROR, latency_ms=1.0))
-    meters_of(recorder).tell_in_flight(1)
+    meters_of(recorder).report_in_flight(1)
     text = Page(render_report(recorder.snapshot())).text
     assert "A timeline has the reasons" in text
     assert "50 % succeeded" in text

@@ -259,12 +259,12 @@ def test_merged_recorders_of_two_scales_have_the_coarser_one() -> None:
 
 def test_what_is_in_flight_elsewhere_is_not_in_flight_here() -> None:
     one, other = MetricsRecorder(), MetricsRecorder()
-    meters_of(one).tell_in_flight(1)
-    meters_of(other).tell_in_flight(1)
+    meters_of(one).report_in_flight(1)
+    meters_of(other).report_in_flight(1)
     one.merge(other)
     assert one.snapshot().in_flight == 1
     assert pickle.loads(pickle.dumps(other)).snapshot().in_flight == 0
-    meters_of(one).tell_in_flight(-1)
+    meters_of(one).report_in_flight(-1)
     assert one.snapshot().in_flight == 0
 
 
