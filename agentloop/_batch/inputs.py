@@ -93,7 +93,7 @@ class InputSource(Generic[T]):
             retries.room = KeyRoom(bounded=self._began is None)
 
         # Whether pulling a job has to be reported.
-        self._reports = self._unpulled > 0 or not observer.is_plain
+        self._reports = self._unpulled > 0 or not observer.only_counts
         # The iterator that workers pull; None once it is exhausted.
         self._to_pull = self._iterator
         # The ready jobs.

@@ -139,7 +139,8 @@ class Slot:
         self.bill: Bill | None = bill
         self.epoch: int = pool.admission.epoch
         self.hold: Hold = HELD
-        # Whether it has no outer slot and no bill.
+        # Whether it can be acquired and released by a count alone: it has no outer slot and no bill, and was
+        # neither lent, nor asked for, nor suspended.
         self.is_plain: bool = outer is None and bill is None
         self.lender: Slot | None = None
         self.lent: Slot | None = None

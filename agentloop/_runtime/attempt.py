@@ -204,7 +204,7 @@ class Attempts(AttemptSlot, Generic[T]):
             attempts = self.attempts
             self.attempts = attempts + 1
             self.state = RUNNING
-            if observer.is_plain and not attempts:
+            if observer.only_counts and not attempts:
                 self.started_at = now
                 report = observer.report_in_flight
                 report(1)

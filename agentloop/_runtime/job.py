@@ -235,7 +235,7 @@ class Job(Attempts[T]):
         self.state = ENDED
         # A worker may keep the slot for its next job, so this job must not lend it.
         self.hold = RELEASED
-        if self.failures is not None or not observer.is_plain:
+        if self.failures is not None or not observer.only_counts:
             return self._finish(observer, now)
 
         # The common case: a success at the first attempt.

@@ -72,8 +72,8 @@ class Observer:
         "_record",
         "_sink",
         "count_result",
-        "is_plain",
         "nested",
+        "only_counts",
         "report_in_flight",
         "report_latency",
         "report_queue",
@@ -89,9 +89,9 @@ class Observer:
         self._classify_failed = False
         self.count_result = itertools.count(1).__next__
         """Counts one more result and returns the count."""
-        # Whether there is no sink, and no recorder of a subclass. The recorder then needs only three figures
-        # of most invocations: how many are in flight, their latency, and their time in the queue.
-        self.is_plain = sink is None and (metrics is None or type(metrics) is MetricsRecorder)
+        # Whether there is no sink, and no recorder of a subclass. Then a success at the first attempt is only
+        # three figures: one more in flight, the latency, and the time in the queue.
+        self.only_counts = sink is None and (metrics is None or type(metrics) is MetricsRecorder)
         self.report_in_flight: Callable[[int], object] = id if meters is None else meters.report_in_flight
         self.report_latency: Callable[[float], object] = id if meters is None else meters.report_latency
         self.report_queue: Callable[[float], object] = id if meters is None else meters.report_queue

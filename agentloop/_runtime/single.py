@@ -89,7 +89,7 @@ class Single(Generic[T]):
         if not own_task:  # else enter() has done this
             # From here on, _end() must run.
             pool.claim()
-            if not (job.is_plain and pool.admission.is_open and options.observer.is_plain):
+            if not (job.is_plain and pool.admission.is_open and options.observer.only_counts):
                 self._begin()
 
         self._attempt = scope = loop.spare.pop() if loop.spare else loop.attempt_scope()
@@ -173,7 +173,7 @@ class Single(Generic[T]):
         # Kept here, since the job drops an outer slot once its invocation has ended.
         self._outer = self._job.outer
         self._pool.begin_call(self, self._outer)
-        if not self._options.observer.is_plain:
+        if not self._options.observer.only_counts:
             self._job.queue(self._options.observer)
 
     async def run_cancellable(self) -> InvocationResult[T]:
