@@ -1,6 +1,6 @@
 """The recorder of results, and its snapshots."""
 
-__all__ = ["MetricsRecorder", "MetricsSnapshot", "meters_of"]
+__all__ = ["MetricsRecorder", "MetricsSnapshot", "measurements_of"]
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from .. import _validators as must
 from .._errors import QueueTimeout
 from .._result import InvocationResult, Status
 from .histogram import DEFAULT_SCALE, Distribution, Histogram
-from .meters import Meters
+from .measurements import Measurements
 
 
 @attrs.frozen
@@ -77,7 +77,7 @@ class MetricsRecorder:
         if scale > 12:
             raise ValueError(f"scale must be at most 12, got {scale!r}")
 
-        self._meters = Meters(scale)
+        self._measurements = Measurements(scale)
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in self.snapshot().counts.items() if count)
@@ -85,7 +85,7 @@ class MetricsRecorder:
 
     def __getstate__(self) -> dict[str, Any]:
         # Without attributes of a subclass, which may not pickle.
-        return {"_meters": self._meters.copy()}
+        return {"_measurements": self._measurements.copy()}
 
     def record(self, result: InvocationResult[Any]) -> None:
         """
@@ -107,33 +107,37 @@ class MetricsRecorder:
         if not (started or expired):
             queue = 0.0
 
-        self._meters.report_result(status, result.retries, latency if started else None, queue, first_chunk)
+        self._measurements.report_result(
+            status, result.retries, latency if started else None, queue, first_chunk
+        )
 
     def snapshot(self) -> MetricsSnapshot:
         """Return the figures so far."""
-        meters = self._meters
-        with meters.counted():
-            queue = Histogram(meters.scale)
+        measurements = self._measurements
+        with measurements.counted():
+            queue = Histogram(measurements.scale)
             # Invocations that were not queued are missing there, and count with 0 ms.
-            unqueued = meters.latency.count + meters.retried.count - meters.queue.count
+            unqueued = measurements.latency.count + measurements.retried.count - measurements.queue.count
             if unqueued > 0:
                 queue.zeros = queue.count = unqueued
                 queue.minimum = queue.maximum = 0.0
 
             return MetricsSnapshot(
                 {
-                    status: meters.successes if status is Status.SUCCESS else meters.others.get(status, 0)
+                    status: measurements.successes
+                    if status is Status.SUCCESS
+                    else measurements.others.get(status, 0)
                     for status in Status
                 },
-                meters.retries,
-                meters.overloads,
-                meters.in_flight,
-                meters.latency.plus(meters.retried).distribution(),
-                queue.plus(meters.queue).plus(meters.expired).distribution(),
-                meters.first_chunk.distribution(),
-                meters.latency.plus(meters.attempt).distribution(),
-                meters.backoff.distribution(),
-                meters.chunk_gap.distribution(),
+                measurements.retries,
+                measurements.overloads,
+                measurements.in_flight,
+                measurements.latency.plus(measurements.retried).distribution(),
+                queue.plus(measurements.queue).plus(measurements.expired).distribution(),
+                measurements.first_chunk.distribution(),
+                measurements.latency.plus(measurements.attempt).distribution(),
+                measurements.backoff.distribution(),
+                measurements.chunk_gap.distribution(),
             )
 
     def merge(self, other: "MetricsRecorder") -> None:
@@ -152,16 +156,16 @@ class MetricsRecorder:
             raise ValueError("a recorder cannot be merged with itself")
 
         # One lock after the other: two recorders may be merged with each other at once.
-        copy = other._meters.copy()
-        with self._meters.counted():
-            self._meters.add(copy)
+        copy = other._measurements.copy()
+        with self._measurements.counted():
+            self._measurements.add(copy)
 
     def reset(self) -> None:
         """Reset all figures except those in flight."""
-        with self._meters.counted():
-            self._meters.clear()
+        with self._measurements.counted():
+            self._measurements.clear()
 
 
-def meters_of(recorder: MetricsRecorder) -> Meters:
-    """Return the meters of a recorder, for the reports of a loop besides results."""
-    return recorder._meters  # pyright: ignore[reportPrivateUsage]  # not for users
+def measurements_of(recorder: MetricsRecorder) -> Measurements:
+    """Return the measurements of a recorder, for the reports of a loop besides results."""
+    return recorder._measurements  # pyright: ignore[reportPrivateUsage]  # not for users

@@ -17,7 +17,7 @@ from .._events import Event, FirstChunkEvent, QueuedEvent, ResultEvent, RetryEve
 from .._foreign import foreign_code
 from .._invocation import Invocation
 from .._metrics.histogram import Histogram
-from .._metrics.recorder import MetricsRecorder, meters_of
+from .._metrics.recorder import MetricsRecorder, measurements_of
 from .._result import InvocationResult, Status
 from .._verdict import VerdictKind
 from .outcome import Failures, Outcome
@@ -68,7 +68,7 @@ class Observer:
 
     __slots__ = (
         "_classify_failed",
-        "_meters",
+        "_measurements",
         "_record",
         "_sink",
         "count_result",
@@ -82,7 +82,7 @@ class Observer:
     def __init__(
         self, metrics: MetricsRecorder | None, sink: Sink | None, nested: Counter[Status] | None = None
     ) -> None:
-        self._meters = meters = None if metrics is None else meters_of(metrics)
+        self._measurements = measurements = None if metrics is None else measurements_of(metrics)
         self._record: Callable[[InvocationResult[Any]], object] = id if metrics is None else metrics.record
         self._sink = sink
         self.nested: Counter[Status] = Counter() if nested is None else nested
@@ -92,14 +92,20 @@ class Observer:
         # Whether there is no sink, and no recorder of a subclass. Then a success at the first attempt is only
         # three figures: one more in flight, the latency, and the time in the queue.
         self.only_counts = sink is None and (metrics is None or type(metrics) is MetricsRecorder)
-        self.report_in_flight: Callable[[int], object] = id if meters is None else meters.report_in_flight
-        self.report_latency: Callable[[float], object] = id if meters is None else meters.report_latency
-        self.report_queue: Callable[[float], object] = id if meters is None else meters.report_queue
+        self.report_in_flight: Callable[[int], object] = (
+            id if measurements is None else measurements.report_in_flight
+        )
+        self.report_latency: Callable[[float], object] = (
+            id if measurements is None else measurements.report_latency
+        )
+        self.report_queue: Callable[[float], object] = (
+            id if measurements is None else measurements.report_queue
+        )
 
     def count(self) -> None:
         """Let the recorder count the results that it was given so far."""
-        if self._meters is not None:
-            self._meters.count()
+        if self._measurements is not None:
+            self._measurements.count()
 
     def queued(self, invocation: Invocation[Any], now: float) -> int:
         """
@@ -130,11 +136,11 @@ class Observer:
         :param number: the number of the invocation in events
         :param attempt_ms: how long the attempt before it took
         """
-        if self._meters is not None:
+        if self._measurements is not None:
             if attempt == 1:
                 self.report_in_flight(1)
             else:
-                self._meters.add_attempt(attempt_ms)
+                self._measurements.add_attempt(attempt_ms)
 
         if self._sink is not None:
             context.run(self._sink, StartedEvent(invocation, attempt, number, now))
@@ -148,12 +154,12 @@ class Observer:
         if self._sink is not None:
             self._sink(FirstChunkEvent(invocation, number, now))
 
-        return None if self._meters is None else self._meters.new_histogram()
+        return None if self._measurements is None else self._measurements.new_histogram()
 
     def streamed(self, gaps: Histogram) -> None:
         """Report that a stream has ended."""
-        assert self._meters is not None
-        self._meters.add_chunk_gaps(gaps)
+        assert self._measurements is not None
+        self._measurements.add_chunk_gaps(gaps)
 
     def retrying(
         self,
@@ -166,8 +172,8 @@ class Observer:
     ) -> None:
         """Report that an attempt has failed and will be retried after a delay."""
         assert outcome.verdict is not None
-        if self._meters is not None:
-            self._meters.add_backoff(delay * 1000, outcome.verdict.kind is VerdictKind.OVERLOAD)
+        if self._measurements is not None:
+            self._measurements.add_backoff(delay * 1000, outcome.verdict.kind is VerdictKind.OVERLOAD)
 
         if self._sink is not None:
             self._sink(RetryEvent(invocation, attempt, outcome.error, outcome.verdict, delay, number, now))
@@ -182,8 +188,8 @@ class Observer:
         now: float,
     ) -> None:
         """Report that an invocation has ended, after so many attempts."""
-        meters = self._meters
-        if meters is not None:
+        measurements = self._measurements
+        if measurements is not None:
             if attempts:
                 self.report_in_flight(-1)
 
@@ -191,11 +197,13 @@ class Observer:
                 began = failures.attempt_at
                 if attempts > 1:
                     # An invocation that ended in the wait for a retry has no attempt that ends now.
-                    meters.add_attempt(failures.attempt_ms if began is None else max(0.0, now - began) * 1000)
+                    measurements.add_attempt(
+                        failures.attempt_ms if began is None else max(0.0, now - began) * 1000
+                    )
 
                 verdict = None if failures.last is None else failures.last.verdict
                 if verdict is not None and verdict.kind is VerdictKind.OVERLOAD and began is not None:
-                    meters.add_overload()
+                    measurements.add_overload()
 
             self._record(result)
 

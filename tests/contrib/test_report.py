@@ -15,7 +15,7 @@ import pytest
 from made_up_run import HOSTILE, make_up
 
 from agentloop import InvocationResult, MetricsRecorder, Status
-from agentloop._metrics.recorder import meters_of
+from agentloop._metrics.recorder import measurements_of
 from agentloop.contrib.report import render_report, write_report
 from agentloop.contrib.report._history import RunHistory
 
@@ -390,7 +390,7 @@ def test_levels_of_all_groups_add_up_over_time(tmp_path: Path) -> None:
 def test_report_without_a_timeline_says_what_is_missing() -> None:
     recorder = recorded(5.0)
     recorder.record(InvocationResult("a", Status.ERROR, latency_ms=1.0))
-    meters_of(recorder).report_in_flight(1)
+    measurements_of(recorder).report_in_flight(1)
     text = Page(render_report(recorder.snapshot())).text
     assert "A timeline has the reasons" in text
     assert "50 % succeeded" in text
@@ -436,9 +436,9 @@ def test_durations_are_shown_in_the_unit_that_suits_them(latency_ms: float, show
 @pytest.mark.parametrize(("count", "shown"), [(7, "8<"), (3000, "3k<"), (2_000_000, "2M<")])
 def test_counts_are_shown_short(count: int, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = recorded(1.0)
-    meters = meters_of(recorder)
-    meters.count()
-    for index in meters.latency.buckets:
-        meters.latency.buckets[index] = count
+    measurements = measurements_of(recorder)
+    measurements.count()
+    for index in measurements.latency.buckets:
+        measurements.latency.buckets[index] = count
 
     assert shown in render_report(recorder.snapshot())

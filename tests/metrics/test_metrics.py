@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentloop import Distribution, InvocationResult, MetricsRecorder, MetricsSnapshot, Status
-from agentloop._metrics.recorder import meters_of
+from agentloop._metrics.recorder import measurements_of
 
 # Below a nanosecond all durations are alike.
 NANOSECOND_MS = 1e-6
@@ -34,8 +34,8 @@ def recorder_of(found: list[InvocationResult[Any]], scale: int = 6) -> MetricsRe
     recorder = MetricsRecorder(scale)
     for one in found:
         recorder.record(one)
-        meters_of(recorder).add_attempt(one.latency_ms / 3)
-        meters_of(recorder).add_backoff(one.queue_ms, overload=one.retries == 1)
+        measurements_of(recorder).add_attempt(one.latency_ms / 3)
+        measurements_of(recorder).add_backoff(one.queue_ms, overload=one.retries == 1)
 
     return recorder
 
@@ -259,12 +259,12 @@ def test_merged_recorders_of_two_scales_have_the_coarser_one() -> None:
 
 def test_what_is_in_flight_elsewhere_is_not_in_flight_here() -> None:
     one, other = MetricsRecorder(), MetricsRecorder()
-    meters_of(one).report_in_flight(1)
-    meters_of(other).report_in_flight(1)
+    measurements_of(one).report_in_flight(1)
+    measurements_of(other).report_in_flight(1)
     one.merge(other)
     assert one.snapshot().in_flight == 1
     assert pickle.loads(pickle.dumps(other)).snapshot().in_flight == 0
-    meters_of(one).report_in_flight(-1)
+    measurements_of(one).report_in_flight(-1)
     assert one.snapshot().in_flight == 0
 
 

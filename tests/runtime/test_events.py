@@ -33,8 +33,8 @@ from agentloop import (
     Verdict,
     VerdictKind,
 )
-from agentloop._metrics.meters import REPORTS_AT_MOST
-from agentloop._metrics.recorder import meters_of
+from agentloop._metrics.measurements import REPORTS_AT_MOST
+from agentloop._metrics.recorder import measurements_of
 from agentloop._runtime import observer
 from agentloop.testing import Fail, FakeAgent, FakeHTTPError, Reply
 
@@ -387,7 +387,7 @@ async def test_recorder_that_goes_its_own_way_with_results_is_told_no_more_than_
     recorder = Other()
     loop = AgentLoop(metrics=recorder)
     await loop.run_all(Invocation.map(anyio.sleep, [0] * 3000))
-    assert len(meters_of(recorder)._in_flight_reported) <= 2 * REPORTS_AT_MOST
+    assert len(measurements_of(recorder)._in_flight_reported) <= 2 * REPORTS_AT_MOST
     assert recorder.snapshot().in_flight == 0
 
 

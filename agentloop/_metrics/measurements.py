@@ -1,6 +1,6 @@
 """The counters and histograms behind a recorder."""
 
-__all__ = ["REPORTS_AT_MOST", "Meters"]
+__all__ = ["REPORTS_AT_MOST", "Measurements"]
 
 import threading
 from collections import deque
@@ -25,7 +25,7 @@ def _taken(reported: deque[T]) -> list[T]:
     return list(map(call, repeat(reported.popleft, len(reported))))
 
 
-class Meters:
+class Measurements:
     """
     Counts the events of invocations. Any thread may call the ``report_`` and ``add_`` methods.
 
@@ -90,7 +90,7 @@ class Meters:
 
         return copy
 
-    def add(self, other: "Meters") -> None:
+    def add(self, other: "Measurements") -> None:
         """Add the counts of another instance, except those in flight."""
         self.successes += other.successes
         for status, count in other.others.items():
