@@ -280,18 +280,18 @@ class Admission:
             if self.recovers:
                 self.provider.limit.complete(epoch, running - 1)
 
-    def failed(self, verdict: Verdict, epoch: int, running: int, longest_hold: float, now: float) -> None:
+    def failed(self, verdict: Verdict, epoch: int, running: int, longest_cool_off: float, now: float) -> None:
         """
         Learn from an attempt that has failed.
 
         :param epoch: the epoch in which it began
         :param running: how many attempts run, with this one
-        :param longest_hold: for how many seconds at most it may hold back other attempts
+        :param longest_cool_off: the longest cool-off that a Retry-After may begin, in seconds
         """
         if self.provider is not None and verdict.kind is VerdictKind.OVERLOAD:
             asked = verdict.retry_after
             # A Retry-After that no invocation will wait for holds nothing back.
-            hold_seconds = None if asked is None or asked > longest_hold else asked
+            hold_seconds = None if asked is None or asked > longest_cool_off else asked
             self.provider.reject(epoch, running - 1, hold_seconds, now)
 
     def follow(self, now: float) -> None:

@@ -142,7 +142,7 @@ class PoolState(LoopState):
         # The slot is released in the same step, and the pool follows the provider then.
         return verdict if provider is None else provider.revise(verdict, error, timed_out, self.loop.now())
 
-    def learn(self, slot: Slot, verdict: Verdict | None, longest_hold: float) -> None:
+    def learn(self, slot: Slot, verdict: Verdict | None, longest_cool_off: float) -> None:
         """
         Learn from the end of an attempt.
 
@@ -155,7 +155,7 @@ class PoolState(LoopState):
         if verdict is None:
             self.admission.succeeded(slot.epoch, self.running, now)
         else:
-            self.admission.failed(verdict, slot.epoch, self.running, longest_hold, now)
+            self.admission.failed(verdict, slot.epoch, self.running, longest_cool_off, now)
 
         self._follow()
         bill = slot.bill if self.admission.budgets else None

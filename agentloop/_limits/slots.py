@@ -93,7 +93,7 @@ class Pool(Protocol):
     def conclude(self, bill: Bill) -> None: ...
     def settle(self, bill: Bill, result: InvocationResult[Any]) -> None: ...
     def revise(self, verdict: Verdict, error: Exception, timed_out: bool) -> Verdict: ...
-    def learn(self, slot: Slot, verdict: Verdict | None, longest_hold: float) -> None: ...
+    def learn(self, slot: Slot, verdict: Verdict | None, longest_cool_off: float) -> None: ...
     def answered(self, slot: Slot) -> None: ...
     def begin_stall(self, slot: Slot) -> None: ...
     def end_stall(self, slot: Slot) -> None: ...
@@ -176,7 +176,7 @@ class Slot:
         self.pool.pay(self.bill)
 
     def release(
-        self, verdict: Verdict | None = None, succeeded: bool = False, longest_hold: float = math.inf
+        self, verdict: Verdict | None = None, succeeded: bool = False, longest_cool_off: float = math.inf
     ) -> None:
         """
         Give the slot back. If it is lent, the borrower keeps it and gives it back later. The reservation of
@@ -184,7 +184,7 @@ class Slot:
 
         :param verdict: the judgement of the attempt, where it failed
         :param succeeded: whether it succeeded; a cancelled one did neither
-        :param longest_hold: for how many seconds at most it may hold back other attempts
+        :param longest_cool_off: the longest cool-off that a Retry-After may begin, in seconds
         """
         pool = self.pool
         if self.is_plain and verdict is None and pool.admission.is_open:
@@ -202,7 +202,7 @@ class Slot:
         if bill is not None and bill.charges and not bill.is_paid:
             pool.refund(bill)
         elif verdict is not None or (succeeded and pool.admission.listens):
-            pool.learn(self, verdict, longest_hold)
+            pool.learn(self, verdict, longest_cool_off)
 
         if not suspended:
             self._pass_on()

@@ -301,7 +301,7 @@ class Attempts(AttemptSlot, Generic[T]):
         finally:
             # The tracebacks refer to this frame; the frame must not refer back.
             raised = error = None
-            slot.release(verdict, False, options.longest_hold)
+            slot.release(verdict, False, options.longest_cool_off)
 
         return scope.now()
 

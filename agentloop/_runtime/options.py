@@ -29,7 +29,7 @@ class RunOptions:
     :param run: runs the attempts of a stream; absent, the agent is called, and its awaitable awaited
     """
 
-    __slots__ = ("config", "limit", "longest_hold", "observer", "queue", "run", "timeout", "total")
+    __slots__ = ("config", "limit", "longest_cool_off", "observer", "queue", "run", "timeout", "total")
 
     def __init__(self, config: LoopConfig, observer: Observer, run: AttemptRunner | None = None) -> None:
         self.config = config
@@ -41,4 +41,4 @@ class RunOptions:
         self.total = None if total is None else TimeLimit(InvocationTimeout, total, is_total=True)
         queue = config.queue_timeout_seconds
         self.queue = TimeLimit(QueueTimeout, math.inf if queue is None else queue)
-        self.longest_hold = config.backoff.max_retry_after_seconds
+        self.longest_cool_off = config.backoff.max_retry_after_seconds

@@ -186,7 +186,7 @@ a call that began before a cool-off ends it
 
 a wait that is not begun holds the others
 @ Admission.failed, test_cool_off.py
-- asked is None or asked > longest_hold
+- asked is None or asked > longest_cool_off
 + asked is None
 
 a waiter with a slot on loan takes another when a cool-off ends early
