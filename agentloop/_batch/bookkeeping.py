@@ -319,7 +319,7 @@ class Bookkeeping(Generic[T]):
             self.options.observer.count()
 
         if job.bill is not None or job.pool is not self.pool:
-            job.settle(result, self.pool)
+            job.settle_and_leave(result, self.pool)
 
         if results is None:
             self._deliver(job, result, now)

@@ -70,13 +70,13 @@ class Job(Attempts[T]):
     def began_at(self) -> float | None:
         return self.started_at
 
-    def settle(self, result: InvocationResult[T], first: Pool) -> None:
+    def settle_and_leave(self, result: InvocationResult[T], home: Pool) -> None:
         """
         Correct the payment of the last attempt, and leave the pool to which the invocation was routed.
 
-        :param first: the pool that routed it, which its call keeps in use
+        :param home: the pool of its call, which may have routed it to the pool of its key
         """
-        if self.pool is not first:
+        if self.pool is not home:
             self.pool.users -= 1
 
         if self.bill is not None:

@@ -269,7 +269,7 @@ class Single(Generic[T]):
             observer.count()
 
         if job.bill is not None or job.pool is not self._pool:
-            job.settle(result, self._pool)
+            job.settle_and_leave(result, self._pool)
 
         if self._own_task:
             self.result = result
