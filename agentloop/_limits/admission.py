@@ -34,6 +34,11 @@ class Bill:
     """
     The payments of one attempt to each rate.
 
+    The costs are *reserved* when the attempt gets its slot, and *paid* when its agent is called. An attempt
+    that never begins gets a *refund*. When the invocation has ended, the payment of its last attempt is
+    *settled*: it is corrected to the real cost. A payment for an earlier attempt is *concluded*: it stays,
+    but budgets *forgive* it after an overload.
+
     :param costs: the cost for each rate
     :param charges: the reserved or paid amounts; empty before that, and once they were given back
     :param is_paid: whether the bill is paid

@@ -1,4 +1,4 @@
-"""The states of a job, and what an attempt uses of a stream and of a batch."""
+"""The states of a job, the progress of a stream, and the part of a crew that an attempt uses."""
 
 from __future__ import annotations
 
