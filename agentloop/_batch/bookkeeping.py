@@ -109,7 +109,7 @@ class Bookkeeping(Generic[T]):
         """Schedule a retry of a job whose attempt has failed, or finish the job."""
         failed = job.failed
         verdict = None if failed is None else failed.verdict
-        if failed is None:
+        if failed is None:  # a retry has succeeded
             slot.release(None, True)
 
         if scope.is_spoilt:

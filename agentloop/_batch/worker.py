@@ -75,7 +75,7 @@ class Worker(Generic[T]):
                         self._give_back()
                         slot = await self._acquire(job, must_resolve)
                     elif ending.stopped is None:
-                        slot = job
+                        slot = job  # it takes over the slot that the worker kept
                         self._has_slot = False
 
                     # A job that was just pulled began to wait in this step, unless it waited in line.

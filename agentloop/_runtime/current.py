@@ -110,16 +110,16 @@ class LaterSlot(AttemptSlot):
 
     It does not refer to the job. Otherwise a task that outlives the attempt would keep the job alive.
 
-    :param known: returns the attempt, as its agent can read it
+    :param make_attempt: returns the attempt, as its agent can read it
     """
 
-    __slots__ = ("_known", "_timing")
+    __slots__ = ("_make_attempt", "_timing")
 
     def __init__(
-        self, pool: Pool, outer: Slot | None, bill: Bill | None, known: Callable[[], Attempt]
+        self, pool: Pool, outer: Slot | None, bill: Bill | None, make_attempt: Callable[[], Attempt]
     ) -> None:
         super().__init__(pool, outer, bill)
-        self._known = known
+        self._make_attempt = make_attempt
         self._timing: Timing | None = None
 
     def enter(self, timing: Timing) -> None:
@@ -127,7 +127,7 @@ class LaterSlot(AttemptSlot):
         self._timing = timing
 
     def attempt(self) -> Attempt:
-        return self._known()
+        return self._make_attempt()
 
     def timing(self) -> Timing | None:
         return self._timing

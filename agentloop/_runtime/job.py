@@ -122,8 +122,8 @@ class Job(Attempts[T]):
 
         assert self.failures is not None
         errors, key = tuple(self.failures.errors), self.idempotency_key()
-        known = partial(Attempt, self.invocation.agent_id, self.attempts + 1, errors, key)
-        return LaterSlot(self.pool, self.outer, self.bill, known)
+        make_attempt = partial(Attempt, self.invocation.agent_id, self.attempts + 1, errors, key)
+        return LaterSlot(self.pool, self.outer, self.bill, make_attempt)
 
     def join_line(self, slot: Slot, owner: Owner | None = None) -> Waiter:
         """
