@@ -46,7 +46,7 @@ class Worker(Generic[T]):
         batch, scope = self._batch, self._scope
         pool, crew, source, ending = batch.pool, batch.crew, batch.source, batch.ending
         loop, options, new_context, next_job = pool.loop, batch.options, batch.new_context, batch.next_job
-        now_at, pace, cancellations = loop.now, loop.pace, loop.count_cancellations()
+        now_at, time_slice, cancellations = loop.now, loop.time_slice, loop.count_cancellations()
         admission, must_resolve = pool.admission, source.must_resolve
         async with self:
             while not batch.done:
@@ -112,9 +112,9 @@ class Worker(Generic[T]):
                         self.let_go()
                         await loop.forget_cancellations()
 
-                    if not waited and pace.used_up(now):
+                    if not waited and time_slice.used_up(now):
                         self.let_go()
-                        await pace.yield_to_others()
+                        await time_slice.yield_to_others()
                 except anyio.get_cancelled_exc_class():
                     # A late cancellation that an agent requested from a callback does not end the worker.
                     self.let_go()

@@ -51,8 +51,8 @@ class EventLoop(ABC):
         "absent",
         "backend",
         "now",
-        "pace",
         "spare",
+        "time_slice",
         "token",
     )
 
@@ -67,7 +67,7 @@ class EventLoop(ABC):
         """The backend class of AnyIO."""
         self.now: Callable[[], float] = self.clock()
         """Returns the time, as ``anyio.current_time()`` does."""
-        self.pace: TimeSlice = TimeSlice(self.now)
+        self.time_slice: TimeSlice = TimeSlice(self.now)
         self._new_scope: Callable[..., anyio.CancelScope] = self.backend.create_cancel_scope
         works = not public and works_here(self.inside_scope, self._new_scope)
         self._scope_kind = self.inside_scope if works else PublicScope
