@@ -228,7 +228,7 @@ class InputSource(Generic[T]):
         self.cut_short = self.cut_short or cut_short
 
     def _report(self, job: Job[T]) -> None:
-        job.queue(self._observer)
+        job.report_queued(self._observer)
         if self._unpulled:
             self._unpulled -= 1
             self._pool.pending -= 1

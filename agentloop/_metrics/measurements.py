@@ -60,8 +60,8 @@ class Measurements:
         self.overloads = 0
         # The latencies of invocations with a single attempt, which are their attempts too.
         self.latency = Histogram(self.scale)
+        # The latencies of invocations with several attempts, and these attempts.
         self.retried = Histogram(self.scale)
-        # The attempts of invocations with several.
         self.attempt = Histogram(self.scale)
         self.queue = Histogram(self.scale)
         # The queue times of invocations that waited too long.

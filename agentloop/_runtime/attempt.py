@@ -23,7 +23,7 @@ from .._result import Status
 from .._verdict import Verdict
 from .current import AttemptSlot, LaterSlot, Timing
 from .options import RunOptions
-from .outcome import Failures, Outcome, leave, outcome_of, without_cancellation
+from .outcome import Failures, Outcome, leave_scope, outcome_of, without_cancellation
 from .states import ENDED, RUNNING, OtherWorkers, Progress, State
 from .tracebacks import plumbing, trim
 
@@ -251,7 +251,7 @@ class Attempts(AttemptSlot, Generic[T]):
         self.output = None
         try:
             if not (scope.left_open or scope.children):
-                raised = leave(scope, raised)
+                raised = leave_scope(scope, raised)
 
             left_open = scope.left_open or bool(scope.children)
             if raised is not None:

@@ -82,7 +82,7 @@ class Job(Attempts[T]):
         if self.bill is not None:
             self.pool.settle(self.bill, result)
 
-    def queue(self, observer: Observer) -> None:
+    def report_queued(self, observer: Observer) -> None:
         """Report that the invocation waits for its first slot."""
         self.id = observer.queued(self.invocation, self.queued_at)
 
@@ -236,7 +236,7 @@ class Job(Attempts[T]):
         # A worker may keep the slot for its next job, so this job must not lend it.
         self.hold = RELEASED
         if self.failures is not None or not observer.only_counts:
-            return self._finish(observer, now)
+            return self._finish_any(observer, now)
 
         # The common case: a success at the first attempt.
         started_at: Any = self.started_at
@@ -274,7 +274,7 @@ class Job(Attempts[T]):
         result: InvocationResult[T] = draft
         return result
 
-    def _finish(self, observer: Observer, now: float) -> InvocationResult[T]:
+    def _finish_any(self, observer: Observer, now: float) -> InvocationResult[T]:
         """
         Return the result of any invocation.
 

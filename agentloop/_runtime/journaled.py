@@ -112,7 +112,7 @@ class ReplayedJob(Job[T]):
         self.claim = claim
         self.output = result
 
-    def queue(self, observer: Observer) -> None:
+    def report_queued(self, observer: Observer) -> None:
         """Report nothing."""
 
     def resolve(self) -> bool:

@@ -35,6 +35,7 @@ class RunOptions:
         self.config = config
         self.observer = observer
         self.run = run
+        # The limit of each attempt, of all attempts together, and of the wait for the first slot.
         self.timeout = math.inf if config.timeout_seconds is None else config.timeout_seconds
         self.limit = TimeLimit(InvocationTimeout, self.timeout)
         total = config.total_timeout_seconds

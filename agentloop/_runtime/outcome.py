@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Failures", "Outcome", "as_exception", "leave", "outcome_of", "without_cancellation"]
+__all__ = ["Failures", "Outcome", "as_exception", "leave_scope", "outcome_of", "without_cancellation"]
 
 import inspect
 import math
@@ -81,7 +81,7 @@ def _caused(error: ErrorT, cause: BaseException | None) -> ErrorT:
     return error
 
 
-def leave(scope: AttemptScope, raised: BaseException | None) -> BaseException | None:
+def leave_scope(scope: AttemptScope, raised: BaseException | None) -> BaseException | None:
     """
     Leave the scope of an attempt that has failed.
 

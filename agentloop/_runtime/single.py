@@ -174,7 +174,7 @@ class Single(Generic[T]):
         self._outer = self._job.outer
         self._pool.begin_call(self, self._outer)
         if not self._options.observer.only_counts:
-            self._job.queue(self._options.observer)
+            self._job.report_queued(self._options.observer)
 
     async def run_cancellable(self) -> InvocationResult[T]:
         """Run to the end, or until :meth:`cancel`, which makes a result as well."""

@@ -353,7 +353,7 @@ there is one retry too many
 + self._counted > config.max_retries
 
 retries are guessed
-@ Job._finish, asyncio 0, trio 0
+@ Job._finish_any, asyncio 0, trio 0
 - max(0, self.attempts - 1)
 + len(errors)
 
