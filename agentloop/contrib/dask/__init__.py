@@ -6,7 +6,7 @@ Agents in other processes, here or on other machines, over Dask. Needs the extra
 
 **Only the call travels.** The loop, its limiter, retries, time-outs, metrics, journal and events stay in the
 process that runs the batch, so that all limits are exact and all guarantees hold. A worker process receives
-a function and its arguments, and sends back what the function returned or raised.
+a function and its arguments, and sends back the return value or the exception.
 """
 
 from __future__ import annotations

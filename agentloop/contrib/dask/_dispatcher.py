@@ -1,8 +1,8 @@
-"""Which call goes to which process, and what becomes of the calls of a process that has died."""
+"""Assigns each call to a worker process, and the calls of a process that has died to others."""
 
 from __future__ import annotations
 
-__all__ = ["Call", "Dispatcher", "Link"]
+__all__ = ["Call", "Dispatcher", "Worker"]
 
 import itertools
 from collections import deque
@@ -11,13 +11,13 @@ from typing import Any
 
 import anyio
 
-from ._courier import Courier
 from ._errors import WorkerLost, pack_error
 from ._functions import Function
+from ._mailbox import Mailbox
 from ._pickles import dumps
 
 _numbers = itertools.count()
-# A call that saw as many processes die runs alone from then on: one may be the fault of its neighbours.
+# After so many deaths of its process, a call runs alone: another call may have caused one death.
 _ALONE_AFTER = 2
 
 
@@ -25,9 +25,9 @@ class Call:
     """
     One call of a remote agent.
 
-    :param function: what is called
-    :param call: its arguments and what else travels with it, as ``Seat`` takes it
-    :param caller: the courier to the current event loop, which waits
+    :param function: the function to call
+    :param call: its arguments, attempt and trace context, packed for ``AgentActor``
+    :param caller: the mailbox of the current event loop, in which the caller waits
     """
 
     __slots__ = (
@@ -40,26 +40,26 @@ class Call:
         "is_cancelled",
         "is_error",
         "is_sent",
-        "link",
         "number",
+        "worker",
     )
 
-    def __init__(self, function: Function, call: tuple[Any, ...], caller: Courier) -> None:
+    def __init__(self, function: Function, call: tuple[Any, ...], caller: Mailbox) -> None:
         self.number = next(_numbers)
         self.function = function
         self.call = call
         self.deaths = 0
-        self.link: Link | None = None
-        """The process that it was given to."""
+        self.worker: Worker | None = None
+        """The worker process that the call was assigned to."""
         self.is_sent = self.is_cancelled = False
         self.ended = anyio.Event()
         self.is_error = False
         self.data = b""
-        """The pickle of what the call has returned, or of its error."""
+        """The pickled return value or error."""
         self._caller = caller
 
     def end(self, is_error: bool, data: bytes) -> None:
-        """Tell the caller, if its event loop is still running."""
+        """Send the reply to the caller, if its event loop still runs."""
         self.is_error = is_error
         self.data = data
         try:
@@ -68,42 +68,42 @@ class Call:
             pass
 
     def fail(self, error: Exception) -> None:
-        """Tell the caller that the call was given up."""
+        """Give up the call: the caller gets the error."""
         self.end(True, pack_error(error, "the caller's process"))
 
 
-class Link:
+class Worker:
     """
-    The calls of one worker process.
+    One worker process and its calls.
 
-    :param address: the process
-    :param wake: is called when there is something to send
+    :param address: the address of the process in the cluster
+    :param wake: called when there is something to send
     """
 
     def __init__(self, address: str, wake: Callable[[], object]) -> None:
         self.address = address
         self.open: dict[int, Call] = {}
-        """All that has not ended there, cancelled calls too, so that a process that hangs gets no more."""
+        """Calls that have not ended, cancelled ones too: so a process that hangs looks busy, not idle."""
         self._wake = wake
         self._unsent: list[Call] = []
         self._cancelled: list[int] = []
         self._defined: set[int] = set()
 
     def assign(self, call: Call) -> None:
-        """Send a call soon."""
-        call.link = self
+        """Send a call with the next message."""
+        call.worker = self
         call.is_sent = False
         self.open[call.number] = call
         self._unsent.append(call)
         self._wake()
 
     def cancel(self, call: Call) -> None:
-        """Send the cancellation of a call soon."""
+        """Send the cancellation of a call with the next message."""
         self._cancelled.append(call.number)
         self._wake()
 
     def pack(self) -> bytes:
-        """Return the message with all that is to be sent now; it is empty if that is nothing."""
+        """Return the next message for ``AgentActor``; it is empty if there is nothing to send."""
         if not self._unsent and not self._cancelled:
             return b""
 
@@ -123,27 +123,29 @@ class Link:
 
 class Dispatcher:
     """
-    Gives each call to the process with the fewest. It never waits, and reads no clock.
+    Assigns each call to the worker process with the fewest open calls. It never waits, and reads no clock.
 
-    :param max_deaths: how many processes a call may see die
+    A call that may have killed its processes is a *suspect*. Suspects run one at a time in one process, the
+    *quarantine*, which runs nothing else meanwhile. So the next death has one possible cause.
+
+    :param max_deaths: after so many deaths of its process, a call fails with a :exc:`WorkerLost`
     """
 
     def __init__(self, max_deaths: int) -> None:
         self._max_deaths = max_deaths
         self._alone_after = min(_ALONE_AFTER, max_deaths - 1)
-        self.links: list[Link] = []
+        self.workers: list[Worker] = []
         self.waiting: deque[Call] = deque()
-        """Calls that have no process."""
+        """Calls that wait for a process."""
         self.suspects: deque[Call] = deque()
-        """Calls that wait for a process of their own."""
-        self._quarantine: Link | None = None
-        """The process that takes nothing but suspects, one at a time."""
+        """Calls that wait for the quarantine."""
+        self._quarantine: Worker | None = None
         self.lost = 0
-        """How many processes have died."""
+        """How many processes have died or left."""
         self._closed: Exception | None = None
 
     def submit(self, call: Call) -> None:
-        """Take a call that is new, or has lost its process."""
+        """Add a call that is new, or whose process has died."""
         if self._closed is not None:
             call.fail(self._closed)
             return
@@ -152,25 +154,25 @@ class Dispatcher:
         (self.suspects if is_suspect else self.waiting).append(call)
         self._serve()
 
-    def add(self, link: Link) -> None:
-        """Take a process that has joined."""
-        self.links.append(link)
+    def add(self, worker: Worker) -> None:
+        """Add a process that has joined."""
+        self.workers.append(worker)
         self._serve()
 
-    def lose(self, link: Link) -> list[Call]:
+    def lose(self, worker: Worker) -> list[Call]:
         """
-        Give the calls of a process that has died to others.
+        Remove a process that has died, and assign its calls to others.
 
-        :return: those that were open there
+        :return: the calls that were open in it
         """
-        self.links.remove(link)
+        self.workers.remove(worker)
         self.lost += 1
-        if link is self._quarantine:
+        if worker is self._quarantine:
             self._quarantine = None
 
-        calls, link.open = [*link.open.values()], {}
+        calls, worker.open = [*worker.open.values()], {}
         for call in calls:
-            call.link = None
+            call.worker = None
             call.deaths += call.is_sent
             if call.is_cancelled:
                 call.end(True, b"")
@@ -184,11 +186,11 @@ class Dispatcher:
         return calls
 
     def cancel(self, call: Call) -> None:
-        """Have a call cancelled where it runs, unless it has ended."""
+        """Cancel a call in its process, unless it has ended. A call without a process ends at once."""
         call.is_cancelled = True
-        if call.link is not None:
-            if call.number in call.link.open:
-                call.link.cancel(call)
+        if call.worker is not None:
+            if call.number in call.worker.open:
+                call.worker.cancel(call)
 
             return
 
@@ -197,10 +199,10 @@ class Dispatcher:
                 line.remove(call)
                 call.end(True, b"")
 
-    def ended(self, link: Link, number: int, is_error: bool, data: bytes) -> None:
-        """Tell the caller of a call that has ended in its process."""
-        # Unknown if the process answers twice.
-        link.open.pop(number).end(is_error, data)
+    def ended(self, worker: Worker, number: int, is_error: bool, data: bytes) -> None:
+        """Send the reply of a process to the caller."""
+        # Raises KeyError if the process replies twice.
+        worker.open.pop(number).end(is_error, data)
         if self.suspects or self._quarantine is not None:
             self._serve()
 
@@ -213,31 +215,31 @@ class Dispatcher:
             call.fail(error)
 
     def close(self, error: Exception) -> None:
-        """Give up all calls, and those that are still to come."""
+        """Give up all calls, and each later one in :meth:`submit`."""
         self._closed = error
         self.fail(error)
-        for link in self.links:
-            calls, link.open = [*link.open.values()], {}
+        for worker in self.workers:
+            calls, worker.open = [*worker.open.values()], {}
             for call in calls:
                 call.fail(error)
 
     def _serve(self) -> None:
-        if not self.links:
+        if not self.workers:
             return
 
         if self.suspects:
-            link = self._quarantine = self._quarantine or self._emptiest(self.links)
-            if not link.open:
-                link.assign(self.suspects.popleft())
+            worker = self._quarantine = self._quarantine or self._emptiest(self.workers)
+            if not worker.open:
+                worker.assign(self.suspects.popleft())
         elif self._quarantine is not None and not self._quarantine.open:
             self._quarantine = None
 
-        others = self.links
+        others = self.workers
         if self._quarantine is not None:
-            others = [link for link in self.links if link is not self._quarantine]
+            others = [worker for worker in self.workers if worker is not self._quarantine]
 
         while self.waiting and others:
             self._emptiest(others).assign(self.waiting.popleft())
 
-    def _emptiest(self, links: list[Link]) -> Link:
-        return min(links, key=lambda link: len(link.open))
+    def _emptiest(self, workers: list[Worker]) -> Worker:
+        return min(workers, key=lambda worker: len(worker.open))

@@ -1,4 +1,4 @@
-"""Dask's client, and the cluster if it is ours, in an asyncio event loop in a thread of its own."""
+"""Dask's client, and the cluster that ``Workers`` starts, in an asyncio event loop in a thread of its own."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ import distributed
 
 from agentloop import LoopClosed
 
-from ._courier import Courier, courier_here
-from ._dispatcher import Call, Dispatcher, Link
+from ._actor import AgentActor
+from ._dispatcher import Call, Dispatcher, Worker
 from ._errors import WorkerLost
 from ._functions import versions
+from ._mailbox import Mailbox, mailbox_here
 from ._pickles import loads
-from ._seat import Seat
 
 _distributed: Any = distributed  # most of it has no types
 _logger = logging.getLogger("agentloop")
-# How often the scheduler is asked which processes there are, and how long an end may take.
+# The interval at which the engine asks the scheduler for its processes, and the time to close an actor.
 _LOOK_SECONDS, _CLOSE_SECONDS = 0.3, 2.0
-# Ctrl-C in a terminal reaches all processes of its group: the batch decides what is to end, not the workers.
-# They inherit from this thread that the signal is blocked, and ignore it before they unblock it.
+# Ctrl-C in a terminal reaches all processes of its group, but only the caller's process decides which calls
+# end. Worker processes inherit the blocked signal from this thread, and ignore it before they unblock it.
 _PRELOAD = """
 import contextlib, signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -40,7 +40,7 @@ with contextlib.suppress(AttributeError):
 
 @attrs.frozen
 class Settings:
-    """What ``Workers`` was made with."""
+    """The arguments of ``Workers``."""
 
     processes: int | None
     address: str | None
@@ -53,19 +53,19 @@ class Settings:
 
 class Engine:
     """
-    Brings calls to worker processes and their replies back.
+    Sends calls to worker processes, and replies back to the callers.
 
-    All methods but :meth:`run` may be called in any thread.
+    :meth:`run` runs in the thread with Dask's client; the other public methods may be called in any thread.
 
-    :param settings: what ``Workers`` was made with
+    :param settings: the arguments of ``Workers``
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.dispatcher = Dispatcher(settings.max_deaths)
-        self._courier: Courier | None = None
+        self._mailbox: Mailbox | None = None
         self._scopes: dict[str, anyio.CancelScope] = {}
-        """For each process that is served, by address."""
+        """The cancel scope of :meth:`_serve` for each process, by address."""
         self._refused: dict[str, str] = {}
         self._without_since: float | None = None
 
@@ -75,37 +75,37 @@ class Engine:
         """
         Send a call.
 
-        :raises LoopClosed: if there is nobody to send it any more
+        :raises LoopClosed: outside of the block of ``Workers``
         """
-        self._send(self.dispatcher.submit, call)
+        self._call_soon(self.dispatcher.submit, call)
 
     def cancel(self, call: Call) -> None:
         """Cancel a call."""
-        self._send(self.dispatcher.cancel, call)
+        self._call_soon(self.dispatcher.cancel, call)
 
     def stop(self) -> None:
         """End :meth:`run`."""
-        self._send(self._stopped.set)
+        self._call_soon(self._stopped.set)
 
-    def _send(self, fn: Callable[..., object], *args: Any) -> None:
-        courier = self._courier
-        if courier is None:
+    def _call_soon(self, fn: Callable[..., object], *args: Any) -> None:
+        mailbox = self._mailbox
+        if mailbox is None:
             raise _closed()
 
         try:
-            courier.send(fn, *args)
+            mailbox.send(fn, *args)
         except RuntimeError:
             raise _closed() from None
 
     # -- in the thread with Dask's client
 
     async def run(self, on_started: Callable[[], object]) -> None:
-        """Start, and serve until :meth:`stop` is called."""
+        """Start, call ``on_started``, and serve until :meth:`stop` is called."""
         self._stopped = anyio.Event()
         stack = AsyncExitStack()
         failure: Exception | None = None
         try:
-            # A start that was interrupted would leave processes behind, and so would an end.
+            # Shielded: an interrupted start would leave processes behind, and so would an interrupted end.
             with anyio.CancelScope(shield=True):
                 await self._connect(stack)
 
@@ -113,7 +113,7 @@ class Engine:
                 self._group = group
                 failure = await self._start()
                 if failure is None:
-                    self._courier = courier_here()
+                    self._mailbox = mailbox_here()
                     on_started()
                     group.start_soon(self._watch)
                     await self._stopped.wait()
@@ -124,7 +124,7 @@ class Engine:
                 raise failure
 
         finally:
-            self._courier = None
+            self._mailbox = None
             self.dispatcher.close(_closed())
             with anyio.CancelScope(shield=True):
                 await stack.aclose()
@@ -133,11 +133,11 @@ class Engine:
         settings = self._settings
         where: Any = settings.address
         if where is None:
-            # There is none of this on Windows.
+            # Windows has neither.
             with suppress(ImportError, AttributeError):
                 from multiprocessing import resource_tracker
 
-                # Its first process would unblock the signal in this thread.
+                # Start it now: started later, it would unblock the signal in this thread.
                 resource_tracker.ensure_running()
                 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
@@ -149,30 +149,34 @@ class Engine:
             security=security,
             timeout=settings.patience_seconds,
             asynchronous=True,
-            # Else all calls would go through the scheduler.
+            # Otherwise all calls would go through the scheduler.
             direct_to_workers=True,
         )
         self._client = await stack.enter_async_context(client)
 
     async def _start(self) -> Exception | None:
-        """Wait until each process that there is can be called, or one at least; return what is wrong."""
+        """
+        Wait until every process of the cluster can be called, and at least one.
+
+        :return: the error if no process can be called, or one is refused
+        """
         patience = self._settings.patience_seconds
         with anyio.move_on_after(patience):
-            while len(self.dispatcher.links) < (len(self._scopes) or 1):
+            while len(self.dispatcher.workers) < (len(self._scopes) or 1):
                 await self._look()
                 await anyio.sleep(_LOOK_SECONDS / 10)
                 if self._refused:
                     return RuntimeError(next(iter(self._refused.values())))
 
-        return None if self.dispatcher.links else _without(patience)
+        return None if self.dispatcher.workers else _without(patience)
 
     async def _watch(self) -> None:
-        """See who joins and who leaves, and give up calls that have had no process for too long."""
+        """Watch processes join and leave, and give up calls after ``patience_seconds`` without a process."""
         patience = self._settings.patience_seconds
         while True:
             await anyio.sleep(_LOOK_SECONDS)
             try:
-                # Of a scheduler that does not answer there is nothing to be learned.
+                # If the scheduler does not answer, the known processes stay.
                 with anyio.move_on_after(patience):
                     await self._look()
 
@@ -180,7 +184,7 @@ class Engine:
                 _logger.debug("the scheduler cannot be asked: %r", exc)
 
             now = anyio.current_time()
-            if self.dispatcher.links:
+            if self.dispatcher.workers:
                 self._without_since = None
             elif self._without_since is None:
                 self._without_since = now
@@ -197,77 +201,77 @@ class Engine:
             self._scopes[address].cancel("the scheduler has lost the process")
 
     async def _serve(self, address: str, scope: anyio.CancelScope) -> None:
-        """Serve one process for as long as it lives."""
-        seat: Any = None
-        link: Link | None = None
-        bell = _Bell()
+        """Start an actor in one process, and exchange messages with it until it dies."""
+        actor: Any = None
+        worker: Worker | None = None
+        unsent = _RepeatedEvent()
         try:
             with scope:
-                seat = await self._client.submit(
-                    Seat,
+                actor = await self._client.submit(
+                    AgentActor,
                     self._settings.backend,
                     self._settings.linger_seconds,
                     actor=True,
-                    key=f"agentloop-seat-{uuid.uuid4().hex}",
+                    key=f"agentloop-actor-{uuid.uuid4().hex}",
                     workers=[address],
                     allow_other_workers=False,
                 )
-                _check(await seat.versions())
-                link = Link(address, bell.ring)
-                self.dispatcher.add(link)
+                _check(await actor.versions())
+                worker = Worker(address, unsent.set)
+                self.dispatcher.add(worker)
                 async with anyio.create_task_group() as group:
-                    group.start_soon(self._give, seat, link, bell)
-                    group.start_soon(self._take, seat, link)
+                    group.start_soon(self._send_calls, actor, worker, unsent)
+                    group.start_soon(self._receive_replies, actor, worker)
 
         except* Exception as group_of_one:
             error = group_of_one.exceptions[0]
-            if link is None and not isinstance(error, OSError):
+            if worker is None and not isinstance(error, OSError):
                 self._refused[address] = f"the worker process {address} cannot be used: {error}"
                 _logger.error("%s", self._refused[address])
             else:
                 _logger.debug("the worker process %s cannot be reached: %r", address, error)
         finally:
             del self._scopes[address]
-            if link is not None:
-                self._lose(link)
+            if worker is not None:
+                self._lose(worker)
 
-            if seat is not None:
-                await _close(seat)
+            if actor is not None:
+                await _close(actor)
 
-    def _lose(self, link: Link) -> None:
+    def _lose(self, worker: Worker) -> None:
         if self._stopped.is_set():
             return
 
-        calls = len(self.dispatcher.lose(link))
+        calls = len(self.dispatcher.lose(worker))
         _logger.warning(
-            "the worker process %s is lost, with %d calls, which are sent elsewhere", link.address, calls
+            "the worker process %s is lost, with %d calls, which are sent elsewhere", worker.address, calls
         )
 
-    async def _give(self, seat: Any, link: Link, bell: _Bell) -> None:
+    async def _send_calls(self, actor: Any, worker: Worker, unsent: _RepeatedEvent) -> None:
         while True:
-            await bell.wait()
-            # Calls that come within this time share a message, which take() may have sent by then.
+            await unsent.wait()
+            # Calls that come within this time share a message. _receive_replies() may have sent it by then.
             await anyio.sleep(self._settings.linger_seconds)
-            message = link.pack()
+            message = worker.pack()
             if message:
-                await seat.give(message)
+                await actor.send(message)
 
-    async def _take(self, seat: Any, link: Link) -> None:
+    async def _receive_replies(self, actor: Any, worker: Worker) -> None:
         while True:
-            for number, is_error, data in loads(await seat.take(link.pack())):
-                self.dispatcher.ended(link, number, is_error, data)
+            for number, is_error, data in loads(await actor.receive(worker.pack())):
+                self.dispatcher.ended(worker, number, is_error, data)
 
             # A message costs a hundred times as much as a call. New calls often follow on replies.
             await anyio.sleep(self._settings.linger_seconds)
 
 
-class _Bell:
+class _RepeatedEvent:
     """An event that can happen again."""
 
     def __init__(self) -> None:
         self._event = anyio.Event()
 
-    def ring(self) -> None:
+    def set(self) -> None:
         self._event.set()
 
     async def wait(self) -> None:
@@ -275,13 +279,13 @@ class _Bell:
         self._event = anyio.Event()
 
 
-async def _close(seat: Any) -> None:
+async def _close(actor: Any) -> None:
     with anyio.move_on_after(_CLOSE_SECONDS, shield=True):
         try:
-            await seat.close()
+            await actor.close()
         except Exception as exc:
-            # Its process is gone. If it is not, it ends by itself, since nothing is asked of it any more.
-            _logger.debug("a seat cannot be closed: %r", exc)
+            # The process has died, or the actor ends by itself after LEASE_SECONDS without a request.
+            _logger.debug("an actor cannot be closed: %r", exc)
 
 
 def _make_cluster(settings: Settings) -> Any:
@@ -293,10 +297,10 @@ def _make_cluster(settings: Settings) -> Any:
         security=settings.security,
         asynchronous=True,
         silence_logs=logging.CRITICAL,
-        # No dashboard, and for its HTTP routes a port that is free, of this machine only.
+        # No dashboard. Its HTTP routes get a free port, on this machine only.
         dashboard_address=None,
         scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
-        # Dask would stop a process that has used its share of the memory.
+        # Otherwise Dask would pause or kill a process that has used its share of the memory.
         memory_limit=0,
         preload=[_PRELOAD],
     )

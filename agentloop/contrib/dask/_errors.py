@@ -15,7 +15,7 @@ from agentloop import AgentLoopError, Verdict, classify, response_status
 
 from ._pickles import dumps, loads
 
-# How many exceptions travel with one: its causes, its contexts and the members of its groups.
+# At most so many exceptions travel together: an error, its causes, contexts and members of groups.
 _MOST_ERRORS = 50
 _MOST_CHARACTERS = 20_000
 
@@ -24,7 +24,7 @@ class WorkerLost(AgentLoopError, ConnectionError):
     """
     A remote call has no process to run in.
 
-    Either its processes died each time it ran, the last time without another call in the same process, or
+    Either its process died each time it ran, at the last resend without another call in the same process, or
     there has been no process at all for ``patience_seconds``.
 
     :param text: what happened
@@ -32,24 +32,24 @@ class WorkerLost(AgentLoopError, ConnectionError):
     """
 
     def __init__(self, text: str, deaths: int = 0) -> None:
-        # One argument: OSError takes two for an errno and its text.
+        # Not two arguments: OSError would take them for an errno and its text.
         super().__init__(text)
         self.deaths = deaths
-        # A call that kills its process would kill the next one too. Having no process is an outage.
+        # A call that has killed its processes would kill the next one too. No process at all is an outage.
         self._verdict = "permanent" if deaths else None
 
 
 class RemoteError(AgentLoopError):
     """
-    What a remote agent raised, if that cannot be pickled: what is known of the error, not the object.
+    Stands for an error of a remote agent that cannot be pickled.
 
-    ``classify`` judges it as the error itself.
+    ``classify`` gives it the verdict of the original error.
 
     :param kind: the qualified name of the error's type, ``openai.RateLimitError``
-    :param text: what ``str()`` of the error gave
-    :param status_code: the status of the response that the error tells of, as ``response_status`` reads it:
-        an HTTP status, the name of a gRPC status, or ``None``
-    :param verdict: what ``classify`` makes of the error
+    :param text: ``str()`` of the error
+    :param status_code: ``response_status`` of the error: an HTTP status, the name of a gRPC status, or
+        ``None``
+    :param verdict: the verdict of ``classify``
     """
 
     def __init__(self, kind: str, text: str, status_code: int | str | None, verdict: Verdict) -> None:
@@ -63,12 +63,12 @@ class RemoteError(AgentLoopError):
         self.headers: dict[str, str] = (
             {} if verdict.retry_after is None else {"retry-after": f"{verdict.retry_after!r}"}
         )
-        # classify reads the status and the Retry-After of this error too, but no type and no body.
+        # classify reads the status and the Retry-After here too; the original's type and body are missing.
         if classify(self) != verdict:
             self._verdict = verdict.kind.value
 
     def code(self) -> SimpleNamespace:
-        """Return the status as gRPC's errors do: an object whose ``name`` it is."""
+        """Return the status in the form of gRPC's errors: an object with a ``name``."""
         return SimpleNamespace(name=self.status_code)
 
     def __str__(self) -> str:
@@ -76,20 +76,20 @@ class RemoteError(AgentLoopError):
 
 
 @attrs.frozen
-class _Link:
+class _PackedError:
     """
-    One exception, and those that hang on it.
+    One exception with its cause, context and members.
 
-    :param error: the pickled exception; ``None`` if that does not work
+    :param error: the pickled exception; ``None`` if it does not pickle
     :param fallback: a pickled :class:`RemoteError`
     """
 
     error: bytes | None
     fallback: bytes
-    cause: _Link | None = None
-    context: _Link | None = None
+    cause: _PackedError | None = None
+    context: _PackedError | None = None
     hides_context: bool = False
-    members: tuple[_Link, ...] = ()
+    members: tuple[_PackedError, ...] = ()
 
     def unpack(self) -> BaseException:
         error = self._unpack_alone()
@@ -112,11 +112,11 @@ class _Link:
         return error if isinstance(error, BaseException) else loads(self.fallback)
 
 
-def _pack(exc: BaseException, left: Iterator[object]) -> _Link | None:
+def _pack(exc: BaseException, left: Iterator[object]) -> _PackedError | None:
     """
-    Return an exception with those that hang on it; ``None`` if that would be too many.
+    Pack an exception with its cause, context and members; return ``None`` once ``left`` is exhausted.
 
-    :param left: yields as often as there may be one more
+    :param left: yields one item for each exception that may still be packed
     """
     if next(left, None) is None:
         return None
@@ -128,19 +128,19 @@ def _pack(exc: BaseException, left: Iterator[object]) -> _Link | None:
     if isinstance(exc, BaseExceptionGroup):
         group = cast("BaseExceptionGroup[BaseException]", exc)
         members = [_pack(member, left) for member in group.exceptions]
-        return _Link(None, fallback, members=tuple(filter(None, members)))
+        return _PackedError(None, fallback, members=tuple(filter(None, members)))
 
     cause, context = exc.__cause__ or _inner_of(exc), exc.__context__
-    link = _Link(
+    packed = _PackedError(
         None,
         fallback,
         None if cause is None else _pack(cause, left),
-        # An error that is raised from another has it as its context too.
+        # An error that was raised from another has it as cause and as context.
         None if context is None or context is cause else _pack(context, left),
         exc.__suppress_context__,
     )
     try:
-        whole = attrs.evolve(link, error=dumps(exc))
+        whole = attrs.evolve(packed, error=dumps(exc))
         if _is_alike(exc, whole.unpack()):
             return whole
 
@@ -148,14 +148,14 @@ def _pack(exc: BaseException, left: Iterator[object]) -> _Link | None:
         pass
 
     if isinstance(exc, OSError) and cause is None:
-        # A RemoteError is no OSError, and it is those that speak of the network.
-        link = attrs.evolve(link, cause=_pack(OSError(exc.errno, exc.strerror), left))
+        # A RemoteError is no OSError, but only an OSError in the chain is a sign of an outage.
+        packed = attrs.evolve(packed, cause=_pack(OSError(exc.errno, exc.strerror), left))
 
-    return link
+    return packed
 
 
 def _inner_of(exc: BaseException) -> BaseException | None:
-    """Return the cause of an exception where azure-core has it."""
+    """Return the cause of an exception of azure-core, which keeps it in an attribute."""
     inner = getattr(exc, "inner_exception", None)
     return inner if isinstance(inner, BaseException) else None
 
@@ -168,9 +168,9 @@ def _text_of(exc: BaseException) -> str:
 
 
 def _is_alike(exc: BaseException, other: BaseException) -> bool:
-    """Return whether an exception has come back as what it was, in all that the loop reads."""
+    """Return whether an unpickled exception is like the original in everything that the loop reads."""
     here, there = classify(cast("Exception", exc)), classify(cast("Exception", other))
-    # A wait until a date has got shorter meanwhile.
+    # Do not compare the seconds: the wait until a date gets shorter meanwhile.
     return (
         type(exc) is type(other)
         and here.kind is there.kind
@@ -190,8 +190,8 @@ def pack_error(exc: BaseException, where: str) -> bytes:
 
 
 def unpack_error(data: bytes) -> BaseException:
-    """Return an exception that another process has packed. A note has the traceback there."""
-    link, note = loads(data)
-    error: BaseException = link.unpack()
+    """Return an exception that another process has packed, with its traceback as a note."""
+    packed, note = loads(data)
+    error: BaseException = packed.unpack()
     error.add_note(note)
     return error

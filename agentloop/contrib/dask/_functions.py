@@ -21,7 +21,7 @@ _numbers = itertools.count()
 
 
 def versions() -> dict[str, str]:
-    """Return what has to be the same in all processes: each writes pickles that the others read."""
+    """Return versions that must be equal in all processes, since each reads the others' pickles."""
     return {
         "Python": ".".join(platform.python_version_tuple()[:2]),
         **{name: importlib.metadata.version(name) for name in ("agentloop-anyio", "cloudpickle")},
@@ -29,12 +29,16 @@ def versions() -> dict[str, str]:
 
 
 def check_async(fn: object) -> None:
-    """Refuse anything but an async function, with a hint at what to write instead."""
+    """
+    Refuse anything but an async function.
+
+    :raises TypeError: with a hint at the right call
+    """
     called = fn
     while isinstance(called, partial):
         called = called.func
 
-    # An object is called by a method of its class.
+    # Calling an object calls a method of its class.
     kinds = (called, type(called).__call__)
     if any(map(inspect.iscoroutinefunction, kinds)):
         return
@@ -54,9 +58,10 @@ def check_async(fn: object) -> None:
 
 class Function:
     """
-    A function as other processes receive it.
+    A function that can be sent to other processes.
 
-    :param fn: the function, which is not pickled before it is called: it may refer to what is defined later
+    :param fn: the function. It is pickled at its first call, since it may refer to names that are defined
+        after it
     """
 
     def __init__(self, fn: Callable[..., Awaitable[Any]]) -> None:
@@ -66,9 +71,9 @@ class Function:
 
     def define(self) -> bytes:
         """
-        Return what :func:`load_function` loads.
+        Return the function as bytes, for :func:`load_function`.
 
-        :raises TypeError: if that does not pickle
+        :raises TypeError: if it does not pickle
         """
         if self._data is None:
             try:
@@ -100,7 +105,7 @@ def load_function(data: bytes) -> Callable[..., Awaitable[Any]]:
     """
     Return a function that another process has defined.
 
-    :raises ImportError: if it cannot be imported here, or its module is another version
+    :raises ImportError: if it cannot be imported here, or the source of its module differs
     """
     pickled, module, source = loads(data)
     try:
@@ -108,7 +113,7 @@ def load_function(data: bytes) -> Callable[..., Awaitable[Any]]:
     except (ImportError, AttributeError) as exc:
         raise ImportError(f"{exc}: the worker processes must be able to import the agent's module") from exc
 
-    # A module that is not loaded was not needed: the function came by value.
+    # If its module is not loaded, the function was pickled by value.
     if module in sys.modules and (found := _source(module)) != source:
         raise ImportError(
             f"the module {module} is another version in this worker process, {found} here and {source} in "
@@ -135,7 +140,7 @@ def _module_of(fn: Any) -> str:
 
 
 def _source(name: str) -> str:
-    """Return a hash of the source of a module, empty if there is none; of a script, which travels, too."""
+    """Return a hash of the source of a module; empty for ``__main__``, which travels by value, or no file."""
     path = getattr(sys.modules.get(name), "__file__", None)
     if name == "__main__" or path is None:
         return ""

@@ -10,7 +10,7 @@ import pickle
 from collections import ChainMap, UserDict
 from typing import Any, ClassVar
 
-# It has no types, for either checker.
+# The package has no types, for either checker.
 import cloudpickle as untyped  # type: ignore[import-untyped]  # pyright: ignore[reportMissingTypeStubs]
 
 loads = pickle.loads
@@ -19,10 +19,10 @@ _cloudpickle: Any = untyped
 
 class _Reducers(UserDict[type, Any]):
     """
-    All that is registered with ``copyreg``, but what Dask has there for exceptions.
+    The reducers that are registered with ``copyreg``, without those of ``tblib`` for exceptions.
 
-    That calls no ``__init__``, so that of an error, of ``SystemExit`` too, something may be missing, and
-    Python's own error for this would not be raised.
+    Dask registers these. They restore an exception without calling its ``__init__``, so attributes may be
+    missing without an error (the ``code`` of ``SystemExit``, for example). Python's own reducer raises one.
     """
 
     def __missing__(self, kind: type) -> Any:
@@ -45,9 +45,9 @@ class _ByValue(_cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
 
 
 def dumps(value: Any) -> bytes:
-    """Pickle a value; if need be by value, as what is defined in ``__main__`` or in a function must be."""
+    """Pickle by name where possible, and by value what ``__main__`` or a function body defines."""
     try:
-        # Faster than by value, most of all for errors.
+        # By name is faster, most of all for errors.
         data = _pickle(_ByName, value)
         if b"__main__" not in data:
             return data

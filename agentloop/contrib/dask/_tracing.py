@@ -1,4 +1,4 @@
-"""Trace context on its way to another process, where OpenTelemetry is in use."""
+"""Sends OpenTelemetry's trace context to another process, if the application uses OpenTelemetry."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 def trace_here() -> dict[str, str]:
     """Return the current trace context as the application's propagators write it; empty if there is none."""
     carrier: dict[str, str] = {}
-    # An application that has not imported it has no span.
+    # Without this import, the application has no span.
     if "opentelemetry.trace" in sys.modules:
         from opentelemetry import propagate
 
@@ -20,7 +20,7 @@ def trace_here() -> dict[str, str]:
 
 
 def enter_trace(carrier: dict[str, str]) -> None:
-    """Make spans of the current task, from now on, children of the one in which the call was made."""
+    """Make later spans of the current task children of the caller's current span."""
     if carrier:
         try:
             from opentelemetry import context, propagate

@@ -1,4 +1,4 @@
-"""The processes, as users hold them."""
+"""The public class: starts or joins worker processes, and wraps functions for them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from agentloop import current_attempt
 
-from ._courier import courier_here
 from ._dispatcher import Call
 from ._engine import Engine, Settings
 from ._errors import pack_error, unpack_error
 from ._functions import Function, check_async
+from ._mailbox import mailbox_here
 from ._pickles import loads
 from ._tracing import trace_here
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# How long a cancelled call waits for its agent to end. A process that hangs would have it wait for ever.
+# How long a cancelled call waits for its agent to end. Without this limit, a process that hangs would block
+# the caller for ever.
 _FAREWELL_SECONDS = 1.0
 _BACKENDS = ("asyncio", "trio")
 
@@ -40,7 +41,7 @@ class WorkersStatistics:
     """
     Worker processes at this moment.
 
-    :param processes: how many there are
+    :param processes: how many processes can be called
     :param calls: how many calls are open in each, by the address of the process
     :param waiting: how many calls wait for a process
     :param lost: how many processes have died or left so far
@@ -54,26 +55,26 @@ class WorkersStatistics:
 
 class Workers:
     """
-    Processes that call agents for a loop in this one::
+    Worker processes that call agents, for a loop in this process::
 
         async with Workers(8) as workers:
             results = await loop.run_all(Invocation.map(workers.remote(ask), prompts))
 
     A call goes to the process with the fewest open calls. When a process dies, its open calls, and only
-    these, are sent to others, so that an agent may be called more than once. Leaving the block cancels calls
-    that are open, and ends the processes if they are this object's own.
+    these, are sent to others, so an agent may be called more than once. Leaving the block cancels open calls,
+    and ends the processes that this object has started.
 
     A script that starts processes needs ``if __name__ == "__main__":``, as with ``multiprocessing``.
 
-    :param processes: how many processes to start on this machine; as many as there are processors if absent
-    :param address: of a Dask scheduler, ``"tcp://host:8786"``, to use its workers instead
+    :param processes: how many processes to start on this machine; one per processor if absent
+    :param address: the address of a Dask scheduler, ``"tcp://host:8786"``, to use its workers instead
     :param security: a ``distributed.Security``, for TLS; ``True`` for temporary certificates of processes on
         this machine
-    :param backend: of the event loops in the processes, ``"asyncio"`` or ``"trio"``
-    :param linger_seconds: how long a call, and its reply, wait for others to share a message with
-    :param max_deaths: how many processes may die while they run a call, before it fails with a
-        :exc:`WorkerLost`; all but the first two run no other call meanwhile
-    :param patience_seconds: how long calls wait when there is no process, before they fail with a
+    :param backend: the backend of the event loops in the processes, ``"asyncio"`` or ``"trio"``
+    :param linger_seconds: how long a call, and its reply, wait for others to share a message
+    :param max_deaths: after so many deaths of its process, a call fails with a :exc:`WorkerLost`; at the last
+        resend, and from the second on, it runs alone in its process
+    :param patience_seconds: how long calls wait for a process when there is none, before they fail with a
         :exc:`WorkerLost`
     :raises TypeError: if a value is of the wrong type
     :raises ValueError: if a value is out of its range, or both ``processes`` and ``address`` are given
@@ -125,16 +126,17 @@ class Workers:
     def statistics(self) -> WorkersStatistics:
         """Return the state at this moment."""
         now = self._engine.dispatcher
-        links = [*now.links]
-        calls = {link.address: len(link.open) for link in links}
-        return WorkersStatistics(len(links), calls, len(now.waiting) + len(now.suspects), now.lost)
+        workers = [*now.workers]
+        calls = {worker.address: len(worker.open) for worker in workers}
+        return WorkersStatistics(len(workers), calls, len(now.waiting) + len(now.suspects), now.lost)
 
     def remote(self, fn: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
         """
         Return an agent that calls ``fn`` in one of the processes.
 
-        The function, its arguments and what it returns must pickle. What the processes can import travels by
-        name, and all else by value.
+        The function, its arguments and its return value must pickle. Functions and classes of modules travel
+        by name, so the processes must be able to import them. Those of ``__main__`` and of function bodies
+        travel by value.
 
         :param fn: an async function; ``in_thread(fn)`` for a blocking one
         :return: an async function of the same name and parameters
@@ -146,7 +148,7 @@ class Workers:
         async def call(*args: P.args, **kwargs: P.kwargs) -> T:
             function.define()
             call = Call(
-                function, (function.pack(args, kwargs), _attempt_here(), trace_here()), courier_here()
+                function, (function.pack(args, kwargs), _attempt_here(), trace_here()), mailbox_here()
             )
             engine.submit(call)
             try:
@@ -171,7 +173,7 @@ class Workers:
             raise RuntimeError("these Workers were started before: make others")
 
         started = anyio.Event()
-        here = courier_here()
+        here = mailbox_here()
         self._portal = start_blocking_portal(backend="asyncio")
         portal = self._portal.__enter__()
         running = portal.start_task_soon(self._engine.run, partial(here.send, started.set))
@@ -196,7 +198,7 @@ class Workers:
 
     async def _close(self) -> None:
         assert self._portal is not None
-        # Waits until all that the portal runs has ended.
+        # Blocks until the engine has ended.
         close = partial(self._portal.__exit__, None, None, None)
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(close, limiter=anyio.CapacityLimiter(1))
@@ -206,13 +208,13 @@ def _check(name: str, value: Any, kind: Any, minimum: int) -> None:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{name} must be {'an int' if kind is int else 'a number'}, got {value!r}")
 
-    # NaN is not, either.
+    # NaN fails this comparison too.
     if not value >= minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
 
 
 def _attempt_here() -> tuple[Any, ...]:
-    """Return what ``current_attempt()`` is to return there; nothing outside of an agent."""
+    """Return the arguments of ``Attempt`` for the worker process; an empty tuple outside of an agent."""
     try:
         now = current_attempt()
     except RuntimeError:

@@ -37,7 +37,7 @@ async def hold(path: str) -> None:
         Path(path).write_text("cancelled")
 
 
-class BrokenSeat:
+class BrokenActor:
     def __init__(self, *_: object) -> None:
         raise LookupError("No such backend: curio")
 

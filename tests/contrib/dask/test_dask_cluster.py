@@ -106,7 +106,7 @@ async def test_workers_of_a_cluster_join_and_leave(
                 async with Workers(address=cluster.address):
                     raise AssertionError("the worker is refused")
 
-            patch.setattr(_engine, "Seat", there.BrokenSeat)
+            patch.setattr(_engine, "AgentActor", there.BrokenActor)
             with pytest.raises(RuntimeError, match="cannot be used: No such backend: curio"):
                 async with Workers(address=cluster.address):
                     raise AssertionError("the worker is refused")
@@ -202,7 +202,7 @@ async def test_process_that_the_scheduler_does_not_know_any_more_is_given_up(
         assert workers.statistics().lost == before
         monkeypatch.setattr(client, "nthreads", nobody)
         await wait_until(lambda: workers.statistics().lost == before + 2)
-        # Its seat was closed, although the process is alive, so that nothing runs twice there.
+        # Its actor was closed, although the process is alive, so that nothing runs twice there.
         await wait_until(lambda: path.read_text() == "cancelled")
         monkeypatch.undo()
         await wait_until(lambda: path.read_text() == "begun")

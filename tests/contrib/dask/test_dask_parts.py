@@ -17,14 +17,14 @@ import remote_agents as there
 
 from agentloop import InvocationCancelled, LoopClosed, Verdict, VerdictKind, classify
 from agentloop._signs import is_sign_of_outage
-from agentloop.contrib.dask import RemoteError, WorkerLost, _functions, _seat
-from agentloop.contrib.dask._courier import Courier
-from agentloop.contrib.dask._dispatcher import Call, Dispatcher, Link
+from agentloop.contrib.dask import RemoteError, WorkerLost, _actor, _functions
+from agentloop.contrib.dask._actor import AgentActor
+from agentloop.contrib.dask._dispatcher import Call, Dispatcher, Worker
 from agentloop.contrib.dask._engine import Engine, Settings
 from agentloop.contrib.dask._errors import pack_error, unpack_error
 from agentloop.contrib.dask._functions import Function, load_function
+from agentloop.contrib.dask._mailbox import Mailbox
 from agentloop.contrib.dask._pickles import dumps, loads
-from agentloop.contrib.dask._seat import Seat
 from agentloop.contrib.dask._tracing import enter_trace, trace_here
 
 # --- which call goes where
@@ -36,10 +36,10 @@ class Caller:
     def __init__(self) -> None:
         self.calls: dict[str, Call] = {}
         # Delivers at once, in this thread.
-        self.courier = Courier(SimpleNamespace(call_soon_threadsafe=lambda fn: fn()))
+        self.mailbox = Mailbox(SimpleNamespace(call_soon_threadsafe=lambda fn: fn()))
 
     def call(self, name: str) -> Call:
-        call = self.calls[name] = Call(Function(there.nap), (name,), self.courier)
+        call = self.calls[name] = Call(Function(there.nap), (name,), self.mailbox)
         return call
 
     @property
@@ -52,7 +52,7 @@ class Caller:
         }
 
 
-class Process(Link):
+class Process(Worker):
     """A process that sends at once what it is given."""
 
     def __init__(self, name: str) -> None:
@@ -88,26 +88,26 @@ def test_call_goes_to_the_process_with_the_fewest(caller: Caller) -> None:
 
 
 def test_definition_of_a_function_is_sent_once_to_each_process(caller: Caller) -> None:
-    link, function = Process("one"), Function(there.nap)
+    worker, function = Process("one"), Function(there.nap)
     for _ in range(2):
-        link.assign(Call(function, (), caller.courier))
+        worker.assign(Call(function, (), caller.mailbox))
 
-    assert [*loads(link.pack())[0]] == [function.number]
-    link.assign(Call(function, (), caller.courier))
-    assert not loads(link.pack())[0]
-    assert not link.pack()
+    assert [*loads(worker.pack())[0]] == [function.number]
+    worker.assign(Call(function, (), caller.mailbox))
+    assert not loads(worker.pack())[0]
+    assert not worker.pack()
 
 
 def test_calls_of_a_lost_process_go_to_others_and_are_given_up_after_max_deaths(caller: Caller) -> None:
     dispatcher = Dispatcher(2)
     for number in range(2):
-        link = Process(str(number))
-        dispatcher.add(link)
+        worker = Process(str(number))
+        dispatcher.add(worker)
         if not number:
             dispatcher.submit(caller.call("a"))
 
-        assert link.send() == {"a"}
-        dispatcher.lose(link)
+        assert worker.send() == {"a"}
+        dispatcher.lose(worker)
 
     error = caller.results["a"]
     assert isinstance(error, WorkerLost)
@@ -117,25 +117,25 @@ def test_calls_of_a_lost_process_go_to_others_and_are_given_up_after_max_deaths(
 
 
 def test_death_before_a_call_was_sent_does_not_count(caller: Caller) -> None:
-    dispatcher, link, call = Dispatcher(1), Process("one"), caller.call("a")
-    dispatcher.add(link)
+    dispatcher, worker, call = Dispatcher(1), Process("one"), caller.call("a")
+    dispatcher.add(worker)
     dispatcher.submit(call)
-    dispatcher.lose(link)
+    dispatcher.lose(worker)
     assert (call.deaths, [*dispatcher.waiting]) == (0, [call])
 
 
 def test_call_that_saw_two_deaths_runs_alone(caller: Caller) -> None:
-    dispatcher, links = Dispatcher(3), [Process(str(number)) for number in range(5)]
+    dispatcher, workers = Dispatcher(3), [Process(str(number)) for number in range(5)]
     for name in "ab":
         dispatcher.submit(caller.call(name))
 
-    for link in links[:2]:
-        dispatcher.add(link)
-        assert link.send() == {"a", "b"}
-        dispatcher.lose(link)
+    for worker in workers[:2]:
+        dispatcher.add(worker)
+        assert worker.send() == {"a", "b"}
+        dispatcher.lose(worker)
 
     assert len(dispatcher.suspects) == 2
-    alone, other = links[2:4]
+    alone, other = workers[2:4]
     dispatcher.add(alone)
     dispatcher.submit(caller.call("c"))
     # There is nothing else for it to run in, and it waits.
@@ -151,36 +151,36 @@ def test_call_that_saw_two_deaths_runs_alone(caller: Caller) -> None:
 
 
 def test_process_of_a_suspect_that_dies_is_replaced_by_another(caller: Caller) -> None:
-    dispatcher, links = Dispatcher(3), [Process(str(number)) for number in range(4)]
+    dispatcher, workers = Dispatcher(3), [Process(str(number)) for number in range(4)]
     dispatcher.submit(caller.call("a"))
-    for link in links[:3]:
-        dispatcher.add(link)
-        assert link.send() == {"a"}
-        dispatcher.lose(link)
+    for worker in workers[:3]:
+        dispatcher.add(worker)
+        assert worker.send() == {"a"}
+        dispatcher.lose(worker)
 
     assert isinstance(caller.results["a"], WorkerLost)
     dispatcher.submit(caller.call("b"))
-    dispatcher.add(links[3])
-    assert links[3].send() == {"b"}
+    dispatcher.add(workers[3])
+    assert workers[3].send() == {"b"}
 
 
 @pytest.mark.parametrize("state", ["waiting", "sent", "ended", "lost"])
 def test_cancelled_call_is_not_run_again(caller: Caller, state: str) -> None:
-    dispatcher, link, call = Dispatcher(3), Process("one"), caller.call("a")
+    dispatcher, worker, call = Dispatcher(3), Process("one"), caller.call("a")
     dispatcher.submit(caller.call("before"))
     dispatcher.submit(call)
     if state != "waiting":
-        dispatcher.add(link)
-        link.send()
+        dispatcher.add(worker)
+        worker.send()
 
     if state == "ended":
-        dispatcher.ended(link, call.number, False, b"done")
+        dispatcher.ended(worker, call.number, False, b"done")
 
     dispatcher.cancel(call)
-    link.send()
-    assert link.cancelled == ([call.number] if state in ("sent", "lost") else [])
+    worker.send()
+    assert worker.cancelled == ([call.number] if state in ("sent", "lost") else [])
     if state == "lost":
-        dispatcher.lose(link)
+        dispatcher.lose(worker)
 
     expected = {"waiting": {"a": b""}, "sent": {}, "ended": {"a": b"done"}, "lost": {"a": b""}}
     assert caller.results == expected[state]
@@ -191,16 +191,16 @@ def refuse(fn: object) -> None:
 
 
 def test_caller_whose_event_loop_has_ended_is_not_told() -> None:
-    courier = Courier(SimpleNamespace(call_soon_threadsafe=refuse))
-    call = Call(Function(there.nap), (), courier)
+    mailbox = Mailbox(SimpleNamespace(call_soon_threadsafe=refuse))
+    call = Call(Function(there.nap), (), mailbox)
     call.fail(LoopClosed("left"))
     with pytest.raises(RuntimeError, match="closed"):
-        courier.send(print)
+        mailbox.send(print)
 
 
 def test_closed_dispatcher_gives_up_what_is_open_and_what_still_comes(caller: Caller) -> None:
-    dispatcher, link = Dispatcher(3), Process("one")
-    dispatcher.add(link)
+    dispatcher, worker = Dispatcher(3), Process("one")
+    dispatcher.add(worker)
     dispatcher.submit(caller.call("a"))
     dispatcher.close(LoopClosed("left"))
     dispatcher.submit(caller.call("b"))
@@ -209,7 +209,7 @@ def test_closed_dispatcher_gives_up_what_is_open_and_what_still_comes(caller: Ca
 
 def test_engine_whose_event_loop_has_ended_takes_no_call(caller: Caller) -> None:
     engine = Engine(Settings(1, None, None, "asyncio", 0, 3, 60))
-    engine._courier = Courier(SimpleNamespace(call_soon_threadsafe=refuse))
+    engine._mailbox = Mailbox(SimpleNamespace(call_soon_threadsafe=refuse))
     with pytest.raises(LoopClosed):
         engine.submit(caller.call("a"))
 
@@ -380,20 +380,20 @@ def test_trace_context_is_dropped_where_opentelemetry_is_missing(monkeypatch: py
 
 
 class Question:
-    """Asks a seat to call agents."""
+    """Asks an actor to call agents."""
 
     def __init__(self, backend: str) -> None:
-        self.seat = Seat(backend, 0)
+        self.actor = AgentActor(backend, 0)
 
     async def call(self, number: int, fn: Any, *args: Any, attempt: tuple[Any, ...] = ()) -> None:
         function = Function(fn)
         trace = {"traceparent": f"00-{1:032x}-{number:016x}-01"}
         call = number, function.number, function.pack(args, {}), attempt, trace
-        await self.seat.give(dumps(({function.number: function.define()}, [call], [])))
+        await self.actor.send(dumps(({function.number: function.define()}, [call], [])))
 
     async def replies(self, message: bytes = b"") -> Any:
         with anyio.fail_after(5):
-            while not (found := loads(await self.seat.take(message))):
+            while not (found := loads(await self.actor.receive(message))):
                 message = b""
 
         return found
@@ -403,21 +403,21 @@ async def test_reply_that_comes_before_it_is_asked_for_is_kept(anyio_backend: st
     question = Question(anyio_backend)
     await question.call(1, there.nap)
     with anyio.fail_after(5):
-        while not question.seat._replies:
+        while not question.actor._replies:
             await anyio.sleep(0.01)
 
     assert await question.replies() == [(1, False, dumps(None))]
-    await question.seat.close()
+    await question.actor.close()
 
 
-async def test_event_loop_that_crashes_ends_the_seat(anyio_backend: str) -> None:
+async def test_event_loop_that_crashes_ends_the_actor(anyio_backend: str) -> None:
     question = Question(anyio_backend)
-    question.seat._courier.send(question.seat._scopes.__setitem__, 1, None)
-    await question.seat.give(dumps(({}, [], [1])))
-    await question.seat.close()
+    question.actor._mailbox.send(question.actor._scopes.__setitem__, 1, None)
+    await question.actor.send(dumps(({}, [], [1])))
+    await question.actor.close()
 
 
-async def test_seat_answers_and_cancels(anyio_backend: str) -> None:
+async def test_actor_answers_and_cancels(anyio_backend: str) -> None:
     question = Question(anyio_backend)
     await question.call(1, there.fail, ValueError("boom"))
     [(number, is_error, data)] = await question.replies()
@@ -432,9 +432,9 @@ async def test_seat_answers_and_cancels(anyio_backend: str) -> None:
     await question.call(2, there.nap, 60)
     # The second of these comes too late.
     assert await question.replies(dumps(({}, [], [2, 1]))) == [(2, False, b"")]
-    assert "Python" in await question.seat.versions()
+    assert "Python" in await question.actor.versions()
     await question.call(3, there.nap, 60)
-    await question.seat.close()
+    await question.actor.close()
 
 
 async def test_agent_knows_its_attempt_there(anyio_backend: str) -> None:
@@ -443,10 +443,10 @@ async def test_agent_knows_its_attempt_there(anyio_backend: str) -> None:
     [(_, _, data)] = await question.replies()
     agent_id, number, _, key = loads(data)
     assert (agent_id, number, key) == ("a", 2, "key")
-    await question.seat.close()
+    await question.actor.close()
 
 
-async def test_agent_that_leaves_a_scope_open_ends_no_seat(anyio_backend: str) -> None:
+async def test_agent_that_leaves_a_scope_open_ends_no_actor(anyio_backend: str) -> None:
     question = Question(anyio_backend)
     await question.call(1, there.leave_scope_open)
     [(_, is_error, data)] = await question.replies()
@@ -454,22 +454,22 @@ async def test_agent_that_leaves_a_scope_open_ends_no_seat(anyio_backend: str) -
     assert str(unpack_error(data)).startswith("'the agent' has left a cancel scope or a task group open")
     await question.call(2, there.nap)
     assert await question.replies() == [(2, False, dumps(None))]
-    await question.seat.close()
+    await question.actor.close()
 
 
-async def test_seat_answers_nothing_after_a_while(
+async def test_actor_answers_nothing_after_a_while(
     anyio_backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_seat, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(_actor, "POLL_SECONDS", 0.01)
     question = Question(anyio_backend)
-    assert loads(await question.seat.take(b"")) == []
-    await question.seat.close()
+    assert loads(await question.actor.receive(b"")) == []
+    await question.actor.close()
 
 
-async def test_seat_that_is_asked_nothing_ends(
+async def test_actor_that_is_asked_nothing_ends(
     anyio_backend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(_seat, "LEASE_SECONDS", 0.3)
+    monkeypatch.setattr(_actor, "LEASE_SECONDS", 0.3)
     question, path = Question(anyio_backend), tmp_path / "held"
     await question.call(1, there.hold, str(path))
     with anyio.fail_after(5):
@@ -478,10 +478,10 @@ async def test_seat_that_is_asked_nothing_ends(
 
         with pytest.raises(RuntimeError):
             while True:
-                await question.seat.take(b"")
+                await question.actor.receive(b"")
                 await anyio.sleep(0.01)
 
 
-def test_seat_whose_event_loop_cannot_start_says_why() -> None:
+def test_actor_whose_event_loop_cannot_start_says_why() -> None:
     with pytest.raises(LookupError, match="curio"):
-        Seat("curio", 0)
+        AgentActor("curio", 0)

@@ -1,8 +1,8 @@
-"""From one event loop to another, in another thread or not."""
+"""Function calls from any thread to an event loop."""
 
 from __future__ import annotations
 
-__all__ = ["Courier", "courier_here"]
+__all__ = ["Mailbox", "mailbox_here"]
 
 from collections import deque
 from collections.abc import Callable
@@ -11,13 +11,14 @@ from typing import Any
 from anyio.lowlevel import RunVar, current_token
 
 
-class Courier:
+class Mailbox:
     """
-    Calls functions in one event loop, in the order in which any threads have sent them, and waits for none.
+    Calls functions in one event loop, in the order in which threads have sent them. No sender waits.
 
-    Many calls share one wake-up of the event loop, which costs more than all else about a call.
+    Functions that are sent together share one wake-up of the event loop: a wake-up costs more than all else
+    about a remote call.
 
-    :param native: the event loop of asyncio, or trio's token
+    :param native: asyncio's event loop or trio's token
     """
 
     def __init__(self, native: Any) -> None:
@@ -29,12 +30,12 @@ class Courier:
 
     def send(self, fn: Callable[..., object], *args: Any) -> None:
         """
-        Have a function called soon.
+        Call a function soon in the event loop.
 
         :raises RuntimeError: if the event loop has ended
         """
         self._sent.append((fn, args))
-        # Looked at only after the append: deliver() resets it before it looks for what was sent.
+        # Append first: _deliver() resets the flag before it reads the queue, so it misses no function.
         if not self._is_woken:
             self._is_woken = True
             try:
@@ -50,14 +51,14 @@ class Courier:
             fn(*args)
 
 
-_courier: RunVar[Courier] = RunVar("agentloop.courier")
+_mailbox: RunVar[Mailbox] = RunVar("agentloop.mailbox")
 
 
-def courier_here() -> Courier:
-    """Return the courier to the current event loop."""
-    courier = _courier.get(None)
-    if courier is None:
-        courier = Courier(current_token().native_token)
-        _courier.set(courier)
+def mailbox_here() -> Mailbox:
+    """Return the mailbox of the current event loop."""
+    mailbox = _mailbox.get(None)
+    if mailbox is None:
+        mailbox = Mailbox(current_token().native_token)
+        _mailbox.set(mailbox)
 
-    return courier
+    return mailbox

@@ -1,8 +1,8 @@
-"""The part that runs in a worker process: a Dask actor with an event loop in a thread of its own."""
+"""Runs in a worker process: a Dask actor with an event loop for agents in a thread of its own."""
 
 from __future__ import annotations
 
-__all__ = ["LEASE_SECONDS", "Seat"]
+__all__ = ["LEASE_SECONDS", "AgentActor"]
 
 import os
 import platform
@@ -20,23 +20,23 @@ from agentloop import Attempt, InvocationCancelled
 from agentloop._errors import LeftOpenError
 from agentloop._runtime.current import attempt_elsewhere
 
-from ._courier import Courier, courier_here
 from ._errors import pack_error, unpack_error
 from ._functions import load_function, versions
+from ._mailbox import Mailbox, mailbox_here
 from ._pickles import dumps, loads
 from ._tracing import enter_trace
 
-# How long take() waits for a reply, and how long calls go on when the caller asks for none.
+# How long receive() waits for a reply, and how long calls go on while the caller does not call receive().
 POLL_SECONDS, LEASE_SECONDS = 3.0, 20.0
 
 
-class Seat:
+class AgentActor:
     """
-    Calls agents in an event loop of its own, so that Dask's heartbeats need not wait for agents.
+    Calls agents in an event loop of its own, so that no agent delays Dask's heartbeats.
 
-    All methods but the private ones run in Dask's event loop.
+    The public methods run in Dask's event loop.
 
-    :param backend: of the event loop of the agents
+    :param backend: the backend of the agents' event loop
     :param linger_seconds: how long replies wait for others to share a message
     """
 
@@ -45,38 +45,38 @@ class Seat:
         self._functions: dict[int, Callable[..., Awaitable[Any]] | bytes] = {}
         self._scopes: dict[int, anyio.CancelScope] = {}
         self._replies: deque[tuple[int, bool, bytes]] = deque()
-        self._reader: tuple[Courier, anyio.Event] | None = None
-        started: Future[Courier] = Future()
+        self._reader: tuple[Mailbox, anyio.Event] | None = None
+        started: Future[Mailbox] = Future()
         threading.Thread(
-            target=self._run, args=(backend, started), name="agentloop seat", daemon=True
+            target=self._run, args=(backend, started), name="agentloop actor", daemon=True
         ).start()
-        self._courier = started.result()
+        self._mailbox = started.result()
 
     async def versions(self) -> dict[str, str]:
-        """Return what has to be the same as in the caller's process."""
+        """Return versions that must be equal to those in the caller's process."""
         return versions()
 
-    async def give(self, message: bytes) -> None:
+    async def send(self, message: bytes) -> None:
         """
-        Take calls and cancellations.
+        Start calls, and cancel others.
 
-        :param message: the definitions of functions by number, the calls, the numbers of calls to cancel
+        :param message: definitions of functions by number, calls, and numbers of calls to cancel
         """
-        self._send(self._accept, message)
+        self._call_soon(self._accept, message)
 
-    async def take(self, message: bytes) -> bytes:
+    async def receive(self, message: bytes) -> bytes:
         """
-        Return replies, once there are any or a while has passed.
+        Return replies: once there are any, or none after ``POLL_SECONDS``.
 
-        :param message: as :meth:`give` takes it; it may be empty
+        :param message: a message for :meth:`send`; it may be empty
         """
-        self._send(self._renew)
+        self._call_soon(self._renew)
         if message:
-            self._send(self._accept, message)
+            self._call_soon(self._accept, message)
 
         event = anyio.Event()
-        self._reader = courier_here(), event
-        # Looked at only now: a reply that comes later sets the event.
+        self._reader = mailbox_here(), event
+        # Check after setting the reader: a later reply sets the event.
         if not self._replies:
             with anyio.move_on_after(POLL_SECONDS):
                 await event.wait()
@@ -90,34 +90,34 @@ class Seat:
         return dumps(replies)
 
     async def close(self) -> None:
-        """Cancel what runs, and end."""
-        self._send(self._end)
+        """Cancel all calls, and end the event loop."""
+        self._call_soon(self._end)
 
-    def _send(self, fn: Callable[..., object], *args: Any) -> None:
-        # In a context of that event loop, which agents get a copy of.
-        self._courier.send(self._context.run, fn, *args)
+    def _call_soon(self, fn: Callable[..., object], *args: Any) -> None:
+        # In a context of the agents' event loop: each agent's task gets a copy of it.
+        self._mailbox.send(self._context.run, fn, *args)
 
-    # -- in the event loop of the agents
+    # -- in the agents' event loop
 
-    def _run(self, backend: str, started: Future[Courier]) -> None:
+    def _run(self, backend: str, started: Future[Mailbox]) -> None:
         try:
             anyio.run(self._main, started, backend=backend)
         except BaseException as exc:
-            # Later, the caller notices that the seat does not answer.
+            # If the event loop crashes later, it replies no more, and the caller notices.
             if not started.done():
                 started.set_exception(exc)
 
-    async def _main(self, started: Future[Courier]) -> None:
+    async def _main(self, started: Future[Mailbox]) -> None:
         async with anyio.create_task_group() as self._group:
             self._asked = anyio.Event()
             self._context = copy_context()
-            started.set_result(courier_here())
+            started.set_result(mailbox_here())
             while not self._group.cancel_scope.cancel_called:
                 with anyio.move_on_after(LEASE_SECONDS) as scope:
                     await self._asked.wait()
 
                 if scope.cancelled_caught:
-                    self._end()  # the caller is gone, or was stopped for so long that it has given this up
+                    self._end()  # the caller has died, or was stopped for so long that it has given this up
 
                 self._asked = anyio.Event()
 
@@ -142,7 +142,7 @@ class Seat:
         reply: list[tuple[bool, bytes]] = []
         try:
             with scope:
-                # An agent that leaves a scope open in its task breaks the group of this task, and no other.
+                # An agent that leaves a scope open breaks the group of its task: this one, and no other.
                 async with anyio.create_task_group() as group:
                     answer = partial(self._answer, reply, *call)
                     group.start_soon(answer, name="remote agent")
@@ -155,8 +155,8 @@ class Seat:
         del self._scopes[number]
         self._replies.append((number, *(reply or [(False, b"")])[0]))
         if self._reader is not None:
-            courier, event = self._reader
-            courier.send(event.set)
+            mailbox, event = self._reader
+            mailbox.send(event.set)
 
     async def _answer(self, reply: list[tuple[bool, bytes]], *call: Any) -> None:
         try:
