@@ -128,14 +128,17 @@ class TrioScope(_InsideScope):
         inner: Any = self._inner
         self.until = deadline
         if inner is None:
-            scope: Any = self._new_scope()
+            # Without a queue, a deadline from the start saves setting the timer a second time.
+            own = self._queue is None
+            scope: Any = self._new_scope(deadline=deadline if own else math.inf)
             self.scope = scope
             scope.__enter__()
             inner = self._inner = scope._CancelScope__original
             self.children = inner._cancel_status._children
             self.limit = self.reason = self.cause = None
-            self._look_at = math.inf
-            self._watch(deadline)
+            self._look_at = math.nan if own else math.inf
+            if not own:
+                self._watch(deadline)
         elif self._look_at <= deadline:
             inner._deadline = deadline
         else:
