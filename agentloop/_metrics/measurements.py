@@ -3,7 +3,7 @@
 __all__ = ["REPORTS_AT_MOST", "Measurements"]
 
 import threading
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from itertools import repeat
@@ -18,6 +18,7 @@ T = TypeVar("T")
 # The status, retries, latency, queue and first chunk of a result.
 _Record: TypeAlias = tuple[Status, int, float | None, float, float | None]
 REPORTS_AT_MOST = 1000
+_OVERLOAD = "overload"
 
 
 def _taken(reported: deque[T]) -> list[T]:
@@ -45,6 +46,8 @@ class Measurements:
         self._in_flight_reported: deque[int] = deque()
         self._latencies_reported: deque[float] = deque()
         self._queues_reported: deque[float] = deque()
+        # The name of a histogram with a duration, or of the count of overloads.
+        self._others_reported: deque[tuple[str, float]] = deque()
         self.report_in_flight: Callable[[int], None] = self._in_flight_reported.append
         """Takes 1 for an invocation that begins, and -1 for one that ends."""
         self.report_latency: Callable[[float], None] = self._latencies_reported.append
@@ -54,8 +57,7 @@ class Measurements:
 
     def clear(self) -> None:
         """Reset all counts except those in flight. Within :meth:`counted` only."""
-        self.successes = 0
-        self.others: dict[Status, int] = {}
+        self.counts: Counter[Status] = Counter()
         self.retries = 0
         self.overloads = 0
         # The latencies of invocations with a single attempt, which are their attempts too.
@@ -92,10 +94,7 @@ class Measurements:
 
     def add(self, other: "Measurements") -> None:
         """Add the counts of another instance, except those in flight."""
-        self.successes += other.successes
-        for status, count in other.others.items():
-            self.others[status] = self.others.get(status, 0) + count
-
+        self.counts.update(other.counts)
         self.retries += other.retries
         self.overloads += other.overloads
         for name in (
@@ -117,28 +116,27 @@ class Measurements:
             # A single attempt took as long as its invocation, so most invocations are recorded only once.
             latencies = _taken(self._latencies_reported)
             self.in_flight += sum(_taken(self._in_flight_reported)) - len(latencies)
-            self.successes += len(latencies)
-            self.latency.add_all(latencies)
-            self.queue.add_all(_taken(self._queues_reported))
+            self.counts[Status.SUCCESS] += len(latencies)
+            durations: dict[str, list[float]] = defaultdict(list)
+            durations["latency"] = latencies
+            durations["queue"] = _taken(self._queues_reported)
+            for name, duration in _taken(self._others_reported):
+                durations[name].append(duration)
+
+            self.overloads += len(durations.pop(_OVERLOAD, ()))
             for status, retries, latency, queue, first_chunk in _taken(self._results_reported):
                 self.retries += retries
-                if status is Status.SUCCESS:
-                    self.successes += 1
-                else:
-                    self.others[status] = self.others.get(status, 0) + 1
-
-                if latency is None:
-                    if queue:
-                        self.expired.add(queue)
-
-                    continue
-
-                (self.retried if retries else self.latency).add(latency)
+                self.counts[status] += 1
                 if queue:
-                    self.queue.add(queue)
+                    durations["expired" if latency is None else "queue"].append(queue)
 
-                if first_chunk is not None:
-                    self.first_chunk.add(first_chunk)
+                if latency is not None:
+                    durations["retried" if retries else "latency"].append(latency)
+                    if first_chunk is not None:
+                        durations["first_chunk"].append(first_chunk)
+
+            for name, found in durations.items():
+                getattr(self, name).add_all(found)
 
             yield
 
@@ -166,8 +164,7 @@ class Measurements:
 
         :param attempt_ms: in milliseconds, finite and not negative
         """
-        with self._lock:
-            self.attempt.add(attempt_ms)
+        self._others_reported.append(("attempt", attempt_ms))
 
     def add_backoff(self, backoff_ms: float, overload: bool) -> None:
         """
@@ -176,14 +173,17 @@ class Measurements:
         :param backoff_ms: in milliseconds, finite and not negative
         :param overload: whether the wait is because of an overload
         """
-        with self._lock:
-            self.backoff.add(backoff_ms)
-            self.overloads += overload
+        if overload:
+            self.add_overload()
+
+        self._others_reported.append(("backoff", backoff_ms))
+        # The other two come before a backoff, or before a result.
+        if len(self._others_reported) >= REPORTS_AT_MOST:
+            self.count()
 
     def add_overload(self) -> None:
-        """Count an attempt that failed by an overload and is not retried."""
-        with self._lock:
-            self.overloads += 1
+        """Count an attempt that failed by an overload."""
+        self._others_reported.append((_OVERLOAD, 0.0))
 
     def new_histogram(self) -> Histogram:
         """Return a histogram for :meth:`add_chunk_gaps`."""

@@ -123,12 +123,7 @@ class MetricsRecorder:
                 queue.minimum = queue.maximum = 0.0
 
             return MetricsSnapshot(
-                {
-                    status: measurements.successes
-                    if status is Status.SUCCESS
-                    else measurements.others.get(status, 0)
-                    for status in Status
-                },
+                {status: measurements.counts[status] for status in Status},
                 measurements.retries,
                 measurements.overloads,
                 measurements.in_flight,

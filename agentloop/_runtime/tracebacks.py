@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 from .._eventloop.context import await_it
 from .._foreign import foreign_code
+from .._signs import is_plain
 
 FnT = TypeVar("FnT", bound=Callable[..., Any])
 
@@ -38,6 +39,10 @@ def trim(exc: BaseException) -> None:
 
 def drop_frames(exc: BaseException) -> None:
     """Drop the tracebacks of an exception, so that it keeps no frames alive."""
+    if is_plain(exc) and exc.__context__ is None:
+        exc.__traceback__ = None  # the most frequent case
+        return
+
     seen: dict[int, BaseException] = {}
     todo: list[BaseException | None] = [exc]
     while todo and len(seen) < CHAIN:
