@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "replace_failed"]
 
 import logging
 import signal
@@ -68,6 +68,8 @@ class Engine:
         """The cancel scope of :meth:`_serve` for each process, by address."""
         self._refused: dict[str, str] = {}
         self._without_since: float | None = None
+        self._cluster: Any = None
+        """The cluster on this machine, if ``processes`` are given and no address."""
 
     # -- from any thread
 
@@ -141,7 +143,7 @@ class Engine:
                 resource_tracker.ensure_running()
                 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
-            where = await stack.enter_async_context(_make_cluster(settings))
+            where = self._cluster = await stack.enter_async_context(_make_cluster(settings))
 
         security = settings.security if settings.address is not None else where.security
         client = _distributed.Client(
@@ -172,13 +174,16 @@ class Engine:
 
     async def _watch(self) -> None:
         """Watch processes join and leave, and give up calls after ``patience_seconds`` without a process."""
-        patience = self._settings.patience_seconds
+        patience, processes = self._settings.patience_seconds, self._settings.processes
         while True:
             await anyio.sleep(_LOOK_SECONDS)
             try:
                 # If the scheduler does not answer, the known processes stay.
                 with anyio.move_on_after(patience):
                     await self._look()
+
+                if processes is not None and len(self._scopes) < processes:
+                    replace_failed(self._cluster, processes)
 
             except Exception as exc:
                 _logger.debug("the scheduler cannot be asked: %r", exc)
@@ -304,6 +309,15 @@ def _make_cluster(settings: Settings) -> Any:
         memory_limit=0,
         preload=[_PRELOAD],
     )
+
+
+def replace_failed(cluster: Any, processes: int) -> None:
+    """Start another process for each that Dask has given up: it restarts none that dies while it starts."""
+    failed = [name for name, nanny in cluster.workers.items() if nanny.status.name in ("closed", "failed")]
+    for name in failed:
+        cluster.worker_spec.pop(name, None)
+
+    cluster.scale(processes)
 
 
 def _check(theirs: dict[str, str]) -> None:

@@ -20,7 +20,7 @@ from agentloop._signs import is_sign_of_outage
 from agentloop.contrib.dask import RemoteError, WorkerLost, _actor, _functions
 from agentloop.contrib.dask._actor import AgentActor
 from agentloop.contrib.dask._dispatcher import Call, Dispatcher, Worker
-from agentloop.contrib.dask._engine import Engine, Settings
+from agentloop.contrib.dask._engine import Engine, Settings, replace_failed
 from agentloop.contrib.dask._errors import pack_error, unpack_error
 from agentloop.contrib.dask._functions import Function, load_function
 from agentloop.contrib.dask._mailbox import Mailbox
@@ -374,6 +374,16 @@ def test_trace_context_is_dropped_where_opentelemetry_is_missing(monkeypatch: py
     enter_trace({"traceparent": "00-1-1-01"})
     monkeypatch.delitem(sys.modules, "opentelemetry.trace")
     assert trace_here() == {}
+
+
+def test_process_that_dask_has_given_up_is_started_again_under_another_name() -> None:
+    asked: list[int] = []
+    states = {"a": "running", "b": "failed", "c": "closed", "d": "starting"}
+    nannies = {name: SimpleNamespace(status=SimpleNamespace(name=state)) for name, state in states.items()}
+    # What was given up may be gone by now.
+    cluster = SimpleNamespace(workers=nannies, worker_spec=dict.fromkeys("abd"), scale=asked.append)
+    replace_failed(cluster, 4)
+    assert (list(cluster.worker_spec), asked) == (["a", "d"], [4])
 
 
 # --- the event loop in a worker process

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import dask
+import psutil
 import pytest
 import remote_agents as there
 from conftest import NothingLeftBehind
@@ -299,6 +301,26 @@ async def test_kills_at_random_moments_lose_no_call_and_repeat_few(workers: Work
     calls = Counter(path.read_text().splitlines())
     assert calls.keys() == set(names)
     assert calls.total() <= len(names) + kills * 20
+
+
+@pytest.mark.by_hand
+async def test_processes_that_die_while_they_start_are_replaced() -> None:
+    # Dask forgets a process that does not come back within this time.
+    with dask.config.set({"distributed.deploy.lost-worker-timeout": "500ms"}):
+        async with Workers(2) as workers:
+            ends = anyio.current_time() + 4
+            while anyio.current_time() < ends:
+                for child in psutil.Process().children(recursive=True):
+                    with suppress(psutil.Error):
+                        if "resource_tracker" not in " ".join(child.cmdline()):
+                            child.kill()
+
+                await anyio.sleep(0.05)
+
+            with anyio.fail_after(20):
+                await workers.remote(there.square)(3)
+                while workers.statistics().processes < 2:
+                    await anyio.sleep(0.1)
 
 
 # --- lifetime
