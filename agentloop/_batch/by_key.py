@@ -179,8 +179,10 @@ class ByKey(Generic[T]):
                 await self._changed.wait()
 
             now = self._now()
-            for pool in [pool for pool, at in self._alarms.items() if at <= now]:
-                del self._alarms[pool]
-                pool.serve()
+            for pool in tuple(self._alarms):
+                # Serving one pool changes the times of others that wait for the same places.
+                if self._alarms.get(pool, math.inf) <= now:
+                    del self._alarms[pool]
+                    pool.serve()
 
         self._changed = None

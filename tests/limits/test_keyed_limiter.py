@@ -658,6 +658,14 @@ async def test_total_is_shared_by_the_keys_and_can_be_changed() -> None:
         AgentLoop(LoopConfig(max_concurrency=7), limiter=limiters)
 
 
+async def test_keys_whose_rates_free_at_once_share_the_places() -> None:
+    limiters = KeyedLimiter(by_id, lambda _: Limiter(1, rates=[Rate(1, per_seconds=1)]), max_concurrency=2)
+    loop, starts = watched(limiters)
+    jobs = [Invocation(f"{key}/{number}", anyio.sleep, (0.1,)) for number in range(3) for key in "ab"]
+    assert all(result.success for result in await loop.run_all(jobs))
+    assert starts.by_name == {"a": [0, 1, 2], "b": [0, 1, 2]}
+
+
 async def test_place_is_lent_through_another_limiter() -> None:
     loop = AgentLoop(ONCE, limiter=keyed(1, max_concurrency=1))
 
