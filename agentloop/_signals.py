@@ -136,6 +136,11 @@ class _Draining(AbstractAsyncContextManager[anyio.Event]):
             with suppress(AttributeError, OSError, ValueError):
                 stream.flush()
 
+        # Before CPython 3.13 a failing asyncio.TaskGroup, such as Hypercorn's, leaves the task's count of
+        # cancellations raised. With such a count asyncio's runner raises no KeyboardInterrupt.
+        with anyio.CancelScope(shield=True):
+            await kind_of_loop().forget_cancellations()
+
         signal.raise_signal(self._received[0])
         # On SIGINT asyncio's runner cancels the main task. The checkpoint lets the cancellation arrive here:
         # without a later await it would be lost.

@@ -133,7 +133,7 @@ class EventLoop(ABC):
     @staticmethod
     @abstractmethod
     async def forget_cancellations() -> None:
-        """Take back the native cancellations of the current task, which must be one of the library's."""
+        """Take back the native cancellations of the current task, the library's own or one about to end."""
 
     @staticmethod
     @abstractmethod

@@ -183,6 +183,21 @@ def test_interrupt_replaces_what_the_block_raises(backend: str) -> None:
         anyio.run(main, backend=backend)
 
 
+def test_interrupt_is_raised_though_the_block_left_a_cancellation_counted() -> None:
+    async def main() -> None:
+        async with drain_on_signals(AgentLoop()):
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.sleep(0)
+
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(main())
+
+
 @backends
 def test_block_without_a_signal_raises_what_it_raises_and_leaves_no_handler(backend: str) -> None:
     async def main() -> None:
