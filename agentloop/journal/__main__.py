@@ -27,7 +27,7 @@ ERRORS = 5
 def show(path: str, out: TextIO) -> int:
     """Print the runs, the counts by agent and status, latencies and the last errors."""
     runs = _read(path, "SELECT run, began, ended, outcome, host, pid, version FROM runs ORDER BY run DESC")
-    print(f"{len(runs)} runs", file=out)
+    print(f"{len(runs)} run{'s' * (len(runs) != 1)}", file=out)
     for run, began, ended, outcome, host, pid, version in reversed(runs[:RUNS]):
         state = f"{outcome} after {ended - began:.0f}s" if ended else "running, or killed"
         print(f"  {run}  {_date(began)}  {state}  on {host}, process {pid}, version {version}", file=out)
@@ -36,7 +36,7 @@ def show(path: str, out: TextIO) -> int:
     for _, agent, status, stale in all_rows(path, "id, agent, status, stale"):
         counts[agent, status, stale] += 1
 
-    print(f"{counts.total()} results", file=out)
+    print(f"{counts.total()} result{'s' * (counts.total() != 1)}", file=out)
     for (agent, status, stale), count in sorted(counts.items()):
         print(f"  {count:>9,} {status}{' of another version' * stale}  {agent}", file=out)
 

@@ -120,7 +120,7 @@ class Writer:
         try:
             lost = await self._tasks.leave(exc)
         finally:
-            await self._finish("completed" if exc is None else type(exc).__name__)
+            await self._finish("ended" if exc is None else type(exc).__name__)
 
         if lost:
             raise InvocationCancelled(LOST) from exc

@@ -33,7 +33,7 @@ async def test_show_prints_runs_counts_latencies_and_errors(
         capsys.readouterr().out.splitlines()
     )
     assert (runs, results, errors) == ("2 runs", "5 results", "the last errors")
-    assert "completed after 0s" in first
+    assert "ended after 0s" in first
     assert first.endswith('version {"model": "x"}')
     assert "running, or killed" in second
     assert counts == [
@@ -49,7 +49,7 @@ async def test_show_of_an_empty_journal_says_so(path: Path, capsys: pytest.Captu
     await night(path, [])
     assert main(["show", str(path)]) == 0
     runs, _, results = capsys.readouterr().out.splitlines()
-    assert (runs, results) == ("1 runs", "0 results")
+    assert (runs, results) == ("1 run", "0 results")
 
 
 async def test_export_writes_a_line_of_json_each(

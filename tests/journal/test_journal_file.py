@@ -713,7 +713,7 @@ async def test_runs_are_in_the_file_with_their_outcome(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection:
         found = connection.execute("SELECT run, outcome, version, pid, ended >= began FROM runs").fetchall()
 
-    assert found == [(1, "completed", "7", os.getpid(), 1), (2, "KeyError", "7", os.getpid(), 1)]
+    assert found == [(1, "ended", "7", os.getpid(), 1), (2, "KeyError", "7", os.getpid(), 1)]
 
 
 async def test_entries_are_read_in_pieces_and_by_status(path: Path) -> None:
