@@ -86,7 +86,7 @@ async def run_streams(loop: AgentLoop, client: AsyncAnthropic) -> int:
 
                 print()
             except Exception as exc:  # what the SDK raised, after the words that came before it
-                print(f"{' ' if started else '    '}[{type(exc).__name__}]")
+                print("\n" * started + f"    [{type(exc).__name__}]")
 
         answered += stream.result.success
 

@@ -553,7 +553,8 @@ async def _run(faults: Faults, seed: int, port: int, api_key: str | None) -> Non
         try:
             await anyio.sleep_forever()
         finally:
-            print(f"\n{server}")
+            statuses = ", ".join(f"{count}x {status}" for status, count in sorted(server.statuses.items()))
+            print(f"\n{server.requests} requests, answered with: {statuses or 'nothing'}")
 
 
 def main() -> int:

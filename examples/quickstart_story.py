@@ -89,7 +89,7 @@ def reason(result: InvocationResult[str]) -> str:
     # An HTTP error goes on with its URL, which is the same for all, and a link to an encyclopedia.
     error = clip((result.error or "").partition(" for url ")[0])
     attempts = [*retried(result), *result.failures[result.retries :]]
-    return f"{error} (attempts: {', '.join(cause(exc) for exc in attempts)})"
+    return f"{error} (attempts: {', '.join(map(cause, attempts))})" if attempts else error
 
 
 def clip(text: str, width: int = 200) -> str:

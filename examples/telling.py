@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import shutil
 import signal
 import sys
 import textwrap
@@ -69,8 +70,9 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, about: str | None, environment: str = "no variable is read") -> None:
+        plain = (about or "").strip().replace("``", "").replace("::", ":")
         super().__init__(
-            description=(about or "").strip().replace("``", ""),
+            description="\n\n".join(map(wrapped, plain.split("\n\n"))),
             epilog=f"environment: {environment}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -86,6 +88,12 @@ class Parser(argparse.ArgumentParser):
             self.error(f"--backend {found.backend} needs a package: pip install {found.backend}")
 
         return found
+
+
+def wrapped(paragraph: str) -> str:
+    """Wrap a paragraph for the terminal, but no command."""
+    width = shutil.get_terminal_size().columns - 2  # as argparse has it
+    return paragraph if paragraph.startswith(" ") else textwrap.fill(" ".join(paragraph.split()), width)
 
 
 def whole(value: str) -> int:

@@ -71,13 +71,18 @@ def children_hear_sigint() -> Iterator[None]:
 def test_help_says_what_it_shows_and_what_it_reads(name: str) -> None:
     out, err = start(name, "--help").communicate(timeout=60)
     text = (EXAMPLES / f"{name}.py").read_text("utf-8")
-    assert text.split('"""')[1].strip().splitlines()[0].replace("``", "") in out
+    assert text.split('"""')[1].strip().splitlines()[0].replace("``", "") in " ".join(out.split())
     assert "environment: " in out
     assert "--backend {asyncio,trio}" in out
     for variable in "OPENAI_MODEL", "OPENAI_API_KEY", "ANTHROPIC_MODEL":
         assert (f'"{variable}"' not in text) or variable in out.partition("environment: ")[2]
 
     assert err == ""
+
+
+def test_page_of_examples_names_each_module() -> None:
+    page = (EXAMPLES.parent / "docs" / "how-to" / "examples.md").read_text("utf-8")
+    assert [path.name for path in EXAMPLES.glob("*.py") if f"`{path.name}`" not in page] == []
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
