@@ -45,7 +45,8 @@ ItemT = TypeVar("ItemT")
 
 def _check_agent_id(_: object, attribute: "attrs.Attribute[str]", value: object) -> None:
     if not isinstance(value, str):
-        raise TypeError(f"{attribute.name} must be a str, got {value!r}")
+        hint = ": a name comes first, and then the function" if callable(value) else ""
+        raise TypeError(f"{attribute.name} must be a str, got {value!r}{hint}")
 
 
 def check_fn(_: object, attribute: "attrs.Attribute[Any]", value: object) -> None:

@@ -145,6 +145,10 @@ def test_invocation_of_takes_the_arguments_of_its_call() -> None:
     with pytest.raises(TypeError, match=r"^agent_id must be a str, got 5$"):
         Invocation.of(5, double, 1)
 
+    swapped: Any = (double, "a")
+    with pytest.raises(TypeError, match=r"double .*: a name comes first, and then the function$"):
+        Invocation(*swapped)
+
 
 REFUSED_COROUTINE = (
     r"^fn must be an async function, got the coroutine <coroutine object double at 0x\w+>; "
