@@ -57,7 +57,8 @@ def story(
     if rows:
         yield "What went wrong on the way", rows
 
-    if failed := [result for result in results if not result.success]:
+    fine = (Status.SUCCESS, Status.SKIPPED)
+    if failed := [result for result in results if result.status not in fine]:
         rows = [(result.agent_id, reason(result)) for result in failed[:10]]
         yield f"{len(failed)} failed in the end", [*rows, ("...", "")] if failed[10:] else rows
 
