@@ -14,7 +14,7 @@ from agents import backends, run_scheduled
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from agentloop import AgentLoop, DeadlockError, Invocation, KeyedLimiter, Limiter, LoopConfig, Status
+from agentloop import AgentLoop, DeadlockError, Invocation, KeyedLimiter, Limiter, LoopConfig, Rate, Status
 
 KEYS = "abcd"
 
@@ -65,11 +65,18 @@ class Account:
 
 
 async def run(
-    roots: list[Node], limits: dict[str, int], total: int | None, lazy: bool, cancel_at: float | None
+    roots: list[Node],
+    limits: dict[str, int],
+    total: int | None,
+    rates: list[Rate],
+    lazy: bool,
+    cancel_at: float | None,
 ) -> None:
     account = Account(limits, total)
     limiter = KeyedLimiter(
-        lambda invocation: invocation.args[0].key, lambda key: Limiter(limits[key]), max_concurrency=total
+        lambda invocation: invocation.args[0].key,
+        lambda key: Limiter(limits[key], rates=rates),
+        max_concurrency=total,
     )
     loop = AgentLoop(LoopConfig(timeout_seconds=None, max_retries=0), limiter=limiter)
 
@@ -120,6 +127,7 @@ async def run(
     st.lists(nodes(2), min_size=1, max_size=12),
     st.fixed_dictionaries({key: st.integers(1, 3) for key in KEYS}),
     st.one_of(st.none(), st.integers(1, 5)),
+    st.sampled_from([[], [Rate(1, per_seconds=1)]]),
     st.booleans(),
     st.sampled_from([None, None, 0.5, 2.0, 6.0]),
     st.integers(0, 5),
@@ -129,6 +137,7 @@ async def run(
     [instant("b", instant("a", instant("b")), instant("a"))],
     dict.fromkeys(KEYS, 1) | {"a": 2},
     1,
+    [],
     False,
     None,
     0,
@@ -138,8 +147,9 @@ def test_no_key_and_not_all_of_them_exceed_their_limits_and_nothing_hangs(
     roots: list[Node],
     limits: dict[str, int],
     total: int | None,
+    rates: list[Rate],
     lazy: bool,
     cancel_at: float | None,
     seed: int,
 ) -> None:
-    run_scheduled(backend, seed, run, roots, limits, total, lazy, cancel_at)
+    run_scheduled(backend, seed, run, roots, limits, total, rates, lazy, cancel_at)
