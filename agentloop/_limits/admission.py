@@ -199,7 +199,7 @@ class Admission:
 
     def end_probe(self, attempt: object) -> None:
         """Note that an attempt, which may be the probe of a cool-off, gives its slot back."""
-        if self.provider is not None:
+        if self.provider is not None and self.provider.cool_off.probe is not None:
             self.provider.cool_off.end(attempt)
 
     def update_gate(self, now: float) -> None:

@@ -222,13 +222,18 @@ class PoolState(LoopState):
 
     def used(self) -> None:
         """Note that an attempt has run or waited until now."""
-        if self.admission.provider is not None:
-            self.admission.provider.outage.use(self.loop.now())
+        provider = self.admission.provider
+        if provider is not None and provider.outage.fruitless_since is not None:
+            provider.outage.use(self.loop.now())
 
     def _note_break(self) -> None:
         """Note that the limiter is used again, if nothing ran or waited until now."""
-        if self.admission.provider is not None and not self.running and not self.waiting:
-            self.admission.provider.outage.begin(self.loop.now())
+        provider = self.admission.provider
+        if provider is None or provider.outage.fruitless_since is None:
+            return
+
+        if not self.running and not self.waiting:
+            provider.outage.begin(self.loop.now())
 
     def is_hopeless(self, patience: float | None) -> bool:
         """Return whether nothing has succeeded for so many seconds, and no attempt at work still may."""
