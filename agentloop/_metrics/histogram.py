@@ -127,8 +127,13 @@ class Histogram:
         self.count += len(values)
         self.minimum = min(self.minimum, minimum)
         self.maximum = max(self.maximum, maximum)
-        # As in add(), without Python code for each duration.
-        self.total += sum(map(int, map(mul, values, repeat(_UNIT))))
+        # As in add(), without Python code for each duration. fsum() rounds its result; the rest is summed up
+        # in the next round.
+        rest = values
+        while part := math.fsum(rest):
+            self.total += int(part * _UNIT)
+            rest = [*rest, -part]
+
         powers = map(mul, map(math.log2, values), repeat(self._per_octave))
         for above, count in Counter(map(math.ceil, powers)).items():
             self.buckets[above - 1] += count
