@@ -6,6 +6,7 @@ __all__ = ["Absent"]
 
 from typing import Any
 
+import anyio
 from anyio.lowlevel import RunVar
 
 
@@ -15,8 +16,14 @@ class Absent:
     def __init__(self) -> None:
         self.waits: dict[Any, int] = {}
         """The slots of agents that wait for a change, and how many of their tasks wait."""
-        self.away: dict[Any, bool] = {}
-        """The slots that agents have given back, and whether the agents are coming back."""
+        self.away: set[Any] = set()
+        """The slots that agents have given back."""
+        self.returning: dict[Any, anyio.Event] = {}
+        """The slots for which a task of the agent waits to go on, each with an event for its other tasks."""
+        self.reads: dict[Any, int] = {}
+        """The calls for whose next item an agent waits, and how many of its tasks do."""
+        self.unread: set[Any] = set()
+        """The slots of streams that wait for their readers."""
 
     @classmethod
     def current(cls) -> Absent:

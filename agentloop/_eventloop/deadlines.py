@@ -68,6 +68,7 @@ class AttemptScope(ABC):
         "_queue",
         "cause",
         "children",
+        "closing",
         "is_spoilt",
         "left_open",
         "limit",
@@ -96,6 +97,8 @@ class AttemptScope(ABC):
         """An attempt that ends at this time or later leaves the scope at once."""
         self.children: Collection[object] = ()
         """The scopes that are open within it. If any are left after an attempt, the scope cannot be left."""
+        self.closing: anyio.CancelScope | None = None
+        """The scope within it that is shielded while a stream's agent is closed, if it has a stream."""
         self.limit: TimeLimit | None = None
         """The limit that the deadline enforces; ``None`` for the time-out of each attempt."""
         self.reason: str | None = None

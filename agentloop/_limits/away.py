@@ -8,8 +8,8 @@ of its tasks waits any more, the agent *comes back*: before it goes on, it waits
 returning attempts, which go first and pay nothing. One waiting task of an agent is enough to step aside.
 
 An invocation whose calls end only when such an agent has ended has no use for its slot either. So it steps
-aside as well, and comes back when its last call ends. An agent that reads results or chunks while its call
-goes on keeps the slot, since it may go on at any time.
+aside as well, and comes back when its last call ends. An agent that reads results or chunks does so while it
+waits for the next one.
 
 A batch runs one more invocation for each agent that has stepped aside. So the invocation that makes the
 change is begun, even if it comes last.
@@ -17,7 +17,7 @@ change is begun, even if it comes last.
 
 from __future__ import annotations
 
-__all__ = ["come_back", "lend_while"]
+__all__ = ["come_back", "lend_to_call", "lend_to_reader", "lend_while"]
 
 import math
 import sys
@@ -25,7 +25,7 @@ from collections.abc import Awaitable, Callable
 
 import anyio
 
-from .slots import RELEASED, Slot, current_slot
+from .slots import HELD, RELEASED, SUSPENDED, Slot, current_slot
 
 
 async def lend_while(wait: Callable[[], Awaitable[object]]) -> None:
@@ -56,55 +56,132 @@ async def lend_while(wait: Callable[[], Awaitable[object]]) -> None:
             await come_back(slot)
 
 
+async def lend_to_reader(slot: Slot, wait: Callable[[], Awaitable[object]]) -> None:
+    """
+    Call the wait of a stream for its reader, and give the slot back meanwhile if the reader is an agent.
+
+    Such a reader may run other invocations before it reads on. They may need the slot, or both would wait for
+    each other. So if other tasks of the stream's agent wait for a change and go on before the reader has
+    read, they do so without a slot.
+
+    :param slot: the slot of the stream
+    :param wait: an async function that waits, and raises only cancellation
+    """
+    absent = slot.pool.loop.absent
+    if slot.hold is HELD and slot.outer is not None:
+        slot.suspend()
+
+    absent.unread.add(slot)
+    goes_on = True
+    try:
+        await wait()
+    except anyio.get_cancelled_exc_class():
+        # A scope of the agent's own may be cancelled. A native cancellation ends the attempt.
+        goes_on = anyio.current_effective_deadline() == -math.inf
+        raise
+    finally:
+        absent.unread.remove(slot)
+        if goes_on:
+            await _take(slot)
+
+
+async def lend_to_call(call: object, slot: Slot | None, wait: Callable[[], Awaitable[object]]) -> None:
+    """
+    Call the wait of an agent for the next item of its call. If the call waits for a change, the agent lends
+    its slot meanwhile, and has one again before it goes on.
+
+    :param slot: the slot of the agent that has made the call, if an agent has
+    :param wait: an async function that waits, and raises only cancellation
+    """
+    if slot is None or slot is not current_slot.get():
+        await wait()
+        return
+
+    reads = slot.pool.loop.absent.reads
+    reads[call] = reads.get(call, 0) + 1
+    slot.step_aside_again()
+    # The agent may have been the only one that could still go on.
+    slot.pool.refuse_deadlocked()
+    try:
+        await wait()
+    finally:
+        reads[call] -= 1
+        if not reads[call]:
+            del reads[call]
+
+        await come_back(slot)
+
+
 async def come_back(slot: Slot) -> None:
     """
     Wait for a slot for an agent that has stepped aside, if none of its tasks waits for a change any more.
 
     It does not wait if the agent will not go on: if its attempt is cancelled, or the program ends.
     """
-    away, pool = slot.pool.loop.absent.away, slot.pool
-    if slot not in away or slot in pool.loop.absent.waits or pool.waits_for_calls(slot):
-        return
+    if slot in slot.pool.loop.absent.away and not slot.pool.waits_for_calls(slot):
+        await _take(slot)
 
+
+async def _take(slot: Slot, deadline: float = math.inf, shield: bool = False) -> None:
+    pool, returning = slot.pool, slot.pool.loop.absent.returning
     if isinstance(sys.exception(), KeyboardInterrupt | SystemExit):
         return
 
-    away[slot] = True
     try:
-        await _take(slot)
+        with anyio.CancelScope(deadline=deadline, shield=shield):
+            while _is_due(slot):
+                if slot in returning:
+                    # Another task of the agent waits for the slot.
+                    await returning[slot].wait()
+                    continue
+
+                returning[slot] = anyio.Event()
+                try:
+                    granted = Slot(pool, slot.outer)
+                    if not pool.acquire_nowait(granted, returning=True):
+                        await pool.wait(pool.enqueue(granted, returning=True))
+
+                    if _is_due(slot):
+                        slot.resume(granted)
+                    else:
+                        # Meanwhile the agent has ended, or another task of it waits.
+                        granted.give_back()
+
+                    return
+                finally:
+                    returning.pop(slot).set()
     except anyio.get_cancelled_exc_class():
-        if slot in away and not _is_ending(slot):
-            scope = slot.cancel_scope()
-            with anyio.CancelScope(deadline=math.inf if scope is None else scope.deadline, shield=True):
-                await _take(slot)
+        # A shield does not stop native cancellations, so several may come.
+        if _is_due(slot) and (scope := _ongoing(slot)) is not None:
+            await _take(slot, scope.deadline, shield=True)
 
         raise
 
 
-async def _take(slot: Slot) -> None:
-    pool = slot.pool
-    granted = Slot(pool, slot.outer)
-    if not pool.acquire_nowait(granted, returning=True):
-        await pool.wait(pool.enqueue(granted, returning=True))
-
-    if slot in pool.loop.absent.away:
-        slot.resume(granted)
-    else:
-        # Another task of the agent was faster, or the agent has ended.
-        granted.give_back()
+def _is_due(slot: Slot) -> bool:
+    """Return whether an agent that has given its slot back takes one again before it goes on."""
+    absent = slot.pool.loop.absent
+    waits = (slot in absent.away and slot in absent.waits) or (
+        slot.outer is not None and slot in absent.unread
+    )
+    return slot.hold is SUSPENDED and not waits
 
 
-def _is_ending(slot: Slot) -> bool:
-    """Return whether the attempt of a slot is cancelled, rather than a scope within it."""
-    scope = slot.cancel_scope()
-    if anyio.current_effective_deadline() != -math.inf:
-        return False
+def _ongoing(slot: Slot) -> anyio.CancelScope | None:
+    """Return the scope of a slot's attempt; ``None`` if it is cancelled, rather than a scope within it."""
+    attempt = slot.attempt_scope()
+    if attempt is None or (attempt.closing is not None and attempt.closing.shield):
+        return None
 
-    if scope is None or scope.cancel_called:
-        return True
+    scope = attempt.scope
+    if scope is None or anyio.current_effective_deadline() != -math.inf:
+        return scope
+
+    if scope.cancel_called:
+        return None
 
     # With the shield, scopes around the attempt do not count.
     shield, scope.shield = scope.shield, True
     is_cancelled_within = anyio.current_effective_deadline() == -math.inf
     scope.shield = shield
-    return not is_cancelled_within
+    return scope if is_cancelled_within else None

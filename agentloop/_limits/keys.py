@@ -110,10 +110,6 @@ class Keys:
         elif lender is not None:
             self._lend(lender, borrower)
 
-    def borrows(self, slot: Slot) -> bool:
-        """Return whether a slot has the place of another one on loan."""
-        return slot in self._lenders
-
     def move(self, granted: Slot, slot: Slot) -> None:
         """Give the place of one slot to another one."""
         lender = self._lenders.pop(granted, None)

@@ -71,7 +71,8 @@ class PoolState(LoopState):
     @property
     def away(self) -> int:
         """How many agents have stepped aside and do not come back yet."""
-        return sum(slot.pool is self and not comes_back for slot, comes_back in self.loop.absent.away.items())
+        absent = self.loop.absent
+        return sum(slot.pool is self and slot not in absent.returning for slot in absent.away)
 
     @property
     def held_until(self) -> float | None:
@@ -217,8 +218,9 @@ class PoolState(LoopState):
             self.serve()
 
     def end_stall(self, slot: Slot) -> None:
-        """Note that a stream goes on."""
-        self.work.end_stall(slot)
+        """Note that a stream goes on, unless another task of its agent waits too."""
+        if slot not in self.loop.absent.waits and slot not in self.loop.absent.unread:
+            self.work.end_stall(slot)
 
     def used(self) -> None:
         """Note that an attempt has run or waited until now."""
@@ -260,9 +262,9 @@ class PoolState(LoopState):
         return sum(slot.pool in pools for slot in self.loop.absent.away)
 
     def waits_for_calls(self, slot: Slot) -> bool:
-        """Return whether the agent of an attempt has made calls, and goes on only when one of them ends."""
+        """Return whether a task of the agent of an attempt waits for a call that the agent has made."""
         calls: list[Any] = self.work.calls_of(slot)
-        return bool(calls) and all(call.caller_waits for call in calls)
+        return any(call.caller_waits or call in self.loop.absent.reads for call in calls)
 
     @abstractmethod
     def serve(self) -> None:

@@ -42,9 +42,8 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Protocol
 
-import anyio
-
 from .._errors import QueueFull
+from .._eventloop.deadlines import AttemptScope
 from .._eventloop.loop import EventLoop
 from .._invocation import Invocation
 from .._result import InvocationResult
@@ -152,13 +151,8 @@ class Slot:
         """Whether the attempt has ended."""
         return self.hold is RELEASED
 
-    def cancel_scope(self) -> anyio.CancelScope | None:
-        """Return the scope of the attempt, if it has one."""
-
-    @property
-    def is_on_loan(self) -> bool:
-        """Whether the slot or its place belongs to an invocation around it."""
-        return self.lender is not None or (self.pool.keys is not None and self.pool.keys.borrows(self))
+    def attempt_scope(self) -> AttemptScope | None:
+        """Return the scope of the attempt, if it has begun."""
 
     @property
     def began_at(self) -> float | None:
@@ -247,14 +241,18 @@ class Slot:
 
         self._is_back()
         self.pool.offer_loans_anew()
-        self.step_aside_if_waiting()
+        if self.pool.keys is not None:
+            # A nested attempt of another key may borrow its place.
+            self.pool.serve()
+
+        self.step_aside_again()
 
     def step_aside_if_waiting(self) -> None:
         """Give the slot back if the agent only waits for others; outer agents that wait for it do so too."""
         absent = self.pool.loop.absent
         waits = self in absent.waits or self.pool.waits_for_calls(self)
         if waits and self.hold is HELD and self.lent is None:
-            absent.away[self] = False
+            absent.away.add(self)
             self.suspend()
             self.pool.report_away()
             around = self._around()
@@ -262,7 +260,8 @@ class Slot:
                 around.step_aside_if_waiting()
 
     def _is_back(self) -> None:
-        if self.pool.loop.absent.away.pop(self, None) is not None:
+        if self in self.pool.loop.absent.away:
+            self.pool.loop.absent.away.remove(self)
             self.pool.report_away()
 
     def _around(self) -> Slot | None:
@@ -337,6 +336,10 @@ class Slot:
         if self.waiters:
             self.pool.offer_loan(next(iter(self.waiters)), self)
 
+        self.step_aside_again()
+
+    def step_aside_again(self) -> None:
+        """Give the slot back if the agent, or one that it waits for, has stepped aside without it."""
         absent = self.pool.loop.absent
         if self in absent.waits or (absent.away and any(slot._around() is self for slot in absent.away)):
             self.step_aside_if_waiting()

@@ -59,7 +59,7 @@ class Attempts(AttemptSlot, Generic[T]):
     attempts: int
     started_at: float | None
     scope: AttemptScope | None
-    """The scope that times the last attempt out; ``None`` for a stream, which moves its deadlines itself."""
+    """The scope that times the last attempt out."""
     total: TimeLimit | None
     """The time limit of all attempts together."""
     output: T | None
@@ -200,7 +200,7 @@ class Attempts(AttemptSlot, Generic[T]):
                 return context
 
             context.run(_set_slot, slot)
-            self.scope = scope if options.run is None else None
+            self.scope = scope
             attempts = self.attempts
             self.attempts = attempts + 1
             self.state = RUNNING
@@ -324,7 +324,7 @@ class Attempts(AttemptSlot, Generic[T]):
     ) -> None:
         if self.attempts == 1:
             self.started_at = now
-        elif self.scope is not None:
+        else:
             assert isinstance(slot, LaterSlot)
             slot.enter(Timing(scope, self.deadline, self.total))
 

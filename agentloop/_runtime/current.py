@@ -20,7 +20,6 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import NamedTuple
 
-import anyio
 import attrs
 
 from .._eventloop.deadlines import AttemptScope, TimeLimit
@@ -97,11 +96,11 @@ class AttemptSlot(Slot):
 
     @abstractmethod
     def timing(self) -> Timing | None:
-        """Return the deadline of the attempt; ``None`` for a stream, which moves its deadlines itself."""
+        """Return the deadline of the attempt, if it has begun."""
 
-    def cancel_scope(self) -> anyio.CancelScope | None:
+    def attempt_scope(self) -> AttemptScope | None:
         timing = self.timing()
-        return None if timing is None else timing.scope.scope
+        return None if timing is None else timing.scope
 
 
 class LaterSlot(AttemptSlot):

@@ -241,7 +241,8 @@ class _Places:
     def _untimed(self, slot: AttemptSlot) -> Generator[None]:
         """Move the deadline of an attempt by the time during which any of its calls is in the block."""
         timing, now = slot.timing(), slot.pool.loop.now
-        if timing is None or slot.is_released:
+        # A stream moves its deadlines itself.
+        if timing is None or timing.scope.closing is not None or slot.is_released:
             yield
             return
 

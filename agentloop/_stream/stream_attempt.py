@@ -15,7 +15,8 @@ from anyio.lowlevel import checkpoint_if_cancelled
 
 from .._errors import FirstChunkTimeout, IdleTimeout, not_async
 from .._eventloop.deadlines import AttemptScope, TimeLimit
-from .._limits.slots import HELD, Slot
+from .._limits.away import lend_to_reader
+from .._limits.slots import Slot
 from .._metrics.histogram import Histogram
 from .._runtime.job import Job
 from .._runtime.options import RunOptions
@@ -107,6 +108,7 @@ class _StreamAttempt(Generic[ItemT]):
         # The scope for closing is entered first: a generator that is suspended at a yield may have scopes
         # open within it. A scope that is entered later would lie within those, and they would end first.
         ended = False
+        self._attempt.closing = self._closing
         try:
             with self._closing:
                 iterator = self._open()
@@ -149,6 +151,8 @@ class _StreamAttempt(Generic[ItemT]):
             # The agent left a scope open in ours. Trio forgets that when our scope is left.
             self._attempt.note(self._attempt.cause, left_open=True)
             failure = failure or exc
+        finally:
+            self._attempt.closing = None
 
         if self._closing.cancelled_caught:
             error = self._attempt.cause
@@ -225,11 +229,11 @@ class _StreamAttempt(Generic[ItemT]):
             self._attempt.set_limit(self._options.total if total_end <= end else None)
 
     def _is_cancelled_by_agent(self) -> bool:
-        """Return whether the agent yielded in a scope that is cancelled, and has a slot to go on."""
+        """Return whether the agent yielded in a scope that is cancelled."""
         self._closing.shield = True
         cancelled = anyio.current_effective_deadline() == -math.inf
         self._closing.shield = False
-        return cancelled and self._slot.hold is HELD
+        return cancelled
 
     async def _wait_for_reader(self, iterator: AsyncIterator[Any]) -> Callable[[], Awaitable[Any]]:
         """
@@ -262,19 +266,7 @@ class _StreamAttempt(Generic[ItemT]):
         self._set_deadline(math.inf)
         pool.begin_stall(slot)
         try:
-            if not slot.is_on_loan:
-                await self._channel.wait_for_room()
-            else:
-                # The reader is an agent too, and may run other invocations before it reads on. It needs the
-                # slot that it has lent, or both would wait for each other.
-                slot.suspend()
-                await self._channel.wait_for_room()
-                # It pays nothing again, and neither a pause nor a cool-off holds it back.
-                granted = Slot(pool, slot.outer)
-                if not pool.acquire_nowait(granted, returning=True):
-                    await pool.wait(pool.enqueue(granted, returning=True))
-
-                slot.resume(granted)
+            await lend_to_reader(slot, self._channel.wait_for_room)
         finally:
             pool.end_stall(slot)
             self._idle_since = pool.loop.now()

@@ -7,6 +7,7 @@ import math
 import random
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from typing import Any
 
 import anyio
@@ -17,14 +18,17 @@ from anyio.lowlevel import checkpoint
 
 from agentloop import (
     AgentLoop,
+    Backoff,
     ContextStore,
     DeadlockError,
     Invocation,
     InvocationResult,
+    InvocationTimeout,
     KeyedLimiter,
     Limiter,
     LoopConfig,
     Rate,
+    ResultEvent,
     Status,
     StopRule,
     in_thread,
@@ -154,6 +158,56 @@ async def test_stream_that_waits_lends_its_slot() -> None:
         await anyio.wait_all_tasks_blocked()
         assert (await team.loop.run_single("b", team.set, "k")).success
         assert [chunk async for chunk in chunks] == [True]
+
+
+async def test_task_of_a_stream_that_waits_has_a_slot_when_it_goes_on_though_chunks_are_unread() -> None:
+    team = Team()
+    start = anyio.current_time()
+
+    async def stream() -> AsyncIterator[int]:
+        async with anyio.create_task_group() as group:
+            group.start_soon(team.wait_and_work, "k")
+            await anyio.wait_all_tasks_blocked()
+            for number in range(50):
+                yield number
+
+    async with team.loop.run_streaming("a", stream) as chunks:
+        assert await anext(chunks) == 0
+        await team.loop.run_single("b", team.set, "k", 5)
+        assert (await team.loop.run_single("c", team.work)).success
+        assert [chunk async for chunk in chunks] == [*range(1, 50)]
+
+    assert team.peak == 1
+    assert anyio.current_time() - start == 7
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+async def test_task_of_a_stream_that_waits_does_not_take_the_slot_that_the_reader_needs(keyed: bool) -> None:
+    team = Keyed() if keyed else Team()
+
+    async def stream() -> AsyncIterator[int]:
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait_for, team.store, "k")
+            await anyio.wait_all_tasks_blocked()
+            for number in range(50):
+                yield number
+
+        await team.work()
+
+    async def read() -> None:
+        async with team.loop.run_streaming("a", stream) as chunks:
+            assert await anext(chunks) == 0
+            await anyio.wait_all_tasks_blocked()
+            await team.store.set("k", True)
+            await anyio.wait_all_tasks_blocked()
+            (await team.loop.run_single("a", team.work)).unwrap()
+            assert [chunk async for chunk in chunks] == [*range(1, 50)]
+
+    with anyio.fail_after(100):
+        (await team.loop.run_single("a", read)).unwrap()
+
+    assert team.peak == 1
+    assert team.loop.statistics().running == team.loop.statistics().waiting == 0
 
 
 @pytest.mark.parametrize("limit", [1, 3])
@@ -289,6 +343,26 @@ async def test_invocation_that_only_waits_for_one_that_waits_lends_its_slot_too(
     results = await team.loop.run_all(jobs)
     assert [result.success for result in results] == [True] * 3
     assert results[0].output in (2, 7)
+    assert team.peak == 1
+
+
+async def test_agent_that_comes_back_lends_its_place_to_one_of_another_key() -> None:
+    team = Keyed()
+
+    async def agent() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait_for, team.store, "k")
+            await anyio.sleep(2)
+            await team.loop.run_single("b", team.work)
+
+    with anyio.fail_after(100):
+        async with anyio.create_task_group() as group:
+            group.start_soon(team.loop.run_single, "a", agent)
+            await anyio.sleep(1)
+            group.start_soon(team.loop.run_single, "c", team.work, 10)
+            await anyio.sleep(2)
+            await team.store.set("k", True)
+
     assert team.peak == 1
 
 
@@ -510,6 +584,63 @@ async def test_slot_that_has_come_back_is_lent_again_if_another_task_of_the_agen
         await team.store.set("first", True)
 
 
+async def test_slot_that_has_come_back_is_lent_again_if_another_task_has_begun_to_wait() -> None:
+    team = Team()
+
+    async def agent() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait_for, team.store, "first")
+            await anyio.sleep(2)
+            await wait_for(team.store, "second")
+
+    with anyio.fail_after(100):
+        async with anyio.create_task_group() as group:
+            group.start_soon(team.loop.run_single, "a", agent)
+            await anyio.sleep(1)
+            group.start_soon(team.loop.run_single, "b", team.work, 5)
+            await team.store.set("first", True)
+            await anyio.sleep(2)
+            group.start_soon(team.loop.run_single, "c", team.set, "second")
+
+
+async def test_tasks_of_an_agent_that_go_on_one_after_the_other_need_one_slot() -> None:
+    team = Team()
+
+    async def agent() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait_for, team.store, "first")
+            await anyio.sleep(2)
+            await wait_for(team.store, "second")
+
+    with anyio.fail_after(100):
+        async with anyio.create_task_group() as group:
+            group.start_soon(team.loop.run_single, "a", agent)
+            await anyio.sleep(1)
+            group.start_soon(team.loop.run_single, "b", team.work, 5)
+            await team.store.set("first", True)
+            await anyio.sleep(2)
+            await team.store.set("second", True)
+
+
+async def test_agent_whose_call_has_ended_goes_on_while_another_of_its_tasks_waits() -> None:
+    team = Team()
+    start = anyio.current_time()
+
+    async def agent() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait_for, team.store, "k")
+            await team.loop.run_single("nested", team.work)
+            assert anyio.current_time() - start == 1
+            await team.store.set("k", True)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(team.loop.run_all, [Invocation("a", agent)])
+        await anyio.sleep(0.5)
+        group.start_soon(team.loop.run_single, "busy", team.work, 10)
+
+    assert team.peak == 1
+
+
 async def test_agent_that_lends_to_its_own_goes_on_beside_them() -> None:
     team = Team()
 
@@ -535,9 +666,9 @@ async def test_agent_that_lends_to_its_own_goes_on_beside_them() -> None:
 
 
 async def busy(team: Team, seconds: float = 10) -> None:
-    """Take all slots, for so long."""
+    """Take two slots, for so long."""
     async with anyio.create_task_group() as group:
-        for _ in range(team.limiter.max_concurrency):
+        for _ in range(2):
             group.start_soon(team.loop.run_single, "busy", team.work, seconds)
 
 
@@ -570,19 +701,58 @@ async def impatient_natively_while_it_comes_back(team: Team) -> None:
             await wait_for(team.store, "k")
 
 
-NATIVELY = [impatient_natively, impatient_natively_while_it_comes_back]
+async def impatient_natively_several_times(team: Team) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(3), asyncio.timeout(2), asyncio.timeout(1):
+            await wait_for(team.store, "never")
 
 
+NATIVELY = [
+    impatient_natively,
+    impatient_natively_while_it_comes_back,
+    impatient_natively_several_times,
+]
+
+
+async def run_as(verb: str, team: Team, agent: Callable[[], Awaitable[Any]]) -> None:
+    """Run an agent: itself, or as a stream of no chunks."""
+
+    async def stream() -> AsyncIterator[Any]:
+        calls.append(None)
+        if len(calls) == retries:
+            raise OSError
+
+        await agent()
+        for chunk in calls[:0]:
+            yield chunk
+
+    calls: list[None] = []
+    retries = int(verb == "a retried stream")
+    loop = team.loop.with_config(max_retries=retries, backoff=Backoff(initial_seconds=0.1, jitter="none"))
+    if verb == "an agent":
+        (await loop.run_single("a", agent)).unwrap()
+    elif verb == "streams of a batch":
+        async with loop.stream_all([Invocation("a", stream)]) as events:
+            assert [type(event) async for event in events] == [ResultEvent]
+    else:
+        async with loop.run_streaming("a", stream) as chunks:
+            assert [chunk async for chunk in chunks] == []
+
+
+@pytest.mark.parametrize("verb", ["an agent", "a stream", "a retried stream", "streams of a batch"])
+@pytest.mark.parametrize("keyed", [False, True])
 @pytest.mark.parametrize(
     "give_up", [impatient_in_a_scope, impatient_in_a_task, impatient_while_it_comes_back, *NATIVELY]
 )
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_agent_that_gives_up_waiting_has_a_slot_before_it_goes_on(backend: str, give_up: Any) -> None:
+def test_agent_that_gives_up_waiting_has_a_slot_before_it_goes_on(
+    backend: str, give_up: Any, keyed: bool, verb: str
+) -> None:
     if give_up in NATIVELY and backend != "asyncio":
         pytest.skip("a native cancellation is asyncio's")
 
     async def main() -> None:
-        team = Team(2)
+        team = Keyed(2, limit=2) if keyed else Team(2)
         went_on: list[float] = []
 
         async def agent() -> None:
@@ -593,17 +763,63 @@ def test_agent_that_gives_up_waiting_has_a_slot_before_it_goes_on(backend: str, 
         start = anyio.current_time()
         async with anyio.create_task_group() as group:
             for _ in range(2):
-                group.start_soon(team.loop.run_single, "a", agent)
+                group.start_soon(run_as, verb, team, agent)
 
-            await anyio.wait_all_tasks_blocked()
-            group.start_soon(busy, team)
             await anyio.sleep(0.5)
+            group.start_soon(busy, team, 9.5)
+            await anyio.sleep(0.25)
             await team.store.set("k", True)
 
         assert went_on == [10, 10]
         assert team.peak == 2
 
     name, options = virtual_clock(backend)
+    anyio.run(main, backend=name, backend_options=options)
+
+
+async def test_stream_that_is_closed_does_not_wait_for_the_slot() -> None:
+    team = Team()
+    start = anyio.current_time()
+
+    async def stream() -> AsyncIterator[int]:
+        try:
+            for number in range(50):
+                yield number
+        finally:
+            await impatient_in_a_scope(team)
+
+    async with anyio.create_task_group() as group:
+        async with team.loop.run_streaming("a", stream) as chunks:
+            assert await anext(chunks) == 0
+            group.start_soon(team.loop.run_single, "busy", team.work, 10)
+            await anyio.wait_all_tasks_blocked()
+
+        assert anyio.current_time() - start == 1
+
+
+def test_nested_stream_that_a_native_cancellation_ends_does_not_wait_for_the_slot() -> None:
+    async def main() -> None:
+        team = Team()
+        ended_at: list[float] = []
+
+        async def stream() -> AsyncIterator[int]:
+            try:
+                async with asyncio.timeout(1):
+                    for number in range(50):
+                        yield number
+            finally:
+                ended_at.append(anyio.current_time() - start)
+
+        async def read() -> None:
+            async with team.loop.run_streaming("a", stream) as chunks:
+                assert await anext(chunks) == 0
+                await team.loop.run_single("b", team.work, 10)
+
+        start = anyio.current_time()
+        (await team.loop.run_single("a", read)).unwrap()
+        assert ended_at == [1]
+
+    name, options = virtual_clock("asyncio")
     anyio.run(main, backend=name, backend_options=options)
 
 
@@ -627,15 +843,17 @@ async def test_attempt_is_timed_out_in_time_though_its_slot_is_lent(is_coming_ba
             await team.store.set("k", True)
 
 
-async def test_attempt_is_timed_out_in_time_while_it_comes_back_after_giving_up() -> None:
+@pytest.mark.parametrize("verb", ["an agent", "a stream"])
+async def test_attempt_is_timed_out_in_time_while_it_comes_back_after_giving_up(verb: str) -> None:
     team = Team(timeout_seconds=2)
     slow = AgentLoop(limiter=team.limiter)
     async with anyio.create_task_group() as group:
 
         async def agent() -> None:
             start = anyio.current_time()
-            result = await team.loop.run_single("a", impatient_in_a_scope, team)
-            assert result.status is Status.TIMEOUT
+            with pytest.raises(InvocationTimeout):
+                await run_as(verb, team, partial(impatient_in_a_scope, team))
+
             assert anyio.current_time() - start == 2
 
         group.start_soon(agent)

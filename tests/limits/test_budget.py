@@ -27,6 +27,7 @@ from agentloop import (
     Backoff,
     BatchStopped,
     BudgetSpent,
+    ContextStore,
     Invocation,
     InvocationResult,
     KeyedLimiter,
@@ -420,6 +421,23 @@ async def test_stream_that_waits_for_its_reader_is_waited_for_a_few_seconds_only
         assert len([chunk async for chunk in stream]) == 100
 
     assert remaining(loop.limiter) == 10
+
+
+async def test_stream_still_waits_for_its_reader_when_another_task_of_its_agent_goes_on() -> None:
+    loop, store = settled_at_nothing(), ContextStore()
+
+    async def write(_: float) -> AsyncIterator[int]:
+        async with anyio.create_task_group() as group:
+            group.start_soon(store.wait_for, lambda now: now.get("k"))
+            for number in range(100):
+                yield number
+
+    begin = anyio.current_time()
+    async with loop.run_streaming("a", write, 6):
+        await anyio.wait_all_tasks_blocked()
+        await store.set("k", True)
+        result = await loop.run_single("b", agent, 6)
+        assert (result.status, passed(begin)) == (Status.SKIPPED, 5)
 
 
 @pytest.mark.parametrize("seconds", [0.3, 0])

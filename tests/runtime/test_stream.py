@@ -8,7 +8,6 @@ import random
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import nullcontext
 from contextvars import ContextVar
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -1376,18 +1375,31 @@ async def test_agents_time_is_limited_on_after_its_own_scope_has_ended() -> None
     assert result.latency_ms == pytest.approx(14_000)
 
 
-async def test_nested_agent_whose_own_scope_ends_while_it_has_no_slot_is_cancelled_from_within() -> None:
+async def test_nested_agent_whose_own_scope_ends_while_it_has_no_slot_has_one_when_it_goes_on() -> None:
     loop = make_loop(max_concurrency=1)
+    went_on: list[int] = []
 
     async def agent() -> AsyncGenerator[int]:
         with anyio.move_on_after(5):
             for i in range(50):
                 yield i
 
-    result = await loop.run_single("a", partial(run_stream, loop, agent, pause=50))
-    chunks, error, _ = result.unwrap()
-    assert chunks == list(range(BUFFER))
-    assert isinstance(error, InvocationCancelled)
+        went_on.append(working)
+        yield -1
+
+    async def read() -> list[int]:
+        nonlocal working
+        async with loop.run_streaming("a", agent) as stream:
+            chunks = [await anext(stream)]
+            working = 1
+            await loop.run_single("b", anyio.sleep, 10)
+            working = 0
+            return chunks + [chunk async for chunk in stream]
+
+    working = 0
+    result = await loop.run_single("a", read)
+    assert result.unwrap() == [*range(BUFFER), -1]
+    assert went_on == [0]
 
 
 @pytest.mark.parametrize("error", [OSError("child"), Stop()])

@@ -277,7 +277,7 @@ the retry budget bounds nothing
 + False
 
 a stream that goes on pays again
-@ _StreamAttempt._wait_for_room, trio 263
+@ _limits/away.py::_take, trio 263
 - granted = Slot(pool, slot.outer)
 - if not pool.acquire_nowait(granted, returning=True):
 -     await pool.wait(pool.enqueue(granted, returning=True))
@@ -446,8 +446,8 @@ an agent that waits for a store keeps its slot
 + False
 
 an agent goes on without the slot that it has given back
-@ _limits/away.py::_take, test_away.py
-- slot in pool.loop.absent.away
+@ _limits/away.py::_is_due, test_away.py
+- slot.hold is SUSPENDED and not waits
 + False
 
 those around an agent that waits for a store keep their slots
@@ -461,22 +461,20 @@ the place of an attempt that has ended is not given back
 + self.running -= 0
 
 a stream that waits for its reader keeps the slot that it was lent
-@ _StreamAttempt._wait_for_room, trio 859
-- not slot.is_on_loan
-+ True
+@ _limits/away.py::lend_to_reader, trio 859
+- slot.hold is HELD and slot.outer is not None
++ False
 
 a stream that waits for its reader only says that it has given its slot up
 @ Slot.suspend, asyncio 23, trio 95
 - self._pass_on()
 
 a stream goes on without the slot that it gave back
-@ _StreamAttempt._wait_for_room, asyncio 515, trio 723
-- granted = Slot(pool, slot.outer)
-- if not pool.acquire_nowait(granted, returning=True):
--     await pool.wait(pool.enqueue(granted, returning=True))
-- slot.resume(granted)
+@ _limits/away.py::lend_to_reader, asyncio 515, trio 723
+- if goes_on:
+-     await _take(slot)
 + slot.hold = HELD
-+ slot.lender = pool.lender(slot.outer)
++ slot.lender = slot.pool.lender(slot.outer)
 
 the time that a reader takes is the agent's idleness
 @ _StreamAttempt._wait_for_room, asyncio 133, trio 133
