@@ -85,6 +85,11 @@ class Channel(Generic[T]):
         """Whether no reader will take any more items, so that producers do not wait for room."""
         self._on_stall: Callable[[], object] | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the reader must wait for an item."""
+        return not (self._size or self._ended)
+
     def has_room(self, on_room: Callable[[], object]) -> bool:
         """
         Return whether one more producer may begin.
@@ -227,6 +232,23 @@ class Channel(Generic[T]):
             if self._ended:
                 raise anyio.EndOfStream
 
+            await self.wait_for_item()
+
+        # No await from here on, so a taken item is always returned.
+        self._size -= 1
+        self._taken += 1
+        if self._line and self._size <= LOW:
+            self._let_in()
+
+        item = self._unread.popleft() if self._unread else self._receive.receive_nowait()
+        if self._on_taken is not None:
+            self._on_taken(item)
+
+        return item
+
+    async def wait_for_item(self) -> None:
+        """Wait until an item can be taken, or no more will come."""
+        while not (self._size or self._ended):
             if self._arrived is None:
                 self._arrived = self._new_event()
 
@@ -240,18 +262,6 @@ class Channel(Generic[T]):
             if scope.cancelled_caught and not self._size:
                 self._starved = bool(self._line)
                 self._let_in(all_of_them=True)
-
-        # No await from here on, so a taken item is always returned.
-        self._size -= 1
-        self._taken += 1
-        if self._line and self._size <= LOW:
-            self._let_in()
-
-        item = self._unread.popleft() if self._unread else self._receive.receive_nowait()
-        if self._on_taken is not None:
-            self._on_taken(item)
-
-        return item
 
     def close(self) -> None:
         """End the stream for the reader. Items in the buffer can still be taken."""

@@ -30,6 +30,11 @@ class Producer(Call, Protocol):
         ...
 
     @property
+    def call(self) -> object:
+        """The call that is read."""
+        ...
+
+    @property
     def scope(self) -> anyio.CancelScope:
         """The scope that :meth:`leave` and :meth:`cancel` cancel."""
         ...

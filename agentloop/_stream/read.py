@@ -40,6 +40,10 @@ class ReadBatch(Batch[T], Generic[T, ItemT]):
         self.scope = anyio.CancelScope()
 
     @property
+    def call(self) -> object:
+        return self
+
+    @property
     def left_open(self) -> bool:
         """Whether an agent has left a scope open in the producing task; agents run in tasks of the batch."""
         return False

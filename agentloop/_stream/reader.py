@@ -11,6 +11,7 @@ from typing import ClassVar, Generic, Self, TypeVar
 
 import anyio
 
+from .._limits.away import lend_to_call
 from .._misuse import EnteredOnly
 from .._runtime.lifetime import Lifetime
 from .channel import Channel
@@ -69,8 +70,13 @@ class Reader(EnteredOnly, Generic[ItemT, ProducerT]):
         :raises BaseException: after the last item: the exception that ended the producer, or the subclass's
             error
         """
-        channel: Channel[ItemT] = self._entered().channel
+        producer = self._entered()
+        channel: Channel[ItemT] = producer.channel
         try:
+            if producer.outer is not None and channel.is_empty:
+                # The agent goes on when it has a slot; only then is the item taken.
+                await lend_to_call(producer.call, producer.outer, channel.wait_for_item)
+
             return await channel.receive()
         except anyio.EndOfStream:
             pass
@@ -85,7 +91,7 @@ class Reader(EnteredOnly, Generic[ItemT, ProducerT]):
             raise StopAsyncIteration if error is None else error
         finally:
             # The traceback refers to this frame, so the frame must not lead back to the error.
-            del error, channel, self
+            del error, channel, producer, self
 
     @abstractmethod
     def _error(self) -> BaseException | None:

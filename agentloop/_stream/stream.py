@@ -52,6 +52,10 @@ class Streaming(Generic[T]):
         self._start_soon: StartSoon | None = None
 
     @property
+    def call(self) -> object:
+        return self._single
+
+    @property
     def left_open(self) -> bool:
         return self._single.left_open
 

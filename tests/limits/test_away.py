@@ -346,6 +346,130 @@ async def test_invocation_that_only_waits_for_one_that_waits_lends_its_slot_too(
     assert team.peak == 1
 
 
+async def read_all(
+    verb: str,
+    team: Team,
+    agent: Callable[[], Awaitable[Any]],
+    number: int = 1,
+    name: str = "b",
+    pause: float = 0,
+) -> list[Any]:
+    """Run an agent a number of times, and return the errors of the results, read after a pause."""
+
+    async def stream() -> AsyncIterator[Any]:
+        yield await agent()
+
+    if verb == "run_streaming":
+        async with team.loop.run_streaming(name, stream) as chunks:
+            await anyio.sleep(pause)
+            assert len([chunk async for chunk in chunks]) == 1
+
+        return [chunks.result.error]
+
+    if verb == "stream_all":
+        async with team.loop.stream_all([Invocation(name, stream)] * number) as events:
+            await anyio.sleep(pause)
+            return [event.result.error async for event in events if isinstance(event, ResultEvent)]
+
+    async with team.loop.as_completed([Invocation(name, agent)] * number) as results:
+        await anyio.sleep(pause)
+        return [result.error async for result in results]
+
+
+reads = pytest.mark.parametrize("verb", ["as_completed", "stream_all", "run_streaming"])
+
+
+@reads
+@pytest.mark.parametrize("keyed", [False, True])
+@pytest.mark.parametrize("reads_two", [False, True])
+async def test_agent_that_reads_from_one_that_waits_lends_its_slot_too(
+    verb: str, keyed: bool, reads_two: bool
+) -> None:
+    team = Keyed() if keyed else Team()
+    start = anyio.current_time()
+
+    async def read() -> float:
+        assert await read_all(verb, team, partial(wait_for, team.store, "k"), pause=1) == [None]
+        began = anyio.current_time()
+        await team.work()
+        return began - start
+
+    async def stream() -> AsyncIterator[int]:
+        for number in range(50):
+            yield number
+
+    async def read_between_chunks() -> float:
+        async with team.loop.run_streaming("b", stream) as chunks:
+            assert await anext(chunks) == 0
+            return await read()
+
+    lead = read_between_chunks if reads_two else read
+    jobs: list[Any] = [("a", lead, (), {}), ("b", team.set, ("k", 2), {}), ("c", team.work, (5,), {})]
+    results = await team.loop.run_all(jobs)
+    assert [result.error for result in results] == [None] * 3
+    assert results[0].output in (3, 8)
+    assert team.peak == 1
+    assert team.loop.statistics().running == team.loop.statistics().waiting == 0
+
+
+@reads
+async def test_item_is_not_lost_if_the_reader_gives_up_while_it_waits_for_its_slot(verb: str) -> None:
+    team = Team()
+    start = anyio.current_time()
+
+    async def stream() -> AsyncIterator[Any]:
+        yield await wait_for(team.store, "k")
+
+    async def read() -> float:
+        match verb:
+            case "run_streaming":
+                reader: Any = team.loop.run_streaming("b", stream)
+            case "stream_all":
+                reader = team.loop.stream_all([Invocation("b", stream)])
+            case _:
+                reader = team.loop.as_completed([Invocation("b", wait_for, (team.store, "k"))])
+
+        async with reader as items:
+            with anyio.move_on_after(2):
+                await anext(items)
+
+            began = anyio.current_time()
+            assert len([item async for item in items]) == (2 if verb == "stream_all" else 1)
+            return began - start
+
+    async with anyio.create_task_group() as group:
+
+        async def lead() -> None:
+            assert (await team.loop.run_single("a", read)).unwrap() == 11
+
+        group.start_soon(lead)
+        await anyio.sleep(1)
+        group.start_soon(team.loop.run_single, "busy", team.work, 10)
+        await anyio.wait_all_tasks_blocked()
+        await team.store.set("k", True)
+
+    assert team.peak == 1
+
+
+@reads
+async def test_readers_of_two_keys_that_wait_for_each_other_get_an_error(verb: str) -> None:
+    team = Keyed(None, timeout_seconds=None)
+
+    async def lead(name: str) -> bool:
+        await team.work()
+        try:
+            errors = await read_all(verb, team, team.work, 2, name)
+        except DeadlockError:
+            return False
+
+        return errors[0] is None
+
+    with anyio.fail_after(100):
+        results = await team.loop.run_all([Invocation("a", lead, ("b",)), Invocation("b", lead, ("a",))])
+
+    assert sorted(result.unwrap() for result in results) == [False, True]
+
+
 async def test_agent_that_comes_back_lends_its_place_to_one_of_another_key() -> None:
     team = Keyed()
 
