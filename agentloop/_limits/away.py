@@ -85,15 +85,16 @@ async def lend_to_reader(slot: Slot, wait: Callable[[], Awaitable[object]]) -> N
             await _take(slot)
 
 
-async def lend_to_call(call: object, slot: Slot | None, wait: Callable[[], Awaitable[object]]) -> None:
+async def lend_to_call(call: object, slot: Slot, wait: Callable[[], Awaitable[object]]) -> None:
     """
     Call the wait of an agent for the next item of its call. If the call waits for a change, the agent lends
     its slot meanwhile, and has one again before it goes on.
 
-    :param slot: the slot of the agent that has made the call, if an agent has
+    :param slot: the slot of the agent that has made the call
     :param wait: an async function that waits, and raises only cancellation
     """
-    if slot is None or slot is not current_slot.get():
+    if slot is not current_slot.get():
+        # Another agent reads, and the one that has made the call may work meanwhile.
         await wait()
         return
 

@@ -73,9 +73,10 @@ class Reader(EnteredOnly, Generic[ItemT, ProducerT]):
         producer = self._entered()
         channel: Channel[ItemT] = producer.channel
         try:
-            if producer.outer is not None and channel.is_empty:
+            outer = producer.outer
+            if outer is not None and channel.is_empty:
                 # The agent goes on when it has a slot; only then is the item taken.
-                await lend_to_call(producer.call, producer.outer, channel.wait_for_item)
+                await lend_to_call(producer.call, outer, channel.wait_for_item)
 
             return await channel.receive()
         except anyio.EndOfStream:

@@ -412,6 +412,42 @@ async def test_agent_that_reads_from_one_that_waits_lends_its_slot_too(
     assert team.loop.statistics().running == team.loop.statistics().waiting == 0
 
 
+async def test_two_tasks_of_an_agent_that_read_lend_its_slot() -> None:
+    team = Team()
+
+    async def read() -> None:
+        async with team.loop.as_completed([Invocation("b", wait_for, (team.store, "k"))] * 2) as results:
+            async with anyio.create_task_group() as group:
+                for _ in range(2):
+                    group.start_soon(anext, results)
+
+        await team.work()
+
+    with anyio.fail_after(100):
+        results = await team.loop.run_all([("a", read, (), {}), ("c", team.set, ("k",), {})])
+
+    assert [result.error for result in results] == [None] * 2
+    assert team.peak == 1
+
+
+async def test_agent_whose_results_another_task_reads_keeps_its_slot() -> None:
+    team = Team(2)
+
+    async def agent() -> None:
+        async with team.loop.as_completed([Invocation("b", wait_for, (team.store, "k"))]) as results:
+            reading.append(results)
+            await team.work(5)
+            await team.store.set("k", True)
+
+    async with anyio.create_task_group() as group:
+        reading: list[AsyncIterator[Any]] = []
+        group.start_soon(team.loop.run_single, "a", agent)
+        await anyio.sleep(1)
+        group.start_soon(anext, reading[0])
+        await anyio.wait_all_tasks_blocked()
+        assert team.loop.statistics().running == 1
+
+
 @reads
 async def test_item_is_not_lost_if_the_reader_gives_up_while_it_waits_for_its_slot(verb: str) -> None:
     team = Team()
