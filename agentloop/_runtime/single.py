@@ -23,6 +23,7 @@ from .job import Job
 from .observer import COUNTED_AT_ONCE
 from .options import RunOptions
 from .states import QUEUED
+from .tracebacks import check_depth
 
 T = TypeVar("T")
 
@@ -58,8 +59,12 @@ class Single(Generic[T]):
     ) -> None:
         self._options = options
         self._own_task = own_task
+        outer = current_slot.get()
+        if outer is not None:
+            check_depth(outer)
+
         self._pool = pool = pool_of(limiter)
-        self._job = Job(invocation, 0, pool.loop.now(), pool, current_slot.get())
+        self._job = Job(invocation, 0, pool.loop.now(), pool, outer)
 
     def enter(self) -> None:
         """

@@ -1,8 +1,8 @@
-"""Changes to the exceptions of agents: shorter tracebacks, and notes."""
+"""Changes to the exceptions of agents: shorter tracebacks, notes, and an early ``RecursionError``."""
 
 from __future__ import annotations
 
-__all__ = ["add_note", "drop_frames", "plumbing", "trim"]
+__all__ = ["add_note", "check_depth", "drop_frames", "plumbing", "trim"]
 
 from collections.abc import Callable
 from types import CodeType
@@ -11,11 +11,15 @@ from typing import Any, TypeVar, cast
 from .._eventloop.context import await_it
 from .._foreign import foreign_code
 from .._signs import is_plain
+from .._limits.slots import Slot
 
 FnT = TypeVar("FnT", bound=Callable[..., Any])
 
 # How many exceptions of a chain of causes and group members are read.
 CHAIN = 100
+# How many invocations may be nested without a check, and how many frames each needs at most to end.
+DEEP = 10
+FRAMES = 60
 
 _PLUMBING: set[CodeType] = {await_it.__code__}
 
@@ -66,3 +70,25 @@ def add_note(exc: BaseException, text: str) -> None:
         # Many attempts may raise the same object; each text is added once.
         if text not in getattr(exc, "__notes__", ()):
             exc.add_note(text)
+
+
+def check_depth(outer: Slot | None) -> None:
+    """
+    Raise ``RecursionError`` if a nested invocation has no frames left in which to end.
+
+    Raised here it is an error of the agent. Raised where a scope is left, it would corrupt trio's scopes.
+
+    :param outer: the slot of the invocation around it
+    """
+    for _ in range(DEEP):
+        if outer is None:
+            return
+
+        outer = outer.outer
+
+    _descend(FRAMES)
+
+
+def _descend(frames: int) -> None:
+    if frames:
+        _descend(frames - 1)

@@ -10,7 +10,7 @@ import pytest
 from agents import both_verbs, make_loop, run
 from anyio.lowlevel import checkpoint
 
-from agentloop import AgentLoop, Backoff, Invocation, LoopConfig, Status
+from agentloop import AgentLoop, Backoff, Invocation, InvocationResult, LoopConfig, Status
 from agentloop._limits.slots import Slot
 from agentloop._stream.channel import BUFFER
 from agentloop.testing import FakeAgent, FakeHTTPError, Reply
@@ -367,3 +367,18 @@ async def test_slot_that_is_resumed_after_the_one_around_it_has_ended_lends_itse
         release.set()
 
     assert has_run.is_set()
+
+
+@pytest.mark.parametrize("frames", range(0, 60, 6))
+async def test_chain_of_agents_without_an_end_is_an_error_of_the_innermost(frames: int) -> None:
+    loop = AgentLoop()
+
+    async def agent() -> object:
+        return (await loop.run_single("a", agent)).unwrap()
+
+    async def begin(frames: int) -> InvocationResult[object]:
+        return await (begin(frames - 1) if frames else loop.run_single("a", agent))
+
+    result = await begin(frames)
+    assert (result.status, type(result.exception)) == (Status.ERROR, RecursionError)
+    assert loop.statistics().running == 0
