@@ -10,8 +10,8 @@ from typing import Any, TypeVar, cast
 
 from .._eventloop.context import await_it
 from .._foreign import foreign_code
-from .._signs import is_plain
 from .._limits.slots import Slot
+from .._signs import is_plain
 
 FnT = TypeVar("FnT", bound=Callable[..., Any])
 
