@@ -141,18 +141,24 @@ class Worker(Generic[T]):
 
         :return: ``None`` if the job gets no further attempt, or waits in the line of its key
         """
+        slot: Slot | None
         if self._batch.by_key is not None:
-            return self._batch.by_key.acquire(job)
+            slot = self._batch.by_key.acquire(job)
+        elif self._batch.ending.stopped is not None or (must_resolve and not job.resolve()):
+            slot = None
+        else:
+            slot = job.next_slot() if job.attempts else job
+            if not job.pool.acquire_nowait(slot):
+                self.let_go()
+                slot = await self._wait_in_line(job, slot)
 
-        if self._batch.ending.stopped is not None or (must_resolve and not job.resolve()):
-            return None
+        if slot is not None and job.total is not None and job.pool.loop.now() >= job.deadline:
+            # The total time was up in the moment in which the slot was granted.
+            slot.give_back()
+            job.expire(job.total)
+            slot = None
 
-        slot = job.next_slot() if job.attempts else job
-        if job.pool.acquire_nowait(slot):
-            return slot
-
-        self.let_go()
-        return await self._wait_in_line(job, slot)
+        return slot
 
     def _give_back(self) -> None:
         if self._has_slot:

@@ -312,9 +312,9 @@ class Single(Generic[T]):
         finally:
             self._waiter = None
 
-        if granted and self._stopped is not None:
+        if granted and (self._stopped is not None or job.pool.loop.now() >= job.deadline):
             slot.give_back()
-            return False
+            granted = False
 
         if not granted and waiter.error is None and job.state is QUEUED and self._stopped is None:
             # It waited for too long.

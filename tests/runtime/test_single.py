@@ -304,14 +304,16 @@ async def test_wait_beyond_the_nearest_deadline_is_not_begun(
     assert note in result.exception.__notes__[0]
 
 
+# The slot is free later, or in the moment in which the time is up.
+@pytest.mark.parametrize("other", [20, 4.5])
 @pytest.mark.parametrize("verb", ["run_single", "run_all"])
-async def test_total_time_out_ends_the_wait_for_a_slot(verb: str) -> None:
+async def test_total_time_out_ends_the_wait_for_a_slot(verb: str, other: float) -> None:
     loop = make_loop(max_retries=1, max_concurrency=1, total_timeout_seconds=5)
     results: list[Any] = []
     async with anyio.create_task_group() as group:
         group.start_soon(run_into, results, verb, loop, [Invocation("a", FakeAgent(OSError("x")))])
         await anyio.sleep(0.5)
-        await loop.with_config(total_timeout_seconds=None).run_single("b", anyio.sleep, 20)
+        await loop.with_config(total_timeout_seconds=None).run_single("b", anyio.sleep, other)
 
     assert (results[0].status, results[0].error) == (Status.TIMEOUT, "Timeout after 5s in total")
     assert results[0].latency_ms == pytest.approx(5000)
