@@ -28,6 +28,23 @@ def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str
         pytest.mark.usefixtures("quiet")(obj)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """
+    Give pytest-xdist one test function at a time, and all tests that start Dask to one of its processes.
+
+    Dask starts as many processes as there are processors. The groups of pytest-xdist have no effect under
+    pytest 9.2, see https://github.com/pytest-dev/pytest-xdist/issues/1386.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "dask" if "/dask/" in nodeid else nodeid.partition("[")[0]
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_finish() -> None:
     """Let a test that looks for garbage not look through all that was imported."""
     gc.collect()

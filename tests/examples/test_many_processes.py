@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytestmark = [pytest.mark.long, pytest.mark.by_hand, pytest.mark.xdist_group("dask")]
+pytestmark = [pytest.mark.long, pytest.mark.by_hand]
 
 ROOT = Path(__file__).parents[2]
 every_backend = pytest.mark.parametrize("backend", ["asyncio", "trio"])

@@ -24,9 +24,6 @@ from agentloop.contrib.dask import WorkerLost, Workers, _engine
 DASK = Path(sys.executable).with_name("dask")
 HERE = Path(__file__).parent
 
-# In one worker of pytest-xdist: the processes are as many as processors.
-pytestmark = pytest.mark.xdist_group("dask")
-
 
 @contextmanager
 def dask(*command: str) -> Iterator[subprocess.Popen[bytes]]:

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 # Processes of their own take long to start, and reach nothing that the other tests do not.
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("dask")]
+pytestmark = pytest.mark.long
 
 DRIVER = Path(__file__).with_name("driver.py")
 backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])

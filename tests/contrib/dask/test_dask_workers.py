@@ -40,9 +40,6 @@ from agentloop.contrib.dask import RemoteError, WorkerLost, Workers
 from agentloop.contrib.opentelemetry import OpenTelemetrySink
 from agentloop.journal import Journal
 
-# In one worker of pytest-xdist: the processes are as many as processors.
-pytestmark = pytest.mark.xdist_group("dask")
-
 ONCE = LoopConfig(max_retries=0)
 
 
