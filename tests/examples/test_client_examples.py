@@ -1,52 +1,34 @@
 """The examples with the clients that people use, each run as a user runs it."""
 
-import os
 import re
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
+from examples_run import Done, environment, every_backend, model_server, run, start
 
 pytestmark = pytest.mark.long
 
-ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
-every_backend = pytest.mark.parametrize("backend", ["asyncio", "trio"])
+# A proxy in the environment must not come between an example and its own server.
+PROXY = {"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": ""}
 
 
-def environment(**variables: str) -> dict[str, str]:
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "ANTHROPIC_"))
-    }
-    path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
-    # A proxy in the environment must not come between an example and its own server.
-    proxy = {"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": ""}
-    return {**kept, **proxy, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8", **variables}
+def check(done: Done) -> str:
+    """Return the output of a run that has succeeded and complains about nothing."""
+    assert (done.status, done.err) == (0, "")
+    assert len(done.out.splitlines()) <= 24
+    assert done.out.isascii()
+    return done.out
 
 
-def run(script: str, *arguments: str, warnings: str = "error", **variables: str) -> tuple[int, str, str]:
-    """Return the exit status, the output and the error output."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-W", warnings, str(EXAMPLES / script), *arguments],
-        env=environment(**variables),
-        capture_output=True,
-        encoding="utf-8",
-        timeout=60,
-        check=False,
-    )
-    return done.returncode, done.stdout, done.stderr
+def output(name: str, *arguments: str) -> str:
+    return check(run(name, *arguments, **PROXY))
 
 
-def output(script: str, *arguments: str, warnings: str = "error") -> str:
-    """Return the output of a run that succeeds and complains about nothing."""
-    status, out, err = run(script, *arguments, warnings=warnings)
-    assert (status, err) == (0, "")
-    assert len(out.splitlines()) <= 24
-    assert out.isascii()
-    return out
+def output_of_a_process(name: str, *arguments: str, flags: tuple[str, ...] = ("-W", "error")) -> str:
+    """The same, of a process of its own, for what a client leaves behind or starts."""
+    process = start(name, *arguments, flags=flags, env=environment(**PROXY))
+    out, err = process.communicate(timeout=60)
+    return check(Done(process.returncode, out, err))
 
 
 def retries(out: str) -> dict[str, list[str]]:
@@ -75,27 +57,11 @@ def check_overload(said: list[str]) -> None:
         assert 200 <= int(delay) <= 250
 
 
-@contextmanager
-def real_server(*arguments: str) -> Iterator[str]:
-    """Run the model server in a process of its own, as a real one would, and give its URL."""
-    with subprocess.Popen(
-        [sys.executable, str(EXAMPLES / "model_server.py"), "--port", "0", "--api-key", "secret", *arguments],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-    ) as process:
-        assert process.stdout is not None
-        try:
-            yield process.stdout.readline().strip()
-        finally:
-            process.kill()
-
-
 # openai
 
 
 def test_openai_questions_are_all_answered_through_every_fault() -> None:
-    out = output("openai_batch.py")
+    out = output("openai_batch")
     assert re.match(r"6 questions for demo at http://127\.0\.0\.1:\d+/v1/, on asyncio\n", out)
     told = results(out)
     assert list(told) == [f"q-{number}" for number in range(6)]
@@ -111,8 +77,8 @@ def test_openai_questions_are_all_answered_through_every_fault() -> None:
 @every_backend
 def test_openai_stream_that_breaks_off_is_not_repeated_and_a_late_one_is(backend: str) -> None:
     # On trio, the SDK leaves generators of its own to the garbage collector, which says so when asked.
-    warnings = "error" if backend == "asyncio" else "ignore::ResourceWarning"
-    out = output("openai_batch.py", "--stream", "--backend", backend, warnings=warnings)
+    flags = ("-W", "error" if backend == "asyncio" else "ignore::ResourceWarning")
+    out = output_of_a_process("openai_batch", "--stream", "--backend", backend, flags=flags)
     told = results(out)
     assert sorted(told) == [f"q-{number}" for number in range(6)]
     broken = [text for status, text in told.values() if status == "error"]
@@ -127,9 +93,9 @@ def test_openai_stream_that_breaks_off_is_not_repeated_and_a_late_one_is(backend
 
 @pytest.mark.by_hand
 def test_openai_model_in_the_environment_is_asked_at_its_own_address() -> None:
-    with real_server() as url:
+    with model_server("--api-key", "secret") as url:
         variables = {"OPENAI_MODEL": "mine", "OPENAI_BASE_URL": url, "OPENAI_API_KEY": "secret"}
-        status, out, err = run("openai_batch.py", "--backend", "trio", NO_PROXY="*", **variables)
+        status, out, err = run("openai_batch", "--backend", "trio", **variables)
 
     assert (status, err) == (0, "")
     assert out.startswith(f"6 questions for mine at {url}/, on trio\n")
@@ -138,7 +104,7 @@ def test_openai_model_in_the_environment_is_asked_at_its_own_address() -> None:
 
 
 def test_openai_model_without_a_key_is_one_line() -> None:
-    status, out, err = run("openai_batch.py", "--backend", "trio", OPENAI_MODEL="mine")
+    status, out, err = run("openai_batch", "--backend", "trio", OPENAI_MODEL="mine")
     assert (status, out) == (1, "")
     assert re.fullmatch(r"error: .*OPENAI_API_KEY.*\n", err)
 
@@ -147,7 +113,7 @@ def test_openai_model_without_a_key_is_one_line() -> None:
 
 
 def test_anthropic_questions_are_all_answered_through_every_fault() -> None:
-    out = output("anthropic_batch.py")
+    out = output("anthropic_batch")
     assert re.match(r"6 questions for demo at http://127\.0\.0\.1:\d+, on asyncio\n", out)
     told = results(out)
     assert sorted(told) == [f"q-{number}" for number in range(6)]
@@ -170,7 +136,7 @@ def test_anthropic_questions_are_all_answered_through_every_fault() -> None:
 @pytest.mark.by_hand
 @every_backend
 def test_anthropic_stream_comes_word_by_word_up_to_where_it_breaks_off(backend: str) -> None:
-    out = output("anthropic_batch.py", "--stream", "--backend", backend)
+    out = output("anthropic_batch", "--stream", "--backend", backend)
     assert re.search(r"^  > What is 17 \* 23\?\n(  q-0 .+\n)*    17 \* 23 is 391\.$", out, re.MULTILINE)
     assert re.search(r"^    On \"How .+ \[RemoteProtocolError\]$", out, re.MULTILINE)
     assert out.count("\n  > ") == 6
@@ -180,10 +146,10 @@ def test_anthropic_stream_comes_word_by_word_up_to_where_it_breaks_off(backend: 
 
 @pytest.mark.by_hand
 def test_anthropic_key_that_is_wrong_stops_the_batch() -> None:
-    with real_server() as url:
+    with model_server("--api-key", "secret") as url:
         origin = url.removesuffix("/v1")
         variables = {"ANTHROPIC_MODEL": "mine", "ANTHROPIC_BASE_URL": origin, "ANTHROPIC_API_KEY": "wrong"}
-        status, out, err = run("anthropic_batch.py", "--backend", "trio", NO_PROXY="*", **variables)
+        status, out, err = run("anthropic_batch", "--backend", "trio", **variables)
 
     assert (status, err) == (1, "")
     assert "\n0 of 6 answered; 0 retries" in out
@@ -197,17 +163,9 @@ def test_anthropic_key_that_is_wrong_stops_the_batch() -> None:
 
 @pytest.mark.by_hand
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX pipe")
-@pytest.mark.parametrize(
-    "script", ["openai_batch.py", "anthropic_batch.py", "shared_context.py", "streaming.py"]
-)
+@pytest.mark.parametrize("script", ["openai_batch", "anthropic_batch", "shared_context", "streaming"])
 def test_reader_that_has_had_enough_gets_no_traceback(script: str) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-u", str(EXAMPLES / script)],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-    ) as process:
+    with start(script, flags=("-u",)) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline()
@@ -220,7 +178,7 @@ def test_reader_that_has_had_enough_gets_no_traceback(script: str) -> None:
 
 @every_backend
 def test_mcp_server_sees_the_time_outs_of_its_callers_as_cancellations(backend: str) -> None:
-    out = output("mcp_tools.py", "--backend", backend)
+    out = output_of_a_process("mcp_tools", "--backend", backend)
     assert out.startswith("6 agents, at most 3 at once, on " + backend)
     told = results(out)
     assert told["oslo"] == ("success", "4 degrees in Oslo: wear a coat")
@@ -236,7 +194,7 @@ def test_mcp_server_sees_the_time_outs_of_its_callers_as_cancellations(backend: 
 
 @pytest.mark.by_hand
 def test_pydantic_ai_agents_that_wait_for_others_neither_deadlock_nor_exceed_the_limit() -> None:
-    out = output("pydantic_ai_agents.py")
+    out = output("pydantic_ai_agents")
     assert results(out).keys() == {"boats", "tides", "gulls"}
     assert all(re.fullmatch(r"3 of 3 parts, \d+ words", text) for _, text in results(out).values())
     assert retries(out).keys() == {

@@ -3,45 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from examples_run import every_backend, model_server, run, start
 
 pytestmark = pytest.mark.long
-
-ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
-every_backend = pytest.mark.parametrize("backend", ["asyncio", "trio"])
-
-
-def start(directory: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
-    path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", str(EXAMPLES / "evaluate.py"), *arguments],
-        env={**kept, "PYTHONPATH": path, **variables},
-        cwd=directory,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-    )
-
-
-def run(directory: Path, *arguments: str, **variables: str) -> tuple[int, str, str]:
-    """Return the exit status, the output and the error output."""
-    with start(directory, *arguments, **variables) as process:
-        out, err = process.communicate(timeout=60)
-        return process.returncode, out, err
 
 
 def figures(out: str) -> dict[str, tuple[int, int]]:
@@ -74,18 +48,19 @@ def recorded(journal: Path) -> int:
 
 @every_backend
 def test_second_run_asks_only_what_is_new_or_has_changed(backend: str, tmp_path: Path) -> None:
+    evaluate = partial(run, "evaluate", directory=tmp_path)
     questions = ask(tmp_path / "questions.jsonl", ["What is 2 * 3?", "What is 4 * 5?", "What is 2 * 3?"])
-    status, out, err = run(tmp_path, str(questions), "--backend", backend)
+    status, out, err = evaluate(str(questions), "--backend", backend)
     assert status == 0, err
     assert figures(out) == {"before": (0, 0), "now": (3, 42)}
     assert [answer["text"] for answer in answers(tmp_path)] == ["2 * 3 is 6.", "4 * 5 is 20.", "2 * 3 is 6."]
     ask(questions, ["What is 6 * 7?", "What is 4 * 5?", "What is 2 * 3?"])
-    status, out, err = run(tmp_path, str(questions), "--backend", backend)
+    status, out, err = evaluate(str(questions), "--backend", backend)
     assert out.startswith("questions for demo: 3\n3 of 3 questions are answered in answers.jsonl\n")
     assert figures(out) == {"before": (2, 28), "now": (1, 14)}
     assert "2 replayed" in err
     assert [answer["text"] for answer in answers(tmp_path)] == ["6 * 7 is 42.", "4 * 5 is 20.", "2 * 3 is 6."]
-    status, out, _ = run(tmp_path, str(questions), "--backend", backend, "--fresh")
+    status, out, _ = evaluate(str(questions), "--backend", backend, "--fresh")
     assert figures(out) == {"before": (0, 0), "now": (3, 42)}
 
 
@@ -95,7 +70,7 @@ def test_second_run_asks_only_what_is_new_or_has_changed(backend: str, tmp_path:
 def test_evaluation_goes_on_after_a_signal(name: str, backend: str, tmp_path: Path) -> None:
     number = signal.Signals[name]
     questions = str(ask(tmp_path / "questions.jsonl", [f"What is 2 * {number}?" for number in range(40)]))
-    with start(tmp_path, questions, "--backend", backend) as process:
+    with start("evaluate", questions, "--backend", backend, cwd=tmp_path) as process:
         until = time.monotonic() + 30
         while not recorded(tmp_path / "answers.jsonl.journal"):
             assert time.monotonic() < until
@@ -114,50 +89,37 @@ def test_evaluation_goes_on_after_a_signal(name: str, backend: str, tmp_path: Pa
         assert found["now"][0] == len([one for one in answers(tmp_path) if "text" in one]) > 0
         assert "missing: start again to ask them" in out
 
-    status, out, err = run(tmp_path, questions, "--backend", backend)
+    status, out, err = run("evaluate", questions, "--backend", backend, directory=tmp_path)
     assert status == 0, err
     found = figures(out)
     assert found["before"][0] > 0
     assert found["before"][0] + found["now"][0] == len(answers(tmp_path)) == 40
 
 
-@contextmanager
-def real_server(*arguments: str) -> Iterator[str]:
-    with subprocess.Popen(
-        [sys.executable, str(EXAMPLES / "model_server.py"), "--port", "0", "--api-key", "secret", *arguments],
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-    ) as process:
-        assert process.stdout is not None
-        try:
-            yield process.stdout.readline().strip()
-        finally:
-            process.kill()
-
-
 def test_real_model_is_asked_and_another_model_is_refused(tmp_path: Path) -> None:
+    evaluate = partial(run, "evaluate", directory=tmp_path)
     questions = str(ask(tmp_path / "questions.jsonl", ["What is 2 * 3?"]))
-    with real_server() as url:
-        variables = {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "secret", "NO_PROXY": "*"}
-        status, out, err = run(tmp_path, questions, OPENAI_MODEL="mine", **variables)
+    with model_server("--api-key", "secret") as url:
+        variables = {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "secret"}
+        status, out, err = evaluate(questions, OPENAI_MODEL="mine", **variables)
         assert status == 0, err
         assert figures(out)["now"] == (1, 14)
-        status, out, err = run(tmp_path, questions, OPENAI_MODEL="other", **variables)
+        status, out, err = evaluate(questions, OPENAI_MODEL="other", **variables)
         assert (status, out) == (1, "questions for other: 1\n")
         assert re.match(r'error: .*"model": "mine".*"model": "other"', err)
         # A key that is refused stops it, and what failed is asked again.
-        status, out, err = run(
-            tmp_path, questions, "--fresh", OPENAI_MODEL="mine", **{**variables, "OPENAI_API_KEY": "wrong"}
+        status, out, err = evaluate(
+            questions, "--fresh", OPENAI_MODEL="mine", **{**variables, "OPENAI_API_KEY": "wrong"}
         )
         assert status == 1
         assert answers(tmp_path)[0]["error"].startswith("HTTPStatusError: ")
-        status, out, err = run(tmp_path, questions, OPENAI_MODEL="mine", **variables)
+        status, out, err = evaluate(questions, OPENAI_MODEL="mine", **variables)
         assert figures(out) == {"before": (0, 0), "now": (1, 14)}
 
 
 def test_file_without_questions_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("hello\n")
-    status, out, err = run(tmp_path, "bad.jsonl")
+    status, out, err = run("evaluate", "bad.jsonl", directory=tmp_path)
     assert (status, out) == (1, "")
     assert err.startswith('error: bad.jsonl must have lines like {"question": "..."}: JSONDecodeError')
     assert len(err.splitlines()) == 1

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from examples_run import BACKENDS, EXAMPLES, model_server, run, start
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text("utf-8"))
 NEEDS = {
     "anthropic_batch": "anthropic",
@@ -25,38 +23,32 @@ NEEDS = {
 ARGUMENTS = {"model_server": ["--port", "0"]}
 ASYNCIO_ALONE = {"pydantic_ai_agents"}
 
-# Those whose ends have something of their own. The others end by what all of them share.
-ALWAYS = {"serve"}
 
-
-def by_hand(*values: str) -> Any:
-    """Return parameters of a test that is run by hand for most examples."""
-    return pytest.param(*values, marks=() if values[0] in ALWAYS else pytest.mark.by_hand)
+def by_hand(*values: str, unless: bool = False) -> Any:
+    """Return parameters of a test that is run by hand for most examples: the others end in the same way."""
+    return pytest.param(*values, marks=() if unless or values[0] == "serve" else pytest.mark.by_hand)
 
 
 every_example = pytest.mark.parametrize("name", SCRIPTS)
 every_end = pytest.mark.parametrize("name", [by_hand(name) for name in SCRIPTS])
+# Each in turn on one backend, and by hand on the other; clients take long to be imported.
 every_end_on_every_backend = pytest.mark.parametrize(
     ("name", "backend"),
-    [by_hand(name, "asyncio") for name in SCRIPTS]
-    + [by_hand(name, "trio") for name in SCRIPTS if name not in ASYNCIO_ALONE],
+    [
+        by_hand(name, backend, unless=name not in NEEDS and number % 2 == which)
+        for number, name in enumerate(SCRIPTS)
+        for which, backend in enumerate(BACKENDS)
+        if backend == "asyncio" or name not in ASYNCIO_ALONE
+    ],
 )
 
 
-def start(
-    name: str, *arguments: str, warnings: tuple[str, ...] = (), **options: object
-) -> subprocess.Popen[str]:
+def needed_by(name: str) -> str:
+    """Return the name of an example whose client is installed."""
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
 
-    return subprocess.Popen(  # type: ignore[call-overload, no-any-return] # of its many options
-        [sys.executable, "-W", "error", *warnings, str(EXAMPLES / f"{name}.py"), *arguments],
-        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+    return name
 
 
 @pytest.fixture
@@ -69,15 +61,15 @@ def children_hear_sigint() -> Iterator[None]:
 
 @every_example
 def test_help_says_what_it_shows_and_what_it_reads(name: str) -> None:
-    out, err = start(name, "--help").communicate(timeout=60)
+    done = run(needed_by(name), "--help")
     text = (EXAMPLES / f"{name}.py").read_text("utf-8")
-    assert text.split('"""')[1].strip().splitlines()[0].replace("``", "") in " ".join(out.split())
-    assert "environment: " in out
-    assert "--backend {asyncio,trio}" in out
+    assert text.split('"""')[1].strip().splitlines()[0].replace("``", "") in " ".join(done.out.split())
+    assert "environment: " in done.out
+    assert "--backend {asyncio,trio}" in done.out
     for variable in "OPENAI_MODEL", "OPENAI_API_KEY", "ANTHROPIC_MODEL":
-        assert (f'"{variable}"' not in text) or variable in out.partition("environment: ")[2]
+        assert (f'"{variable}"' not in text) or variable in done.out.partition("environment: ")[2]
 
-    assert err == ""
+    assert (done.status, done.err) == (0, "")
 
 
 def test_page_of_examples_names_each_module() -> None:
@@ -95,10 +87,10 @@ def test_none_is_longer_than_a_person_reads_at_once(path: Path) -> None:
 @pytest.mark.usefixtures("children_hear_sigint")
 @every_end_on_every_backend
 def test_ctrl_c_ends_it_with_130_and_no_traceback(name: str, backend: str, tmp_path: Path) -> None:
-    # An interrupt may come between the call of an async function and the await.
-    unawaited = ("-W", "ignore:coroutine:RuntimeWarning")
+    # Trio raises it where it comes: between the call of an async function and the await, for example.
+    unawaited = ("-W", "ignore:coroutine:RuntimeWarning") if backend == "trio" else ()
     arguments = ["--backend", backend, *ARGUMENTS.get(name, [])]
-    process = start(name, *arguments, warnings=unawaited, cwd=tmp_path)
+    process = start(needed_by(name), *arguments, flags=("-W", "error", *unawaited), cwd=tmp_path)
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
@@ -112,7 +104,7 @@ def test_ctrl_c_ends_it_with_130_and_no_traceback(name: str, backend: str, tmp_p
 @pytest.mark.long
 @every_end
 def test_reader_that_has_enough_ends_it_quietly(name: str, tmp_path: Path) -> None:
-    process = start(name, *ARGUMENTS.get(name, []), cwd=tmp_path)
+    process = start(needed_by(name), *ARGUMENTS.get(name, []), cwd=tmp_path)
     assert process.stdout is not None
     process.stdout.readline()
     process.stdout.close()
@@ -130,32 +122,20 @@ def test_reader_that_has_enough_ends_it_quietly(name: str, tmp_path: Path) -> No
 @every_end
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_output_that_cannot_be_written_is_one_line(name: str, tmp_path: Path) -> None:
-    if name in NEEDS:
-        pytest.importorskip(NEEDS[name])
-
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, str(EXAMPLES / f"{name}.py"), *ARGUMENTS.get(name, [])],
-            env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
-            cwd=tmp_path,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        process = start(needed_by(name), *ARGUMENTS.get(name, []), flags=(), cwd=tmp_path, stdout=full)
+        _, err = process.communicate(timeout=60)
 
-    assert done.returncode == 1
-    assert "error: [Errno 28] No space left on device" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert process.returncode == 1
+    assert "error: [Errno 28] No space left on device" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("name", ["serve", "model_server"])
 @pytest.mark.parametrize("port", ["-1", "65536", "http", "9" * 5000])
 def test_bad_port_is_one_line(name: str, port: str) -> None:
-    process = start(name, f"--port={port}")
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (2, "")
+    status, out, err = run(needed_by(name), f"--port={port}")
+    assert (status, out) == (2, "")
     assert err.startswith(f"{name}.py: error: argument --port: must be a port, a whole number from ")
     assert err.count("\n") == 1
 
@@ -166,21 +146,17 @@ def test_bad_port_is_one_line(name: str, port: str) -> None:
 )
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="needs a folder in which nothing can be made")
 def test_bad_file_is_one_line(name: str, arguments: list[str], tmp_path: Path) -> None:
-    process = start(name, *arguments, cwd=tmp_path)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode in (1, 2)
+    status, _, err = run(name, *arguments, directory=tmp_path)
+    assert status in (1, 2)
     assert "/proc/no" in err
     assert err.count("\n") == 1
 
 
 def test_port_that_is_taken_is_one_line() -> None:
-    first = start("model_server", "--port", "0")
-    assert first.stdout is not None
-    taken = first.stdout.readline().split(":")[2].split("/")[0]
-    process = start("model_server", "--port", taken)
-    _, err = process.communicate(timeout=60)
-    first.terminate()
-    first.communicate()
-    assert process.returncode == 1
+    with model_server() as url:
+        taken = url.split(":")[2].split("/")[0]
+        status, _, err = run("model_server", "--port", taken)
+
+    assert status == 1
     assert err.startswith("error: ")
     assert err.count("\n") == 1

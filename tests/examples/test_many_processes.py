@@ -5,35 +5,18 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
+from examples_run import every_backend, start
 
 pytestmark = [pytest.mark.long, pytest.mark.by_hand]
-
-ROOT = Path(__file__).parents[2]
-every_backend = pytest.mark.parametrize("backend", ["asyncio", "trio"])
-
-
-def start(*arguments: str) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", str(ROOT / "examples" / "many_processes.py"), *arguments],
-        env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        start_new_session=True,
-    )
 
 
 @every_backend
 def test_process_is_killed_and_nothing_is_lost(backend: str) -> None:
-    with start("--count", "300", "--backend", backend) as process:
+    with start("many_processes", "--count", "300", "--backend", backend, start_new_session=True) as process:
         out, err = process.communicate(timeout=60)
 
     assert process.returncode == 0, err
@@ -48,7 +31,7 @@ def test_process_is_killed_and_nothing_is_lost(backend: str) -> None:
 # While the processes start, and while they work.
 @pytest.mark.parametrize(("backend", "lines"), [("asyncio", 2), ("trio", 4)])
 def test_ctrl_c_ends_all_processes_without_a_traceback(backend: str, lines: int) -> None:
-    with start("--count", "300", "--backend", backend) as process:
+    with start("many_processes", "--count", "300", "--backend", backend, start_new_session=True) as process:
         assert process.stdout is not None
         for _ in range(lines):
             process.stdout.readline()

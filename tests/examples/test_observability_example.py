@@ -1,34 +1,22 @@
 """The example that shows every adapter, run as a user runs it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from examples_run import every_backend, run
 
 pytestmark = pytest.mark.long
 
-ROOT = Path(__file__).parents[2]
 
-
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@every_backend
 def test_example_leaves_files_behind_and_says_where(backend: str, tmp_path: Path) -> None:
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     directory = tmp_path / "out"
-    script = ROOT / "examples" / "observability.py"
-    done = subprocess.run(
-        [sys.executable, script, directory, "--backend", backend, "--count", "80"],
-        env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
+    done = run("observability", str(directory), "--backend", backend, "--count", "80")
+    assert done.status == 0, done.err
+    assert "Traceback" not in done.err
     for name in "report.html", "timeline.json", "metrics.json":
-        assert str(directory / name) in done.stdout
+        assert str(directory / name) in done.out
 
     counts = json.loads((directory / "metrics.json").read_text("utf-8"))["counts"]
     assert sum(counts.values()) == 80

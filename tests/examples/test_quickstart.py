@@ -13,48 +13,22 @@ from pathlib import Path
 from threading import Thread
 
 import anyio
+import examples_run
 import pytest
 import quickstart
 import quickstart_story
+from examples_run import BACKENDS, EXAMPLES, environment, every_backend, model_server, run, start
 
 pytestmark = pytest.mark.long
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = str(ROOT / "examples" / "quickstart.py")
-BACKENDS = ["asyncio", "trio"]
 # Of these prompts none hangs, which would take its time, but many are retried, and one fails in the end.
 SHORT = ("--count", "50", "--seed", "1628")
-
-
-def environment(**variables: str) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if key != "OPENAI_API_KEY"}
-    path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
-    return {**kept, "PYTHONPATH": path, "NO_PROXY": "127.0.0.1", "PYTHONIOENCODING": "utf-8", **variables}
-
-
-def start(*arguments: str, **variables: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        env=environment(**variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-    )
-
-
-def run(*arguments: str, **variables: str) -> tuple[int, str, str]:
-    """Return the exit status, the output and the error output."""
-    with start(SCRIPT, *arguments, **variables) as process:
-        out, err = process.communicate(timeout=60)
-        return process.returncode, out, err
 
 
 @cache
 def output(*arguments: str) -> str:
     """Return the output of a run in which nothing unexpected happens."""
-    status, out, err = run(*arguments)
-    assert (status, err) == (0, "")
-    return out
+    return examples_run.output("quickstart", *arguments)
 
 
 def story(out: str) -> str:
@@ -92,17 +66,6 @@ def children_hear_sigint() -> Iterator[None]:
 
 
 @contextmanager
-def model_server(*arguments: str) -> Iterator[str]:
-    """Run the model server in a process of its own, and give its URL."""
-    with start(str(ROOT / "examples" / "model_server.py"), "--port", "0", *arguments) as process:
-        assert process.stdout is not None
-        try:
-            yield process.stdout.readline().strip()
-        finally:
-            process.kill()
-
-
-@contextmanager
 def server_that_refuses_completions() -> Iterator[str]:
     """Serve a list of models to anyone, and completions to nobody: 401."""
 
@@ -137,7 +100,7 @@ def server_that_refuses_completions() -> Iterator[str]:
             thread.join()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_two_hundred_prompts_get_one_result_each(backend: str) -> None:
     out = output("--backend", backend)
     assert "\nEvery prompt has exactly one result\n" in out
@@ -168,7 +131,7 @@ def test_the_loop_saw_exactly_what_the_server_dealt_out() -> None:
         assert int(seen) == int(dealt) > 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_the_limiter_finds_out_how_many_the_server_takes(backend: str) -> None:
     out = output("--backend", backend)
     _, _, learned = out.partition("\nWhat the limiter learned about a server that takes 10 at once\n")
@@ -190,7 +153,7 @@ def test_the_story_is_the_same_on_both_backends() -> None:
 
 @pytest.mark.by_hand
 def test_the_same_seed_tells_the_same_story_again() -> None:
-    _, again, _ = run(*SHORT)
+    _, again, _ = run("quickstart", *SHORT)
     assert story(again) == story(output(*SHORT))
     assert number("error", again) == 1
     assert number("retries made", again) > 20
@@ -222,7 +185,7 @@ def test_a_real_server_is_asked_for_its_first_model_with_the_key_from_the_enviro
     faults = ("--api-key", "secret", "--rate-limited", "0.3", "--retry-after-seconds", "0.05")
     with model_server(*faults) as base_url:
         arguments = ("--base-url", f"{base_url}/", "--count", "10")
-        status, out, err = run(*arguments, OPENAI_API_KEY="secret")
+        status, out, err = run("quickstart", *arguments, OPENAI_API_KEY="secret")
         assert (status, err) == (0, "")
         assert f"10 prompts for demo at {base_url}\n" in out
         assert "Every prompt has exactly one result" in out
@@ -230,7 +193,7 @@ def test_a_real_server_is_asked_for_its_first_model_with_the_key_from_the_enviro
         assert re.search(r"HTTP 429 +\d+ seen by the loop, not counted above\n", out)
         assert "dealt out" not in out
 
-        status, out, err = run(*arguments)
+        status, out, err = run("quickstart", *arguments)
         assert (status, out) == (1, "")
         assert f"{base_url}/models" in one_line(err)
         assert "401" in err
@@ -239,7 +202,7 @@ def test_a_real_server_is_asked_for_its_first_model_with_the_key_from_the_enviro
 
 def test_a_fatal_error_stops_the_run_and_is_said() -> None:
     with server_that_refuses_completions() as base_url:
-        status, out, err = run("--base-url", base_url, "--count", "20", "--concurrency", "2")
+        status, out, err = run("quickstart", "--base-url", base_url, "--count", "20", "--concurrency", "2")
 
     assert (status, err) == (1, "")
     assert "20 prompts for first at " in out
@@ -248,14 +211,14 @@ def test_a_fatal_error_stops_the_run_and_is_said() -> None:
 
 
 def test_an_unreachable_server_is_one_line_that_names_the_url() -> None:
-    status, out, err = run("--base-url", "http://127.0.0.1:9/v1", "--model", "demo")
+    status, out, err = run("quickstart", "--base-url", "http://127.0.0.1:9/v1", "--model", "demo")
     assert (status, out) == (1, "")
     assert "http://127.0.0.1:9/v1/models" in one_line(err)
     assert "--base-url" in err
 
 
 def test_a_bad_argument_ends_the_program_with_status_two() -> None:
-    status, out, err = run("--count", "0")
+    status, out, err = run("quickstart", "--count", "0")
     assert (status, out) == (2, "")
     assert (
         one_line(err) == "quickstart.py: error: argument --count: must be a whole number above 0, got '0'\n"
@@ -280,7 +243,7 @@ def test_a_bad_argument_ends_the_program_with_status_two() -> None:
 def test_a_bad_argument_is_refused_in_one_line(
     option: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [SCRIPT, f"{option}={value}"])
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", f"{option}={value}"])
     with pytest.raises(SystemExit) as caught:
         quickstart.main()
 
@@ -303,7 +266,7 @@ def test_a_file_without_prompts_is_refused_in_one_line(
     if content is not None:
         file.write_bytes(content)
 
-    monkeypatch.setattr(sys, "argv", [SCRIPT, "--prompts", str(file)])
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--prompts", str(file)])
     with pytest.raises(SystemExit) as caught:
         quickstart.main()
 
@@ -315,7 +278,7 @@ def test_a_missing_trio_is_one_line_that_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(anyio, "get_available_backends", lambda: ("asyncio",))
-    monkeypatch.setattr(sys, "argv", [SCRIPT, "--backend", "trio"])
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--backend", "trio"])
     with pytest.raises(SystemExit) as caught:
         quickstart.main()
 
@@ -325,9 +288,9 @@ def test_a_missing_trio_is_one_line_that_says_what_to_install(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 @pytest.mark.usefixtures("children_hear_sigint")
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_ctrl_c_shows_what_has_been_finished(backend: str) -> None:
-    with start(SCRIPT, "--count", "300", "--concurrency", "8", "--backend", backend) as process:
+    with start("quickstart", "--count", "300", "--concurrency", "8", "--backend", backend) as process:
         assert process.stdout is not None
         before = ""
         while not before.endswith("done: 30"):
@@ -355,7 +318,7 @@ def test_ctrl_c_shows_what_has_been_finished(backend: str) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX pipe")
 def test_a_reader_that_has_had_enough_gets_no_traceback() -> None:
-    with start(SCRIPT, "--count", "5") as process:
+    with start("quickstart", "--count", "5") as process:
         assert process.stdout is not None
         assert process.stdout.readline()
         process.stdout.close()
@@ -369,7 +332,7 @@ def test_a_terminal_gets_frames_and_colours() -> None:
 
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, "--count", "5"],
+        [sys.executable, EXAMPLES / "quickstart.py", "--count", "5"],
         env=environment(TERM="xterm-256color", COLUMNS="100"),
         stdin=theirs,
         stdout=theirs,

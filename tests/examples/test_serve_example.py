@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
 from typing import Any
 
 import anyio
 import httpx2
 import pytest
 import serve
+from examples_run import every_backend, run, start
 
 from agentloop import AgentLoop, Limiter, LoopConfig, Status, StreamChunk, StreamEvent
 from agentloop.testing import Chunks, FakeAgent, FakeHTTPError, Stall
 
 pytestmark = pytest.mark.long
 
-ROOT = Path(__file__).parents[2]
-every_backend = pytest.mark.parametrize("backend", ["asyncio", "trio"])
-
-
-def start(*arguments: str) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", str(ROOT / "examples" / "serve.py"), *arguments],
-        env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
 
 @contextmanager
 def serving(backend: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Give a server of its own process, and where it is."""
-    with start("--backend", backend, "--port", "0") as process:
+    with start("serve", "--backend", backend, "--port", "0") as process:
         try:
             assert process.stdout is not None
             found = re.match(rf"(http://127\.0\.0\.1:\d+)/.*, on {backend}; ", process.stdout.readline())
@@ -55,7 +39,7 @@ def serving(backend: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 @every_backend
 def test_demonstration_tells_what_a_server_has_to_do(backend: str) -> None:
-    with start("--backend", backend) as process:
+    with start("serve", "--backend", backend) as process:
         out, err = process.communicate(timeout=60)
 
     assert (process.returncode, err) == (0, "")
@@ -134,11 +118,9 @@ def test_idle_server_ends_at_once(backend: str, signum: signal.Signals, status: 
 
 
 def test_unknown_backend_is_refused() -> None:
-    with start("--backend", "curio") as process:
-        out, err = process.communicate(timeout=60)
-
-    assert (process.returncode, out) == (2, "")
-    assert "argument --backend: invalid choice: 'curio'" in err
+    done = run("serve", "--backend", "curio")
+    assert (done.status, done.out) == (2, "")
+    assert "argument --backend: invalid choice: 'curio'" in done.err
 
 
 # --- the endpoint by itself, on a clock that jumps

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
+import examples_run
 import pytest
+from examples_run import every_backend
 
 pytestmark = pytest.mark.long
-
-ROOT = Path(__file__).parents[2]
-backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 
 
 @cache
 def output(backend: str) -> str:
-    """Return what a run prints in which nothing unexpected happens."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "shared_context.py"), "--backend", backend],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
+    return examples_run.output("shared_context", "--backend", backend)
 
 
-@backends
+@every_backend
 def test_the_watcher_shows_the_beginning_and_the_end(backend: str) -> None:
     shown = re.findall(r"^  ([.w?r#]{8})  (\d) of 8 done$", output(backend), re.MULTILINE)
     assert len(shown) > 3
@@ -44,7 +28,7 @@ def test_the_watcher_shows_the_beginning_and_the_end(backend: str) -> None:
     assert not {"w", "r"}.isdisjoint("".join(marks for marks, _ in shown))
 
 
-@backends
+@every_backend
 def test_every_chapter_goes_from_one_hand_to_the_next(backend: str) -> None:
     chapters = re.findall(r"^  ([a-z ]+?)  +((?:\w+ > )*\w+)$", output(backend), re.MULTILINE)
     assert len(chapters) == 8
@@ -55,7 +39,7 @@ def test_every_chapter_goes_from_one_hand_to_the_next(backend: str) -> None:
         assert {*names[1::2]} <= {"Rae", "Sam"}
 
 
-@backends
+@every_backend
 def test_the_figures_are_those_of_the_story(backend: str) -> None:
     out = output(backend)
     assert "\n6 chapters took one draft, 2 took two\n" in out

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from functools import cache, partial
-from pathlib import Path
 from typing import NamedTuple
 
 import anyio
+import examples_run
 import httpx2
 import pytest
 import streaming
 from anyio.abc import SocketAttribute
+from examples_run import BACKENDS, every_backend
 from model_server import Faults, reply_to, serve_model
 
 from agentloop import AgentLoop, InvocationResult, Status
 
 pytestmark = pytest.mark.long
-
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "examples" / "streaming.py"
-BACKENDS = ["asyncio", "trio"]
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -47,23 +41,9 @@ class Scene(NamedTuple):
     """The whole of what the model would have said."""
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
-        [sys.executable, "-W", "error", str(SCRIPT), *arguments],
-        env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=60,
-        check=False,
-    )
-
-
 @cache
 def output(backend: str) -> str:
-    done = run("--backend", backend)
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
+    return examples_run.output("streaming", "--backend", backend)
 
 
 def scenes(backend: str) -> list[Scene]:
@@ -165,9 +145,9 @@ async def test_client_that_leaves_is_noticed_while_the_model_says_nothing() -> N
 
 
 def test_unknown_backend_is_refused() -> None:
-    done = run("--backend", "curio")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "argument --backend: invalid choice: 'curio'" in done.stderr
+    done = examples_run.run("streaming", "--backend", "curio")
+    assert (done.status, done.out) == (2, "")
+    assert "argument --backend: invalid choice: 'curio'" in done.err
 
 
 def test_missing_trio_is_told_with_what_to_install(

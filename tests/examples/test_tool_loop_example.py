@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import anyio
+import examples_run
 import httpx2
 import pytest
 import tool_loop
@@ -23,27 +20,12 @@ from agentloop.testing import Chunks, FakeAgent, FakeHTTPError
 
 pytestmark = pytest.mark.long
 
-ROOT = Path(__file__).parents[2]
 every_run = pytest.mark.parametrize(("backend", "concurrency"), [("asyncio", "1"), ("trio", "4")])
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / "examples" / "tool_loop.py"), *arguments],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
 
 
 @cache
 def output(backend: str, concurrency: str) -> str:
-    done = run("--backend", backend, "--concurrency", concurrency)
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
+    return examples_run.output("tool_loop", "--backend", backend, "--concurrency", concurrency)
 
 
 @every_run
@@ -92,9 +74,9 @@ def test_every_clue_is_on_the_board_and_nothing_is_left(backend: str, concurrenc
     ],
 )
 def test_wrong_argument_is_refused(arguments: list[str], message: str) -> None:
-    done = run(*arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert message in done.stderr
+    done = examples_run.run("tool_loop", *arguments)
+    assert (done.status, done.out) == (2, "")
+    assert message in done.err
 
 
 # --- the agent itself, with a model that follows a script
