@@ -13,13 +13,19 @@ import pytest
 from trouble import overload, passed, refuse, same_chance
 
 from agentloop import AgentLoop, Invocation, InvocationResult, Limiter, LoopConfig, Status
-from agentloop.testing import FakeHTTPError
+from agentloop.testing import FakeHTTPError, virtual_clock
 
 pytestmark = pytest.mark.long
 
 REJECTION_SECONDS = 0.05
 CALLS = 1500
 HOUR = 3600.0
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    """One event loop is enough: what counts here is the time and the chance, the same in both."""
+    return virtual_clock("asyncio")
 
 
 @pytest.fixture(autouse=True)

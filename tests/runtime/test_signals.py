@@ -77,13 +77,21 @@ async def main():
 
 anyio.run(main, backend=backend)
 """
-VERBS = ["run_all", "as_completed", "stream_all", "run_single", "run_streaming"]
 
 
-@backends
-# Which signal it is makes no difference to a verb.
+# Which signal it is makes no difference to a verb, and which event loop it is none to the results.
 @pytest.mark.parametrize(
-    ("verb", "first"), [*((verb, signal.SIGINT) for verb in VERBS), ("run_all", signal.SIGTERM)]
+    ("backend", "verb", "first"),
+    [
+        ("asyncio", "run_all", signal.SIGINT),
+        ("trio", "run_all", signal.SIGINT),
+        ("asyncio", "run_all", signal.SIGTERM),
+        ("trio", "run_all", signal.SIGTERM),
+        ("asyncio", "as_completed", signal.SIGINT),
+        ("trio", "stream_all", signal.SIGINT),
+        ("asyncio", "run_streaming", signal.SIGINT),
+        ("trio", "run_single", signal.SIGINT),
+    ],
 )
 @pytest.mark.parametrize("count", [1, 2])
 def test_agents_that_are_printed_as_done_are_those_that_were(
