@@ -25,6 +25,12 @@ DASK = Path(sys.executable).with_name("dask")
 HERE = Path(__file__).parent
 
 
+@pytest.fixture
+def anyio_backend() -> str:
+    """One event loop is enough: Dask, which finds and loses processes, runs in a thread of its own."""
+    return "trio"
+
+
 @contextmanager
 def dask(*command: str) -> Iterator[subprocess.Popen[bytes]]:
     path = os.pathsep.join([str(HERE), *sys.path])
@@ -48,16 +54,7 @@ class Cluster:
     def __init__(self, path: Path, stack: ExitStack) -> None:
         self._stack = stack
         self.scheduler = stack.enter_context(
-            dask(
-                "scheduler",
-                "--host",
-                "127.0.0.1",
-                "--port",
-                "0",
-                "--no-dashboard",
-                "--scheduler-file",
-                str(path),
-            )
+            dask("scheduler", "--no-dashboard", "--host=127.0.0.1", "--port=0", f"--scheduler-file={path}")
         )
         began = time.monotonic()
         while not path.exists() or not path.read_text():
@@ -68,7 +65,7 @@ class Cluster:
 
     def add(self) -> subprocess.Popen[bytes]:
         """Start a worker, which no nanny starts again."""
-        options = ("--no-nanny", "--no-dashboard", "--nthreads", "1", "--host", "127.0.0.1")
+        options = ("--no-nanny", "--no-dashboard", "--nthreads=1", "--host=127.0.0.1")
         return self._stack.enter_context(dask("worker", self.address, *options))
 
 

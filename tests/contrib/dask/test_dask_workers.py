@@ -266,9 +266,10 @@ async def test_process_that_dies_loses_no_call_and_its_poison_is_found(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("anyio_backend", ["trio"])
 async def test_kills_at_random_moments_lose_no_call_and_repeat_few(workers: Workers, tmp_path: Path) -> None:
-    path, draw, kills = tmp_path / "calls", random.Random(), 3
-    names = [str(n) for n in range(400)]
+    path, draw, kills = tmp_path / "calls", random.Random(), 2
+    names = [str(n) for n in range(200)]
     note = workers.remote(there.note_and_die)
     results: list[InvocationResult[Any]] = []
 
@@ -284,7 +285,7 @@ async def test_kills_at_random_moments_lose_no_call_and_repeat_few(workers: Work
 
     process = workers.remote(in_thread(there.process))
     loop = AgentLoop(LoopConfig(max_concurrency=20, timeout_seconds=30, max_retries=0))
-    with anyio.fail_after(60):
+    with anyio.fail_after(120):
         async with anyio.create_task_group() as group:
             group.start_soon(kill)
             jobs = (Invocation(name, note, (str(path), name, "none")) for name in names)
