@@ -166,8 +166,7 @@ def test_data_cannot_begin_a_field_or_an_event_of_its_own(end: str, field: str) 
     text = f"before{end}{field}{end}{end}{field}{end}"
     for data in (text, {text: [text]}):
         [message] = parse(sent(StreamChunk(StreamEvent.TEXT, data)))
-        assert message.event == "text"
-        assert message.last_event_id == ""
+        assert (message.event, message.last_event_id) == ("text", "")
         assert field in message.data
 
 

@@ -73,8 +73,7 @@ def test_arguments_may_be_any_sequence_and_any_mapping() -> None:
     args = [1, 2]
     invocation = Invocation("a", scaled, args, {"offset": 3})
     args.append(4)
-    assert invocation.args == (1, 2)
-    assert invocation.kwargs == {"offset": 3}
+    assert (invocation.args, invocation.kwargs) == ((1, 2), {"offset": 3})
     assert Invocation("a", double, range(1)).args == (0,)
 
 

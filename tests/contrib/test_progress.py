@@ -662,8 +662,7 @@ async def test_error_of_the_body_comes_out_as_the_object_that_it_is(error: BaseE
             raise error
 
     assert caught.value is error
-    assert error.__context__ is None
-    assert len(screen.lines) == 1
+    assert (error.__context__, len(screen.lines)) == (None, 1)
 
 
 async def test_error_is_not_lost_to_a_cancellation_that_comes_with_it() -> None:

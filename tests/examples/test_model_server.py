@@ -260,9 +260,7 @@ async def test_one_connection_serves_many_requests(client: httpx2.AsyncClient) -
             response.extensions["network_stream"].get_extra_info("client_addr") for response in responses
         }
 
-    assert len(connections) == 1
-    assert server.statuses == {200: 6}
-    assert server.disconnects == 0
+    assert (len(connections), server.statuses, server.disconnects) == (1, {200: 6}, 0)
 
 
 async def test_request_that_comes_before_the_last_answer_is_answered_in_its_turn() -> None:
@@ -475,8 +473,7 @@ async def test_disconnect_cuts_the_answer_off_in_the_middle(client: httpx2.Async
     assert head.startswith(b"HTTP/1.1 200 ")
     assert b'"id": "chatcmpl-' in body
     assert b'"finish_reason": "stop"' not in body
-    assert server.outcomes == {"disconnect": 1}
-    assert server.disconnects == 0
+    assert (server.outcomes, server.disconnects) == ({"disconnect": 1}, 0)
 
 
 @pytest.mark.parametrize("fields", [{}, {"stream": True}])
@@ -536,8 +533,7 @@ async def test_capacity_changes_nothing_of_the_story_but_how_often_it_is_asked(
     faults = Faults(server_error=0.2, disconnect=0.2, delay_seconds=0.01, gap_seconds=0)
     stories, server = await tell(faults)
     again, busy = await tell(attrs.evolve(faults, capacity=2))
-    assert again == stories
-    assert busy.outcomes == server.outcomes
+    assert (again, busy.outcomes) == (stories, server.outcomes)
     assert (server.rejected, busy.rejected) == (0, busy.statuses[429])
     assert busy.rejected > 0
 

@@ -301,8 +301,7 @@ def test_ctrl_c_shows_what_has_been_finished(backend: str) -> None:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
 
-    assert process.returncode == 130
-    assert err == "Interrupted.\n"
+    assert (process.returncode, err) == (130, "Interrupted.\n")
     found = re.search(r"^(\d+) of 300 prompts have a result$", out, re.MULTILINE)
     assert found
     finished = int(found[1])

@@ -361,8 +361,7 @@ async def test_what_had_ended_when_a_batch_is_cancelled_is_not_run_again(verb: s
 
     results = await night(path, asker.inputs(range(10)), loop, verb)
     assert replayed(results) == sorted(ended)
-    assert asker.counts[0] == 1
-    assert sorted(asker.ended) == [*range(10)]
+    assert (asker.counts[0], sorted(asker.ended)) == (1, [*range(10)])
     assert len(rows(path)) == 10
 
 
@@ -569,8 +568,7 @@ async def test_idempotency_key_stays_until_a_result_is_recorded(path: Path) -> N
     found = []
     for then in (anyio.sleep_forever, anyio.sleep_forever, bug, bug, checkpoint):
         first, second = await payer.run(1, functools.partial(fail_once, then), path)
-        assert first == second
-        assert len(first) == 32
+        assert (first, len(first)) == (second, 32)
         found.append(first)
 
     assert found[0] == found[1] == found[2]

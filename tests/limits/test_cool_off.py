@@ -311,8 +311,7 @@ async def test_without_adaptation_an_overload_concerns_nobody_else(verb: str) ->
     for _ in range(3):
         await run_one(verb, loop, "a", nothing)
 
-    assert starts.by_name["a"] == [0, 0, 0]
-    assert starts.limits == [10]
+    assert (starts.by_name["a"], starts.limits) == ([0, 0, 0], [10])
     limiter.max_concurrency = 3
     assert starts.limits == [10, 3]
     rated, starts = watched(Limiter(10, rates=[Rate(2)], adaptive=False))

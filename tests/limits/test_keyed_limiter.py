@@ -202,8 +202,7 @@ async def test_one_used_least_recently_is_forgotten_unless_it_is_in_use() -> Non
     for name in ("a", "b", "a", "c"):
         await loop.run_single(name, nothing)
 
-    assert list(limiters) == ["a", "c"]
-    assert limiters.max_concurrency == 2
+    assert (list(limiters), limiters.max_concurrency) == (["a", "c"], 2)
     async with anyio.create_task_group() as group:
         await launch(group, loop.run_single, "a", anyio.sleep, 5)
         await loop.run_single("c", nothing)
@@ -250,8 +249,7 @@ async def test_one_that_was_forgotten_is_heard_no_more() -> None:
     starts.told.clear()
     forgotten.max_concurrency = 9
     await AgentLoop(ONCE, limiter=forgotten).run_single("a", overloaded)
-    assert starts.limits == []
-    assert limiters.max_concurrency == 4
+    assert (starts.limits, limiters.max_concurrency) == ([], 4)
 
 
 @one_or_batch

@@ -531,8 +531,7 @@ async def test_call_waits_no_longer_than_it_may(call: Call) -> None:
         began = anyio.current_time()
         result = await call(loop, 1)
         assert anyio.current_time() == began + 3
-        assert result.status is Status.TIMEOUT
-        assert type(result.exception) is QueueTimeout
+        assert (result.status, type(result.exception)) == (Status.TIMEOUT, QueueTimeout)
         assert isinstance(result.exception, InvocationTimeout)
         assert result.error == "No slot after 3s"
         assert (result.queue_ms, result.latency_ms, result.retries, result.failures) == (3000, 0, 0, ())

@@ -50,8 +50,7 @@ def test_limit_never_falls_below_one() -> None:
         cut(limit)
 
     assert limits[:15] == [64, 51, 40, 32, 25, 20, 16, 12, 9, 7, 5, 4, 3, 2, 1]
-    assert set(limits[14:]) == {1}
-    assert limit.cuts == 14
+    assert (set(limits[14:]), limit.cuts) == ({1}, 14)
 
 
 def test_provider_that_takes_nothing_costs_three_cuts() -> None:
@@ -286,8 +285,7 @@ async def test_burst_of_rejections_is_one_cut_and_the_next_burst_another() -> No
     await loop.run_all([Invocation("a", agent)] * 8)
     now = limiter.statistics()
     assert (now.limit, now.cuts, now.max_concurrency, now.paused_until) == (4, 2, 10, None)
-    assert starts.by_name["a"] == [0] * 10 + [1] * 8
-    assert starts.limits == [10, 8, 4]
+    assert (starts.by_name["a"], starts.limits) == ([0] * 10 + [1] * 8, [10, 8, 4])
     assert repr(limiter) == "<Limiter 0 running, 0 waiting, limit 4 of 10>"
 
 
@@ -401,8 +399,7 @@ async def test_ceiling_may_be_raised_and_lowered_while_the_limit_is_cut() -> Non
         assert limiter.statistics().running == 3
 
     assert loop.metrics.snapshot().counts[Status.SUCCESS] == 11
-    assert starts.by_name["a"] == [0] * 8 + [10] * 3
-    assert starts.limits == [10, 8, 3]
+    assert (starts.by_name["a"], starts.limits) == ([0] * 8 + [10] * 3, [10, 8, 3])
 
 
 async def test_limit_goes_on_growing_up_to_a_ceiling_that_was_raised() -> None:

@@ -118,8 +118,7 @@ async def test_stream_is_bound_by_the_budget_too() -> None:
     limiter = Limiter(1, retry_budget=RetryBudget(ratio=0, min_per_second=0))
     _, error, result = await run_stream(AgentLoop(limiter=limiter), FakeAgent(Chunks(then=LookupError)))
     assert isinstance(error, LookupError)
-    assert error.__notes__ == [NOTE]
-    assert result.retries == 0
+    assert (error.__notes__, result.retries) == ([NOTE], 0)
 
 
 async def test_retries_through_overload_do_not_draw_on_the_budget() -> None:

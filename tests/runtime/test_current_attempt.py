@@ -129,8 +129,7 @@ async def test_tasks_and_threads_of_an_agent_see_its_attempt(failures: int) -> N
         return current_attempt()
 
     attempt = (await AgentLoop(QUICK).run_single("a", agent)).unwrap()
-    assert seen == [attempt, attempt]
-    assert attempt.number == failures + 1
+    assert (seen, attempt.number) == ([attempt, attempt], failures + 1)
 
 
 async def test_task_left_over_from_an_attempt_goes_on_to_see_that_one() -> None:

@@ -170,8 +170,7 @@ async def test_open_stream_is_read_to_its_end_or_to_that_of_the_grace(
     call = loop, stream, seconds
     got, error, result = await drained_at(1, loop, run_stream, *call, entered=entered, grace_seconds=grace)
     assert anyio.current_time() == begin + took
-    assert got == [0, 1][:chunks]
-    assert (result.status, result.chunks) == (status, chunks)
+    assert (got, result.status, result.chunks) == ([0, 1][:chunks], status, chunks)
     assert error is None or "drained" in str(error)
 
 
@@ -187,8 +186,7 @@ async def test_nested_work_of_what_runs_is_done_whole(entered: bool) -> None:
 
     inputs = [Invocation("outer", outer)] * 2
     first, second = await drained_at(1, loop, loop.run_all, inputs, entered=entered)
-    assert first.output == [2, 3, 4, [0, 1]]
-    assert second.status is Status.SKIPPED
+    assert (first.output, second.status) == ([2, 3, 4, [0, 1]], Status.SKIPPED)
 
 
 @entered_or_not

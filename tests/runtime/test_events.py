@@ -193,8 +193,7 @@ async def test_started_event_is_told_in_the_context_of_the_agent() -> None:
     assert (await loop.run_single("a", agent)).output == "a, attempt 2"
     results = await loop.run_all([Invocation(name, agent) for name in "bc"])
     assert [result.output for result in results] == ["b, attempt 1", "c, attempt 1"]
-    assert failing[0] == "a, attempt 1"
-    assert seen == ["the caller's"] * 4
+    assert (failing[0], seen) == ("a, attempt 1", ["the caller's"] * 4)
     assert var.get() == "the caller's"
 
 

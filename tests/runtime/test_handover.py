@@ -146,8 +146,7 @@ async def test_each_side_leaves_its_own_sign_before_it_looks_for_the_others(thin
     state = Watched(things)
     things.take(state)
     state.claim()
-    assert looked == ["for the mark", "for users"]
-    assert (things.state, state.users) == (state, 1)
+    assert (looked, things.state, state.users) == (["for the mark", "for users"], state, 1)
 
 
 @backends

@@ -69,8 +69,7 @@ async def test_batches_in_batches_never_deadlock(limit: int, verb: str, meter: M
 
     results = await loop.run_all(Invocation.map(agent, [3] * 3))
     assert [result.unwrap() for result in results] == [27] * 3
-    assert meter.total == 3 * (1 + 3 + 9 + 27)
-    assert meter.peak == limit
+    assert (meter.total, meter.peak) == (3 * (1 + 3 + 9 + 27), limit)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 4])
@@ -86,8 +85,7 @@ async def test_several_nested_calls_at_once_share_the_parents_slot(limit: int, m
 
     start = anyio.current_time()
     await loop.run_single("parent", parent)
-    assert meter.peak == limit
-    assert meter.total == 10
+    assert (meter.peak, meter.total) == (limit, 10)
     assert anyio.current_time() - start == pytest.approx(-(-10 // limit), abs=1.01)
 
 
@@ -159,9 +157,7 @@ async def test_time_out_of_the_parent_cancels_the_children(meter: Meter) -> None
     loop = make_loop(max_concurrency=2, timeout_seconds=5)
     children = [Invocation("child", meter.work, (100,))] * 4
     result = await loop.run_single("parent", loop.with_config(timeout_seconds=None).run_all, children)
-    assert result.status is Status.TIMEOUT
-    assert meter.working == 0
-    assert meter.total == 2
+    assert (result.status, meter.working, meter.total) == (Status.TIMEOUT, 0, 2)
 
 
 async def test_child_that_outlives_its_parent_keeps_the_slot_until_it_ends(meter: Meter) -> None:

@@ -249,8 +249,7 @@ def test_classify_that_fails_makes_the_failure_final_and_says_so(classify: Any, 
     error = OSError("x")
     config, known = LoopConfig(classify=classify), failures(error)
     assert [known.classify(config, logged.append) for _ in range(2)] == [PERMANENT] * 2
-    assert logged == [classify]
-    assert len(error.__notes__) == 1
+    assert (logged, len(error.__notes__)) == ([classify], 1)
     assert error.__notes__[0].startswith(f"not retried: classify failed with {failed_with}")
 
 
@@ -345,8 +344,7 @@ def test_retry_that_cannot_be_says_why(verdict: Verdict, why_not: dict[str, Any]
     error = OSError("x")
     known = failures(error, verdict)
     assert next_start(known, **why_not) is None
-    assert error.__notes__ == [f"not retried: {note}"]
-    assert known.wake_at == -math.inf
+    assert (error.__notes__, known.wake_at) == ([f"not retried: {note}"], -math.inf)
 
 
 def test_time_limit_that_the_wait_just_keeps_is_no_reason_against_a_retry() -> None:
@@ -374,8 +372,7 @@ def test_retries_after_an_overload_do_not_count() -> None:
         known.add(Outcome(Status.ERROR, ERROR, verdict))
         begins.append(next_start(known, attempts=attempts, max_retries=2))
 
-    assert begins == [11, 12, 14, 18, None]
-    assert known.errors == [ERROR] * 5
+    assert (begins, known.errors) == ([11, 12, 14, 18, None], [ERROR] * 5)
 
 
 def test_patience_with_overload_counts_from_the_first_one() -> None:

@@ -185,8 +185,7 @@ async def test_time_out_error_of_the_agent_is_an_error(verb: str) -> None:
 
     loop = make_loop(timeout_seconds=9, total_timeout_seconds=10, idle_timeout_seconds=8)
     [result] = await run(verb, loop, [Invocation("a", agent_for(verb, agent))])
-    assert result.status is Status.ERROR
-    assert type(result.exception) is TimeoutError
+    assert (result.status, type(result.exception)) == (Status.ERROR, TimeoutError)
 
 
 async def test_error_before_the_deadline_is_the_agents_own() -> None:
@@ -253,8 +252,7 @@ async def test_stray_cancellation_is_one_cancelled_result(verb: str) -> None:
     stray = await stray_cancellation()
     agent = FakeAgent(stray)
     [result] = await run(verb, make_loop(max_retries=3), [Invocation("a", agent_for(verb, agent))])
-    assert result.status is Status.CANCELLED
-    assert result.retries == 0
+    assert (result.status, result.retries) == (Status.CANCELLED, 0)
     assert isinstance(result.exception, InvocationCancelled)
     assert result.exception.__cause__ is stray
 
@@ -341,8 +339,7 @@ async def test_queue_time_is_the_wait_for_the_first_slot() -> None:
         await anyio.wait_all_tasks_blocked()
         result = await loop.run_single("second", anyio.sleep, 1)
 
-    assert result.queue_ms == pytest.approx(3000)
-    assert result.latency_ms == pytest.approx(1000)
+    assert (result.queue_ms, result.latency_ms) == (pytest.approx(3000), pytest.approx(1000))
 
 
 async def test_slots_are_granted_first_come_first_served() -> None:

@@ -58,8 +58,7 @@ each_count = pytest.mark.parametrize("agent", [count, count_at_once, one_a_secon
 @pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 200])
 async def test_chunks_arrive_in_order_and_all_of_them(agent: Any, size: int) -> None:
     chunks, error, result = await run_stream(make_loop(max_concurrency=1), agent, size)
-    assert chunks == list(range(size))
-    assert error is None
+    assert (chunks, error) == (list(range(size)), None)
     assert (result.status, result.output, result.exception) == (Status.SUCCESS, None, None)
     assert (result.chunks, result.retries, result.failures, result.index) == (size, 0, (), 0)
     assert (result.first_chunk_ms is None) == (size == 0)
@@ -77,8 +76,7 @@ async def test_arguments_reach_the_agent() -> None:
 async def test_chunks_of_every_type_are_carried() -> None:
     values = [None, False, StopAsyncIteration(), (), ValueError("data"), anyio.EndOfStream()]
     chunks, error, _ = await run_stream(AgentLoop(), FakeAgent(Chunks(values)))
-    assert chunks == values
-    assert error is None
+    assert (chunks, error) == (values, None)
 
 
 async def test_end_is_told_each_time_anew() -> None:
@@ -111,8 +109,7 @@ async def test_result_says_when_it_began_and_how_long_it_took() -> None:
         await anyio.wait_all_tasks_blocked()
         _, _, result = await run_stream(loop, FakeAgent(Chunks([1, 2], after_seconds=2, gap_seconds=3)))
 
-    assert result.agent_id == "a"
-    assert result.queue_ms == pytest.approx(4000)
+    assert (result.agent_id, result.queue_ms) == ("a", pytest.approx(4000))
     assert result.latency_ms == pytest.approx(5000)
     assert result.first_chunk_ms == pytest.approx(2000)
 
@@ -226,8 +223,7 @@ async def test_streaming_agent_runs_others_on_the_same_loop_at_limit_1(nested: s
         async with within(loop, entered):
             chunks, error, _ = await run_stream(loop, agent)
 
-    assert error is None
-    assert chunks == [True] * 2 * BUFFER
+    assert (error, chunks) == (None, [True] * 2 * BUFFER)
 
 
 @pytest.mark.long
@@ -285,8 +281,7 @@ async def nest_at_limit_1(depth: int) -> None:
     with anyio.fail_after(100):
         chunks, error, _ = await run_stream(loop, agent, depth)
 
-    assert error is None
-    assert chunks == list(range(3 * BUFFER))
+    assert (error, chunks) == (None, list(range(3 * BUFFER)))
 
 
 async def test_streams_nest_to_any_depth_at_limit_1() -> None:
@@ -438,8 +433,7 @@ async def test_stream_within_all_its_time_limits_ends_well() -> None:
         timeout_seconds=10, total_timeout_seconds=11, first_chunk_timeout_seconds=2, idle_timeout_seconds=2
     )
     chunks, error, _ = await run_stream(loop, one_a_second, 9)
-    assert chunks == list(range(9))
-    assert error is None
+    assert (chunks, error) == (list(range(9)), None)
 
 
 @pytest.mark.parametrize(
@@ -474,8 +468,7 @@ async def test_time_out_of_a_retried_stream_is_that_of_its_last_attempt(
     _, error, result = await run_stream(loop, FakeAgent(*script))
     assert type(error) is type(expected)
     assert (error.seconds, error.total) == (expected.seconds, expected.total)
-    assert str(error) == str(expected)
-    assert result.retries == retries
+    assert (str(error), result.retries) == (str(expected), retries)
     assert result.failures[-1] is error
     if expected.total:
         assert result.latency_ms == pytest.approx(1000 * expected.seconds)
@@ -533,8 +526,7 @@ async def test_time_that_the_reader_takes_counts_for_the_total_alone(
     chunks, error, result = await run_stream(make_loop(**settings), agent, pause=50)
     assert chunks == [*range(BUFFER), *last]
     assert type(error) is type(expected)
-    assert str(error) == str(expected)
-    assert result.latency_ms == pytest.approx(1000 * seconds)
+    assert (str(error), result.latency_ms) == (str(expected), pytest.approx(1000 * seconds))
 
 
 @pytest.mark.parametrize("chunks", [0, 1])
@@ -555,8 +547,7 @@ async def test_error_made_of_our_time_out_is_its_cause(chunks: int) -> None:
     ):
         _, error, result = await run_stream(make_loop(**settings), agent)
         assert type(error) is (kind or (IdleTimeout if chunks else FirstChunkTimeout))
-        assert type(error.__cause__) is ConnectionError
-        assert result.status is Status.TIMEOUT
+        assert (type(error.__cause__), result.status) == (ConnectionError, Status.TIMEOUT)
 
 
 async def test_agent_that_ends_in_spite_of_its_time_out_has_ended_well() -> None:
@@ -568,8 +559,7 @@ async def test_agent_that_ends_in_spite_of_its_time_out_has_ended_well() -> None
         yield 2
 
     chunks, error, result = await run_stream(make_loop(timeout_seconds=1), agent)
-    assert chunks == [1, 2]
-    assert error is None
+    assert (chunks, error) == ([1, 2], None)
     assert result.success
 
 
@@ -598,8 +588,7 @@ async def test_error_of_an_agent_whose_iterator_closes_slowly_is_no_time_out() -
     for failures in (1, 2):
         loop = make_loop(timeout_seconds=2, idle_timeout_seconds=1, first_chunk_timeout_seconds=1)
         _, error, result = await run_stream(loop, Chunks, failures)
-        assert type(error) is ValueError
-        assert result.status is Status.ERROR
+        assert (type(error), result.status) == (ValueError, Status.ERROR)
 
     assert closed == 2
 
@@ -640,14 +629,12 @@ async def test_deadline_is_visible_to_the_agent() -> None:
 async def test_failure_before_the_first_chunk_is_retried(failures: int) -> None:
     agent = FakeAgent(*[OSError(i + 1) for i in range(failures)], Chunks([failures + 1]))
     chunks, error, result = await run_stream(make_loop(max_retries=3), agent)
-    assert len(agent.calls) == min(failures, 3) + 1
-    assert result.retries == min(failures, 3)
+    assert (len(agent.calls), result.retries) == (min(failures, 3) + 1, min(failures, 3))
     assert [str(failure) for failure in result.failures] == [str(i + 1) for i in range(failures)]
     # 1, 2 and 4 seconds of backoff.
     assert result.latency_ms == pytest.approx(1000 * (2 ** min(failures, 3) - 1))
     if failures < 4:
-        assert chunks == [failures + 1]
-        assert result.first_chunk_ms == result.latency_ms
+        assert (chunks, result.first_chunk_ms) == ([failures + 1], result.latency_ms)
         assert error is None
         assert result.success
     else:
@@ -659,9 +646,7 @@ async def test_failure_before_the_first_chunk_is_retried(failures: int) -> None:
 async def test_failure_after_a_chunk_is_not_retried(failure: Any) -> None:
     agent = FakeAgent(Chunks([1], then=failure))
     chunks, error, result = await run_stream(make_loop(max_retries=3, timeout_seconds=2), agent)
-    assert chunks == [1]
-    assert len(agent.calls) == 1
-    assert result.retries == 0
+    assert (chunks, len(agent.calls), result.retries) == ([1], 1, 0)
     assert result.exception is error
     assert error is failure or type(error) is InvocationTimeout
 
@@ -670,8 +655,7 @@ async def test_overload_waits_as_long_as_it_was_asked_to() -> None:
     # Retries through overload do not count.
     agent = FakeAgent(*[FakeHTTPError(429, 20)] * 3, Chunks([4]))
     chunks, _, result = await run_stream(make_loop(max_retries=1), agent)
-    assert chunks == [4]
-    assert result.retries == 3
+    assert (chunks, result.retries) == ([4], 3)
     assert 60_000 <= result.latency_ms <= 75_000
 
 
@@ -686,16 +670,14 @@ async def test_first_chunk_time_out_is_retried_if_time_outs_are(retry: bool) -> 
         # Two time-outs, 1 and 2 seconds of backoff, and one second.
         assert result.first_chunk_ms == pytest.approx(8000)
     else:
-        assert chunks == []
-        assert type(error) is FirstChunkTimeout
+        assert (chunks, type(error)) == ([], FirstChunkTimeout)
 
 
 async def test_attempt_is_timed_anew() -> None:
     agent = FakeAgent(Fail(OSError(), after_seconds=4), Chunks(range(4), after_seconds=5, gap_seconds=1))
     loop = make_loop(max_retries=1, timeout_seconds=7.5, first_chunk_timeout_seconds=6)
     chunks, error, result = await run_stream(loop, agent)
-    assert chunks == [0, 1, 2]
-    assert type(error) is InvocationTimeout
+    assert (chunks, type(error)) == ([0, 1, 2], InvocationTimeout)
     assert [type(failure) for failure in result.failures] == [OSError, InvocationTimeout]
 
 
@@ -718,8 +700,7 @@ async def test_generator_of_a_failed_attempt_is_closed_before_the_next_begins() 
             story.append("close")
 
     _, _, result = await run_stream(make_loop(max_retries=3), Chunks)
-    assert story == ["next", "close"] * 3
-    assert result.retries == 2
+    assert (story, result.retries) == (["next", "close"] * 3, 2)
 
 
 async def test_total_time_that_is_up_during_a_retry_says_so() -> None:
@@ -763,8 +744,7 @@ async def test_error_waits_until_the_chunks_were_read() -> None:
         assert stream.result.status is Status.ERROR
         chunks, error = await read(stream)
 
-    assert chunks == list(range(5))
-    assert type(error) is ValueError
+    assert (chunks, type(error)) == (list(range(5)), ValueError)
 
 
 def frames(traceback: TracebackType | None) -> Iterator[str]:
@@ -796,8 +776,7 @@ async def test_error_is_raised_again_without_growing() -> None:
     # Nothing of ours stands between the reader and the agent but what raises it.
     assert seen[0][0] == "test_error_is_raised_again_without_growing"
     assert seen[0][-2:] == ["agent", "deeper"]
-    assert len(seen[0]) == 4
-    assert seen == [seen[0]] * 5
+    assert (len(seen[0]), seen) == (4, [seen[0]] * 5)
 
 
 @pytest.mark.parametrize(
@@ -839,8 +818,7 @@ async def test_agent_that_raises_an_end_of_iteration_does_not_look_complete(kind
     assert chunks == [1]
     # As the language has it for generators.
     assert isinstance(error, RuntimeError)
-    assert type(error.__cause__) is kind
-    assert result.status is Status.ERROR
+    assert (type(error.__cause__), result.status) == (kind, Status.ERROR)
 
 
 @pytest.mark.parametrize("kind", [StopIteration, StopAsyncIteration])
@@ -886,8 +864,7 @@ async def test_stray_cancellation_is_an_error_of_the_stream() -> None:
     assert chunks == [1]
     assert isinstance(error, InvocationCancelled)
     assert error.__cause__ is stray
-    assert result.status is Status.CANCELLED
-    assert result.retries == 0
+    assert (result.status, result.retries) == (Status.CANCELLED, 0)
 
 
 # -- cancellation of the reader
@@ -956,8 +933,7 @@ async def test_reader_that_is_cancelled_from_the_start_starts_no_agent() -> None
             await anext(stream)
 
     assert scope.cancelled_caught
-    assert agent.calls == []
-    assert stream.result.status is Status.SKIPPED
+    assert (agent.calls, stream.result.status) == ([], Status.SKIPPED)
     assert isinstance(stream.result.exception, InvocationCancelled)
 
 
@@ -1024,8 +1000,7 @@ async def test_bad_arguments_are_refused_at_once() -> None:
 
 async def test_wrong_arguments_are_the_agents_error() -> None:
     _, error, result = await run_stream(make_loop(max_retries=3), count)
-    assert type(error) is TypeError
-    assert result.retries == 0
+    assert (type(error), result.retries) == (TypeError, 0)
 
 
 class Numbers:
@@ -1073,8 +1048,7 @@ class BareNumbers:
 @pytest.mark.parametrize("kind", [Numbers, ClosingNumbers, BareNumbers])
 async def test_any_async_iterable_is_streamed(kind: Any, size: int) -> None:
     chunks, error, _ = await run_stream(make_loop(), kind, size)
-    assert chunks == list(range(size))
-    assert error is None
+    assert (chunks, error) == (list(range(size)), None)
 
 
 @pytest.mark.parametrize("size", [5, 50])
@@ -1101,10 +1075,7 @@ async def test_iterator_that_fails_to_close_after_its_end_has_failed() -> None:
             raise OSError("close")
 
     chunks, error, result = await run_stream(make_loop(idle_timeout_seconds=1), Failing, 3)
-    assert chunks == [0, 1, 2]
-    assert type(error) is OSError
-    assert result.status is Status.ERROR
-    assert closed == 1
+    assert (chunks, type(error), result.status, closed) == ([0, 1, 2], OSError, Status.ERROR, 1)
 
 
 async def test_iterable_that_fails_to_begin_is_an_error() -> None:
@@ -1319,8 +1290,7 @@ async def test_agent_may_yield_in_scopes_of_its_own(agent: Any, how: str, nested
     status = stream.result.status
     if how == "read" or (how == "time out" and agent is shield_around_the_stream):
         # No scope of ours reaches into a shielded one.
-        assert results == [(list(range(1, 50)), None)]
-        assert status is Status.SUCCESS
+        assert (results, status) == ([(list(range(1, 50)), None)], Status.SUCCESS)
     elif how == "time out":
         assert results[0][0] in (list(range(1, BUFFER)), list(range(1, BUFFER + 1)))
         assert status is Status.TIMEOUT
@@ -1370,8 +1340,7 @@ async def test_agents_time_is_limited_on_after_its_own_scope_has_ended() -> None
         await anyio.sleep_forever()
 
     chunks, error, result = await run_stream(make_loop(timeout_seconds=9), agent, pause=50)
-    assert chunks == list(range(BUFFER))
-    assert type(error) is InvocationTimeout
+    assert (chunks, type(error)) == (list(range(BUFFER)), InvocationTimeout)
     assert result.latency_ms == pytest.approx(14_000)
 
 
@@ -1452,8 +1421,7 @@ async def test_each_stream_is_recorded_once() -> None:
         Status.TIMEOUT: 1,
         Status.CANCELLED: 1,
     }
-    assert snapshot.retries == 2
-    assert snapshot.latency.count == 5
+    assert (snapshot.retries, snapshot.latency.count) == (2, 5)
 
 
 async def test_metrics_can_be_switched_off() -> None:

@@ -184,8 +184,7 @@ async def test_generator_that_yields_for_ever_instead_of_closing_is_given_up() -
     async with make_loop().run_streaming("a", agent) as stream:
         await anyio.wait_all_tasks_blocked()
 
-    assert advanced == 1 + ADVANCES
-    assert stream.result.status is Status.CANCELLED
+    assert (advanced, stream.result.status) == (1 + ADVANCES, Status.CANCELLED)
     assert stream.result.exception is not None
     assert isinstance(stream.result.exception.__cause__, RuntimeError)
     for generator in open_generators() - known:
@@ -224,9 +223,7 @@ async def test_idleness_after_another_time_out_changes_nothing() -> None:
         await checkpoint()
 
     chunks, error, result = await run_stream(make_loop(timeout_seconds=2, idle_timeout_seconds=5), agent)
-    assert chunks == [1]
-    assert str(error) == "Timeout after 2s"
-    assert result.status is Status.TIMEOUT
+    assert (chunks, str(error), result.status) == ([1], "Timeout after 2s", Status.TIMEOUT)
 
 
 async def test_agent_that_catches_its_cancellation_has_ended_well() -> None:
@@ -330,8 +327,7 @@ async def test_stream_belongs_to_the_loop_and_not_to_the_task_that_reads() -> No
         async with anyio.create_task_group() as group:
             group.start_soon(stream.__aexit__, None, None, None)
 
-        assert chunks == list(range(30))
-        assert stream.result.status is Status.CANCELLED
+        assert (chunks, stream.result.status) == (list(range(30)), Status.CANCELLED)
 
 
 @pytest.mark.parametrize("order", ["first in, first out", "last in, first out", "random"])

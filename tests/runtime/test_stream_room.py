@@ -173,8 +173,7 @@ async def test_stream_joins_the_line_while_the_reader_waits() -> None:
     async with make_loop(max_concurrency=BUFFER + 1).stream_all(inputs) as events:
         order = [event.index async for event in events if isinstance(event, ChunkEvent)]
 
-    assert order[0] == BUFFER
-    assert sorted(order) == list(range(BUFFER + 1))
+    assert (order[0], sorted(order)) == (BUFFER, list(range(BUFFER + 1)))
 
 
 # -- fairness
@@ -374,8 +373,7 @@ async def test_hurried_producers_keep_their_places() -> None:
         await anyio.sleep(PATIENCE_SECONDS)
         await line.take(BUFFER - LOW - 1)
         await anyio.wait_all_tasks_blocked()
-        assert sorted(line.went_on) == list(range(BUFFER - LOW))
-        assert stalls == []
+        assert (sorted(line.went_on), stalls) == (list(range(BUFFER - LOW)), [])
         await anyio.sleep(2 * PATIENCE_SECONDS)
         # Those that still wait.
         assert len(stalls) == 20 - (BUFFER - LOW)

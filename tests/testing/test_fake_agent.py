@@ -190,8 +190,7 @@ async def test_stream_fails_stalls_and_goes_idle() -> None:
         Chunks([1, 2, 3], gap_seconds=4, then=Stall()),
     )
     received, error, result = await run_stream(AgentLoop(config), agent, "x")
-    assert received == [1, 2, 3]
-    assert type(error) is IdleTimeout
+    assert (received, type(error)) == ([1, 2, 3], IdleTimeout)
     failures = [type(failure) for failure in result.failures]
     assert failures == [FakeHTTPError, FirstChunkTimeout, FirstChunkTimeout, IdleTimeout]
     assert [call.chunks for call in agent.calls] == [0, 0, 0, 3]

@@ -115,8 +115,7 @@ async def test_agent_sees_its_attempt_with_the_failures_before_it(workers: Worke
     loop = AgentLoop(on_event=events.append)
     result = await loop.run_single("teller", workers.remote(there.tell_attempt))
     agent_id, number, failures, key = result.unwrap()
-    assert (agent_id, number, failures) == ("teller", 2, ["RemoteError"])
-    assert len(key) == 32
+    assert (agent_id, number, failures, len(key)) == ("teller", 2, ["RemoteError"], 32)
 
 
 async def test_agent_outside_of_a_loop_has_no_attempt(workers: Workers) -> None:
