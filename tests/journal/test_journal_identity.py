@@ -288,6 +288,7 @@ def test_json_comes_back_the_same(value: Any) -> None:
     assert same(decode(encode(value)), value)
 
 
+@pytest.mark.long
 @given(ANYTHING)
 def test_what_would_not_come_back_the_same_is_refused(value: Any) -> None:
     try:

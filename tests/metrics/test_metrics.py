@@ -114,6 +114,7 @@ def test_values_out_of_all_proportion_are_recorded() -> None:
     assert latency.percentile(100) > 1e12
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_number_of_values() -> None:
     rng = random.Random(1)
     recorder = MetricsRecorder()

@@ -872,7 +872,7 @@ async def test_tasks_do_not_grow_with_the_input(agent: Any, verb: str, most: int
         await agent(x)
 
     before = len(anyio.get_running_tasks())
-    await run(verb, make_loop(max_concurrency=10), Invocation.map(counting, range(3000)))
+    await run(verb, make_loop(max_concurrency=10), Invocation.map(counting, range(600)))
     # Agents that never wait need one worker. On trio there is a timer besides.
     assert peak <= before + most - (anyio.get_cancelled_exc_class() is asyncio.CancelledError)
 

@@ -79,6 +79,7 @@ anyio.run(main, backend=backend)
 """
 
 
+@pytest.mark.long
 # Which signal it is makes no difference to a verb, and which event loop it is none to the results.
 @pytest.mark.parametrize(
     ("backend", "verb", "first"),
