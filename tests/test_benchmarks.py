@@ -23,6 +23,7 @@ PEERS = {
 MODULES = ("overhead", "limiter", "scale", "streaming", "store", "observability")
 TINY = ("--invocations", "30", "--rounds", "1")
 LOSSY = """
+import sys
 import overhead, ways
 
 def losing_one(way):
@@ -34,7 +35,12 @@ def losing_one(way):
 for found in (ways.TOGETHER, *ways.OTHERWISE.values()):
     found.update({name: losing_one(way) for name, way in found.items()})
 
-overhead.main()
+for agent in sys.argv[1:]:
+    sys.argv = ["overhead", "--agent", agent, "--limit", "10", "--invocations", "30", "--rounds", "1"]
+    try:
+        overhead.main()
+    except AssertionError as error:
+        print(f"{agent}: {error}", file=sys.stderr)
 """
 WITHOUT_PEERS = """
 import sys
@@ -182,18 +188,12 @@ def test_one_command_writes_a_table_of_all_on_both_backends() -> None:
     assert all(re.fullmatch(r"[\d,]+(\.\d+)?(x| µs| MiB, [\d,]+ tasks)", value) for value in numbers)
 
 
-@pytest.mark.parametrize(
-    ("agent", "said"),
-    [
-        ("checkpoint", "29 outputs of 29 agents have come, not 30 of 30"),
-        ("nested", "29 outputs of 29 agents have come, not 30 of 30"),
-        ("streamed", "89 outputs of 30 agents have come, not 90 of 30"),
-    ],
-)
-def test_way_that_loses_an_output_does_not_win(agent: str, said: str) -> None:
-    done = run("-c", LOSSY, "--agent", agent, "--limit", "10", *TINY)
-    assert done.returncode == 1
-    assert done.stderr.endswith(f"AssertionError: {said}\n")
+def test_way_that_loses_an_output_does_not_win() -> None:
+    assert run("-c", LOSSY, "checkpoint", "nested", "streamed").stderr.splitlines() == [
+        "checkpoint: 29 outputs of 29 agents have come, not 30 of 30",
+        "nested: 29 outputs of 29 agents have come, not 30 of 30",
+        "streamed: 89 outputs of 30 agents have come, not 90 of 30",
+    ]
 
 
 def test_peers_that_are_not_installed_are_said_and_left_out() -> None:
