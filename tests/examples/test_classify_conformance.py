@@ -11,12 +11,7 @@ import anyio
 import attrs
 import httpx2
 import pytest
-from anthropic import AsyncAnthropic
 from model_server import Faults, serve_model
-from openai import AsyncOpenAI
-from pydantic_ai import Agent
-from pydantic_ai.models.openai import OpenAIChatModel
-from pydantic_ai.providers.openai import OpenAIProvider
 
 from agentloop import Verdict, VerdictKind, classify
 
@@ -69,7 +64,12 @@ def httpx2_as_anthropic(call: Call) -> AsyncIterator[str]:
     return httpx2_to(call, "messages", {"X-Api-Key": call.key}, {**call.fields, "max_tokens": 99})
 
 
+# What takes long to be imported is so where it is called: in one process of the runner.
+
+
 async def openai(call: Call) -> AsyncIterator[str]:
+    from openai import AsyncOpenAI
+
     async with call.http() as http:
         client = AsyncOpenAI(
             base_url=call.base_url, api_key=call.key, max_retries=0, http_client=http, timeout=call.timeout
@@ -84,6 +84,8 @@ async def openai(call: Call) -> AsyncIterator[str]:
 
 
 async def anthropic(call: Call) -> AsyncIterator[str]:
+    from anthropic import AsyncAnthropic
+
     async with call.http() as http:
         client = AsyncAnthropic(
             base_url=call.base_url.removesuffix("/v1"),
@@ -102,6 +104,11 @@ async def anthropic(call: Call) -> AsyncIterator[str]:
 
 
 async def pydantic_ai(call: Call) -> AsyncIterator[str]:
+    from openai import AsyncOpenAI
+    from pydantic_ai import Agent
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
     async with call.http() as http:
         client = AsyncOpenAI(
             base_url=call.base_url, api_key=call.key, max_retries=0, http_client=http, timeout=call.timeout
