@@ -9,6 +9,7 @@ import struct
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from functools import partial
+from typing import Any
 
 import anyio
 import attrs
@@ -48,6 +49,14 @@ async def ask(
 ) -> httpx2.Response:
     with anyio.fail_after(5):
         return await client.post(f"{server.base_url}/{path}", json=chat(prompt, **fields))
+
+
+async def ask_one(
+    client: httpx2.AsyncClient, prompt: str, faults: Faults = NO_FAULTS, **fields: Any
+) -> tuple[httpx2.Response, ModelServer]:
+    """Ask a server of its own one thing, and return the answer and the server."""
+    async with serve_model(faults) as server:
+        return await ask(client, server, prompt, **fields), server
 
 
 async def story(client: httpx2.AsyncClient, server: ModelServer, prompt: str) -> str:
@@ -123,9 +132,7 @@ def test_other_prompts_get_a_piece_of_advice_that_depends_on_nothing_else(prompt
 
 
 async def test_plain_completion_has_the_openai_shape(client: httpx2.AsyncClient) -> None:
-    async with serve_model() as server:
-        response = await ask(client, server, QUESTION)
-
+    response, _ = await ask_one(client, QUESTION)
     completion = response.json()
     assert response.status_code == 200
     assert completion.pop("id").startswith("chatcmpl-")
@@ -147,9 +154,7 @@ async def test_plain_completion_has_the_openai_shape(client: httpx2.AsyncClient)
 async def test_streamed_completion_arrives_in_chunks_that_join_to_the_plain_reply(
     client: httpx2.AsyncClient,
 ) -> None:
-    async with serve_model() as server:
-        response = await ask(client, server, TIDE, stream=True)
-
+    response, server = await ask_one(client, TIDE, stream=True)
     events = response.text.split("\n\n")
     assert response.headers["content-type"] == "text/event-stream"
     assert events[-2:] == ["data: [DONE]", ""]
@@ -175,9 +180,7 @@ async def test_stream_is_sent_as_it_is_made() -> None:
 
 
 async def test_plain_message_has_the_anthropic_shape(client: httpx2.AsyncClient) -> None:
-    async with serve_model() as server:
-        response = await ask(client, server, QUESTION, path="messages", max_tokens=99)
-
+    response, _ = await ask_one(client, QUESTION, path="messages", max_tokens=99)
     message = response.json()
     assert response.status_code == 200
     assert message.pop("id").startswith("msg_")
@@ -195,9 +198,7 @@ async def test_plain_message_has_the_anthropic_shape(client: httpx2.AsyncClient)
 async def test_streamed_message_is_the_plain_one_in_events_that_say_their_type(
     client: httpx2.AsyncClient,
 ) -> None:
-    async with serve_model() as server:
-        response = await ask(client, server, TIDE, path="messages", max_tokens=99, stream=True)
-
+    response, server = await ask_one(client, TIDE, path="messages", max_tokens=99, stream=True)
     assert response.headers["content-type"] == "text/event-stream"
     events = [event.split("\ndata: ") for event in response.text.split("\n\n")]
     assert events.pop() == [""]
@@ -396,23 +397,29 @@ async def test_client_that_asks_before_sending_the_body_is_told_to_go_on() -> No
 # Faults
 
 
-async def test_rate_limited_request_is_told_when_to_come_back(client: httpx2.AsyncClient) -> None:
-    async with serve_model(Faults(rate_limited=1, retry_after_seconds=0.25, delay_seconds=3600)) as server:
-        response = await ask(client, server, QUESTION)
-
-    assert response.status_code == 429
-    assert response.headers["retry-after-ms"] == "250"
-    assert response.headers["retry-after"] == "1"
-    assert response.json()["error"]["code"] == "rate_limit_exceeded"
-
-
-async def test_overloaded_completion_is_answered_with_503_and_a_time(client: httpx2.AsyncClient) -> None:
-    async with serve_model(Faults(overloaded=1, retry_after_seconds=3, delay_seconds=3600)) as server:
-        response = await ask(client, server, QUESTION)
-
-    assert response.status_code == 503
-    assert response.headers["retry-after"] == "3"
-    assert response.json()["error"]["code"] == "overloaded"
+@pytest.mark.parametrize(
+    ("faults", "status", "headers", "code"),
+    [
+        (
+            Faults(rate_limited=1, retry_after_seconds=0.25, delay_seconds=3600),
+            429,
+            ("1", "250"),
+            "rate_limit_exceeded",
+        ),
+        (Faults(overloaded=1, retry_after_seconds=3, delay_seconds=3600), 503, ("3", "3000"), "overloaded"),
+        (Faults(server_error=1), 500, (None, None), "server_error"),
+    ],
+    ids=["rate_limited", "overloaded", "server_error"],
+)
+async def test_refused_completion_says_why_and_when_to_come_back(
+    client: httpx2.AsyncClient, faults: Faults, status: int, headers: Any, code: str
+) -> None:
+    response, server = await ask_one(client, QUESTION, faults)
+    assert server.statuses == {status: 1}
+    assert (response.headers.get("retry-after"), response.headers.get("retry-after-ms")) == headers
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (status, code)
+    assert (error["type"] == "server_error") is (status >= 500)
 
 
 @pytest.mark.parametrize("path", ["chat/completions", "messages"])
@@ -429,15 +436,6 @@ async def test_stream_error_is_an_event_after_part_of_the_reply_and_otherwise_50
     assert end == ""
     assert "overloaded" in json.loads(last.partition("data: ")[2])["error"]["message"]
     assert last.startswith("event: error\n") is (path == "messages")
-
-
-async def test_server_error_is_answered_with_500(client: httpx2.AsyncClient) -> None:
-    async with serve_model(Faults(server_error=1)) as server:
-        response = await ask(client, server, QUESTION)
-
-    assert response.status_code == 500
-    assert response.json()["error"]["type"] == "server_error"
-    assert server.statuses == {500: 1}
 
 
 async def test_hanging_request_is_noticed_by_the_time_out_of_the_client(client: httpx2.AsyncClient) -> None:
