@@ -223,9 +223,8 @@ class Run:
                 group.start_soon(self.call, number, call)
 
 
-@pytest.mark.long
 @backends
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(program=PROGRAMS)
 def test_drained_program_loses_nothing_and_leaves_nothing_behind(backend: str, program: Program) -> None:
     run_scheduled(backend, None, Run(program).main)

@@ -376,6 +376,13 @@ async def test_nothing_is_recorded_where_metrics_are_off(loop: AgentLoop) -> Non
     assert loop.metrics.snapshot() == AgentLoop().metrics.snapshot()
 
 
+async def test_single_invocations_are_all_counted(loop: AgentLoop) -> None:
+    for _ in range(observer.COUNTED_AT_ONCE + 1):
+        await loop.run_single("a", checkpoint)
+
+    assert loop.metrics.snapshot().counts[Status.SUCCESS] == observer.COUNTED_AT_ONCE + 1
+
+
 async def test_recorder_that_goes_its_own_way_with_results_is_told_no_more_than_it_counts() -> None:
     class Other(MetricsRecorder):
         """Keeps nothing of the results."""

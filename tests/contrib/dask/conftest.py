@@ -11,7 +11,7 @@ from anyio.from_thread import start_blocking_portal
 from agentloop.contrib.dask import Workers
 
 
-@pytest.fixture(params=["asyncio", pytest.param("trio", marks=pytest.mark.long)])
+@pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> str:
     """The clock is the real one: no virtual clock waits for other processes."""
     return str(request.param)

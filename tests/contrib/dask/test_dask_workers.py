@@ -43,6 +43,12 @@ from agentloop.journal import Journal
 ONCE = LoopConfig(max_retries=0)
 
 
+# What differs between two event loops of callers, the tests of the parts reach without processes.
+@pytest.fixture(params=["asyncio", pytest.param("trio", marks=pytest.mark.long)])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 async def wait_for(path: Path, text: str) -> None:
     with anyio.fail_after(5):
         while not path.exists() or path.read_text() != text:
