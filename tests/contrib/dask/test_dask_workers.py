@@ -243,9 +243,10 @@ async def test_time_out_reaches_the_agent(workers: Workers, tmp_path: Path) -> N
     assert path.read_text() == "cancelled"
 
 
-# --- processes that die
+# --- processes that die; each is started again, which takes seconds
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_process_that_dies_loses_no_call_and_its_poison_is_found(
     workers: Workers, tmp_path: Path
 ) -> None:
