@@ -87,7 +87,7 @@ def test_none_is_longer_than_a_person_reads_at_once(path: Path) -> None:
 @pytest.mark.usefixtures("children_hear_sigint")
 @every_end_on_every_backend
 def test_ctrl_c_ends_it_with_130_and_no_traceback(name: str, backend: str, tmp_path: Path) -> None:
-    # Trio raises it where it comes: between the call of an async function and the await, for example.
+    # Trio raises it where it comes, so also after the call of an async function, before its task is started.
     unawaited = ("-W", "ignore:coroutine:RuntimeWarning") if backend == "trio" else ()
     arguments = ["--backend", backend, *ARGUMENTS.get(name, [])]
     process = start(needed_by(name), *arguments, flags=("-W", "error", *unawaited), cwd=tmp_path)
