@@ -86,10 +86,7 @@ def test_invocation_is_frozen_and_compared_by_value() -> None:
 
 REFUSED: dict[str, tuple[Callable[[Any], object], list[Any]]] = {
     "agent_id must be a str": (lambda value: Invocation(value, double), [None, 5, b"a", ("a",)]),
-    "fn must be an async function": (
-        lambda value: Invocation("a", value),
-        [None, 5, "double", (double,)],
-    ),
+    "fn must be an async function": (lambda value: Invocation("a", value), [None, 5, "double", (double,)]),
     "args must be a tuple of positional arguments": (
         lambda value: Invocation("a", double, value),
         ["ab", b"ab", 5, None, {1}, {"x": 1}, iter(())],

@@ -45,11 +45,7 @@ ATTRIBUTES = [
 ]
 # The date that RFC 9110 writes in each of its three forms (section 5.6.7).
 RFC_DATE = 784111777
-HTTP_DATES = [
-    "Sun, 06 Nov 1994 08:49:37 GMT",
-    "Sunday, 06-Nov-94 08:49:37 GMT",
-    "Sun Nov  6 08:49:37 1994",
-]
+HTTP_DATES = ["Sun, 06 Nov 1994 08:49:37 GMT", "Sunday, 06-Nov-94 08:49:37 GMT", "Sun Nov  6 08:49:37 1994"]
 
 
 class HTTPError(Exception):

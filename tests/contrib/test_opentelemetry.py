@@ -542,10 +542,7 @@ async def test_names_of_agents_are_told_apart_in_metrics_if_there_are_few(teleme
         "invoke_agent sleeper",
         "invoke_agent fatal",
     ]
-    assert telemetry.counts() == {
-        ("sleeper", "success"): 2,
-        ("Unauthorized", "error", "fatal"): 1,
-    }
+    assert telemetry.counts() == {("sleeper", "success"): 2, ("Unauthorized", "error", "fatal"): 1}
     assert telemetry.values("agentloop.skipped") == {("sleeper",): 2}
     for name, points in telemetry.metrics().items():
         assert all("gen_ai.agent.name" in point.attributes for point in points), name

@@ -229,12 +229,7 @@ async def test_streamed_message_is_the_plain_one_in_events_that_say_their_type(
     ],
 )
 async def test_refused_message_has_an_error_of_the_anthropic_shape(
-    client: httpx2.AsyncClient,
-    faults: Faults,
-    key: str,
-    fields: Mapping[str, object],
-    status: int,
-    kind: str,
+    client: httpx2.AsyncClient, faults: Faults, key: str, fields: Mapping[str, object], status: int, kind: str
 ) -> None:
     client.headers["x-api-key"] = key
     async with serve_model(faults, api_key="key") as server:

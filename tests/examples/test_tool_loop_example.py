@@ -40,11 +40,7 @@ def test_case_is_solved_and_told_line_by_line(backend: str, concurrency: str) ->
         f"I have no more questions. {PEOPLE['Otto']}",
     ]
     calls = [text for event, text in told if event == "tool_call"]
-    assert calls == [
-        *(f"search({room})" for room in ROOMS),
-        "question(Pia)",
-        "question(Otto)",
-    ]
+    assert calls == [*(f"search({room})" for room in ROOMS), "question(Pia)", "question(Otto)"]
     found = [text for event, text in told if event == "tool_result"]
     clues = [*filter(None, ROOMS.values()), *PEOPLE.values()]
     assert sorted(found) == sorted([*clues, "failed: PermissionError: the cellar is locked"])

@@ -124,11 +124,7 @@ async def starts(
 
 @pytest.mark.parametrize(
     ("burst", "expected"),
-    [
-        (None, [0] * 10 + [1] * 10 + [2] * 5),
-        (5, [0] * 5 + [0.1, 0.2, 0.3, 0.4]),
-        (1, [0, 0.1, 0.2, 0.3]),
-    ],
+    [(None, [0] * 10 + [1] * 10 + [2] * 5), (5, [0] * 5 + [0.1, 0.2, 0.3, 0.4]), (1, [0, 0.1, 0.2, 0.3])],
 )
 async def test_whole_limit_starts_at_once_and_the_rest_later_or_a_burst_and_the_rest_evenly(
     burst: int | None, expected: list[float]

@@ -13,14 +13,7 @@ import pytest
 from agents import agent_for, each_batch, entered_or_not, run, within
 from anyio.lowlevel import checkpoint
 
-from agentloop import (
-    AgentLoop,
-    BatchStopped,
-    Invocation,
-    LeftOpenError,
-    LoopConfig,
-    Status,
-)
+from agentloop import AgentLoop, BatchStopped, Invocation, LeftOpenError, LoopConfig, Status
 from agentloop._eventloop import loop as event_loop
 
 

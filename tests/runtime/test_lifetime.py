@@ -10,15 +10,7 @@ import pytest
 from agents import agent_for, count, double, each_verb, run, run_into
 from anyio.lowlevel import checkpoint
 
-from agentloop import (
-    AgentLoop,
-    BatchStopped,
-    Invocation,
-    InvocationCancelled,
-    LoopClosed,
-    LoopConfig,
-    Status,
-)
+from agentloop import AgentLoop, BatchStopped, Invocation, InvocationCancelled, LoopClosed, LoopConfig, Status
 from agentloop.testing import FakeAgent, Reply, Stall
 
 

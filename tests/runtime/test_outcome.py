@@ -30,13 +30,7 @@ from agentloop import (
 from agentloop._eventloop.deadlines import TimeLimit
 from agentloop._limits.admission import Admission
 from agentloop._limits.retry_budget import RetryLedger
-from agentloop._runtime.outcome import (
-    Failures,
-    Outcome,
-    as_exception,
-    outcome_of,
-    without_cancellation,
-)
+from agentloop._runtime.outcome import Failures, Outcome, as_exception, outcome_of, without_cancellation
 from agentloop._runtime.tracebacks import CHAIN, add_note, drop_frames
 from agentloop.testing import FakeAgent
 

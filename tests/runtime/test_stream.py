@@ -1252,12 +1252,7 @@ async def shield_around_the_stream(upto: int) -> AsyncGenerator[int]:
 @pytest.mark.parametrize("how", ["read", "leave", "raise", "cancel", "time out"])
 @pytest.mark.parametrize(
     "agent",
-    [
-        scope_around_the_stream,
-        deadline_around_the_stream,
-        tasks_around_the_stream,
-        shield_around_the_stream,
-    ],
+    [scope_around_the_stream, deadline_around_the_stream, tasks_around_the_stream, shield_around_the_stream],
 )
 async def test_agent_may_yield_in_scopes_of_its_own(agent: Any, how: str, nested: bool) -> None:
     loop = make_loop(max_concurrency=1, total_timeout_seconds=5 if how == "time out" else None)

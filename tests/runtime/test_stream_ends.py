@@ -26,15 +26,7 @@ from agents import (
 from anyio.lowlevel import checkpoint
 from audit import assert_quiet, leak_audit, open_generators
 
-from agentloop import (
-    AgentLoop,
-    AgentStream,
-    Invocation,
-    InvocationCancelled,
-    LoopClosed,
-    ResultEvent,
-    Status,
-)
+from agentloop import AgentLoop, AgentStream, Invocation, InvocationCancelled, LoopClosed, ResultEvent, Status
 from agentloop._stream.channel import BUFFER, PATIENCE_SECONDS
 from agentloop._stream.stream_attempt import ADVANCES, CLOSE_SECONDS
 from agentloop.testing import Chunks, FakeAgent, Stall

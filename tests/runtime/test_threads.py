@@ -292,8 +292,7 @@ async def test_abandoned_threads_keep_their_places_and_calls_that_wait_are_not_t
 
 
 async def test_attempt_is_timed_out_while_its_thread_hangs_and_another_one_when_it_has_waited(
-    hanging: Hanging,
-    full: AgentLoop,
+    hanging: Hanging, full: AgentLoop
 ) -> None:
     again = Hanging()
     results: list[Any] = []
