@@ -404,12 +404,11 @@ a job that has ended takes up room for input
 
 a batch runs without slots
 @ Worker._acquire, asyncio 2, trio 2
-- if job.pool.acquire_nowait(slot):
+- if not job.pool.acquire_nowait(slot):
 -     ...
-+ job.pool.admission.reserve(slot.bill, job.pool.loop.now())
++ job.pool.admission.reserve(slot, slot.bill, job.pool.loop.now())
 + slot.lender = Slot(job.pool, None)
 + slot.is_plain = False
-+ return slot
 
 who does not end first is never timed out
 @ DeadlineQueue.check_due, asyncio 448, trio 544
