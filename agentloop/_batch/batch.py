@@ -87,7 +87,10 @@ class Batch(Bookkeeping[T]):
         # It may wait for a reader that has not taken all results, and for an async input.
         attempts = source.pulled - self._ended - len(retries.waiters)
         in_room = 0 if retries.room is None else retries.room.in_room
-        return source.live > attempts + in_room or (source.feeder is not None and not source.exhausted)
+        waits_for_reader = source.live > attempts + in_room or (
+            self.may_start is not None and source.has_ready
+        )
+        return waits_for_reader or (source.feeder is not None and not source.exhausted)
 
     async def _run_tasks(self) -> None:
         """Run tasks until the batch is done, or they are cancelled."""
@@ -98,7 +101,7 @@ class Batch(Bookkeeping[T]):
                 self.tasks = tasks
                 self.crew.open(tasks, lambda: Worker(self, tasks).work(), self.has_work)
                 if self.by_key is not None:
-                    self.by_key.open(self.changed, self.spend, tasks.start_soon)
+                    self.by_key.open(self.changed, self.spend, tasks.start_soon, self.may_start)
 
                 if self.source.feeder is not None and not self.source.exhausted:
                     tasks.start_soon(self._feed, "agentloop feeder")

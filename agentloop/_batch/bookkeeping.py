@@ -97,6 +97,11 @@ class Bookkeeping(Generic[T]):
     # -- the jobs, in the order in which one passes
 
     @property
+    def may_start(self) -> Callable[[], bool] | None:
+        """Returns whether a job can start before the reader reads on; ``None`` if that is always so."""
+        return None
+
+    @property
     def next_job(self) -> Callable[[], Job[T] | None]:
         """The function that returns the next job to run."""
         return self.source.next_job

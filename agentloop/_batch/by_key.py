@@ -46,7 +46,10 @@ class ByKey(Generic[T]):
         # The time at which each pool has to be served.
         self._alarms: dict[Pool, float] = {}
         self._changed: anyio.Event | None = None
+        # Whether granted slots may have to be given back.
+        self._may_be_unused = False
         self._activate: Callable[[], object] | None = None
+        self._may_start: Callable[[], bool] | None = None
         self._spend: Callable[[Job[T], BudgetSpent], object] | None = None
         self._start: Callable[[Callable[[], Coroutine[Any, Any, None]], str], object] | None = None
 
@@ -102,6 +105,8 @@ class ByKey(Generic[T]):
             if self._activate is not None:
                 self._activate()
 
+            self.check_unused()
+
     def stop(self, pool: Pool) -> list[Job[T]]:
         """
         Take out the waiting jobs of a key, which is neither to start nor to retry any more.
@@ -124,13 +129,16 @@ class ByKey(Generic[T]):
         activate: Callable[[], object],
         spend: Callable[[Job[T], BudgetSpent], object],
         start: Callable[[Callable[[], Coroutine[Any, Any, None]], str], object],
+        may_start: Callable[[], bool] | None,
     ) -> None:
         """
         Start the task when it is needed, from now on.
 
         :param activate: activates a worker, if there is work
         :param spend: stops a key whose budget is spent
+        :param may_start: returns whether a job can start now; if absent, each one can without help by others
         """
+        self._may_start = may_start
         self._activate = activate
         self._spend = spend
         self._start = start
@@ -140,7 +148,7 @@ class ByKey(Generic[T]):
     def close(self) -> None:
         """End the task."""
         # These refer to the batch, which refers to this object.
-        self._activate = self._spend = self._start = None
+        self._activate = self._spend = self._start = self._may_start = None
         if self._changed is not None:
             self._changed.set()
 
@@ -161,20 +169,38 @@ class ByKey(Generic[T]):
         if at < math.inf:
             self._alarms[pool] = at
 
+        self._wake()
+
+    def check_unused(self) -> None:
+        """
+        Have the task give back the slots of jobs that cannot start.
+
+        Such a job waits for the reader. If the reader is an agent, it may run another invocation before it
+        reads on, which needs the slot.
+        """
+        if self._may_start is not None:
+            self._may_be_unused = True
+            self._wake()
+
+    def _wake(self) -> None:
         if self._changed is not None:
             self._changed.set()
         else:
             self._watch_if_needed()
 
     def _watch_if_needed(self) -> None:
-        if self._alarms and self._start is not None:
+        if (self._alarms or self._may_be_unused) and self._start is not None:
             self._changed = anyio.Event()
             self._start(self._watch, "agentloop keys")
 
     async def _watch(self) -> None:
-        """Serve each pool when it is time."""
-        while self._alarms and self._start is not None:
+        """Give unused slots back, and serve each pool when it is time."""
+        while (self._alarms or self._may_be_unused) and self._start is not None:
             self._changed = anyio.Event()
+            if self._may_be_unused:
+                self._give_back_unused()
+                continue
+
             with anyio.CancelScope(deadline=min(self._alarms.values())):
                 await self._changed.wait()
 
@@ -186,3 +212,11 @@ class ByKey(Generic[T]):
                     pool.serve()
 
         self._changed = None
+
+    def _give_back_unused(self) -> None:
+        self._may_be_unused = False
+        for job, waiter in tuple(self._retries.waiters.items()):
+            if waiter.granted and self._may_start is not None and not self._may_start():
+                # The job stays ready, and asks for a slot again when a worker takes it.
+                self._retries.remove_waiter(job)
+                waiter.slot.give_back()

@@ -177,7 +177,19 @@ class StreamBatch(ReadBatch[None, ChunkEvent[T] | ResultEvent]):
         if not super().has_work():
             return False
 
-        return self.ending.stopped is not None or self.channel.has_room(self.changed)
+        has_room = self.ending.stopped is not None or self.channel.has_room(self.changed)
+        if not has_room and self.by_key is not None:
+            self.by_key.check_unused()
+
+        return has_room
+
+    @property
+    def may_start(self) -> Callable[[], bool] | None:
+        # Only an agent can need the slot of its own stream before it reads on.
+        return None if self.outer is None else self._may_start
+
+    def _may_start(self) -> bool:
+        return self.channel.has_room(self.changed) and (self.crew.seeking > 0 or self.crew.can_activate)
 
     @property
     def next_job(self) -> Callable[[], Job[None] | None]:

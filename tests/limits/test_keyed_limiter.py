@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import anyio
@@ -16,6 +16,7 @@ from agentloop import (
     AgentLoop,
     Backoff,
     BatchStopped,
+    ChunkEvent,
     Invocation,
     KeyedLimiter,
     Limiter,
@@ -662,6 +663,29 @@ async def test_keys_whose_rates_free_at_once_share_the_places() -> None:
     jobs = [Invocation(f"{key}/{number}", anyio.sleep, (0.1,)) for number in range(3) for key in "ab"]
     assert all(result.success for result in await loop.run_all(jobs))
     assert starts.by_name == {"a": [0, 1, 2], "b": [0, 1, 2]}
+
+
+async def test_agent_that_reads_streams_runs_another_invocation_of_their_key() -> None:
+    loop = AgentLoop(ONCE, limiter=keyed(1))
+
+    async def stream() -> AsyncIterator[int]:
+        for number in range(40):
+            await anyio.sleep(0.01)
+            yield number
+
+    async def read() -> int:
+        chunks = 0
+        async with loop.stream_all([Invocation("a", stream)] * 3) as events:
+            async for event in events:
+                chunks += isinstance(event, ChunkEvent)
+                # Meanwhile the buffer is full, and a stream without room gets the slot.
+                await anyio.sleep(1)
+                assert (await loop.run_single("a", anyio.sleep, 1)).success
+
+        return chunks
+
+    with anyio.fail_after(1000):
+        assert (await loop.run_single("a", read)).output == 120
 
 
 async def test_place_is_lent_through_another_limiter() -> None:
