@@ -1,4 +1,4 @@
-"""Worker processes for all tests in this folder, which any event loop may call."""
+"""Worker processes for all tests of a module, which any event loop may call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def workers() -> Iterator[Workers]:
     with NothingLeftBehind(), start_blocking_portal() as portal:
         with portal.wrap_async_context_manager(Workers(2)) as found:

@@ -69,7 +69,7 @@ class Cluster:
         return self._stack.enter_context(dask("worker", self.address, *options))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with ExitStack() as stack:
         yield Cluster(tmp_path_factory.mktemp("dask") / "scheduler.json", stack)
