@@ -225,8 +225,9 @@ class Engine:
                 worker = Worker(address, unsent.set)
                 self.dispatcher.add(worker)
                 async with anyio.create_task_group() as group:
-                    group.start_soon(self._send_calls, actor, worker, unsent)
-                    group.start_soon(self._receive_replies, actor, worker)
+                    pause = _Pause()
+                    group.start_soon(self._send_calls, actor, worker, unsent, pause)
+                    group.start_soon(self._receive_replies, actor, worker, pause)
 
         except* Exception as group_of_one:
             error = group_of_one.exceptions[0]
@@ -252,22 +253,26 @@ class Engine:
             "the worker process %s is lost, with %d calls, which are sent elsewhere", worker.address, calls
         )
 
-    async def _send_calls(self, actor: Any, worker: Worker, unsent: _RepeatedEvent) -> None:
+    async def _send_calls(self, actor: Any, worker: Worker, unsent: _RepeatedEvent, pause: _Pause) -> None:
         while True:
             await unsent.wait()
-            # Calls that come within this time share a message. _receive_replies() may have sent it by then.
+            # Calls that come within this time share a message.
             await anyio.sleep(self._settings.linger_seconds)
-            message = worker.pack()
-            if message:
-                await actor.send(message)
+            if pause.is_on:
+                # The next request for replies takes them along.
+                pause.end()
+            else:
+                message = worker.pack()
+                if message:
+                    await actor.send(message)
 
-    async def _receive_replies(self, actor: Any, worker: Worker) -> None:
+    async def _receive_replies(self, actor: Any, worker: Worker, pause: _Pause) -> None:
         while True:
             for number, is_error, data in loads(await actor.receive(worker.pack())):
                 self.dispatcher.ended(worker, number, is_error, data)
 
             # A message costs a hundred times as much as a call. New calls often follow on replies.
-            await anyio.sleep(self._settings.linger_seconds)
+            await pause.wait(self._settings.linger_seconds)
 
 
 class _RepeatedEvent:
@@ -282,6 +287,27 @@ class _RepeatedEvent:
     async def wait(self) -> None:
         await self._event.wait()
         self._event = anyio.Event()
+
+
+class _Pause:
+    """A wait that can be ended early."""
+
+    def __init__(self) -> None:
+        self._scope: anyio.CancelScope | None = None
+
+    @property
+    def is_on(self) -> bool:
+        return self._scope is not None
+
+    async def wait(self, seconds: float) -> None:
+        with anyio.move_on_after(seconds) as self._scope:
+            await anyio.sleep_forever()
+
+        self._scope = None
+
+    def end(self) -> None:
+        assert self._scope is not None
+        self._scope.cancel("calls wait to be sent")
 
 
 async def _close(actor: Any) -> None:
