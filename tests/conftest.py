@@ -53,7 +53,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def imported() -> Iterator[None]:
-    """Nor through what the tests of other modules import: a few of these import large clients."""
+    """Freeze the imports of each module after its tests too: some modules import large clients."""
     yield
     pytest_collection_finish()
 

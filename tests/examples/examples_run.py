@@ -50,7 +50,7 @@ def run(name: str, *arguments: str, directory: Path = ROOT, **variables: str) ->
     Run an example in this process, where its imports are done once.
 
     :param directory: the working directory
-    :param variables: what it finds in the environment
+    :param variables: environment variables to set
     """
     path = str(EXAMPLES / f"{name}.py")
     with tempfile.TemporaryFile("w+", encoding="utf-8") as out, tempfile.TemporaryFile("w+") as err:

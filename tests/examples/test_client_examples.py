@@ -25,7 +25,7 @@ def output(name: str, *arguments: str) -> str:
 
 
 def output_of_a_process(name: str, *arguments: str, flags: tuple[str, ...] = ("-W", "error")) -> str:
-    """The same, of a process of its own, for what a client leaves behind or starts."""
+    """Run an example in a process of its own, since its client starts threads or leaves objects behind."""
     process = start(name, *arguments, flags=flags, env=environment(**PROXY))
     out, err = process.communicate(timeout=60)
     return check(Done(process.returncode, out, err))

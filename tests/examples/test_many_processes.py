@@ -28,7 +28,7 @@ def test_process_is_killed_and_nothing_is_lost(backend: str) -> None:
     )
 
 
-# While the processes start, and while they work. Without -u, what is printed comes when a process is started.
+# While the processes start, and while they work. Without -u, output stays in a buffer until a process starts.
 @pytest.mark.parametrize(("backend", "lines", "seconds"), [("asyncio", 2, 0.3), ("trio", 4, 0.02)])
 def test_ctrl_c_ends_all_processes_without_a_traceback(backend: str, lines: int, seconds: float) -> None:
     options = ("--count", "300", "--backend", backend)

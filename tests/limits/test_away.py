@@ -744,7 +744,9 @@ async def test_slot_that_has_come_back_is_lent_again_if_another_task_of_the_agen
         await team.store.set("first", True)
 
 
-async def test_slot_that_has_come_back_is_lent_again_if_another_task_has_begun_to_wait() -> None:
+# The slot that has come back is lent to an agent that makes the change, or the change is made without a slot.
+@pytest.mark.parametrize("by_agent", [True, False])
+async def test_tasks_of_an_agent_that_go_on_one_after_the_other_need_one_slot(by_agent: bool) -> None:
     team = Team()
 
     async def agent() -> None:
@@ -760,26 +762,10 @@ async def test_slot_that_has_come_back_is_lent_again_if_another_task_has_begun_t
             group.start_soon(team.loop.run_single, "b", team.work, 5)
             await team.store.set("first", True)
             await anyio.sleep(2)
-            group.start_soon(team.loop.run_single, "c", team.set, "second")
-
-
-async def test_tasks_of_an_agent_that_go_on_one_after_the_other_need_one_slot() -> None:
-    team = Team()
-
-    async def agent() -> None:
-        async with anyio.create_task_group() as group:
-            group.start_soon(wait_for, team.store, "first")
-            await anyio.sleep(2)
-            await wait_for(team.store, "second")
-
-    with anyio.fail_after(100):
-        async with anyio.create_task_group() as group:
-            group.start_soon(team.loop.run_single, "a", agent)
-            await anyio.sleep(1)
-            group.start_soon(team.loop.run_single, "b", team.work, 5)
-            await team.store.set("first", True)
-            await anyio.sleep(2)
-            await team.store.set("second", True)
+            if by_agent:
+                await team.loop.run_single("c", team.set, "second")
+            else:
+                await team.store.set("second", True)
 
 
 async def test_agent_whose_call_has_ended_goes_on_while_another_of_its_tasks_waits() -> None:

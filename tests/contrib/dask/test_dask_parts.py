@@ -44,7 +44,7 @@ class Caller:
 
     @property
     def results(self) -> dict[str, object]:
-        """What the calls that have ended returned or raised."""
+        """The return values and errors of the calls that have ended."""
         ended = {name: call for name, call in self.calls.items() if call.ended.is_set()}
         return {
             name: unpack_error(call.data) if call.is_error and call.data else call.data
@@ -380,7 +380,7 @@ def test_process_that_dask_has_given_up_is_started_again_under_another_name() ->
     asked: list[int] = []
     states = {"a": "running", "b": "failed", "c": "closed", "d": "starting"}
     nannies = {name: SimpleNamespace(status=SimpleNamespace(name=state)) for name, state in states.items()}
-    # What was given up may be gone by now.
+    # A failed process may be gone by now.
     cluster = SimpleNamespace(workers=nannies, worker_spec=dict.fromkeys("abd"), scale=asked.append)
     replace_failed(cluster, 4)
     assert (list(cluster.worker_spec), asked) == (["a", "d"], [4])
