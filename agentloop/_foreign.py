@@ -1,7 +1,9 @@
 """Safe access to objects of foreign classes, whose code may raise anything."""
 
-__all__ = ["foreign_code", "read_attribute"]
+__all__ = ["foreign_code", "name_of", "read_attribute"]
 
+from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -32,3 +34,11 @@ def read_attribute(source: object, name: str) -> Any:
         raise
     except BaseException:
         return None
+
+
+def name_of(fn: Callable[..., Any]) -> str:
+    """Return the name of a function."""
+    while isinstance(fn, partial):
+        fn = fn.func
+
+    return getattr(fn, "__name__", type(fn).__name__)

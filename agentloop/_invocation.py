@@ -10,8 +10,8 @@ __all__ = [
     "as_invocation",
     "check_fn",
     "check_inputs",
+    "draft_of",
     "make_invocation",
-    "name_of",
 ]
 
 import inspect
@@ -29,13 +29,13 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import contextmanager
-from functools import partial
 from operator import length_hint
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar, cast, overload
 
 import attrs
 
 from . import _validators as must
+from ._foreign import name_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -197,10 +197,16 @@ class Invocation(Referable, Generic[T_co]):
         return Mapped(_named(make, iterator), iterator)
 
 
-class _Draft(Referable):
-    """A mutable class with the layout of :class:`Invocation`: making a frozen object takes twice as long."""
+def draft_of(frozen: type) -> Any:
+    """
+    Return a mutable subclass with the same layout, since making a frozen object takes twice as long. Once all
+    values are set, the object gets the frozen class as its ``__class__``.
+    """
+    writable = {name: getattr(object, name) for name in ("__init__", "__setattr__", "__delattr__")}
+    return type(frozen.__name__, (frozen,), {"__slots__": ()} | writable)
 
-    __slots__ = tuple(vars(Invocation)["__slots__"])
+
+_Draft = draft_of(Invocation)
 
 
 Input: TypeAlias = Invocation[T] | tuple[str, Callable[..., Awaitable[T]], Sequence[Any], Mapping[str, Any]]
@@ -250,14 +256,6 @@ def check_inputs(value: object) -> None:
         )
 
 
-def name_of(fn: Callable[..., Any]) -> str:
-    """Return the name of a function."""
-    while isinstance(fn, partial):
-        fn = fn.func
-
-    return getattr(fn, "__name__", type(fn).__name__)
-
-
 def make_invocation(
     agent_id: str,
     fn: Callable[..., Awaitable[T] | AsyncIterable[T]],
@@ -268,7 +266,7 @@ def make_invocation(
     if type(agent_id) is not str or not callable(fn):
         return Invocation(agent_id, fn, args, kwargs)
 
-    draft: Any = _Draft()
+    draft = _Draft()
     draft.agent_id = agent_id
     draft.fn = fn
     draft.args = args
@@ -308,7 +306,7 @@ def _numbered(
     with _closing(items):
         for index, item in enumerate(items):
             # Made without checks and without a call, for speed: all values are known to be valid.
-            draft: Any = _Draft()
+            draft = _Draft()
             draft.agent_id = f"{prefix}-{index}"
             draft.fn = fn
             draft.args = (item,)

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar, cast
 import attrs
 
 from ._errors import describe
-from ._invocation import Referable
+from ._invocation import Referable, draft_of
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -129,10 +129,4 @@ class InvocationResult(Referable, Generic[T_co]):
             del self
 
 
-class Draft(Referable):
-    """
-    A mutable class with the layout of :class:`InvocationResult`: making a frozen object takes twice as long.
-    The class of the object is set to :class:`InvocationResult` afterwards.
-    """
-
-    __slots__ = tuple(field.name for field in attrs.fields(InvocationResult))
+Draft = draft_of(InvocationResult)

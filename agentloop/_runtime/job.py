@@ -256,7 +256,7 @@ class Job(Attempts[T]):
             self._count_nested(observer, SUCCESS)
 
         # Without __init__ and its checks, for speed: the values are known to be valid.
-        draft: Any = Draft()
+        draft = Draft()
         draft.agent_id = self.invocation.agent_id
         draft.status = SUCCESS
         draft.output = self.output

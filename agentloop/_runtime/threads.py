@@ -39,7 +39,7 @@ import anyio.to_thread
 
 from .. import _validators as must
 from .._errors import not_async
-from .._invocation import name_of
+from .._foreign import name_of
 from .._limits.slots import Pool, current_slot
 from .current import AttemptSlot, Timing
 
