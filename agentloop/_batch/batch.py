@@ -95,7 +95,7 @@ class Batch(Bookkeeping[T]):
     async def _run_tasks(self) -> None:
         """Run tasks until the batch is done, or they are cancelled."""
         self.retries.open(self.changed, self._expire)
-        tasks = Tasks()
+        tasks = Tasks(self.inherited.context)
         try:
             async with tasks:
                 self.tasks = tasks

@@ -6,10 +6,10 @@ __all__ = ["Bookkeeping"]
 
 import math
 from collections.abc import Callable
-from contextvars import copy_context
 from typing import ClassVar, Generic, TypeVar
 
 from .._errors import BatchStopped, BudgetSpent
+from .._eventloop.context import Inherited
 from .._eventloop.deadlines import AttemptScope
 from .._eventloop.tasks import Tasks
 from .._invocation import Inputs
@@ -51,7 +51,7 @@ class Bookkeeping(Generic[T]):
     def __init__(self, inputs: Inputs[T], limiter: Limiter, options: RunOptions) -> None:
         self.options = options
         self.pool = pool_of(limiter)
-        self.new_context = copy_context().copy
+        self.inherited = Inherited(current_slot)
         self.retries = RetryQueue(self.pool.loop.now)
         self.source = InputSource(
             inputs,
@@ -119,7 +119,7 @@ class Bookkeeping(Generic[T]):
 
         if scope.is_spoilt:
             assert failed is not None
-            self.crew.replace()
+            self.crew.replace_spoilt()
             if self.crew.spoilt >= self.crew.size:
                 agent = f"the last one {job.invocation.agent_id!r}"
                 self.stop(f"{self.crew.spoilt} agents left a scope open, {agent}", failed.error)
@@ -165,7 +165,7 @@ class Bookkeeping(Generic[T]):
         """Finish a job whose attempt was cancelled with the batch, or whose error ends the batch."""
         job.cancel(self.ending.reason, scope.cause)
         if scope.is_spoilt:
-            self.crew.replace()
+            self.crew.replace_spoilt()
 
         self.finish(job, self.pool.loop.now())
 

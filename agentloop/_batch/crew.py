@@ -4,12 +4,12 @@ The crew of a batch: its workers, and when each is hired, parked and woken.
 **A worker** is a task that takes an invocation, waits for a slot, runs one attempt, and goes on with the
 next. There are at most as many as the limiter has slots.
 
-**Activated on demand.** A worker that has begun an attempt runs alone until its agent waits. Only then it
-activates another one (``activate()``), if there is work left: it wakes a parked one, else it hires a new one.
-So agents that never wait need a single worker, and a batch of ten needs ten at most.
+**Activated on demand.** A worker that begins an attempt activates another one (``activate()``), if there is
+work left: it wakes a parked one, else it hires a new one. That one runs once the agent waits, or once the
+time slice of agents that never wait is used up. So a batch of ten needs ten workers at most.
 
 **Seeking.** A worker between two attempts is *seeking*: it is about to look for a job. While one is seeking,
-no other is activated, since that one takes the next job, and activates the next worker when its agent waits.
+no other is activated, since that one takes the next job, and activates the next worker with it.
 ``seeking`` changes in the same step as the worker, so that no worker counts twice: a worker that begins an
 attempt stops seeking, one that ends it seeks again, and an activated worker seeks at once, before its task
 runs.
@@ -17,8 +17,11 @@ runs.
 **Parked.** A worker that finds no job waits on an event of its own. The caller that sets the event counts the
 worker as seeking. ``close()`` wakes all of them, and they end.
 
+**Replaced.** A worker whose agent has changed a context variable ends, and another one takes its place in all
+counts: ``_runtime.run`` says why.
+
 **Spoilt.** A worker in whose task an agent has left a scope open cannot go on: that scope could cancel the
-next agent. Another worker takes its place in all counts.
+next agent. Another worker takes its place too.
 """
 
 from __future__ import annotations
@@ -54,6 +57,8 @@ class Crew:
         """Whether a worker is parked or can be hired."""
         self.spoilt = 0
         """In how many workers an agent has left a scope open."""
+        self.latest: Member | None = None
+        """The worker that has looked for a job last; so all others have waited since they looked."""
         self._tasks: Tasks | None = None
         self._work: Callable[[], Coroutine[Any, Any, None]] | None = None
         self._has_work: Callable[[], bool] | None = None
@@ -80,7 +85,7 @@ class Crew:
     def close(self) -> None:
         """Hire no more, and wake the parked workers to end."""
         # These refer to the batch, which refers to this object.
-        self._tasks = self._work = self._has_work = None
+        self._tasks = self._work = self._has_work = self.latest = None
         self.seeking += len(self._parked)
         while self._parked:
             self._parked.popitem()[0].set()
@@ -102,7 +107,7 @@ class Crew:
             self._parked.popitem()[0].set()
         else:
             self._hired += 1
-            self._hire()
+            self.replace()
 
         self._count()
 
@@ -137,15 +142,15 @@ class Crew:
         for worker in tuple(self._members):
             worker.cancel(reason)
 
-    def replace(self) -> None:
+    def replace_spoilt(self) -> None:
         """Start another worker in place of the current one, whose task was spoilt."""
         assert self._tasks is not None
         self.spoilt += 1
         self._tasks.spoil()
-        # It takes the place of this one in all counts.
-        self._hire()
+        self.replace()
 
-    def _hire(self) -> None:
+    def replace(self) -> None:
+        """Start another worker, which takes the place of the current one in all counts."""
         assert self._tasks is not None
         assert self._work is not None
         self._tasks.start_once(self._work(), "agentloop worker")

@@ -13,26 +13,28 @@ import anyio
 from .._errors import BudgetSpent
 from .._eventloop.context import wait_for_cancellation
 from .._eventloop.tasks import Tasks
-from .._limits.slots import Slot
+from .._limits.slots import Slot, current_slot
 from .._runtime.job import Job
 from .bookkeeping import Bookkeeping
 
 T = TypeVar("T")
+
+_set_slot = current_slot.set
 
 
 class Worker(Generic[T]):
     """
     Takes a job, waits for a slot, runs one attempt, and goes on with the next. ``crew`` has the theory.
 
-    A worker keeps two things from one job to the next, since making each costs as much as all other work of a
-    short attempt: the scope that times attempts out, and the slot, if no waiter needs one. It leaves the
-    scope and releases the slot before it awaits anything but an agent.
+    A worker keeps three things from one job to the next, since making each costs as much as all other work of
+    a short attempt: the scope that times attempts out, the slot, if no waiter needs one, and the context, if
+    no agent changes it. It leaves the scope and releases the slot before it awaits anything but an agent.
 
     :param batch: the batch
     :param tasks: the tasks of the batch
     """
 
-    __slots__ = ("_batch", "_has_slot", "_scope", "_tasks")
+    __slots__ = ("_batch", "_directly", "_has_slot", "_scope", "_tasks")
 
     def __init__(self, batch: Bookkeeping[T], tasks: Tasks) -> None:
         self._batch = batch
@@ -40,18 +42,26 @@ class Worker(Generic[T]):
         self._scope = batch.pool.loop.attempt_scope(batch.deadlines)
         # Whether the worker keeps the slot of its last job.
         self._has_slot = False
+        # Whether it runs attempts in its own context.
+        self._directly = batch.options.run is None and not batch.inherited.are_lost
 
     async def work(self) -> None:
         """Work until the batch is done."""
-        batch, scope = self._batch, self._scope
+        batch, scope, inherited = self._batch, self._scope, self._batch.inherited
         pool, crew, source, ending = batch.pool, batch.crew, batch.source, batch.ending
-        loop, options, new_context, next_job = pool.loop, batch.options, batch.new_context, batch.next_job
+        loop, options, admission, next_job = pool.loop, batch.options, pool.admission, batch.next_job
         now_at, time_slice, cancellations = loop.now, loop.time_slice, loop.count_cancellations()
-        admission, must_resolve = pool.admission, source.must_resolve
+        directly, must_resolve, new_context = self._directly, source.must_resolve, inherited.context.copy
+        is_plain = options.observer.only_counts and not must_resolve
         async with self:
             while not batch.done:
+                if directly and inherited.are_lost:
+                    crew.replace()
+                    break
+
                 job: Job[T] | None = None
                 slot: Slot | None = None
+                crew.latest = self
                 try:
                     if scope.scope is None and not scope.begin(math.inf):
                         # The batch is cancelled. The worker waits here, where it holds neither job nor slot.
@@ -59,68 +69,91 @@ class Worker(Generic[T]):
 
                     job = next_job()
                     if job is None:
-                        batch.check_done()
-                        if pool.keys is not None:
-                            # Without more input, the batch may wait for its keys alone.
-                            pool.refuse_deadlocked()
-                            if batch.has_work():
-                                continue
-
-                        self.let_go()
-                        await crew.park()
+                        await self._park()
                         continue
 
-                    fresh = source.is_fresh and not must_resolve
-                    if not (fresh and self._has_slot and admission.is_open and pool.running <= pool.limit):
-                        self._give_back()
-                        slot = await self._acquire(job, must_resolve)
-                    elif ending.stopped is None:
-                        slot = job  # it takes over the slot that the worker kept
+                    fresh, in_limit = source.is_fresh and not must_resolve, pool.running <= pool.limit
+                    if fresh and self._has_slot and in_limit and admission.is_open and ending.stopped is None:
+                        slot, now = job, job.queued_at
                         self._has_slot = False
+                    else:
+                        slot = await self._acquire(job, must_resolve)
+                        # A job that was just pulled began to wait in this step, unless it waited in line.
+                        now = job.queued_at if fresh and not job.waited else now_at()
 
-                    # A job that was just pulled began to wait in this step, unless it waited in line.
-                    now = job.queued_at if fresh and not job.waited else now_at()
                     if slot is not None:
                         crew.seeking -= 1
+                        if not crew.seeking and crew.can_activate:
+                            crew.activate()
+
                         try:
-                            now = await job.run(slot, options, scope, new_context, now, crew)
+                            if directly:
+                                now = await job.run_directly(slot, options, scope, inherited, now)
+                            else:
+                                now = await job.run_isolated(slot, options, scope, new_context, now)
                         except BaseException:
                             crew.seeking += 1
                             batch.finish_cancelled(job, scope)
                             raise
 
                         crew.seeking += 1
+                        if not is_plain:
+                            # The user's functions that are called from here on are outside of the agent.
+                            _set_slot(source.outer)
+
                         if job.failures is not None:
                             batch.retry_or_finish(job, slot, scope, now)
                             if scope.is_spoilt:
                                 break
-                        elif slot.is_plain and slot.pool is pool and admission.is_open and not pool.in_line:
-                            self._has_slot = True
-                            batch.finish(job, now)
                         else:
-                            slot.release(None, True)
+                            if slot.is_plain and slot.pool is pool and admission.is_open and not pool.in_line:
+                                self._has_slot = True
+                            else:
+                                slot.release(None, True)
+
                             batch.finish(job, now)
                     elif job not in batch.retries.waiters:  # else it waits in the line of its key
                         ending.end_job(job)
                         batch.finish(job, now)
 
-                    # A job that was left in the line of its key has let no other task run.
-                    waited = job.waited and slot is not None
                     # A parked worker must not keep the arguments of a finished invocation alive.
                     job = slot = None
-                    if cancellations():
-                        self.let_go()
-                        await loop.forget_cancellations()
-
-                    if not waited and time_slice.used_up(now):
-                        self.let_go()
-                        await time_slice.yield_to_others()
+                    # While this worker waited, another one has looked for a job, if there is any.
+                    if cancellations() or (crew.latest is self and time_slice.used_up(now)):
+                        await self._rest()
                 except anyio.get_cancelled_exc_class():
                     # A late cancellation that an agent requested from a callback does not end the worker.
                     self.let_go()
                     await self._tasks.go_on()
 
+    async def _rest(self) -> None:
+        """Drop the native cancellations that an agent has left, or let other tasks run."""
+        loop = self._batch.pool.loop
+        self.let_go()
+        if loop.count_cancellations()():
+            await loop.forget_cancellations()
+        else:
+            await loop.time_slice.yield_to_others()
+
+    async def _park(self) -> None:
+        """Wait until there may be a job, or the batch is done."""
+        batch = self._batch
+        batch.check_done()
+        if batch.pool.keys is not None:
+            # Without more input, the batch may wait for its keys alone.
+            batch.pool.refuse_deadlocked()
+            if batch.has_work():
+                return
+
+        # A variable that an agent has set may keep much alive.
+        if not self._directly or batch.inherited.check():
+            self.let_go()
+            await batch.crew.park()
+
     async def __aenter__(self) -> None:
+        if self._directly:
+            _set_slot(self._batch.source.outer)
+
         self._tasks.enter()
         self._batch.crew.enter(self)
 
@@ -142,9 +175,11 @@ class Worker(Generic[T]):
         :return: ``None`` if the job gets no further attempt, or waits in the line of its key
         """
         slot: Slot | None
-        if self._batch.by_key is not None:
-            slot = self._batch.by_key.acquire(job)
-        elif self._batch.ending.stopped is not None or (must_resolve and not job.resolve()):
+        batch = self._batch
+        self._give_back()
+        if batch.by_key is not None:
+            slot = batch.by_key.acquire(job)
+        elif batch.ending.stopped is not None or (must_resolve and not job.resolve()):
             slot = None
         else:
             slot = job.next_slot() if job.attempts else job
@@ -173,6 +208,9 @@ class Worker(Generic[T]):
         """Leave the scope and give the slot back, before awaiting anything but an agent."""
         self._scope.leave()
         self._give_back()
+        if self._directly:
+            # A waiting worker must not keep its last job alive.
+            _set_slot(self._batch.source.outer)
 
     async def _wait_in_line(self, job: Job[T], slot: Slot) -> Slot | None:
         """Wait for the slot and return it; ``None`` if it was not granted, or the batch was stopped."""

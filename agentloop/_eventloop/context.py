@@ -1,12 +1,13 @@
-"""Coroutines of users' functions, and the wait for a cancellation."""
+"""Context variables of a batch, coroutines of users' functions, and the wait for a cancellation."""
 
 from __future__ import annotations
 
-__all__ = ["as_coroutine", "await_it", "wait_for_cancellation"]
+__all__ = ["Inherited", "as_coroutine", "await_it", "wait_for_cancellation"]
 
 import inspect
 import types
 from collections.abc import Awaitable, Coroutine
+from contextvars import Context, ContextVar, copy_context
 from typing import Any, TypeVar
 
 import anyio
@@ -18,6 +19,38 @@ T = TypeVar("T")
 # The type of the object that an async function returns.
 _PLAIN: type[types.CoroutineType[Any, Any, Any]] = types.CoroutineType
 _send = _PLAIN.send
+
+
+class Inherited:
+    """
+    The context variables that the tasks of a batch inherit from its caller.
+
+    :param apart: a variable of the library's own, which each of these tasks sets
+    """
+
+    __slots__ = ("are_lost", "context", "count", "values")
+
+    def __init__(self, apart: ContextVar[Any]) -> None:
+        self.context: Context = copy_context()
+        self.values: list[tuple[ContextVar[Any], object]] = [
+            (var, value) for var, value in self.context.items() if var is not apart
+        ]
+        self.count: int = len(self.values) + 1
+        """How many variables are set in a task where none was set or deleted since."""
+        self.are_lost = False
+        """Whether code of the user has changed a variable in one of the tasks."""
+
+    def check(self) -> bool:
+        """
+        Return whether no variable was changed, in the current task now or in any at an earlier call.
+
+        No values are compared, only objects: comparing would call the user's ``__eq__``.
+        """
+        # An inherited variable can be set again, but not deleted.
+        if len(copy_context()) != self.count or any(var.get() is not value for var, value in self.values):
+            self.are_lost = True
+
+        return not self.are_lost
 
 
 async def wait_for_cancellation() -> None:

@@ -6,6 +6,7 @@ __all__ = ["LOST", "Tasks"]
 
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager
+from contextvars import Context
 from types import TracebackType
 from typing import Any, Self
 
@@ -31,9 +32,12 @@ class Tasks:
     An agent that leaves a cancel scope or a task group open in a task spoils it: AnyIO and trio raise an
     error when the task ends, which would cancel the others. So a spoilt task parks until the block was left
     and all other tasks have ended, and that error is dropped.
+
+    :param context: the context that each task starts with a copy of; by default the current one
     """
 
-    def __init__(self) -> None:
+    def __init__(self, context: Context | None = None) -> None:
+        self._context = context
         self._kind = kind_of_loop()
         self._group = anyio.create_task_group()
         self._cancellations: Callable[[], int] = int
@@ -95,12 +99,19 @@ class Tasks:
     def start_soon(self, task: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
         """Start a task."""
         self._started += 1
-        self._group.start_soon(self._run, task, name=name)
+        self._in_context(lambda: self._group.start_soon(self._run, task, name=name))
 
     def start_once(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         """Start a task for a coroutine that counts itself as :meth:`running`, and parks."""
         self._started += 1
-        self._group.create_task(coroutine, name=name)
+        self._in_context(lambda: self._group.create_task(coroutine, name=name))
+
+    def _in_context(self, start: Callable[[], object]) -> None:
+        if self._context is None:
+            start()
+        else:
+            # A copy: an eager task factory calls the task at once, which may start others.
+            self._context.copy().run(start)
 
     @contextmanager
     def running(self) -> Generator[None]:

@@ -1,4 +1,4 @@
-"""Runs the attempts at one invocation, one after the other, and finds out how each has ended."""
+"""The attempts at one invocation: their state, how each begins, and how it has failed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ __all__ = ["Attempts"]
 
 import math
 import types
-from collections.abc import Callable, Generator
 from contextvars import Context
 from typing import Any, Generic, TypeVar
 
@@ -15,7 +14,6 @@ from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from .._errors import InvocationCancelled
 from .._eventloop.callers import CallersCancellation
-from .._eventloop.context import as_coroutine, wait_for_cancellation
 from .._eventloop.deadlines import AttemptScope, TimeLimit
 from .._invocation import Invocation
 from .._limits.slots import Slot, current_slot
@@ -24,8 +22,8 @@ from .._verdict import Verdict
 from .current import AttemptSlot, LaterSlot, Timing
 from .options import RunOptions
 from .outcome import Failures, Outcome, leave_scope, outcome_of, without_cancellation
-from .states import ENDED, RUNNING, OtherWorkers, Progress, State
-from .tracebacks import plumbing, trim
+from .states import ENDED, RUNNING, Progress, State
+from .tracebacks import trim
 
 T = TypeVar("T")
 
@@ -90,104 +88,21 @@ class Attempts(AttemptSlot, Generic[T]):
         self.failures.progress = progress = Progress(now)
         return progress
 
-    @plumbing
-    @types.coroutine
-    def run(
-        self,
-        slot: Slot,
-        options: RunOptions,
-        scope: AttemptScope,
-        new_context: Callable[[], Context],
-        now: float,
-        crew: OtherWorkers | None = None,
-        caller: CallersCancellation | None = None,
-    ) -> Generator[Any, Any, float]:
-        """
-        Run one attempt, with every step of the agent inside a context of its own.
-
-        :param slot: its slot; given back if the attempt fails, left to the caller if it succeeds
-        :param scope: times the attempt out; stays open if the agent returned
-        :param crew: activates another worker when the agent waits
-        :param caller: notices native cancellations, if this task is the caller's
-        :return: when it ended; ``failures.last`` holds the outcome of a failure
-        :raises BaseException: cancellation of the caller, or an agent's error that is no ``Exception``
-        """
-        context = self._begin(slot, options, scope, new_context, now)
-        if self.state is not RUNNING:
-            yield from wait_for_cancellation().__await__()
-
-        fn, args, kwargs, run = self.invocation.fn, self.invocation.args, self.invocation.kwargs, options.run
-        if run is not None:
-            fn, args, kwargs = run, (self, slot, options, scope), {}
-
-        coroutine: Any = None
-        ended_at: float | None = None
-        try:
-            coroutine = context.run(fn, *args, **kwargs) if kwargs else context.run(fn, *args)
-            if type(coroutine) is not _PLAIN:
-                coroutine = as_coroutine(fn, coroutine)
-
-            # No bound methods in local names: the collector would visit them as long as the agent waits.
-            step = context.run(_send, coroutine, None)
-            self.waited = True
-            if crew is not None and not crew.seeking and crew.can_activate:
-                crew.activate()
-
-            while True:
-                sent = thrown = None
-                try:
-                    sent = yield step
-                except GeneratorExit:
-                    context.run(coroutine.close)
-                    raise
-                except BaseException as exc:
-                    # Thrown below: in here, the agent's later exceptions would have it as their context.
-                    thrown = exc
-
-                try:
-                    if thrown is None:
-                        step = context.run(_send, coroutine, sent)
-                    else:
-                        if caller is not None:
-                            caller.reaches(coroutine, thrown)
-
-                        step = context.run(coroutine.throw, thrown)
-                finally:
-                    thrown = sent = None  # exceptions refer to this frame, and trio sends some too
-        except StopIteration as stop:
-            if coroutine is None:
-                ended_at = yield from self._conclude(slot, options, scope, caller, stop).__await__()
-            else:
-                self.output = stop.value
-        except BaseException as exc:
-            ended_at = yield from self._conclude(slot, options, scope, caller, exc).__await__()
-
-        if ended_at is None:
-            ended_at = scope.now()
-            # The scope may have been cancelled before the agent returned; and a stream moves the deadline.
-            if (ended_at >= scope.until or run is not None) and not scope.children:
-                scope.leave()
-
-            if scope.children:
-                ended_at = yield from self._conclude(slot, options, scope, caller, None).__await__()
-
-        return ended_at
-
     def _begin(
         self,
         slot: Slot,
         options: RunOptions,
         scope: AttemptScope,
-        new_context: Callable[[], Context],
         now: float,
-    ) -> Context:
+        context: Context | None,
+    ) -> bool:
         """
         Begin an attempt. QUEUED, RETRYING -> RUNNING.
 
-        :return: the context of the agent. If a scope around the task is cancelled, the agent is not called at
-            all, and the slot is given back
+        :param context: the context of the agent, if it has one of its own
+        :return: whether it has begun; it has not if a scope around the task is cancelled. Then the slot is
+            given back
         """
-        context = new_context()
         try:
             deadline, observer = now + options.timeout, options.observer
             if options.total is None:
@@ -197,9 +112,8 @@ class Attempts(AttemptSlot, Generic[T]):
 
             if not may_start:
                 slot.release()
-                return context
+                return False
 
-            context.run(_set_slot, slot)
             self.scope = scope
             attempts = self.attempts
             self.attempts = attempts + 1
@@ -217,7 +131,7 @@ class Attempts(AttemptSlot, Generic[T]):
             slot.release()
             raise
 
-        return context
+        return True
 
     def _begin_bounded(self, deadline: float, now: float, scope: AttemptScope, total: TimeLimit) -> bool:
         """Begin an attempt that the total time limit bounds too."""
@@ -320,7 +234,7 @@ class Attempts(AttemptSlot, Generic[T]):
         return verdict
 
     def _report_start(
-        self, slot: Slot, options: RunOptions, scope: AttemptScope, now: float, context: Context
+        self, slot: Slot, options: RunOptions, scope: AttemptScope, now: float, context: Context | None
     ) -> None:
         if self.attempts == 1:
             self.started_at = now

@@ -16,11 +16,11 @@ from .._invocation import Invocation
 from .._limits.lines import Owner, Waiter
 from .._limits.slots import HELD, RELEASED, Pool, Slot
 from .._result import SUCCESS, Draft, InvocationResult, Status
-from .attempt import Attempts
 from .current import Attempt, LaterSlot, Timing, idempotency_key
 from .observer import Observer, new_id
 from .options import RunOptions
 from .outcome import Outcome, as_exception
+from .run import Runnable
 from .states import ENDED, QUEUED, RETRYING
 from .tracebacks import drop_frames
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 _identifying = threading.Lock()
 
 
-class Job(Attempts[T]):
+class Job(Runnable[T]):
     """
     The state of one invocation, from the line for a slot to its result.
 

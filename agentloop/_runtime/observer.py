@@ -126,13 +126,14 @@ class Observer:
         attempt: int,
         number: int,
         now: float,
-        context: Context,
+        context: Context | None,
         attempt_ms: float,
     ) -> None:
         """
-        Report that an attempt is about to begin, in a context.
+        Report that an attempt is about to begin.
 
         :param attempt: its number, from 1
+        :param context: its context, unless that is the current one
         :param number: the number of the invocation in events
         :param attempt_ms: how long the attempt before it took
         """
@@ -143,7 +144,11 @@ class Observer:
                 self._measurements.add_attempt(attempt_ms)
 
         if self._sink is not None:
-            context.run(self._sink, StartedEvent(invocation, attempt, number, now))
+            event = StartedEvent(invocation, attempt, number, now)
+            if context is None:
+                self._sink(event)
+            else:
+                context.run(self._sink, event)
 
     def first_chunk(self, invocation: Invocation[Any], number: int, now: float) -> Histogram | None:
         """

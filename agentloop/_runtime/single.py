@@ -117,7 +117,7 @@ class Single(Generic[T]):
 
                 try:
                     caller = None if own_task else loop.callers_cancellation()
-                    now = await job.run(slot, options, scope, copy_context, now, None, caller)
+                    now = await job.run_isolated(slot, options, scope, copy_context, now, caller)
                 finally:
                     scope.leave()
 

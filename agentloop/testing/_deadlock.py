@@ -7,7 +7,7 @@ from types import FrameType
 from typing import Any
 
 from agentloop._errors import AgentLoopError
-from agentloop._runtime.attempt import Attempts
+from agentloop._runtime.run import Runnable
 
 # The virtual time at which every run starts. Not zero: that would hide confusions of time and duration.
 START_SECONDS = 1000.0
@@ -75,7 +75,7 @@ def _frames(coro: Any) -> Iterator[FrameType]:
             yield frame
 
         inner = getattr(coro, "cr_await", None) or getattr(coro, "gi_yieldfrom", None)
-        if inner is None and frame is not None and frame.f_code is vars(Attempts)["run"].__code__:
+        if inner is None and frame is not None and frame.f_code is vars(Runnable)["run_isolated"].__code__:
             # It drives the agent's coroutine by hand, so the interpreter does not link the two.
             inner = frame.f_locals.get("coroutine")
 

@@ -62,6 +62,8 @@ from agentloop._limits.limiter import pool_of
 from agentloop.testing import FakeHTTPError, virtual_clock
 
 var: ContextVar[str] = ContextVar("var", default="unset")
+# A variable that agents alone set.
+late_var: ContextVar[str] = ContextVar("late_var", default="unset")
 # The call that a piece of code belongs to, seen through tasks and contexts.
 call_var: ContextVar[Call | None] = ContextVar("call", default=None)
 
@@ -289,6 +291,8 @@ class Program:
         self.callbacks_raise = trait() < 0.15
         self.native = trait() < 0.25 and backend == "asyncio"
         self.sabotaged = trait() < 0.15 and backend == "asyncio"
+        # Whether agents that succeed leave the variables as they were.
+        self.restores = trait() < 0.7
         self.task_numbers: weakref.WeakKeyDictionary[asyncio.Task[Any], int] = weakref.WeakKeyDictionary()
         # Which agents left a scope open; what some of them left, so that it stays.
         self.opened: set[str] = set()
@@ -523,7 +527,8 @@ class Program:
 
         async def run() -> str:
             assert var.get() == "caller", f"an agent sees a variable that is not its caller's: {var.get()}"
-            var.set(name)
+            assert late_var.get() == "unset", "an agent sees a variable that its caller has not set"
+            token = var.set(name)
             self.check_may_start(name, call)
             action = actions[min(self.starts[name], 2)]
             self.starts[name] += 1
@@ -536,6 +541,11 @@ class Program:
 
             assert var.get() == name
             self.return_from(name, action)
+            if self.restores:
+                var.reset(token)
+            else:
+                late_var.set(name)
+
             return name
 
         return run
@@ -965,8 +975,12 @@ class Program:
             assert call.input_failed or self.sabotaged
             # Then the reader was cancelled, and has not read on.
             call.left = call.left or str(exc) == LOST
-        except BatchStopped:
-            assert self.may_stop(call), "a batch was stopped without a reason"
+        except BatchStopped as exc:
+            patience = self.config.overload_timeout_seconds
+            assert patience is not None
+            fruitless = anyio.current_time() >= max(self.successes, default=0) + patience
+            is_out_of_patience = fruitless and exc.reason.startswith("nothing has succeeded")
+            assert self.may_stop(call) or is_out_of_patience, "a batch was stopped without a reason"
 
     def may_stop(self, call: Call) -> bool:
         return call.fatal or self.sabotaged or call.opened >= self.floor

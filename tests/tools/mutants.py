@@ -291,16 +291,33 @@ a time-out is judged by the type of the exception
 + isinstance(error, TimeoutError) or raised is None
 
 a result that was ready is thrown away
-@ Attempts.run, asyncio 19, trio 71
+@ Runnable.run_isolated, asyncio 19, trio 71
 + if scope.scope.cancel_called:
 +     return (yield from self._conclude(slot, options, scope, caller, None).__await__())
   if (ended_at >= scope.until or run is not None) and not scope.children:
       ...
 
+a result that was ready is thrown away by a worker that runs agents directly
+@ Runnable.run_directly
++ if scope.scope.cancel_called:
++     return await self._conclude(slot, options, scope, None, None)
+  if ended_at >= scope.until and not scope.children:
+      ...
+
 attempts share a context
-@ Attempts._begin, asyncio 0, trio 0
+@ Runnable.run_isolated
 - new_context()
 + globals().setdefault(str(id(options)), new_context())
+
+an agent finds the variables that another one has set
+@ Runnable.run_directly
+- intact or inherited.check()
++ True
+
+an agent finds the inherited variables that another one has set again
+@ Runnable.run_directly
+- intact and var.get() is value
++ intact
 
 an agent is started after its cancellation
 @ Attempts._begin, asyncio 54, trio 36
@@ -332,8 +349,8 @@ a stray cancellation ends the batch
 
 the marks that an agent left on its task are not removed
 @ Worker.work, asyncio 510
-- if cancellations():
--     ...
+- cancellations() or (crew.latest is self and time_slice.used_up(now))
++ crew.latest is self and time_slice.used_up(now)
 
 a slot is held while its invocation waits to be retried
 @ Single._wait_to_retry, asyncio 20, trio 1
@@ -379,7 +396,7 @@ a reader that is cancelled loses a result
 + await self._backend.checkpoint()
 
 the end of the input ends nothing
-@ Worker.work, asyncio 17, trio 17
+@ Worker._park, asyncio 17, trio 17
 - batch.check_done()
 
 a parked worker counts as looking for work
@@ -523,7 +540,12 @@ a worker that waits for something else keeps its slot
 - self._give_back()
 
 a scope that was left open is not noticed
-@ Attempts.run, asyncio 13, trio 90
+@ Runnable.run_directly
+- if scope.children:
+-     ...
+
+a scope that was left open in a context of its own is not noticed
+@ Runnable.run_isolated
 - if scope.children:
 -     ...
 

@@ -1,0 +1,168 @@
+"""
+The two ways to run an attempt, which keep apart the context variables that agents set.
+
+**Isolated**: inside a context of the attempt's own. A task cannot change its context, so every step of the
+agent is a call of ``Context.run``. That takes a seventh of the time of a short attempt.
+
+**Directly**: inside the context of the task, which is a worker of a batch. Most agents set no context
+variable, so the next one finds those that the batch was called with. Each attempt makes sure of that before
+it begins (:class:`Inherited`). Once a variable was changed, by an agent or by another function of the user
+that the worker has called, the batch runs all attempts isolated, and other workers take the place of these.
+
+A single invocation runs in its caller's task, whose variables it must not change: it is isolated, and so are
+streams, whose agents run in a step of the reader.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Runnable"]
+
+import types
+from collections.abc import Callable, Generator
+from contextvars import Context, copy_context
+from typing import Any, TypeVar
+
+from .._eventloop.callers import CallersCancellation
+from .._eventloop.context import Inherited, as_coroutine, wait_for_cancellation
+from .._eventloop.deadlines import AttemptScope
+from .._limits.slots import Slot, current_slot
+from .attempt import Attempts
+from .options import RunOptions
+from .tracebacks import plumbing
+
+T = TypeVar("T")
+
+_set_slot = current_slot.set
+_PLAIN: type[types.CoroutineType[Any, Any, Any]] = types.CoroutineType
+_send = _PLAIN.send
+
+
+class Runnable(Attempts[T]):
+    """Attempts that can be run. Only their own methods write them."""
+
+    __slots__ = ()
+
+    @plumbing
+    async def run_directly(
+        self, slot: Slot, options: RunOptions, scope: AttemptScope, inherited: Inherited, now: float
+    ) -> float:
+        """
+        Run one attempt inside the context of the current task, if that has its inherited variables.
+
+        The other parameters, the return value and the errors are those of :meth:`run_isolated`.
+
+        :param inherited: the variables; noted as lost if the context has others, and then it runs isolated
+        """
+        # As check() does; inlined for speed.
+        intact = len(copy_context()) == inherited.count
+        for var, value in inherited.values:
+            intact = intact and var.get() is value
+
+        if not (intact or inherited.check()):
+            return await self.run_isolated(slot, options, scope, inherited.context.copy, now)
+
+        _set_slot(slot)
+        if not self._begin(slot, options, scope, now, None):
+            await wait_for_cancellation()
+
+        fn, args, kwargs = self.invocation.fn, self.invocation.args, self.invocation.kwargs
+        try:
+            coroutine: Any = fn(*args, **kwargs) if kwargs else fn(*args)
+            if type(coroutine) is not _PLAIN:
+                coroutine = as_coroutine(fn, coroutine)
+
+            self.output = await coroutine
+        except BaseException as exc:
+            # The user's functions that judge the error are outside of the agent.
+            _set_slot(self.outer)
+            return await self._conclude(slot, options, scope, None, exc)
+
+        ended_at = scope.now()
+        # The scope may have been cancelled before the agent returned.
+        if ended_at >= scope.until and not scope.children:
+            scope.leave()
+
+        if scope.children:
+            ended_at = await self._conclude(slot, options, scope, None, None)
+
+        return ended_at
+
+    @plumbing
+    @types.coroutine
+    def run_isolated(
+        self,
+        slot: Slot,
+        options: RunOptions,
+        scope: AttemptScope,
+        new_context: Callable[[], Context],
+        now: float,
+        caller: CallersCancellation | None = None,
+    ) -> Generator[Any, Any, float]:
+        """
+        Run one attempt, with every step of the agent inside a context of its own.
+
+        :param slot: its slot; given back if the attempt fails, left to the caller if it succeeds
+        :param scope: times the attempt out; stays open if the agent returned
+        :param caller: notices native cancellations, if this task is the caller's
+        :return: when it ended; ``failures.last`` holds the outcome of a failure
+        :raises BaseException: cancellation of the caller, or an agent's error that is no ``Exception``
+        """
+        context = new_context()
+        context.run(_set_slot, slot)
+        if not self._begin(slot, options, scope, now, context):
+            yield from wait_for_cancellation().__await__()
+
+        fn, args, kwargs, run = self.invocation.fn, self.invocation.args, self.invocation.kwargs, options.run
+        if run is not None:
+            fn, args, kwargs = run, (self, slot, options, scope), {}
+
+        coroutine: Any = None
+        ended_at: float | None = None
+        try:
+            coroutine = context.run(fn, *args, **kwargs) if kwargs else context.run(fn, *args)
+            if type(coroutine) is not _PLAIN:
+                coroutine = as_coroutine(fn, coroutine)
+
+            # No bound methods in local names: the collector would visit them as long as the agent waits.
+            step = context.run(_send, coroutine, None)
+            self.waited = True
+
+            while True:
+                sent = thrown = None
+                try:
+                    sent = yield step
+                except GeneratorExit:
+                    context.run(coroutine.close)
+                    raise
+                except BaseException as exc:
+                    # Thrown below: in here, the agent's later exceptions would have it as their context.
+                    thrown = exc
+
+                try:
+                    if thrown is None:
+                        step = context.run(_send, coroutine, sent)
+                    else:
+                        if caller is not None:
+                            caller.reaches(coroutine, thrown)
+
+                        step = context.run(coroutine.throw, thrown)
+                finally:
+                    thrown = sent = None  # exceptions refer to this frame, and trio sends some too
+        except StopIteration as stop:
+            if coroutine is None:
+                ended_at = yield from self._conclude(slot, options, scope, caller, stop).__await__()
+            else:
+                self.output = stop.value
+        except BaseException as exc:
+            ended_at = yield from self._conclude(slot, options, scope, caller, exc).__await__()
+
+        if ended_at is None:
+            ended_at = scope.now()
+            # The scope may have been cancelled before the agent returned; and a stream moves the deadline.
+            if (ended_at >= scope.until or run is not None) and not scope.children:
+                scope.leave()
+
+            if scope.children:
+                ended_at = yield from self._conclude(slot, options, scope, caller, None).__await__()
+
+        return ended_at
