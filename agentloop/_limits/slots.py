@@ -130,8 +130,6 @@ class Slot:
     :param bill: the bill of the attempt, if there are rates
     """
 
-    __slots__ = ("bill", "epoch", "hold", "is_plain", "lender", "lent", "outer", "pool", "waiters")
-
     def __init__(self, pool: Pool, outer: Slot | None, bill: Bill | None = None) -> None:
         self.pool: Pool = pool
         self.outer = outer

@@ -39,19 +39,6 @@ class Attempts(AttemptSlot, Generic[T]):
     Most invocations need no other slot, and one object is faster than two. Only its own methods write it.
     """
 
-    __slots__ = (
-        "attempts",
-        "failures",
-        "id",
-        "invocation",
-        "output",
-        "scope",
-        "started_at",
-        "state",
-        "total",
-        "waited",
-    )
-
     invocation: Invocation[T]
     state: State
     attempts: int

@@ -88,8 +88,6 @@ class Timing(NamedTuple):
 class AttemptSlot(Slot):
     """A slot that knows the attempt for which it was acquired."""
 
-    __slots__ = ()
-
     @abstractmethod
     def attempt(self) -> Attempt:
         """Return the attempt, as its agent can read it."""
@@ -111,8 +109,6 @@ class LaterSlot(AttemptSlot):
 
     :param make_attempt: returns the attempt, as its agent can read it
     """
-
-    __slots__ = ("_make_attempt", "_timing")
 
     def __init__(
         self, pool: Pool, outer: Slot | None, bill: Bill | None, make_attempt: Callable[[], Attempt]

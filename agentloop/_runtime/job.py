@@ -41,8 +41,6 @@ class Job(Runnable[T]):
     :param outer: the slot of the invocation that runs it; ``None`` outside of an agent
     """
 
-    __slots__ = ("index", "queued_at")
-
     def __init__(
         self, invocation: Invocation[T], index: int, now: float, pool: Pool, outer: Slot | None
     ) -> None:

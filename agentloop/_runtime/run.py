@@ -40,8 +40,6 @@ _send = _PLAIN.send
 class Runnable(Attempts[T]):
     """Attempts that can be run. Only their own methods write them."""
 
-    __slots__ = ()
-
     @plumbing
     async def run_directly(
         self, slot: Slot, options: RunOptions, scope: AttemptScope, inherited: Inherited, now: float
