@@ -28,6 +28,7 @@ from .._eventloop.deadlines import AttemptScope
 from .._limits.slots import Slot, current_slot
 from .attempt import Attempts
 from .options import RunOptions
+from .states import RUNNING
 from .tracebacks import plumbing
 
 T = TypeVar("T")
@@ -60,7 +61,28 @@ class Runnable(Attempts[T]):
             return await self.run_isolated(slot, options, scope, inherited.context.copy, now)
 
         _set_slot(slot)
-        if not self._begin(slot, options, scope, now, None):
+        observer = options.observer
+        if self.attempts or not (slot.is_plain and observer.only_counts) or options.total is not None:
+            begun = self._begin(slot, options, scope, now, None)
+        else:
+            # As _begin() does; inlined for speed.
+            try:
+                begun = scope.begin(now + options.timeout)
+            except BaseException:
+                slot.release()
+                raise
+
+            if begun:
+                self.scope = scope
+                self.attempts = 1
+                self.state = RUNNING
+                self.started_at = now
+                report = observer.report_in_flight
+                report(1)
+            else:
+                slot.release()
+
+        if not begun:
             await wait_for_cancellation()
 
         fn, args, kwargs = self.invocation.fn, self.invocation.args, self.invocation.kwargs
