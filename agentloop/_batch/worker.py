@@ -161,6 +161,7 @@ class Worker(Generic[T]):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         self.let_go()
+        self._scope.forget()
         self._batch.crew.leave(self)
         if exc is not None and self._batch.by_key is not None:
             # A cancelled agent may need one of the unused slots before it can end.

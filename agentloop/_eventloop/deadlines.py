@@ -168,12 +168,16 @@ class AttemptScope(ABC):
 
         self.scope = self._inner = None
         self.children = ()
-        if self._queue is not None:
-            self._queue.forget(self)
-
+        self.forget()
         # Neither backend needs the traceback, and a user's exception may raise when it is read.
         caught = scope.__exit__(None if exc is None else type(exc), exc, None)
         return exc is not None and bool(caught)
+
+    def forget(self) -> None:
+        """Let the queue drop the scope, if it may have kept it after :meth:`leave`."""
+        self._look_at = math.inf
+        if self._queue is not None:
+            self._queue.forget(self)
 
     def abandon(self, cancel: bool) -> None:
         """
@@ -185,9 +189,7 @@ class AttemptScope(ABC):
         scope, self.scope = self.scope, None
         assert scope is not None
         self.is_spoilt = True
-        if self._queue is not None:
-            self._queue.forget(self)
-
+        self.forget()
         if cancel:
             scope.cancel("a scope was left open in it")
             return
@@ -228,7 +230,7 @@ class DeadlineQueue(ABC):
         if at == math.inf:
             return True
 
-        if scopes and at < self._latest:
+        if scopes and at < self._latest and self._latest_in_use() > at:
             return False
 
         scopes[scope] = self._latest = at
@@ -237,8 +239,19 @@ class DeadlineQueue(ABC):
 
         return True
 
+    def _latest_in_use(self) -> float:
+        """Return the last time at which to check a scope, without the last ones that were left."""
+        while self.scopes:
+            scope = next(reversed(self.scopes))
+            if scope.scope is not None:
+                return self.scopes[scope]
+
+            scope.forget()
+
+        return -math.inf
+
     def forget(self, scope: AttemptScope) -> None:
-        """Remove a scope that is left."""
+        """Remove a scope, if it is in the queue."""
         self.scopes.pop(scope, None)
         if self.stops_timer and not self.scopes:
             self._stop_timer()

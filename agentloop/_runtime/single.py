@@ -47,7 +47,6 @@ class Single(Generic[T]):
     _scope: anyio.CancelScope | None = None
     # Why nothing is started or retried any more; None while attempts may start.
     _stopped: BatchStopped | None = None
-    _attempt: AttemptScope | None = None
     # As outer; None until _begin(), and in plain cases.
     _outer: Slot | None = None
     _retry_wait: anyio.CancelScope | None = None
@@ -59,6 +58,7 @@ class Single(Generic[T]):
     ) -> None:
         self._options = options
         self._own_task = own_task
+        self._attempt: AttemptScope | None = None
         outer = current_slot.get()
         if outer is not None:
             check_depth(outer)
@@ -156,6 +156,8 @@ class Single(Generic[T]):
         self._attempt = None
         if len(loop.spare) < SPARE_SCOPES:
             loop.spare.append(scope)
+        else:
+            scope.forget()
 
         pool.users -= 1
         if not options.observer.count_result() % COUNTED_AT_ONCE:
@@ -265,6 +267,8 @@ class Single(Generic[T]):
             self.left_open = scope.is_spoilt
             if not scope.is_spoilt and len(self._pool.loop.spare) < SPARE_SCOPES:
                 self._pool.loop.spare.append(scope)
+            else:
+                scope.forget()
 
         job, observer = self._job, self._options.observer
         self._pool.users -= 1

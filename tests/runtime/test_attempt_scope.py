@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import pytest
@@ -15,6 +15,7 @@ from anyio.lowlevel import checkpoint, current_token
 
 from agentloop import AgentLoop, Backoff, Invocation, InvocationTimeout, Limiter, LoopConfig, Status
 from agentloop._eventloop.deadlines import AttemptScope, DeadlineQueue, TimeLimit
+from agentloop._eventloop.insides import AsyncioScope
 from agentloop._eventloop.loop import kind_of_loop
 from agentloop._eventloop.public import PublicScope
 from agentloop.testing import Fail, FakeAgent, Reply, VirtualClockDeadlock
@@ -168,6 +169,7 @@ class Watched(PublicScope):
 
     def __init__(self, queue: DeadlineQueue) -> None:
         super().__init__(anyio.current_time, anyio.CancelScope, queue)
+        self.scope = cast("anyio.CancelScope", object())  # as if it were in use
         self.called_at: list[float] = []
 
     def due(self, now: float) -> None:
@@ -229,6 +231,34 @@ class TestDeadlineQueue:
         assert queue.watch(next_one, 4)
         queue.check_due(5)
         assert (gone.called_at, rung.called_at, next_one.called_at) == ([], [5], [5])
+
+    def test_scopes_that_were_left_make_room_for_an_earlier_time(self) -> None:
+        queue = ByHand()
+        used, left, early = (Watched(queue) for _ in range(3))
+        left.scope = None
+        assert [queue.watch(scope, at) for scope, at in ((used, 3), (left, 10), (early, 5))] == [True] * 3
+        assert queue.scopes == {used: 3, early: 5}
+        assert not queue.watch(left, 4)
+
+    def test_scope_that_was_left_stays_for_the_next_attempt_until_it_is_due(self) -> None:
+        async def main() -> None:
+            queue = ByHand(stops_timer=False)
+            scope = AsyncioScope(anyio.current_time, anyio.CancelScope, queue)
+            at = anyio.current_time() + 1000
+            for later in (0, 1):
+                scope.begin(at + later)
+                scope.leave()
+                assert (queue.scopes, queue.wound) == ({scope: at}, [at])
+
+            queue.check_due(at)
+            assert queue.scopes == {}
+            scope.begin(at + 2)
+            assert queue.scopes == {scope: at + 2}
+            scope.leave()
+            scope.forget()
+            assert queue.scopes == {}
+
+        anyio.run(main, backend="asyncio")
 
     def test_timer_is_stopped_on_a_virtual_clock_once_nothing_is_watched(self) -> None:
         queue = ByHand()
