@@ -167,7 +167,8 @@ class AgentLoop(OfOneProcess, since="its limits hold in one process"):
         """
         lifetime = self._lifetime
         stopped = lifetime.check() if lifetime.is_left or lifetime.drained is not None else None
-        single = Single(make_invocation(agent_id, fn, args, kwargs), self._limiter, self._options)
+        # CPython specializes the call of a class that passes each argument of __init__.
+        single = Single(make_invocation(agent_id, fn, args, kwargs), self._limiter, self._options, False)
         if stopped is not None:
             return await single.refuse(stopped)
 

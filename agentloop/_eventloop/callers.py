@@ -27,17 +27,19 @@ class CallersCancellation:
       cancellation that leaves the agent as the same object counts as the caller's too.
     """
 
-    __slots__ = ("_before", "_groups", "_leaked_before", "_native", "_task")
+    # The groups that have left a mark on the task since the call began. These are defaults of the class since
+    # each call makes an object, and few need them.
+    _groups: tuple[int, ...] = ()
+    _native: BaseException | None = None
+    # How many marks groups had left before.
+    _leaked_before = 0
 
     def __init__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
-        self._before = task.cancelling()
-        # How many marks task groups had left on the task before; the groups that have left one since.
-        self._leaked_before = _leaked.get(task, 0) if GROUPS_LEAVE_MARKS else 0
-        self._groups: tuple[int, ...] = ()
-        self._native: BaseException | None = None
+        task: Any = asyncio.current_task()
+        self._task: asyncio.Task[Any] = task
+        self._before: int = task.cancelling()
+        if GROUPS_LEAVE_MARKS:
+            self._leaked_before = _leaked.get(task, 0)
 
     def reaches(self, coroutine: object, thrown: BaseException) -> None:
         """

@@ -77,8 +77,8 @@ class LoopState:
 
         :raises RuntimeError: if the object is now in use in another event loop
         """
-        if not self.users:
-            # An event loop can move to another thread.
+        if not self.users and self._thread.ident != threading.get_ident():
+            # The event loop has moved to another thread.
             self._thread = threading.current_thread()
 
         self.users += 1
