@@ -103,9 +103,7 @@ class Single(Generic[T]):
             if own_task:
                 ready = self._waiter is not None
             elif pool.must_resolve:
-                ready = job.resolve()
-                # The user's cost function may have taken some time.
-                now = loop.now()
+                ready, now = job.resolve(), loop.now()  # in this order: resolving may take some time
 
             while ready and (self._stopped is None or self._waiter is not None):
                 slot = job.next_slot() if job.attempts else job
