@@ -6,6 +6,7 @@ __all__ = ["Job"]
 
 import math
 import threading
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -28,6 +29,12 @@ T = TypeVar("T")
 
 # Held while an invocation gets its id: threads of one agent may ask for it at the same time.
 _identifying = threading.Lock()
+
+
+def _make_attempt(
+    agent_id: str, number: int, failures: tuple[Exception, ...], make_key: Callable[[], str]
+) -> Attempt:
+    return Attempt(agent_id, number, failures, make_key())
 
 
 class Job(Runnable[T]):
@@ -119,8 +126,8 @@ class Job(Runnable[T]):
             self.bill = self.bill.again()
 
         assert self.failures is not None
-        errors, key = tuple(self.failures.errors), self.idempotency_key()
-        make_attempt = partial(Attempt, self.invocation.agent_id, self.attempts + 1, errors, key)
+        agent_id, errors = self.invocation.agent_id, tuple(self.failures.errors)
+        make_attempt = partial(_make_attempt, agent_id, self.attempts + 1, errors, self.key_maker())
         return LaterSlot(self.pool, self.outer, self.bill, make_attempt)
 
     def join_line(self, slot: Slot, owner: Owner | None = None) -> Waiter:
@@ -144,17 +151,20 @@ class Job(Runnable[T]):
     # -- for its agent
 
     def attempt(self) -> Attempt:
-        return Attempt(self.invocation.agent_id, 1, (), self.idempotency_key())
+        return _make_attempt(self.invocation.agent_id, 1, (), self.key_maker())
 
     def timing(self) -> Timing | None:
         return None if self.scope is None else Timing(self.scope, self.deadline, self.total)
 
-    def idempotency_key(self) -> str:
-        """Return the key that all attempts share. Worker threads may call this too."""
+    def key_maker(self) -> Callable[[], str]:
+        """
+        Return a function that returns the idempotency key, which all attempts share. It does not refer to the
+        job. Worker threads may call this too.
+        """
         with _identifying:
             self.id = self.id or new_id()
 
-        return idempotency_key(self.id)
+        return partial(idempotency_key, self.id)
 
     # -- after an attempt
 
@@ -288,19 +298,21 @@ class Job(Runnable[T]):
             for error in errors:
                 drop_frames(error)
 
-        result = InvocationResult(
-            self.invocation.agent_id,
-            SUCCESS if failed is None else failed.status,
-            self.output,
-            None if failed is None else failed.error,
-            max(0.0, now - started_at) * 1000,
-            max(0.0, started_at - self.queued_at) * 1000,
-            max(0, self.attempts - 1),
-            errors,
-            self.index,
-            0 if progress is None else progress.chunks,
-            None if first_at is None else max(0.0, first_at - started_at) * 1000,
-        )
+        draft = Draft()
+        draft.agent_id = self.invocation.agent_id
+        draft.status = SUCCESS if failed is None else failed.status
+        draft.output = self.output
+        draft.exception = None if failed is None else failed.error
+        draft.latency_ms = max(0.0, now - started_at) * 1000
+        draft.queue_ms = max(0.0, started_at - self.queued_at) * 1000
+        draft.retries = max(0, self.attempts - 1)
+        draft.failures = errors
+        draft.index = self.index
+        draft.chunks = 0 if progress is None else progress.chunks
+        draft.first_chunk_ms = None if first_at is None else max(0.0, first_at - started_at) * 1000
+        draft.replayed = False
+        draft.__class__ = InvocationResult
+        result: InvocationResult[T] = draft
         self.output = self.failures = None
         observer.ended(self.invocation, result, self.attempts, failures, self.id, now)
         if self.outer is not None:

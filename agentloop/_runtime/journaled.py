@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Claim", "JournaledJob", "ReplayedJob"]
 
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from .._invocation import Invocation
@@ -57,8 +58,6 @@ class JournaledJob(Job[T]):
     :param claim: the entry
     """
 
-    __slots__ = ("claim",)
-
     def __init__(
         self,
         invocation: Invocation[T],
@@ -71,8 +70,10 @@ class JournaledJob(Job[T]):
         super().__init__(invocation, index, now, pool, outer)
         self.claim = claim
 
-    def idempotency_key(self) -> str:
-        return self.claim.idempotency_key()
+    def key_maker(self) -> Callable[[], str]:
+        # It changes once the result was recorded, and a task may outlive the attempt.
+        key = self.claim.idempotency_key()
+        return lambda: key
 
     def finish(self, observer: Observer, now: float) -> InvocationResult[T]:
         """Return the result. An output that cannot be encoded makes it an ``ERROR``. Any -> ENDED."""
