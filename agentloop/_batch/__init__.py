@@ -7,7 +7,7 @@ order:
 1. ``batch`` opens the tasks, and ``crew`` activates a ``worker``.
 2. The worker takes a job from ``inputs``, which pulls an input and makes a ``_runtime.job`` of it.
 3. ``_limits.pool`` grants a slot, at once or after a wait in ``_limits.lines``.
-4. ``_runtime.attempt`` calls the agent. ``_runtime.outcome`` describes a failure.
+4. ``_runtime.run`` calls the agent. ``_runtime.outcome`` describes a failure.
 5. ``bookkeeping`` decides whether the job is finished or goes to ``retry_queue``, and from there to step 2.
 6. ``_runtime.job`` makes the result. ``_runtime.observer`` reports it to ``_metrics`` and to ``on_event``.
 

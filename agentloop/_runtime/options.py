@@ -29,7 +29,17 @@ class RunOptions:
     :param run: runs the attempts of a stream; absent, the agent is called, and its awaitable awaited
     """
 
-    __slots__ = ("config", "limit", "longest_cool_off", "observer", "queue", "run", "timeout", "total")
+    __slots__ = (
+        "config",
+        "limit",
+        "longest_cool_off",
+        "observer",
+        "only_timeout",
+        "queue",
+        "run",
+        "timeout",
+        "total",
+    )
 
     def __init__(self, config: LoopConfig, observer: Observer, run: AttemptRunner | None = None) -> None:
         self.config = config
@@ -40,6 +50,8 @@ class RunOptions:
         self.limit = TimeLimit(InvocationTimeout, self.timeout)
         total = config.total_timeout_seconds
         self.total = None if total is None else TimeLimit(InvocationTimeout, total, is_total=True)
+        # Whether the limit of each attempt is the only one that can end it.
+        self.only_timeout = total is None
         queue = config.queue_timeout_seconds
         self.queue = TimeLimit(QueueTimeout, math.inf if queue is None else queue)
         self.longest_cool_off = config.backoff.max_retry_after_seconds

@@ -62,7 +62,7 @@ class Runnable(Attempts[T]):
 
         _set_slot(slot)
         observer = options.observer
-        if self.attempts or not (slot.is_plain and observer.only_counts) or options.total is not None:
+        if self.attempts or not (slot.is_plain and observer.only_counts and options.only_timeout):
             begun = self._begin(slot, options, scope, now, None)
         else:
             # As _begin() does; inlined for speed.
