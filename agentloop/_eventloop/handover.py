@@ -20,6 +20,8 @@ from anyio.lowlevel import current_token
 
 from .loop import kind_of_loop
 
+_get_ident = threading.get_ident
+
 
 class LoopState:
     """
@@ -36,6 +38,7 @@ class LoopState:
         """Returns whether the current task runs in the event loop."""
         self._process = os.getpid()
         self._thread = threading.current_thread()
+        self._thread_id = threading.get_ident()
         self.users = 0
         """How many calls are in progress in the event loop. Only its thread writes this."""
         self.retired = False
@@ -77,9 +80,9 @@ class LoopState:
 
         :raises RuntimeError: if the object is now in use in another event loop
         """
-        if not self.users and self._thread.ident != threading.get_ident():
+        if not self.users and self._thread_id != _get_ident():
             # The event loop has moved to another thread.
-            self._thread = threading.current_thread()
+            self._thread, self._thread_id = threading.current_thread(), _get_ident()
 
         self.users += 1
         if self.retired:

@@ -132,7 +132,8 @@ class Runnable(Attempts[T]):
         if not self._begin(slot, options, scope, now, context):
             yield from wait_for_cancellation().__await__()
 
-        fn, args, kwargs, run = self.invocation.fn, self.invocation.args, self.invocation.kwargs, options.run
+        invocation, run = self.invocation, options.run
+        fn, args, kwargs = invocation.fn, invocation.args, invocation.kwargs
         if run is not None:
             fn, args, kwargs = run, (self, slot, options, scope), {}
 
@@ -146,9 +147,7 @@ class Runnable(Attempts[T]):
             # No bound methods in local names: the collector would visit them as long as the agent waits.
             step = context.run(_send, coroutine, None)
             self.waited = True
-
             while True:
-                sent = thrown = None
                 try:
                     sent = yield step
                 except GeneratorExit:
@@ -157,17 +156,21 @@ class Runnable(Attempts[T]):
                 except BaseException as exc:
                     # Thrown below: in here, the agent's later exceptions would have it as their context.
                     thrown = exc
+                else:
+                    try:
+                        step = context.run(_send, coroutine, sent)
+                    finally:
+                        sent = None  # exceptions refer to this frame, and trio sends some
+
+                    continue
 
                 try:
-                    if thrown is None:
-                        step = context.run(_send, coroutine, sent)
-                    else:
-                        if caller is not None:
-                            caller.reaches(coroutine, thrown)
+                    if caller is not None:
+                        caller.reaches(coroutine, thrown)
 
-                        step = context.run(coroutine.throw, thrown)
+                    step = context.run(coroutine.throw, thrown)
                 finally:
-                    thrown = sent = None  # exceptions refer to this frame, and trio sends some too
+                    del thrown
         except StopIteration as stop:
             if coroutine is None:
                 ended_at = yield from self._conclude(slot, options, scope, caller, stop).__await__()
