@@ -168,7 +168,9 @@ class AttemptScope(ABC):
 
         self.scope = self._inner = None
         self.children = ()
-        self.forget()
+        if self._queue is not None:
+            self.forget()
+
         # Neither backend needs the traceback, and a user's exception may raise when it is read.
         caught = scope.__exit__(None if exc is None else type(exc), exc, None)
         return exc is not None and bool(caught)

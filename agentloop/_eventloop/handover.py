@@ -20,8 +20,6 @@ from anyio.lowlevel import current_token
 
 from .loop import kind_of_loop
 
-_get_ident = threading.get_ident
-
 
 class LoopState:
     """
@@ -38,7 +36,6 @@ class LoopState:
         """Returns whether the current task runs in the event loop."""
         self._process = os.getpid()
         self._thread = threading.current_thread()
-        self._thread_id = threading.get_ident()
         self.users = 0
         """How many calls are in progress in the event loop. Only its thread writes this."""
         self.retired = False
@@ -80,9 +77,9 @@ class LoopState:
 
         :raises RuntimeError: if the object is now in use in another event loop
         """
-        if not self.users and self._thread_id != _get_ident():
-            # The event loop has moved to another thread.
-            self._thread, self._thread_id = threading.current_thread(), _get_ident()
+        if not self.users:
+            # An event loop can move to another thread.
+            self._thread = threading.current_thread()
 
         self.users += 1
         if self.retired:

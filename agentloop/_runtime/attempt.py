@@ -229,6 +229,10 @@ class Attempts(AttemptSlot, Generic[T]):
             assert isinstance(slot, LaterSlot)
             slot.enter(Timing(scope, self.deadline, self.total))
 
+        if context is not None:
+            # Before the agent is called: a hook may ask for the current attempt too.
+            context.run(_set_slot, slot)
+
         attempt_ms, failures = 0.0, self.failures
         if failures is not None:
             attempt_ms = failures.attempt_ms

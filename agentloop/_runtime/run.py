@@ -18,7 +18,7 @@ from __future__ import annotations
 __all__ = ["Runnable"]
 
 import types
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextvars import Context, copy_context
 from typing import Any, TypeVar
 
@@ -36,6 +36,23 @@ T = TypeVar("T")
 _set_slot = current_slot.set
 _PLAIN: type[types.CoroutineType[Any, Any, Any]] = types.CoroutineType
 _send = _PLAIN.send
+_NO_KWARGS: Mapping[str, Any] = {}
+
+
+@plumbing
+def _start(
+    slot: Slot, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """Call an agent in its own context, and run its first step."""
+    _set_slot(slot)
+    coroutine: Any = fn(*args, **kwargs) if kwargs else fn(*args)
+    if type(coroutine) is not _PLAIN:
+        coroutine = as_coroutine(fn, coroutine)
+
+    try:
+        return coroutine, _send(coroutine, None)
+    except StopIteration as stop:
+        return None, stop.value
 
 
 class Runnable(Attempts[T]):
@@ -128,26 +145,25 @@ class Runnable(Attempts[T]):
         :raises BaseException: cancellation of the caller, or an agent's error that is no ``Exception``
         """
         context = new_context()
-        context.run(_set_slot, slot)
         if not self._begin(slot, options, scope, now, context):
             yield from wait_for_cancellation().__await__()
 
         invocation, run = self.invocation, options.run
         fn, args, kwargs = invocation.fn, invocation.args, invocation.kwargs
         if run is not None:
-            fn, args, kwargs = run, (self, slot, options, scope), {}
+            fn, args, kwargs = run, (self, slot, options, scope), _NO_KWARGS
 
         coroutine: Any = None
         ended_at: float | None = None
         try:
-            coroutine = context.run(fn, *args, **kwargs) if kwargs else context.run(fn, *args)
-            if type(coroutine) is not _PLAIN:
-                coroutine = as_coroutine(fn, coroutine)
+            coroutine, step = context.run(_start, slot, fn, args, kwargs)
+            if coroutine is None:
+                self.output = step
+            else:
+                self.waited = True
 
             # No bound methods in local names: the collector would visit them as long as the agent waits.
-            step = context.run(_send, coroutine, None)
-            self.waited = True
-            while True:
+            while coroutine is not None:
                 try:
                     sent = yield step
                 except GeneratorExit:

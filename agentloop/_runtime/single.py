@@ -27,6 +27,8 @@ from .tracebacks import check_depth
 
 T = TypeVar("T")
 
+_get_slot = current_slot.get
+
 # How many scopes are kept for later invocations of an event loop.
 SPARE_SCOPES = 100
 
@@ -59,7 +61,7 @@ class Single(Generic[T]):
         self._options = options
         self._own_task = own_task
         self._attempt: AttemptScope | None = None
-        outer = current_slot.get()
+        outer = _get_slot()
         if outer is not None:
             check_depth(outer)
 
@@ -114,7 +116,7 @@ class Single(Generic[T]):
                         break
 
                 try:
-                    caller = None if own_task else loop.callers_cancellation()
+                    caller = None if own_task else loop.watch_caller()
                     now = await job.run_isolated(slot, options, scope, copy_context, now, caller)
                 finally:
                     scope.leave()

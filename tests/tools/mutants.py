@@ -433,7 +433,7 @@ who does not end first is never timed out
 
 a time-out that comes before others is put behind them
 @ DeadlineQueue.watch, asyncio 308, trio 873
-- scopes and at < self._latest
+- scopes and at < self._latest and self._latest_in_use() > at
 + False
 
 an attempt is timed out when that of its worker before would have been
