@@ -93,7 +93,9 @@ class SlotPool(PoolState):
         else:
             lender.lend(slot)
 
-        self._note_nested(slot)
+        if self.keys is not None:
+            self._note_nested(slot)
+
         slot.note_grant(admission.epoch)
         if returning and admission.gated:
             # The head of the line may have counted on this slot while it waits for a time.

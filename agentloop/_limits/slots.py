@@ -201,8 +201,10 @@ class Slot:
         else:
             self._is_back()
 
-        pool.forget(self)
-        if self.outer is not None:
+        if pool.keys is not None:
+            pool.forget(self)
+
+        if self.outer is not None and self.outer.hold is RELEASED:
             # Released outer slots are skipped. Otherwise a chain of invocations, each of which starts the
             # next one in the background, would keep all slots before it alive.
             self.outer = pool.lender(self.outer, anyones=True)
@@ -339,5 +341,8 @@ class Slot:
     def step_aside_again(self) -> None:
         """Give the slot back if the agent, or one that it waits for, has stepped aside without it."""
         absent = self.pool.loop.absent
-        if self in absent.waits or (absent.away and any(slot._around() is self for slot in absent.away)):
+        if not (absent.waits or absent.away):
+            return
+
+        if self in absent.waits or any(slot._around() is self for slot in absent.away):
             self.step_aside_if_waiting()
