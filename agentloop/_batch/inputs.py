@@ -145,7 +145,7 @@ class InputSource(Generic[T]):
         try:
             item = self._run(next, iterator)
             if type(item) is not Invocation:
-                item = as_invocation(item)
+                item = self._run(as_invocation, item)
 
             now = self._now() if began is None else began
             job = self.new_job(item, index, now, self._pool, self.outer)

@@ -42,8 +42,9 @@ class Worker(Generic[T]):
         self._scope = batch.pool.loop.attempt_scope(batch.deadlines)
         # Whether the worker keeps the slot of its last job.
         self._has_slot = False
-        # Whether it runs attempts in its own context.
-        self._directly = batch.options.run is None and not batch.inherited.are_lost
+        # Whether it runs attempts in its own context, and so calls no other function of the user there.
+        is_plain = batch.options.observer.only_counts and not batch.source.must_resolve
+        self._directly = is_plain and batch.options.run is None and not batch.inherited.are_lost
 
     async def work(self) -> None:
         """Work until the batch is done."""
@@ -52,7 +53,6 @@ class Worker(Generic[T]):
         loop, options, admission, next_job = pool.loop, batch.options, pool.admission, batch.next_job
         now_at, time_slice, cancellations = loop.now, loop.time_slice, loop.count_cancellations()
         directly, must_resolve, new_context = self._directly, source.must_resolve, inherited.context.copy
-        is_plain = options.observer.only_counts and not must_resolve
         async with self:
             while not batch.done:
                 if directly and inherited.are_lost:
@@ -97,10 +97,6 @@ class Worker(Generic[T]):
                             raise
 
                         crew.seeking += 1
-                        if not is_plain:
-                            # The user's functions that are called from here on are outside of the agent.
-                            _set_slot(source.outer)
-
                         if job.failures is not None:
                             batch.retry_or_finish(job, slot, scope, now)
                             if scope.is_spoilt:
@@ -145,10 +141,8 @@ class Worker(Generic[T]):
             if batch.has_work():
                 return
 
-        # A variable that an agent has set may keep much alive.
-        if not self._directly or batch.inherited.check():
-            self.let_go()
-            await batch.crew.park()
+        self.let_go()
+        await batch.crew.park()
 
     async def __aenter__(self) -> None:
         if self._directly:

@@ -38,19 +38,17 @@ class Inherited:
         self.count: int = len(self.values) + 1
         """How many variables are set in a task where none was set or deleted since."""
         self.are_lost = False
-        """Whether code of the user has changed a variable in one of the tasks."""
+        """Whether an agent has changed a variable in one of the tasks."""
 
-    def check(self) -> bool:
+    def check(self) -> None:
         """
-        Return whether no variable was changed, in the current task now or in any at an earlier call.
+        Note whether a variable was changed in the current task.
 
         No values are compared, only objects: comparing would call the user's ``__eq__``.
         """
         # An inherited variable can be set again, but not deleted.
         if len(copy_context()) != self.count or any(var.get() is not value for var, value in self.values):
             self.are_lost = True
-
-        return not self.are_lost
 
 
 async def wait_for_cancellation() -> None:

@@ -136,11 +136,13 @@ class Attempts(AttemptSlot, Generic[T]):
         scope: AttemptScope,
         caller: CallersCancellation | None,
         raised: BaseException | None,
+        context: Context | None = None,
     ) -> float:
         """
         Find out how an attempt has failed, and give its slot back.
 
         :param raised: the exception of the agent; ``None`` if the agent returned and left a scope open
+        :param context: the context in which to classify the error, unless that is the current one
         :return: when the attempt ended
         :raises BaseException: as :meth:`run`
         """
@@ -196,6 +198,7 @@ class Attempts(AttemptSlot, Generic[T]):
                     options.config.retry_on_timeout,
                 ),
                 options,
+                context,
             )
             # The noted cause belongs to this attempt, not to a cancellation of the wait for the next one.
             scope.note(None)
@@ -206,13 +209,18 @@ class Attempts(AttemptSlot, Generic[T]):
 
         return scope.now()
 
-    def _fail(self, outcome: Outcome, options: RunOptions) -> Verdict | None:
+    def _fail(self, outcome: Outcome, options: RunOptions, context: Context | None) -> Verdict | None:
         if self.failures is None:
             self.failures = Failures(self.started_at)
 
         failures = self.failures
         failures.add(outcome)
-        verdict = failures.classify(options.config, options.observer.log_classify)
+        config, log = options.config, options.observer.log_classify
+        if context is None:
+            verdict = failures.classify(config, log)
+        else:
+            verdict = context.run(failures.classify, config, log)
+
         if verdict is not None and failures.progress is None:
             outcome.verdict = verdict = self.pool.revise(
                 verdict, outcome.error, outcome.status is Status.TIMEOUT

@@ -133,7 +133,7 @@ class Observer:
         Report that an attempt is about to begin.
 
         :param attempt: its number, from 1
-        :param context: its context, unless that is the current one
+        :param context: its context, if that is not the current one; batches with a sink have one for each
         :param number: the number of the invocation in events
         :param attempt_ms: how long the attempt before it took
         """
@@ -144,11 +144,8 @@ class Observer:
                 self._measurements.add_attempt(attempt_ms)
 
         if self._sink is not None:
-            event = StartedEvent(invocation, attempt, number, now)
-            if context is None:
-                self._sink(event)
-            else:
-                context.run(self._sink, event)
+            assert context is not None
+            context.run(self._sink, StartedEvent(invocation, attempt, number, now))
 
     def first_chunk(self, invocation: Invocation[Any], number: int, now: float) -> Histogram | None:
         """

@@ -5,9 +5,10 @@ The two ways to run an attempt, which keep apart the context variables that agen
 agent is a call of ``Context.run``. That takes a seventh of the time of a short attempt.
 
 **Directly**: inside the context of the task, which is a worker of a batch. Most agents set no context
-variable, so the next one finds those that the batch was called with. Each attempt makes sure of that before
-it begins (:class:`Inherited`). Once a variable was changed, by an agent or by another function of the user
-that the worker has called, the batch runs all attempts isolated, and other workers take the place of these.
+variable, so the next one finds those that the batch was called with. Each attempt makes sure of that when it
+ends (:class:`Inherited`). Once an agent has changed a variable, the batch runs all attempts isolated, and
+other workers take the place of these. A batch that calls other functions of the user in its workers too
+(``on_event``, costs, keys) isolates from the start, since these would see the variables that agents set.
 
 A single invocation runs in its caller's task, whose variables it must not change: it is isolated, and so are
 streams, whose agents run in a step of the reader.
@@ -63,23 +64,15 @@ class Runnable(Attempts[T]):
         self, slot: Slot, options: RunOptions, scope: AttemptScope, inherited: Inherited, now: float
     ) -> float:
         """
-        Run one attempt inside the context of the current task, if that has its inherited variables.
+        Run one attempt inside the context of the current task, which has its inherited variables.
 
         The other parameters, the return value and the errors are those of :meth:`run_isolated`.
 
-        :param inherited: the variables; noted as lost if the context has others, and then it runs isolated
+        :param inherited: the variables; noted as lost if the agent changes one
         """
-        # As check() does; inlined for speed.
-        intact = len(copy_context()) == inherited.count
-        for var, value in inherited.values:
-            intact = intact and var.get() is value
-
-        if not (intact or inherited.check()):
-            return await self.run_isolated(slot, options, scope, inherited.context.copy, now)
-
         _set_slot(slot)
         observer = options.observer
-        if self.attempts or not (slot.is_plain and observer.only_counts and options.only_timeout):
+        if self.attempts or not (slot.is_plain and options.only_timeout):
             begun = self._begin(slot, options, scope, now, None)
         else:
             # As _begin() does; inlined for speed.
@@ -110,9 +103,19 @@ class Runnable(Attempts[T]):
 
             self.output = await coroutine
         except BaseException as exc:
-            # The user's functions that judge the error are outside of the agent.
-            _set_slot(self.outer)
-            return await self._conclude(slot, options, scope, None, exc)
+            try:
+                # The user's function that judges the error is outside of the agent.
+                return await self._conclude(slot, options, scope, None, exc, inherited.context.copy())
+            finally:
+                inherited.check()
+
+        # As check() does; inlined for speed.
+        intact = len(copy_context()) == inherited.count
+        for var, value in inherited.values:
+            intact = intact and var.get() is value
+
+        if not intact:
+            inherited.check()
 
         ended_at = scope.now()
         # The scope may have been cancelled before the agent returned.

@@ -12,7 +12,17 @@ import pytest
 from agents import agent_for, each_verb, make_loop, run
 from anyio.lowlevel import checkpoint
 
-from agentloop import AgentLoop, Invocation, LoopConfig
+from agentloop import (
+    AgentLoop,
+    FirstChunkEvent,
+    Invocation,
+    Limiter,
+    LoopConfig,
+    Rate,
+    StartedEvent,
+    classify,
+    current_attempt,
+)
 
 var: contextvars.ContextVar[Any] = contextvars.ContextVar("var", default="unset")
 
@@ -157,6 +167,34 @@ async def test_sync_part_of_a_callable_runs_in_the_same_context() -> None:
     var.set("caller")
     assert (await AgentLoop().run_single("a", fn)).output == "sync"
     assert var.get() == "caller"
+
+
+@each_verb
+@pytest.mark.parametrize("function", ["on_event", "classify", "cost"])
+async def test_functions_besides_agents_see_the_callers_variables_and_no_attempt(
+    verb: str, function: str
+) -> None:
+    def look(about: Any) -> Any:
+        if not isinstance(about, StartedEvent | FirstChunkEvent):
+            seen.append(var.get())
+            with pytest.raises(RuntimeError, match="outside of an agent"):
+                current_attempt()
+
+        return classify(about) if isinstance(about, Exception) else 1
+
+    async def agent(x: int) -> None:
+        var.set(x)
+        if x % 2:
+            raise OSError
+
+    var.set("caller")
+    on_event, cost = (look if function == name else None for name in ("on_event", "cost"))
+    limiter = Limiter(1, rates=[Rate(100, cost=cost, settle=cost)])
+    config = LoopConfig(max_retries=1, classify=look if function == "classify" else classify)
+    loop = AgentLoop(config, limiter=limiter if cost else Limiter(1), on_event=on_event)
+    await run(verb, loop, Invocation.map(agent_for(verb, agent), range(6)))
+    assert len(seen) >= 6
+    assert set(seen) == {"caller"}
 
 
 @pytest.mark.parametrize("kind", [0, 1])

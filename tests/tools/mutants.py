@@ -311,8 +311,8 @@ attempts share a context
 
 an agent finds the variables that another one has set
 @ Runnable.run_directly, asyncio 0, trio 2
-- intact or inherited.check()
-+ True
+- if not intact:
+-     ...
 
 an agent finds the inherited variables that another one has set again
 @ Runnable.run_directly, asyncio 0, trio 2
