@@ -173,8 +173,8 @@ class Bookkeeping(Generic[T]):
         """Make the result of a job that gets no further attempt, and deliver it."""
         source, results = self.source, self.kept
         result = job.finish(self.options.observer, now)
-        self._ended = ended = self._ended + 1
-        if not ended % COUNTED_AT_ONCE:
+        self._ended += 1
+        if not self.options.observer.count_result() % COUNTED_AT_ONCE:
             self.options.observer.count()
 
         if job.bill is not None or job.pool is not self.pool:

@@ -6,7 +6,7 @@ import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from itertools import repeat
+from itertools import count, repeat
 from operator import call
 from typing import Any, Self, TypeAlias, TypeVar
 
@@ -54,6 +54,8 @@ class Measurements:
         """Takes the latency of an invocation that has succeeded at its first attempt, as most do."""
         self.report_queue: Callable[[float], None] = self._queues_reported.append
         """Takes the queue time of such an invocation, if it was queued."""
+        self.report_count: Callable[[], int] = count(1).__next__
+        """Returns how many results there were, this one included."""
 
     def clear(self) -> None:
         """Reset all counts except those in flight. Within :meth:`counted` only."""

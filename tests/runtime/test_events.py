@@ -10,7 +10,7 @@ from typing import Any
 
 import anyio
 import pytest
-from agents import agent_for, each_verb, run, run_stream
+from agents import agent_for, both_verbs, each_verb, nothing, run, run_stream
 from anyio.lowlevel import checkpoint
 
 from agentloop import (
@@ -381,6 +381,17 @@ async def test_single_invocations_are_all_counted(loop: AgentLoop) -> None:
         await loop.run_single("a", checkpoint)
 
     assert loop.metrics.snapshot().counts[Status.SUCCESS] == observer.COUNTED_AT_ONCE + 1
+
+
+@both_verbs
+@pytest.mark.parametrize("settings", [{}, {"max_retries": 1}], ids=["loop", "views"])
+async def test_recorder_keeps_no_figures_of_many_small_batches(verb: str, settings: dict[str, Any]) -> None:
+    loop = AgentLoop()
+    for _ in range(300):
+        await run(verb, loop.with_config(**settings) if settings else loop, [Invocation("a", nothing)] * 10)
+
+    assert len(measurements_of(loop.metrics)._latencies_reported) < observer.COUNTED_AT_ONCE
+    assert loop.metrics.snapshot().counts[Status.SUCCESS] == 3000
 
 
 async def test_recorder_that_goes_its_own_way_with_results_is_told_no_more_than_it_counts() -> None:
