@@ -23,13 +23,16 @@ class _InsideScope(AttemptScope):
     __slots__ = ()
 
     def due(self, now: float) -> None:
+        # The queue has dropped it, and AsyncioScope.leave() does not reset this.
+        self._look_at = math.inf
         if self._inner is None:
-            self._look_at = math.inf
-        elif self._inner._deadline <= now:
+            return
+
+        if self._inner._deadline > now:
+            self._watch(self._inner._deadline)
+        else:
             assert self.scope is not None
             self.scope.cancel("deadline exceeded")
-        else:
-            self._watch(self._inner._deadline)
 
     def _watch(self, deadline: float) -> None:
         # A timer of its own must be moved once it is set: trio's would cancel the scope at the old time.

@@ -260,6 +260,20 @@ class TestDeadlineQueue:
 
         anyio.run(main, backend="asyncio")
 
+    def test_scope_whose_agent_had_its_result_when_it_was_due_is_watched_for_the_next_one(self) -> None:
+        async def main() -> None:
+            queue = ByHand(stops_timer=False)
+            scope = AsyncioScope(anyio.current_time, anyio.CancelScope, queue)
+            at = anyio.current_time() + 1000
+            scope.begin(at)
+            queue.check_due(at)
+            scope.leave()
+            scope.begin(at + 1)
+            assert queue.scopes == {scope: at + 1}
+            scope.leave()
+
+        anyio.run(main, backend="asyncio")
+
     def test_timer_is_stopped_on_a_virtual_clock_once_nothing_is_watched(self) -> None:
         queue = ByHand()
         first, last = Watched(queue), Watched(queue)
