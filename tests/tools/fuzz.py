@@ -293,6 +293,8 @@ class Program:
         self.sabotaged = trait() < 0.15 and backend == "asyncio"
         # Whether agents that succeed leave the variables as they were.
         self.restores = trait() < 0.7
+        # Whether scopes that were left stay in the queue of deadlines, as on a real clock.
+        self.keeps_scopes = trait() < 0.5 and backend == "asyncio"
         self.task_numbers: weakref.WeakKeyDictionary[asyncio.Task[Any], int] = weakref.WeakKeyDictionary()
         # Which agents left a scope open; what some of them left, so that it stays.
         self.opened: set[str] = set()
@@ -1341,6 +1343,11 @@ class Program:
     async def main(self) -> None:
         if self.callbacks_raise:
             self.stray_cancellation = await cancellation()
+
+        deadlines = pool_of(self.limiter).loop._deadlines
+        if self.keeps_scopes:
+            assert deadlines is not None
+            deadlines.stops_timer = False
 
         tasks = len(anyio.get_running_tasks())
         async with anyio.create_task_group() as group:
