@@ -298,7 +298,7 @@ a result that was ready is thrown away
       ...
 
 a result that was ready is thrown away by a worker that runs agents directly
-@ Runnable.run_directly, asyncio 52, trio 8
+@ Runnable.run_directly, asyncio 52, trio 277
 + if scope.scope.cancel_called:
 +     return await self._conclude(slot, options, scope, None, None)
   if ended_at >= scope.until and not scope.children:
@@ -310,12 +310,12 @@ attempts share a context
 + globals().setdefault(str(id(options)), new_context())
 
 an agent finds the variables that another one has set
-@ Runnable.run_directly, asyncio 0, trio 2
+@ Runnable.run_directly, asyncio 19, trio 47
 - if not intact:
 -     ...
 
 an agent finds the inherited variables that another one has set again
-@ Runnable.run_directly, asyncio 0, trio 2
+@ Runnable.run_directly, asyncio 47, trio 47
 - intact and var.get() is value
 + intact
 
@@ -323,6 +323,11 @@ an agent is started after its cancellation
 @ Attempts._begin, asyncio 54, trio 36
 - if not may_start:
 -     ...
+
+a scope that was due counts as queued
+@ _InsideScope.due, asyncio 3019
+- self._look_at = math.inf
++ self._look_at += 0
 
 only the scope next to an attempt keeps it from beginning, on asyncio
 @ AsyncioScope.begin, asyncio 54
@@ -437,9 +442,9 @@ a time-out that comes before others is put behind them
 + False
 
 an attempt is timed out when that of its worker before would have been
-@ _InsideScope.due, asyncio 107, trio 125
-- self._inner._deadline <= now
-+ True
+@ _InsideScope.due, asyncio 17, trio 141
+- self._inner._deadline > now
++ False
 
 a moved deadline is not seen to any more
 @ _InsideScope.due, asyncio 2963
@@ -540,7 +545,7 @@ a worker that waits for something else keeps its slot
 - self._give_back()
 
 a scope that was left open is not noticed
-@ Runnable.run_directly, asyncio 70, trio 16
+@ Runnable.run_directly, asyncio 120, trio 120
 - if scope.children:
 -     ...
 
