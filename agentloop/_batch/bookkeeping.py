@@ -174,7 +174,7 @@ class Bookkeeping(Generic[T]):
         source, results = self.source, self.kept
         result = job.finish(self.options.observer, now)
         self._ended += 1
-        if not self.options.observer.count_result() % COUNTED_AT_ONCE:
+        if self.options.observer.uncounted() >= COUNTED_AT_ONCE:
             self.options.observer.count()
 
         if job.bill is not None or job.pool is not self.pool:

@@ -6,7 +6,7 @@ import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from itertools import count, repeat
+from itertools import repeat
 from operator import call
 from typing import Any, Self, TypeAlias, TypeVar
 
@@ -54,8 +54,11 @@ class Measurements:
         """Takes the latency of an invocation that has succeeded at its first attempt, as most do."""
         self.report_queue: Callable[[float], None] = self._queues_reported.append
         """Takes the queue time of such an invocation, if it was queued."""
-        self.report_count: Callable[[], int] = count(1).__next__
-        """Returns how many results there were, this one included."""
+
+    @property
+    def uncounted(self) -> Callable[[], int]:
+        """A function that returns how many latencies were reported and are not counted yet."""
+        return self._latencies_reported.__len__
 
     def clear(self) -> None:
         """Reset all counts except those in flight. Within :meth:`counted` only."""

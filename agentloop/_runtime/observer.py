@@ -71,12 +71,12 @@ class Observer:
         "_measurements",
         "_record",
         "_sink",
-        "count_result",
         "nested",
         "only_counts",
         "report_in_flight",
         "report_latency",
         "report_queue",
+        "uncounted",
     )
 
     def __init__(
@@ -87,8 +87,8 @@ class Observer:
         self._sink = sink
         self.nested: Counter[Status] = Counter() if nested is None else nested
         self._classify_failed = False
-        self.count_result = itertools.count(1).__next__ if measurements is None else measurements.report_count
-        """Counts one more result and returns the count, which all loops with one recorder share."""
+        self.uncounted: Callable[[], int] = int if measurements is None else measurements.uncounted
+        """Returns how many results wait to be counted, of all loops with this recorder."""
         # Whether there is no sink, and no recorder of a subclass. Then a success at the first attempt is only
         # three figures: one more in flight, the latency, and the time in the queue.
         self.only_counts = sink is None and (metrics is None or type(metrics) is MetricsRecorder)

@@ -49,8 +49,8 @@ def test_random_programs_are_the_same_at_each_run(backend: str) -> None:
             for agent_id, results in program.metrics.results.items()
         }
 
-    stories = [story(seed) for seed in range(40)]
-    assert stories == [story(seed) for seed in range(40)]
+    stories = [story(seed) for seed in range(60)]
+    assert stories == [story(seed) for seed in range(60)]
     assert sum(map(len, stories)) > 100
 
 
