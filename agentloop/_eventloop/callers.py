@@ -31,15 +31,13 @@ class CallersCancellation:
     # each call makes an object, and few need them.
     _groups: tuple[int, ...] = ()
     _native: BaseException | None = None
-    # How many marks groups had left before.
-    _leaked_before = 0
 
     def __init__(self) -> None:
         task: Any = asyncio.current_task()
         self._task: asyncio.Task[Any] = task
         self._before: int = task.cancelling()
-        if GROUPS_LEAVE_MARKS:
-            self._leaked_before = _leaked.get(task, 0)
+        # How many marks groups had left before.
+        self._leaked_before: int = _leaked.get(task, 0) if GROUPS_LEAVE_MARKS else 0
 
     def reaches(self, coroutine: object, thrown: BaseException) -> None:
         """

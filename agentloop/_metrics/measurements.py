@@ -57,8 +57,8 @@ class Measurements:
 
     @property
     def uncounted(self) -> Callable[[], int]:
-        """A function that returns how many latencies were reported and are not counted yet."""
-        return self._latencies_reported.__len__
+        """A function that returns how many invocations have begun, or failed, and are not counted yet."""
+        return self._in_flight_reported.__len__
 
     def clear(self) -> None:
         """Reset all counts except those in flight. Within :meth:`counted` only."""

@@ -88,7 +88,7 @@ class Observer:
         self.nested: Counter[Status] = Counter() if nested is None else nested
         self._classify_failed = False
         self.uncounted: Callable[[], int] = int if measurements is None else measurements.uncounted
-        """Returns how many results wait to be counted, of all loops with this recorder."""
+        """Returns how many reports wait to be counted, of all loops with this recorder; 0 without one."""
         # Whether there is no sink, and no recorder of a subclass. Then a success at the first attempt is only
         # three figures: one more in flight, the latency, and the time in the queue.
         self.only_counts = sink is None and (metrics is None or type(metrics) is MetricsRecorder)
@@ -104,8 +104,8 @@ class Observer:
 
     def count(self) -> None:
         """Let the recorder count the results that it was given so far."""
-        if self._measurements is not None:
-            self._measurements.count()
+        assert self._measurements is not None
+        self._measurements.count()
 
     def queued(self, invocation: Invocation[Any], now: float) -> int:
         """

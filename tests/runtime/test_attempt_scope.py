@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import anyio
 import pytest
-from agents import backends, run_scheduled
+from agents import backends, run, run_scheduled
 from anyio.abc import TaskStatus
 from anyio.lowlevel import checkpoint, current_token
 
@@ -146,6 +146,28 @@ async def test_worker_that_waits_in_line_is_not_cancelled_by_the_deadline_of_its
     assert order == ["a", "b", "c", "d"]
 
 
+@pytest.mark.parametrize("verb", ["run_all", "run_single"])
+async def test_slot_is_given_back_if_the_scope_cannot_be_entered(
+    limiter: Limiter, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    loop = AgentLoop(LoopConfig(timeout_seconds=1), limiter=limiter)
+    await loop.run_single("a", checkpoint)
+    for kind in (kind_of_loop().inside_scope, PublicScope):
+
+        def fail(scope: AttemptScope, deadline: float, begin: Any = kind.begin) -> bool:
+            if math.isfinite(deadline):
+                raise MemoryError
+
+            return bool(begin(scope, deadline))
+
+        monkeypatch.setattr(kind, "begin", fail)
+
+    with pytest.raises(MemoryError):
+        await run(verb, loop, [Invocation("a", checkpoint)])
+
+    assert loop.statistics().running == 0
+
+
 # --- one timer for all attempts
 
 
@@ -239,6 +261,9 @@ class TestDeadlineQueue:
         assert [queue.watch(scope, at) for scope, at in ((used, 3), (left, 10), (early, 5))] == [True] * 3
         assert queue.scopes == {used: 3, early: 5}
         assert not queue.watch(left, 4)
+        used.scope = early.scope = None
+        assert queue.watch(left, 1)
+        assert queue.scopes == {left: 1}
 
     def test_scope_that_was_left_stays_for_the_next_attempt_until_it_is_due(self) -> None:
         async def main() -> None:
