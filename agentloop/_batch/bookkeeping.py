@@ -174,10 +174,10 @@ class Bookkeeping(Generic[T]):
         source, results = self.source, self.kept
         result = job.finish(self.options.observer, now)
         self._ended += 1
-        if self.options.observer.uncounted() >= COUNTED_AT_ONCE:
+        if len(self.options.observer.uncounted) >= COUNTED_AT_ONCE:
             self.options.observer.count()
 
-        if job.bill is not None or job.pool is not self.pool:
+        if self.pool.must_resolve and (job.bill is not None or job.pool is not self.pool):
             job.settle_and_leave(result, self.pool)
 
         if results is None:

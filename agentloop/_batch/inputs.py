@@ -156,10 +156,7 @@ class InputSource(Generic[T]):
             if not is_error(exc):
                 raise
 
-            job = None
             self.exhaust(as_exception(exc, CANCELLED))
-
-        if job is None:
             return None
 
         self.pulled = index + 1

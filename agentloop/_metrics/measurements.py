@@ -4,7 +4,7 @@ __all__ = ["REPORTS_AT_MOST", "Measurements"]
 
 import threading
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sized
 from contextlib import contextmanager
 from itertools import repeat
 from operator import call
@@ -56,9 +56,9 @@ class Measurements:
         """Takes the queue time of such an invocation, if it was queued."""
 
     @property
-    def uncounted(self) -> Callable[[], int]:
-        """A function that returns how many invocations have begun, or failed, and are not counted yet."""
-        return self._in_flight_reported.__len__
+    def uncounted(self) -> Sized:
+        """A report for each invocation that has begun, or failed, and is not counted yet."""
+        return self._in_flight_reported
 
     def clear(self) -> None:
         """Reset all counts except those in flight. Within :meth:`counted` only."""

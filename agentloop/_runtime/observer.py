@@ -7,7 +7,7 @@ __all__ = ["COUNTED_AT_ONCE", "Observer", "Sink", "new_id"]
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from contextvars import Context
 from typing import Any
 
@@ -87,8 +87,8 @@ class Observer:
         self._sink = sink
         self.nested: Counter[Status] = Counter() if nested is None else nested
         self._classify_failed = False
-        self.uncounted: Callable[[], int] = int if measurements is None else measurements.uncounted
-        """Returns how many reports wait to be counted, of all loops with this recorder; 0 without one."""
+        self.uncounted: Sized = () if measurements is None else measurements.uncounted
+        """The reports that wait to be counted, of all loops with this recorder."""
         # Whether there is no sink, and no recorder of a subclass. Then a success at the first attempt is only
         # three figures: one more in flight, the latency, and the time in the queue.
         self.only_counts = sink is None and (metrics is None or type(metrics) is MetricsRecorder)

@@ -95,7 +95,8 @@ class Runnable(Attempts[T]):
         if not begun:
             await wait_for_cancellation()
 
-        fn, args, kwargs = self.invocation.fn, self.invocation.args, self.invocation.kwargs
+        invocation = self.invocation
+        fn, args, kwargs = invocation.fn, invocation.args, invocation.kwargs
         try:
             coroutine: Any = fn(*args, **kwargs) if kwargs else fn(*args)
             if type(coroutine) is not _PLAIN:

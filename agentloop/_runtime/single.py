@@ -160,7 +160,7 @@ class Single(Generic[T]):
             scope.forget()
 
         pool.users -= 1
-        if options.observer.uncounted() >= COUNTED_AT_ONCE:
+        if len(options.observer.uncounted) >= COUNTED_AT_ONCE:
             options.observer.count()
 
         return job.finish(options.observer, now)
@@ -274,7 +274,7 @@ class Single(Generic[T]):
         self._pool.users -= 1
         self._pool.end_call(self, self._outer)
         result = job.finish(observer, now)
-        if observer.uncounted() >= COUNTED_AT_ONCE:
+        if len(observer.uncounted) >= COUNTED_AT_ONCE:
             observer.count()
 
         if job.bill is not None or job.pool is not self._pool:
