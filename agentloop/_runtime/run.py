@@ -70,8 +70,8 @@ class Runnable(Attempts[T]):
 
         :param inherited: the variables; noted as lost if the agent changes one
         """
+        # Few local names: this frame waits with the agent.
         _set_slot(slot)
-        observer = options.observer
         if self.attempts or not (slot.is_plain and options.only_timeout):
             begun = self._begin(slot, options, scope, now, None)
         else:
@@ -87,16 +87,14 @@ class Runnable(Attempts[T]):
                 self.attempts = 1
                 self.state = RUNNING
                 self.started_at = now
-                report = observer.report_in_flight
-                report(1)
+                options.observer.report_in_flight(1)
             else:
                 slot.release()
 
         if not begun:
             await wait_for_cancellation()
 
-        invocation = self.invocation
-        fn, args, kwargs = invocation.fn, invocation.args, invocation.kwargs
+        fn, args, kwargs = self.invocation.fn, self.invocation.args, self.invocation.kwargs
         try:
             coroutine: Any = fn(*args, **kwargs) if kwargs else fn(*args)
             if type(coroutine) is not _PLAIN:
@@ -111,12 +109,12 @@ class Runnable(Attempts[T]):
                 inherited.check()
 
         # As check() does; inlined for speed.
-        intact = len(copy_context()) == inherited.count
-        for var, value in inherited.values:
-            intact = intact and var.get() is value
-
-        if not intact:
+        if len(copy_context()) != inherited.count:
             inherited.check()
+
+        for var, value in inherited.values:
+            if var.get() is not value:
+                inherited.check()
 
         ended_at = scope.now()
         # The scope may have been cancelled before the agent returned.

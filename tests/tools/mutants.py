@@ -311,13 +311,15 @@ attempts share a context
 
 an agent finds the variables that another one has set
 @ Runnable.run_directly, asyncio 19, trio 47
-- if not intact:
+- if len(copy_context()) != inherited.count:
+-     ...
+- for var, value in inherited.values:
 -     ...
 
 an agent finds the inherited variables that another one has set again
 @ Runnable.run_directly, asyncio 47, trio 47
-- intact and var.get() is value
-+ intact
+- if var.get() is not value:
+-     ...
 
 an agent is started after its cancellation
 @ Attempts._begin, asyncio 54, trio 36
