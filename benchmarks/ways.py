@@ -62,7 +62,8 @@ def failing_once() -> Agent:
         await checkpoint()
         if index not in failed:
             failed.add(index)
-            raise ConnectionError
+            # No OSError: as many in a row as run at once would be an outage.
+            raise RuntimeError
 
         return index
 
@@ -101,7 +102,7 @@ async def bare_workers(agent: Agent, count: int, limit: int) -> list[int]:
                 try:
                     outputs.append(await agent(index))
                     break
-                except ConnectionError:
+                except RuntimeError:
                     pass
 
     async with anyio.create_task_group() as group:
