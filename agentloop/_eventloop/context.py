@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["Inherited", "as_coroutine", "await_it", "wait_for_cancellation"]
+__all__ = ["Inherited", "as_coroutine", "await_it", "resumable", "wait_for_cancellation"]
 
 import inspect
 import types
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextvars import Context, ContextVar, copy_context
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import anyio
 
 from .._errors import not_async
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 # The type of the object that an async function returns.
 _PLAIN: type[types.CoroutineType[Any, Any, Any]] = types.CoroutineType
@@ -66,6 +67,11 @@ async def wait_for_cancellation() -> None:
 async def await_it(awaitable: Awaitable[T]) -> T:
     """Make a coroutine of an awaitable of another type."""
     return await awaitable
+
+
+def resumable(fn: Callable[P, Generator[Any, Any, Any]]) -> Callable[P, Any]:
+    """Let a generator ``yield from`` coroutines. The types of ``types.coroutine`` would hide its methods."""
+    return types.coroutine(fn)
 
 
 def as_coroutine(fn: object, returned: object) -> Coroutine[Any, Any, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["AttemptRunner", "RunOptions"]
 
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from .._config import LoopConfig
@@ -13,7 +13,7 @@ from .._errors import InvocationTimeout, QueueTimeout
 from .._eventloop.deadlines import TimeLimit
 from .observer import Observer
 
-AttemptRunner: TypeAlias = Callable[..., Coroutine[Any, Any, Any]]
+AttemptRunner: TypeAlias = Callable[..., Any]
 """
 An async function that runs an attempt in the agent's context. It gets the job, its slot, the options and the
 scope that times it out.

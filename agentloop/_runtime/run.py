@@ -19,12 +19,12 @@ from __future__ import annotations
 __all__ = ["Runnable"]
 
 import types
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextvars import Context, copy_context
 from typing import Any, TypeVar
 
 from .._eventloop.callers import CallersCancellation
-from .._eventloop.context import Inherited, as_coroutine, wait_for_cancellation
+from .._eventloop.context import Inherited, as_coroutine, resumable, wait_for_cancellation
 from .._eventloop.deadlines import AttemptScope
 from .._limits.slots import Slot, current_slot
 from .attempt import Attempts
@@ -35,25 +35,13 @@ from .tracebacks import plumbing
 T = TypeVar("T")
 
 _set_slot = current_slot.set
-_PLAIN: type[types.CoroutineType[Any, Any, Any]] = types.CoroutineType
-_send = _PLAIN.send
-_NO_KWARGS: Mapping[str, Any] = {}
-
-
-@plumbing
-def _start(
-    slot: Slot, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Any, Any]:
-    """Call an agent in its own context, and run its first step."""
-    _set_slot(slot)
-    coroutine: Any = fn(*args, **kwargs) if kwargs else fn(*args)
-    if type(coroutine) is not _PLAIN:
-        coroutine = as_coroutine(fn, coroutine)
-
-    try:
-        return coroutine, _send(coroutine, None)
-    except StopIteration as stop:
-        return None, stop.value
+_PLAIN: Any = types.CoroutineType
+_GENERATOR: type[types.GeneratorType[Any, Any, Any]] = types.GeneratorType
+_COROUTINE: type[types.CoroutineType[Any, Any, Any]] = types.CoroutineType
+_send_to_generator: Callable[[Any, Any], Any] = _GENERATOR.send
+_send_to_coroutine: Callable[[Any, Any], Any] = _COROUTINE.send
+# The last step of an agent that has returned.
+_DONE = object()
 
 
 class Runnable(Attempts[T]):
@@ -150,33 +138,31 @@ class Runnable(Attempts[T]):
         if not self._begin(slot, options, scope, now, context):
             yield from wait_for_cancellation().__await__()
 
-        invocation, run = self.invocation, options.run
-        fn, args, kwargs = invocation.fn, invocation.args, invocation.kwargs
-        if run is not None:
-            fn, args, kwargs = run, (self, slot, options, scope), _NO_KWARGS
-
-        coroutine: Any = None
         ended_at: float | None = None
+        run = options.run
         try:
-            coroutine, step = context.run(_start, slot, fn, args, kwargs)
-            if coroutine is None:
-                self.output = step
+            if run is None:
+                agent, send = self._steps(slot), _send_to_generator
             else:
+                agent, send = run(self, slot, options, scope), _send_to_coroutine
+
+            step = context.run(send, agent, None)
+            if step is not _DONE:
                 self.waited = True
 
             # No bound methods in local names: the collector would visit them as long as the agent waits.
-            while coroutine is not None:
+            while step is not _DONE:
                 try:
                     sent = yield step
                 except GeneratorExit:
-                    context.run(coroutine.close)
+                    context.run(agent.close)
                     raise
                 except BaseException as exc:
                     # Thrown below: in here, the agent's later exceptions would have it as their context.
                     thrown = exc
                 else:
                     try:
-                        step = context.run(_send, coroutine, sent)
+                        step = context.run(send, agent, sent)
                     finally:
                         sent = None  # exceptions refer to this frame, and trio sends some
 
@@ -184,16 +170,15 @@ class Runnable(Attempts[T]):
 
                 try:
                     if caller is not None:
-                        caller.reaches(coroutine, thrown)
+                        caller.reaches(agent, thrown)
 
-                    step = context.run(coroutine.throw, thrown)
+                    step = context.run(agent.throw, thrown)
                 finally:
                     del thrown
         except StopIteration as stop:
-            if coroutine is None:
-                ended_at = yield from self._conclude(slot, options, scope, caller, stop).__await__()
-            else:
-                self.output = stop.value
+            # Of a stream, which returns nothing, or of a function that has raised this itself.
+            if stop.value is not None:
+                ended_at = yield from self._conclude(slot, options, scope, caller, stop.value).__await__()
         except BaseException as exc:
             ended_at = yield from self._conclude(slot, options, scope, caller, exc).__await__()
 
@@ -207,3 +192,28 @@ class Runnable(Attempts[T]):
                 ended_at = yield from self._conclude(slot, options, scope, caller, None).__await__()
 
         return ended_at
+
+    @plumbing
+    @resumable
+    def _steps(self, slot: Slot) -> Generator[Any, Any, StopIteration | None]:
+        """
+        Call the agent, note its output, and yield ``_DONE``.
+
+        To return would end ``Context.run`` by a StopIteration. To raise and catch it takes a quarter of the
+        time of :meth:`run_isolated`, with an agent that waits once.
+
+        :return: a StopIteration of the user's function, which a generator cannot raise
+        """
+        _set_slot(slot)
+        fn, args, kwargs = self.invocation.fn, self.invocation.args, self.invocation.kwargs
+        try:
+            coroutine: Any = fn(*args, **kwargs) if kwargs else fn(*args)
+        except StopIteration as exc:
+            return exc
+
+        if type(coroutine) is not _PLAIN:
+            coroutine = as_coroutine(fn, coroutine)
+
+        self.output = yield from coroutine
+        yield _DONE
+        return None

@@ -16,7 +16,7 @@ from anyio.lowlevel import checkpoint_if_cancelled
 from .._errors import FirstChunkTimeout, IdleTimeout, not_async
 from .._eventloop.deadlines import AttemptScope, TimeLimit
 from .._limits.away import lend_to_reader
-from .._limits.slots import Slot
+from .._limits.slots import Slot, current_slot
 from .._metrics.histogram import Histogram
 from .._runtime.job import Job
 from .._runtime.options import RunOptions
@@ -98,6 +98,7 @@ class _StreamAttempt(Generic[ItemT]):
 
     @plumbing
     async def run(self) -> None:
+        current_slot.set(self._slot)
         channel, job, as_item = self._channel, self._job, self._as_item
         now, gaps = self._pool.loop.now, self._gaps_kept
         progress: Progress | None = None
