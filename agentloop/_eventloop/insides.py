@@ -106,7 +106,7 @@ class AsyncioScope(_InsideScope):
         self.children = ()
         # The queue may keep the scope for the next attempt, and drops it if there is none at its next check.
         queue: Any = self._queue
-        if queue.stops_timer or math.isnan(self._look_at):
+        if queue.stops_timer or self._look_at != self._look_at:  # NaN
             self.forget()
 
         inner.__exit__(None, None, None)
