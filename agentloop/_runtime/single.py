@@ -22,7 +22,7 @@ from .._verdict import VerdictKind
 from .job import Job
 from .observer import COUNTED_AT_ONCE
 from .options import RunOptions
-from .states import QUEUED
+from .states import QUEUED, RUNNING
 from .tracebacks import check_depth
 
 T = TypeVar("T")
@@ -60,12 +60,16 @@ class Single(Generic[T]):
     ) -> None:
         self._options = options
         self._own_task = own_task
-        self._attempt: AttemptScope | None = None
         outer = _get_slot()
         if outer is not None:
             check_depth(outer)
 
-        self._pool = pool = pool_of(limiter)
+        # As pool_of() does; inlined for speed.
+        pool = limiter._pools.state  # pyright: ignore[reportPrivateUsage]  # not for users
+        if pool is None or not pool.is_current():
+            pool = pool_of(limiter)
+
+        self._pool = pool
         self._job = Job(invocation, 0, pool.loop.now(), pool, outer)
 
     def enter(self) -> None:
@@ -99,7 +103,7 @@ class Single(Generic[T]):
             if not (job.is_plain and pool.admission.is_open and options.observer.only_counts):
                 self._begin()
 
-        self._attempt = scope = loop.spare.pop() if loop.spare else loop.attempt_scope()
+        scope = loop.spare.pop() if loop.spare else loop.attempt_scope()
         try:
             now, ready = job.queued_at, True
             if own_task:
@@ -153,7 +157,6 @@ class Single(Generic[T]):
             return await self._end_and_come_back(scope, now) if is_away else self._end(scope, now)
 
         # As _end() does; inlined for speed.
-        self._attempt = None
         if len(loop.spare) < SPARE_SCOPES:
             loop.spare.append(scope)
         else:
@@ -230,8 +233,9 @@ class Single(Generic[T]):
             elif self._retry_wait is not None:
                 self._retry_wait.cancel(stopped.reason)
 
-        if until is not None and self._attempt is not None:
-            self._attempt.end_by(until, stopped.reason)
+        # Later, another invocation may use the scope.
+        if until is not None and job.state is RUNNING and job.scope is not None:
+            job.scope.end_by(until, stopped.reason)
 
     def may_go_on(self, keys: Any) -> bool:
         """Return whether the invocation waits for anything besides slots of the pools of some keys."""
@@ -261,8 +265,6 @@ class Single(Generic[T]):
         return False
 
     def _end(self, scope: AttemptScope | None, now: float) -> InvocationResult[T]:
-        # Cleared, so that a wind_down() does not find a scope that another invocation uses by then.
-        self._attempt = None
         if scope is not None:
             self.left_open = scope.is_spoilt
             if not scope.is_spoilt and len(self._pool.loop.spare) < SPARE_SCOPES:
