@@ -87,7 +87,10 @@ class Tasks:
         :return: whether a native cancellation of one of the tasks has cancelled the block
         """
         if isinstance(exc, anyio.get_cancelled_exc_class()):
-            return bool(await self.__aexit__(type(exc), exc, exc.__traceback__))
+            # AnyIO may take a native cancellation of the caller's for its own, and suppress it, if it came in
+            # the same step as the cancellation of a scope in the block.
+            was_cancelled = self._group.cancel_scope.cancel_called
+            return bool(await self.__aexit__(type(exc), exc, exc.__traceback__)) and was_cancelled
 
         await self.__aexit__(None, None, None)
         return False

@@ -729,6 +729,39 @@ async def test_failing_task_group_of_the_agent_hides_no_time_out() -> None:
     assert result.status is Status.TIMEOUT
 
 
+@entered_or_not
+@pytest.mark.parametrize("verb", ["run_streaming", "as_completed", "stream_all"])
+async def test_native_cancellation_in_the_step_of_an_inner_scopes_is_the_callers(
+    verb: str, entered: bool
+) -> None:
+    loop, scope = make_loop(), anyio.CancelScope()
+
+    async def agent(_: int = 0) -> int:
+        await anyio.sleep(9)
+        return 0
+
+    async def stream(x: int = 0) -> AsyncGenerator[int]:
+        yield await agent(x)
+
+    async def read() -> None:
+        opened: dict[str, Any] = {
+            "run_streaming": lambda: loop.run_streaming("agent", stream),
+            "as_completed": lambda: loop.as_completed(Invocation.map(agent, [0])),
+            "stream_all": lambda: loop.stream_all(Invocation.map(stream, [0])),
+        }
+        async with within(loop, entered), opened[verb]() as items:
+            with scope:
+                await anext(items)
+
+    task = asyncio.ensure_future(read())
+    await asyncio.sleep(1)
+    scope.cancel()
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert loop.statistics().running == 0
+
+
 # -- the library's own tasks
 
 
