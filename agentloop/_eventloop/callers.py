@@ -7,8 +7,12 @@ __all__ = ["CallersCancellation"]
 import asyncio
 import gc
 import sys
-from typing import Any
+import types
+from collections.abc import Coroutine, Generator
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
+
+T = TypeVar("T")
 
 GROUPS_LEAVE_MARKS = sys.version_info < (3, 13)
 
@@ -54,14 +58,37 @@ class CallersCancellation:
         if self._is_raised() and not _is_of_a_scope(thrown):
             self._native = thrown
 
+    @types.coroutine
+    def watch(self, coroutine: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
+        """Await a coroutine, and inspect it before an exception is thrown into it."""
+        try:
+            step = coroutine.send(None)
+            while True:
+                try:
+                    sent = yield step
+                except BaseException as exc:
+                    self.reaches(coroutine, exc)
+                    step = coroutine.throw(exc)
+                else:
+                    step = coroutine.send(sent)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+
     def came(self, raised: BaseException | None) -> bool:
         """
-        Return whether the caller cancelled the task natively since :meth:`begin`.
+        Return whether the caller cancelled the task natively since this object was made.
 
         :param raised: the exception of the agent
         """
-        native, self._native = self._native, None
+        native = self.take()
         return self._is_raised() or (native is not None and native is raised)
+
+    def take(self) -> BaseException | None:
+        """Return the last native cancellation that has reached the agent, once."""
+        # Its traceback refers to this object, which must not refer back.
+        native, self._native = self._native, None
+        return native
 
     def _is_raised(self) -> bool:
         more = self._task.cancelling() - self._before

@@ -63,17 +63,21 @@ class Tasks:
     ) -> bool | None:
         self._left = True
         self._notify()
+        caller = self._kind.callers_cancellation()
         try:
-            return await self._group.__aexit__(exc_type, exc, traceback)
+            leaving = self._group.__aexit__(exc_type, exc, traceback)
+            return await (leaving if caller is None else caller.watch(leaving))
         except BaseExceptionGroup as group:
             # The tasks raise nothing of their own, so each RuntimeError comes from the end of a spoilt task.
             await checkpoint_if_cancelled()
             rest = group.split(RuntimeError)[1]
             if rest is not None:
                 raise rest from None
+        finally:
+            was_native = caller is not None and caller.take() is not None
 
-        # AnyIO drops a native cancellation of this task if there are errors to raise.
-        if self._cancellations() > self._cancelled_before:
+        # AnyIO drops a native cancellation of this task if there are errors to raise, and may take it back.
+        if was_native or self._cancellations() > self._cancelled_before:
             raise anyio.get_cancelled_exc_class()
 
         return None

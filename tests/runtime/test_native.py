@@ -762,6 +762,26 @@ async def test_native_cancellation_in_the_step_of_an_inner_scopes_is_the_callers
     assert loop.statistics().running == 0
 
 
+async def test_native_timeout_of_a_batch_is_not_lost_where_an_agent_left_a_scope_open() -> None:
+    async def leave_open() -> None:
+        anyio.CancelScope().__enter__()
+
+    async def clean_up_slowly() -> None:
+        try:
+            await anyio.sleep(9)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.2)
+
+    # The cancellation arrives while an agent cleans up after its own time-out.
+    loop = make_loop(timeout_seconds=0.5)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.6):
+            await loop.run_all([Invocation("a", leave_open), Invocation("b", clean_up_slowly)])
+
+    assert loop.statistics().running == 0
+
+
 # -- the library's own tasks
 
 

@@ -585,6 +585,11 @@ a native cancellation whose mark was taken back is no caller's
 - native is not None and native is raised
 + False
 
+a native cancellation that AnyIO has taken back is lost
+@ Tasks.__aexit__, asyncio 4588
+- was_native or self._cancellations() > self._cancelled_before
++ self._cancellations() > self._cancelled_before
+
 a native cancellation in the step of a scope's looks like the loss of a task
 @ Tasks.leave, asyncio 30945
 - bool(await self.__aexit__(type(exc), exc, exc.__traceback__)) and was_cancelled
