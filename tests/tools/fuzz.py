@@ -221,12 +221,13 @@ class CoolOffAccount:
     """Knows when an attempt may begin in a cool-off: one at a time, and ever more rarely."""
 
     def __init__(self) -> None:
-        self.until = self.probe_at = -math.inf
+        self.until = self.probe_at = self.held_at = -math.inf
         self.gap = 0.0
         self.begun: set[int] = set()
 
     def hold(self, now: float, seconds: float) -> None:
         if now >= self.until:
+            self.held_at = now
             self.gap = max(1.0, seconds / 20)
             self.probe_at = now + self.gap
             self.begun.clear()
@@ -234,6 +235,9 @@ class CoolOffAccount:
         self.until = max(self.until, now + seconds)
 
     def start(self, number: int, now: float) -> bool:
+        if now == self.held_at:
+            return True  # it had its slot before, and its task runs only now
+
         may_start = now > self.until - 1e-6 or (now > self.probe_at - 1e-6 and not self.begun)
         if now < self.until:
             self.gap *= 2
@@ -986,14 +990,15 @@ class Program:
             # Then the reader was cancelled, and has not read on.
             call.left = call.left or str(exc) == LOST
         except BatchStopped as exc:
-            patience = self.config.overload_timeout_seconds
-            assert patience is not None
-            fruitless = anyio.current_time() >= max(self.successes, default=0) + patience
-            is_out_of_patience = fruitless and exc.reason.startswith("nothing has succeeded")
-            assert self.may_stop(call) or is_out_of_patience, "a batch was stopped without a reason"
+            self.check_stop(call, exc)
 
-    def may_stop(self, call: Call) -> bool:
-        return call.fatal or self.sabotaged or call.opened >= self.floor
+    def check_stop(self, call: Call, stopped: BatchStopped) -> None:
+        patience = self.config.overload_timeout_seconds
+        assert patience is not None
+        fruitless = anyio.current_time() >= max(self.successes, default=0) + patience
+        is_out_of_patience = fruitless and stopped.reason.startswith("nothing has succeeded")
+        may_stop = call.fatal or self.sabotaged or call.opened >= self.floor or is_out_of_patience
+        assert may_stop, "a batch was stopped without a reason"
 
     async def single(self, call: Call, depth: int) -> None:
         call.in_own_tasks = False
@@ -1017,7 +1022,7 @@ class Program:
         try:
             results = await self.loop.run_all(inputs)
         except BatchStopped as stopped:
-            assert self.may_stop(call)
+            self.check_stop(call, stopped)
             assert not isinstance(inputs, Iterator), "a sync input was not read to its end"
             results = stopped.results
         else:
@@ -1286,6 +1291,14 @@ class Program:
             await anyio.wait_all_tasks_blocked()
             now = self.limiter.statistics()
             pool = pool_of(self.limiter)
+            if self.sabotaged and now.running > self.attempting:
+                # AnyIO does not wait for the callback of a task that was cancelled before it began.
+                for _ in range(3):
+                    await checkpoint()
+
+                await anyio.wait_all_tasks_blocked()
+                now = self.limiter.statistics()
+
             # One that waits for a time may have inherited the slot that it was going to be lent.
             assert now.running <= self.attempting + len(pool.lines.borrowing), (
                 "a slot is held by nobody who runs"
