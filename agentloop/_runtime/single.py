@@ -138,7 +138,7 @@ class Single(Generic[T]):
             if self._stopped is not None and job.state is QUEUED:
                 job.end_stopped(self._stopped)
 
-            if not job.waited and not own_task:
+            if not job.waited:
                 await cancel_shielded_checkpoint()
         except BaseException:
             job.cancel(self.reason, scope.cause)

@@ -537,11 +537,6 @@ the result of a stream overtakes its chunks
 + self.channel._unread.append(ResultEvent(job.invocation, result, job.id or new_id(), now))
 + self.channel._size += 1
 
-an agent that cancelled its own task loses what it returned
-@ Single.run, asyncio 491
-- not job.waited and not own_task
-+ not job.waited
-
 a worker that waits for something else keeps its slot
 @ Worker.let_go, asyncio 12, trio 0
 - self._give_back()
