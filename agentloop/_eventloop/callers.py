@@ -29,19 +29,24 @@ class CallersCancellation:
       cancellation reaches the agent, this checks whether the agent waits in such a block.
     - AnyIO takes back too many when a task group with nested task groups is cancelled natively. So a
       cancellation that leaves the agent as the same object counts as the caller's too.
+
+    Few calls need it, so it is made when an exception has reached the agent.
+
+    :param before: the :meth:`count` when the attempt began
     """
 
-    # The groups that have left a mark on the task since the call began. These are defaults of the class since
-    # each call makes an object, and few need them.
-    _groups: tuple[int, ...] = ()
-    _native: BaseException | None = None
+    def __init__(self, before: int) -> None:
+        self._before = before
+        # The groups that have left a mark on the task since then.
+        self._groups: set[int] = set()
+        self._native: BaseException | None = None
 
-    def __init__(self) -> None:
-        task: Any = asyncio.current_task()
-        self._task: asyncio.Task[Any] = task
-        self._before: int = task.cancelling()
-        # How many marks groups had left before.
-        self._leaked_before: int = _leaked.get(task, 0) if GROUPS_LEAVE_MARKS else 0
+    @staticmethod
+    def count() -> int:
+        """Return the count of requested cancellations of the current task, without the marks of groups."""
+        task = asyncio.current_task()
+        assert task is not None
+        return task.cancelling() - (_leaked.get(task, 0) if GROUPS_LEAVE_MARKS else 0)
 
     def reaches(self, coroutine: object, thrown: BaseException) -> None:
         """
@@ -52,10 +57,11 @@ class CallersCancellation:
         """
         for group in _failing_groups(coroutine) if GROUPS_LEAVE_MARKS else ():
             if id(group) not in self._groups:
-                self._groups += (id(group),)
-                _leaked[self._task] = _leaked.get(self._task, 0) + 1
+                self._groups.add(id(group))
+                task: Any = asyncio.current_task()
+                _leaked[task] = _leaked.get(task, 0) + 1
 
-        if self._is_raised() and not _is_of_a_scope(thrown):
+        if self.count() > self._before and not _is_of_a_scope(thrown):
             self._native = thrown
 
     @types.coroutine
@@ -77,25 +83,18 @@ class CallersCancellation:
 
     def came(self, raised: BaseException | None) -> bool:
         """
-        Return whether the caller cancelled the task natively since this object was made.
+        Return whether the caller cancelled the task natively since the call began.
 
         :param raised: the exception of the agent
         """
         native = self.take()
-        return self._is_raised() or (native is not None and native is raised)
+        return self.count() > self._before or (native is not None and native is raised)
 
     def take(self) -> BaseException | None:
         """Return the last native cancellation that has reached the agent, once."""
         # Its traceback refers to this object, which must not refer back.
         native, self._native = self._native, None
         return native
-
-    def _is_raised(self) -> bool:
-        more = self._task.cancelling() - self._before
-        return (
-            more > 0
-            and more > (_leaked.get(self._task, 0) if GROUPS_LEAVE_MARKS else 0) - self._leaked_before
-        )
 
 
 # How many marks failing task groups were seen to leave on a task. An agent may run others in its own task,

@@ -51,11 +51,11 @@ class EventLoop(ABC):
         "_scope_kind",
         "absent",
         "backend",
+        "cancellations_before",
         "now",
         "spare",
         "time_slice",
         "token",
-        "watch_caller",
     )
 
     loses_tasks: bool
@@ -78,8 +78,8 @@ class EventLoop(ABC):
         """Unused scopes of attempts, which any task can use again."""
         self.absent: Absent = Absent.current()
         """The agents that wait for a change by others."""
-        self.watch_caller: Callable[[], CallersCancellation | None] = self.callers_cancellation
-        """As :meth:`callers_cancellation`; an attribute of the object is found faster."""
+        self.cancellations_before: Callable[[], int | None] = self.callers_cancellations
+        """As :meth:`callers_cancellations`; an attribute of the object is found faster."""
 
     @property
     def looks_inside(self) -> bool:
@@ -131,8 +131,8 @@ class EventLoop(ABC):
 
     @staticmethod
     @abstractmethod
-    def callers_cancellation() -> CallersCancellation | None:
-        """Return the detector of native cancellations of the current task, a caller's; ``None`` on trio."""
+    def callers_cancellations() -> int | None:
+        """Return :meth:`CallersCancellation.count` of the current task; ``None`` on trio."""
 
     @staticmethod
     @abstractmethod
@@ -184,7 +184,7 @@ class AsyncioLoop(EventLoop):
     loses_tasks = True
     inside_scope = AsyncioScope
     loop_deadlines = AsyncioQueue
-    callers_cancellation = CallersCancellation
+    callers_cancellations = staticmethod(CallersCancellation.count)
 
     def batch_deadlines(self) -> None:
         return None
@@ -266,7 +266,7 @@ class TrioLoop(EventLoop):
     __slots__ = ()
     loses_tasks = False
     inside_scope = TrioScope
-    callers_cancellation = NoneType  # called, it returns None
+    callers_cancellations = NoneType  # called, it returns None
 
     @staticmethod
     def loop_deadlines() -> None:

@@ -13,6 +13,7 @@ from typing import Any, Self
 import anyio
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
+from .callers import CallersCancellation
 from .loop import kind_of_loop
 
 # How long the tasks in a task group that an agent left open may take to end, in seconds.
@@ -63,7 +64,8 @@ class Tasks:
     ) -> bool | None:
         self._left = True
         self._notify()
-        caller = self._kind.callers_cancellation()
+        before = self._kind.callers_cancellations()
+        caller = None if before is None else CallersCancellation(before)
         try:
             leaving = self._group.__aexit__(exc_type, exc, traceback)
             return await (leaving if caller is None else caller.watch(leaving))

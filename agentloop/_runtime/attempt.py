@@ -134,6 +134,7 @@ class Attempts(AttemptSlot, Generic[T]):
         slot: Slot,
         options: RunOptions,
         scope: AttemptScope,
+        before: int | None,
         caller: CallersCancellation | None,
         raised: BaseException | None,
         context: Context | None = None,
@@ -141,10 +142,11 @@ class Attempts(AttemptSlot, Generic[T]):
         """
         Find out how an attempt has failed, and give its slot back.
 
+        :param before: how often this task was cancelled natively before, if it is the caller's
+        :param caller: what exceptions have reached the agent, if any
         :param raised: the exception of the agent; ``None`` if the agent returned and left a scope open
         :param context: the context in which to classify the error, unless that is the current one
-        :return: when the attempt ended
-        :raises BaseException: as :meth:`run`
+        :return: when the attempt ended; the errors are those of :meth:`run_isolated`
         """
         assert scope.scope is not None
         timed_out = scope.scope.cancel_called
@@ -159,14 +161,13 @@ class Attempts(AttemptSlot, Generic[T]):
             left_open = scope.left_open or bool(scope.children)
             if raised is not None:
                 error = without_cancellation(raised)
-
-            if error is not None and error is raised:
-                scope.note(error)
+                if error is raised:
+                    scope.note(error)
 
             if left_open:
                 # A scope that the agent left open may be cancelled too. That is no cancellation of ours.
                 cancelled = not scope.begin(math.inf)
-                scope.abandon(caller is None)
+                scope.abandon(before is None)
                 if cancelled:
                     # That scope may also be shielded. Then a cancellation never reaches the task.
                     await checkpoint_if_cancelled()
@@ -174,7 +175,7 @@ class Attempts(AttemptSlot, Generic[T]):
                 # An error made out of the caller's cancellation is that cancellation.
                 await checkpoint_if_cancelled()
 
-            if caller is not None and caller.came(raised):
+            if before is not None and (caller or CallersCancellation(before)).came(raised):
                 if raised is not None and issubclass(type(raised), anyio.get_cancelled_exc_class()):
                     raise raised
 

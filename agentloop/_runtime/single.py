@@ -120,8 +120,8 @@ class Single(Generic[T]):
                         break
 
                 try:
-                    caller = None if own_task else loop.watch_caller()
-                    now = await job.run_isolated(slot, options, scope, copy_context, now, caller)
+                    before = None if own_task else loop.cancellations_before()
+                    now = await job.run_isolated(slot, options, scope, copy_context, now, before)
                 finally:
                     scope.leave()
 

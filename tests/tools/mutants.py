@@ -293,14 +293,14 @@ a time-out is judged by the type of the exception
 a result that was ready is thrown away
 @ Runnable.run_isolated, asyncio 19, trio 71
 + if scope.scope.cancel_called:
-+     return (yield from self._conclude(slot, options, scope, caller, None).__await__())
++     return (yield from self._conclude(slot, options, scope, before, caller, None).__await__())
   if (ended_at >= scope.until or run is not None) and not scope.children:
       ...
 
 a result that was ready is thrown away by a worker that runs agents directly
 @ Runnable.run_directly, asyncio 52, trio 277
 + if scope.scope.cancel_called:
-+     return await self._conclude(slot, options, scope, None, None)
++     return await self._conclude(slot, options, scope, None, None, None)
   if ended_at >= scope.until and not scope.children:
       ...
 
@@ -356,8 +356,8 @@ a stray cancellation ends the batch
 
 the marks that an agent left on its task are not removed
 @ Worker.work, asyncio 124
-- cancellations() or (crew.latest is self and time_slice.used_up(now))
-+ crew.latest is self and time_slice.used_up(now)
+- cancellations() or (crew.latest is self and loop.time_slice.used_up(now))
++ crew.latest is self and loop.time_slice.used_up(now)
 
 a slot is held while its invocation waits to be retried
 @ Single._wait_to_retry, asyncio 20, trio 1
@@ -572,8 +572,8 @@ agents may leave scopes open for ever
 
 an error made out of the caller's native cancellation is retried
 @ Attempts._conclude, asyncio 497
-- caller is not None and caller.came(raised)
-+ caller is not None and caller.came(raised) and error is None
+- before is not None and (caller or CallersCancellation(before)).came(raised)
++ before is not None and (caller or CallersCancellation(before)).came(raised) and error is None
 
 a native cancellation whose mark was taken back is no caller's
 @ CallersCancellation.came, asyncio 252
