@@ -51,7 +51,7 @@ class Worker(Generic[T]):
         batch, scope, inherited = self._batch, self._scope, self._batch.inherited
         pool, crew, source, ending = batch.pool, batch.crew, batch.source, batch.ending
         loop, options, admission, next_job = pool.loop, batch.options, pool.admission, batch.next_job
-        now_at, time_slice, cancellations = loop.now, loop.time_slice, loop.count_cancellations()
+        now_at, cancellations = loop.now, loop.count_cancellations()
         directly, must_resolve, new_context = self._directly, source.must_resolve, inherited.context.copy
         async with self:
             while not batch.done:
@@ -115,7 +115,7 @@ class Worker(Generic[T]):
                     # A parked worker must not keep the arguments of a finished invocation alive.
                     job = slot = None
                     # While this worker waited, another one has looked for a job, if there is any.
-                    if cancellations() or (crew.latest is self and time_slice.used_up(now)):
+                    if cancellations() or (crew.latest is self and loop.time_slice.used_up(now)):
                         await self._rest()
                 except anyio.get_cancelled_exc_class():
                     # A late cancellation that an agent requested from a callback does not end the worker.
