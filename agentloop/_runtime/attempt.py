@@ -50,7 +50,7 @@ class Attempts(AttemptSlot, Generic[T]):
     output: T | None
     failures: Failures | None
     waited: bool
-    """Whether it has waited, in line or in its agent, so that other tasks could run."""
+    """Whether it has waited, in line, in its agent or for a retry, so that other tasks could run."""
     id: int
     """The number of the invocation in events."""
 

@@ -196,6 +196,7 @@ class Job(Runnable[T]):
         assert failures is not None
         assert failures.last is not None
         self.state = RETRYING
+        self.waited = True
         self.pool.pending += 1
         if self.bill is not None:
             self.pool.conclude(self.bill)
