@@ -211,14 +211,16 @@ class Runnable(Attempts[T]):
         """
         _set_slot(slot)
         fn, args, kwargs = self.invocation.fn, self.invocation.args, self.invocation.kwargs
+        failure: StopIteration | None = None
         try:
             coroutine: Any = fn(*args, **kwargs) if kwargs else fn(*args)
         except StopIteration as exc:
-            return exc
+            failure = exc
+        else:
+            if type(coroutine) is not _PLAIN:
+                coroutine = as_coroutine(fn, coroutine)
 
-        if type(coroutine) is not _PLAIN:
-            coroutine = as_coroutine(fn, coroutine)
+            self.output = yield from coroutine
+            yield _DONE
 
-        self.output = yield from coroutine
-        yield _DONE
-        return None
+        return failure
