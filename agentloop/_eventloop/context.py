@@ -17,10 +17,6 @@ from .._errors import not_async
 T = TypeVar("T")
 P = ParamSpec("P")
 
-# The type of the object that an async function returns.
-_PLAIN: type[types.CoroutineType[Any, Any, Any]] = types.CoroutineType
-_send = _PLAIN.send
-
 
 class Inherited:
     """

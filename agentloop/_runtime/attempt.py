@@ -5,9 +5,8 @@ from __future__ import annotations
 __all__ = ["Attempts"]
 
 import math
-import types
 from contextvars import Context
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import anyio
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
@@ -28,8 +27,6 @@ from .tracebacks import trim
 T = TypeVar("T")
 
 _set_slot = current_slot.set
-_PLAIN: type[types.CoroutineType[Any, Any, Any]] = types.CoroutineType
-_send = _PLAIN.send
 
 
 class Attempts(AttemptSlot, Generic[T]):

@@ -36,6 +36,7 @@ from .tracebacks import plumbing
 T = TypeVar("T")
 
 _set_slot = current_slot.set
+# The type of the object that an async function returns.
 _PLAIN: Any = types.CoroutineType
 _GENERATOR: type[types.GeneratorType[Any, Any, Any]] = types.GeneratorType
 _COROUTINE: type[types.CoroutineType[Any, Any, Any]] = types.CoroutineType
