@@ -441,3 +441,25 @@ async def test_more_at_once_than_scopes_are_kept_for() -> None:
                 group.start_soon(call, x)
 
     assert sorted(outputs) == sorted([2 * x for x in range(150)] * 2)
+
+
+async def test_retry_of_agents_that_never_wait_lets_others_run_once_and_not_again_at_the_end() -> None:
+    order: list[str] = []
+
+    async def other() -> None:
+        order.append("other")
+
+    async with anyio.create_task_group() as group:
+
+        async def agent() -> None:
+            order.append("agent")
+            if len(order) == 1:
+                raise OSError
+
+            group.start_soon(other)
+
+        result = await make_loop(max_retries=1, backoff=PLAIN).run_single("a", agent)
+        order.append("result")
+
+    assert result.retries == 1
+    assert order == ["agent", "agent", "result", "other"]

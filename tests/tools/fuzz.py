@@ -59,6 +59,7 @@ from agentloop import (
 )
 from agentloop._eventloop.tasks import LOST
 from agentloop._limits.limiter import pool_of
+from agentloop._limits.slots import current_slot
 from agentloop.testing import FakeHTTPError, virtual_clock
 
 var: ContextVar[str] = ContextVar("var", default="unset")
@@ -223,20 +224,21 @@ class CoolOffAccount:
     def __init__(self) -> None:
         self.until = self.probe_at = self.held_at = -math.inf
         self.gap = 0.0
+        self.epoch = 0
         self.begun: set[int] = set()
 
-    def hold(self, now: float, seconds: float) -> None:
+    def hold(self, now: float, seconds: float, epoch: int) -> None:
         if now >= self.until:
-            self.held_at = now
+            self.held_at, self.epoch = now, epoch
             self.gap = max(1.0, seconds / 20)
             self.probe_at = now + self.gap
             self.begun.clear()
 
         self.until = max(self.until, now + seconds)
 
-    def start(self, number: int, now: float) -> bool:
-        if now == self.held_at:
-            return True  # it had its slot before, and its task runs only now
+    def start(self, number: int, now: float, epoch: int) -> bool:
+        if now == self.held_at and epoch < self.epoch:
+            return True  # it was granted its slot before, and its task runs only now
 
         may_start = now > self.until - 1e-6 or (now > self.probe_at - 1e-6 and not self.begun)
         if now < self.until:
@@ -468,7 +470,9 @@ class Program:
         self.paid[name] = [
             account.pay(cost, now) for account, (cost, _) in zip(self.accounts, costs, strict=True)
         ]
-        if not self.cool_off.start(event.id, now):
+        slot = current_slot.get()
+        assert slot is not None
+        if not self.cool_off.start(event.id, now, slot.epoch):
             self.violations.append(f"{name} starts at {now}, during a cool-off, and is no probe")
 
         # Who runs may run others; who is not run by another waits.
@@ -503,7 +507,7 @@ class Program:
             overloaded = overloaded and not self.is_unjudged(error)
             retry_after = getattr(error, "retry_after", None)
             if overloaded and retry_after is not None and self.limiter._adaptive:
-                self.cool_off.hold(event.at, retry_after)
+                self.cool_off.hold(event.at, retry_after, pool_of(self.limiter).admission.epoch)
 
         if cut:
             if not overloaded:
@@ -1243,11 +1247,10 @@ class Program:
             if result.agent_id in self.times and not error.total:
                 self.check_times(self.times[result.agent_id], result, error)
 
-            # Cleanup that is shielded may take another moment: two of a stream, and those of agents
-            # within. These may also wait in a shielded scope that it has left open, for as long as it likes.
-            nests = action.startswith("nest")
-            moments = 6 if nests else 1 + (result.agent_id in self.produced)
-            if error.total and not (nests and self.opened):
+            # Cleanup that is shielded may take another moment: two of a stream, and those of agents within.
+            # One within may also wait in a shielded scope that it has left open, for as long as it likes.
+            moments = 6 if action.startswith("nest") else 1 + (result.agent_id in self.produced)
+            if error.total and not any(self.is_within(name, call) for name in self.opened):
                 assert result.latency_ms <= (error.seconds + moments * 0.201) * 1000
 
             assert result.latency_ms >= error.seconds * 999.9
@@ -1277,6 +1280,14 @@ class Program:
             assert error is result.failures[-1]
             assert not isinstance(error, InvocationTimeout)
             assert isinstance(error, (LookupError, OSError, FakeHTTPError, ExceptionGroup)), repr(error)
+
+    def is_within(self, name: str, call: Call) -> bool:
+        """Return whether an agent is run by an agent of a call, at any depth."""
+        parent = self.call_of[name].parent
+        while parent is not None and parent is not call:
+            parent = parent.parent
+
+        return parent is not None
 
     def check_times(self, times: Times, result: InvocationResult[Any], error: InvocationTimeout) -> None:
         """The time that a reader takes is nobody's fault but its own."""
