@@ -15,6 +15,7 @@ from anyio.lowlevel import checkpoint
 from agentloop import (
     AgentLoop,
     Backoff,
+    BatchStopped,
     Invocation,
     InvocationCancelled,
     InvocationTimeout,
@@ -23,6 +24,10 @@ from agentloop import (
     Verdict,
     VerdictKind,
 )
+from agentloop._limits.limiter import pool_of
+from agentloop._runtime.observer import Observer
+from agentloop._runtime.options import RunOptions
+from agentloop._runtime.single import Single
 from agentloop.testing import Fail, FakeAgent, FakeHTTPError, Reply, Stall
 
 PLAIN = Backoff(jitter="none")
@@ -463,3 +468,17 @@ async def test_retry_of_agents_that_never_wait_lets_others_run_once_and_not_agai
 
     assert result.retries == 1
     assert order == ["agent", "agent", "result", "other"]
+
+
+async def test_single_that_has_ended_leaves_its_scope_to_the_next_one() -> None:
+    loop = AgentLoop()
+    options = RunOptions(loop.config, Observer(None, None))
+    single = Single(Invocation("a", nothing), loop.limiter, options)
+    await single.run()
+    scope = pool_of(loop.limiter).loop.spare[-1]
+    until = anyio.current_time() + 100
+    scope.begin(until)
+    single.wind_down(BatchStopped("drained"), until - 50)
+    assert scope.scope is not None
+    assert scope.scope.deadline == until
+    scope.leave()
